@@ -1,0 +1,158 @@
+"""Artefacts on disk: JSON and safetensors, written whole or not at all, never pickle.
+
+1. The bytes go to a temporary file in the same folder, are flushed to the disk, and take the final
+   name by one atomic rename: a full disk or a kill leaves the previous file as it was.
+2. A JSON artefact carries `format` (what it is), `version` (of the format) and `sha256` (of the
+   rest), so that a damaged or foreign file is refused with its path.
+3. Tensors travel beside it in one safetensors file, whose checksum the JSON holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from cdt_lens.errors import ArtifactError, InputError
+
+
+def atomic_write(path: str | Path, content: str | bytes) -> Path:
+    """Write `content` to `path` whole or not at all; parent folders are made.
+
+    Raises:
+        InputError: the folder cannot be written, or the disk is full; `path` is then as before.
+    """
+    path = Path(path)
+    payload = content.encode("utf-8") if isinstance(content, str) else content
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}); "
+            "choose another place or free the disk. Nothing was changed"
+        ) from error
+    finally:
+        # After a successful replace the temporary name no longer exists.
+        if temporary is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+    return path
+
+
+def content_hash(value: Any) -> str:
+    """sha256 of a JSON-able value in canonical form (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def file_hash(path: str | Path) -> str:
+    """sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_artifact(
+    path: str | Path,
+    body: Mapping[str, Any],
+    *,
+    format: str,
+    version: int,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Save `body` as a JSON artefact at `path`, and `tensors` beside it as `<stem>.safetensors`.
+
+    The tensors are written first: a kill between the two leaves an old JSON whose checksum does
+    not fit the new tensors, which `load_artifact` refuses, never a silent mixture.
+
+    Raises:
+        InputError: the place cannot be written.
+    """
+    path = Path(path)
+    document: dict[str, Any] = {"format": format, "version": version, **body}
+    if tensors:
+        payload = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
+        tensor_path = path.with_suffix(".safetensors")
+        atomic_write(tensor_path, payload)
+        document["tensors"] = {
+            "file": tensor_path.name,
+            "sha256": hashlib.sha256(payload).hexdigest(),
+        }
+    document["sha256"] = content_hash(document)
+    return atomic_write(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def load_artifact(
+    path: str | Path, *, format: str, version: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what `save_artifact` wrote: the body, and the tensors by name.
+
+    Raises:
+        InputError: there is no file at `path`.
+        ArtifactError: damaged, of another kind, or of a format version from the future.
+    """
+    path = Path(path)
+    document = _read_json(path)
+    found = document.get("format")
+    if found != format:
+        raise ArtifactError(f"{path}: expected a {format} file, got {found!r}")
+    if not isinstance(document.get("version"), int) or document["version"] > version:
+        raise ArtifactError(
+            f"{path}: format version {document.get('version')!r}, this cdt_lens reads up to "
+            f"{version}; update cdt_lens"
+        )
+    checksum = document.pop("sha256", None)
+    if checksum != content_hash(document):
+        raise ArtifactError(
+            f"{path}: damaged: its contents do not match its checksum; make it again"
+        )
+    return document, _read_tensors(path, document.pop("tensors", None))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path}: damaged: not whole JSON ({error}); make it again") from error
+    if not isinstance(document, dict):
+        raise ArtifactError(f"{path}: expected a JSON object, got {type(document).__name__}")
+    return document
+
+
+def _read_tensors(path: Path, entry: Mapping[str, str] | None) -> dict[str, Tensor]:
+    if entry is None:
+        return {}
+    # Only the bare name counts, so that a crafted file cannot point outside its folder.
+    tensor_path = path.parent / Path(entry["file"]).name
+    if not tensor_path.exists():
+        raise ArtifactError(f"{path}: its tensors {tensor_path.name} are missing beside it")
+    payload = tensor_path.read_bytes()
+    if hashlib.sha256(payload).hexdigest() != entry["sha256"]:
+        raise ArtifactError(
+            f"{tensor_path}: damaged or from another save: its checksum is not the one in "
+            f"{path.name}; make both again"
+        )
+    try:
+        return safetensors.torch.load(payload)
+    except safetensors.SafetensorError as error:
+        raise ArtifactError(f"{tensor_path}: damaged: {error}; make it again") from error

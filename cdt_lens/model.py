@@ -1,0 +1,391 @@
+"""One view over TransformerLens' two model classes, `HookedTransformer` and `TransformerBridge`.
+
+Everything else in this package sees a model only as a `ModelView`:
+
+1. `run` makes one ordinary forward pass, records the activations asked for and the call of every
+   block, and stops before the unembedding, so that nothing of vocabulary size exists.
+2. `replay` sends any residual stream through the model's own blocks from a chosen layer on, with
+   hooks in place. The rows may be many copies of the recorded batch: (source x example).
+3. `label_logits` ends with the model's own final norm and the unembedding columns of a few tokens.
+
+The caller's model is never changed: hooks, training mode and gradient mode are as before after
+every call, whether it returned or raised. Prompts are padded on the right, where causal attention
+never looks, so padding cannot change a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformer_lens
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+
+from cdt_lens.errors import InputError, UnsupportedModelError
+
+# A site is an activation of one layer: (name, layer). The final norm's layer is n_layers.
+Site = tuple[str, int]
+Hook = Callable[[Tensor], Tensor | None]
+
+_HOOK_POINTS = {
+    "q": "attn.hook_q",
+    "k": "attn.hook_k",
+    "v": "attn.hook_v",
+    "pattern": "attn.hook_pattern",
+    "z": "attn.hook_z",
+    "attn_out": "hook_attn_out",
+    "pre": "mlp.hook_pre",
+    "pre_linear": "mlp.hook_pre_linear",
+    "post": "mlp.hook_post",
+    "mlp_out": "hook_mlp_out",
+    "resid_post": "hook_resid_post",
+}
+# Norms have three sites each: <norm>.in, <norm>.scale, <norm>.out
+_NORMS = {
+    "ln1": "ln1",
+    "ln2": "ln2",
+    "ln1_post": "ln1_post",
+    "ln2_post": "ln2_post",
+    "q_norm": "attn.q_norm",
+    "k_norm": "attn.k_norm",
+    "ln_final": "ln_final",
+}
+
+
+class _StopBeforeUnembedding(Exception):
+    """Ends an ordinary run once the residual stream is complete."""
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """How the model called one block: what follows the residual stream in its arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One ordinary run: residual streams before each block and after the last, and activations."""
+
+    resid: tuple[Float[Tensor, "batch pos d_model"], ...]
+    calls: tuple[BlockCall, ...]
+    activations: Mapping[Site, Tensor] = field(repr=False)
+
+    def __getitem__(self, site: Site) -> Tensor:
+        return self.activations[site]
+
+    def __contains__(self, site: Site) -> bool:
+        return site in self.activations
+
+
+def is_model(value: object) -> bool:
+    """Whether `value` is one of TransformerLens' decoder classes."""
+    try:
+        hooked = transformer_lens.HookedTransformer
+    except (AttributeError, ImportError):  # removed in TransformerLens 4.0
+        return isinstance(value, TransformerBridge)
+    return isinstance(value, (hooked, TransformerBridge))
+
+
+class ModelView:
+    """A `HookedTransformer` or `TransformerBridge`, seen the same way. Get one by `view_of`."""
+
+    def __init__(self, tl: nn.Module) -> None:
+        if not is_model(tl):
+            raise InputError(
+                f"model: expected a HookedTransformer or TransformerBridge, got "
+                f"{type(tl).__name__}; cdt_lens.load_model makes one"
+            )
+        self.tl = tl
+        cfg = tl.cfg
+        self.n_layers: int = int(cfg.n_layers)
+        self.n_heads: int = int(cfg.n_heads)
+        self.n_kv_heads: int = int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)
+        self.d_head: int = int(cfg.d_head)
+        self.d_model: int = int(cfg.d_model)
+        self.n_ctx: int = int(cfg.n_ctx)
+        self.is_bridge = isinstance(tl, TransformerBridge)
+        self.name: str = str(getattr(cfg, "model_name", None) or type(tl).__name__)
+        self._named = self._find_sites()
+
+    # ------------------------------------------------------------------ what the model is
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the wrapped model, or None."""
+        return self.tl.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the residual stream lives."""
+        return next(self.tl.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating point type of the weights."""
+        return next(self.tl.parameters()).dtype
+
+    @property
+    def blocks(self) -> Any:
+        """The transformer blocks, as modules."""
+        return self.tl.blocks
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        """Every site that this model has."""
+        return frozenset(self._named)
+
+    def norms(self, layer: int) -> tuple[str, ...]:
+        """Names of the norms with hook points in `layer` (`n_layers`: the final norm)."""
+        return tuple(n for n in _NORMS if (f"{n}.scale", layer) in self._named)
+
+    def _find_sites(self) -> dict[Site, tuple[nn.Module, str]]:
+        """Map each site to its module and to how it is read: hook point, input or output."""
+        found: dict[Site, tuple[nn.Module, str]] = {}
+        for layer, block in enumerate(self.blocks):
+            for name, path in _HOOK_POINTS.items():
+                point = _resolve(block, path)
+                if point is not None:
+                    found[name, layer] = (point, "point")
+            for name, path in _NORMS.items():
+                _add_norm(found, name, layer, _resolve(block, path))
+        _add_norm(found, "ln_final", self.n_layers, getattr(self.tl, "ln_final", None))
+        return found
+
+    # ------------------------------------------------------------------ hooks
+
+    @contextmanager
+    def hooked(self, hooks: Mapping[Site, Hook]) -> Iterator[None]:
+        """Within the `with`, `hooks[site]` sees each activation and may return another for it.
+
+        Raises:
+            UnsupportedModelError: the model has no such site.
+        """
+        handles = []
+        try:
+            for site, hook in hooks.items():
+                handles.append(self._attach(site, hook))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _attach(self, site: Site, hook: Hook) -> Any:
+        if site not in self._named:
+            raise UnsupportedModelError(
+                f"{self.name}: layer {site[1]} has no activation {site[0]!r} to hook; "
+                "choose rules that do not need it"
+            )
+        module, kind = self._named[site]
+        if kind == "input":
+            return module.register_forward_pre_hook(lambda _, args: _first(hook, args))
+        conversion = getattr(module, "hook_conversion", None) if kind == "point" else None
+        if conversion is None:
+            return module.register_forward_hook(lambda _m, _a, out: hook(out))
+
+        def converted(_module: nn.Module, _args: Any, out: Tensor) -> Tensor | None:
+            result = hook(conversion.convert(out))
+            return None if result is None else conversion.revert(result)
+
+        return module.register_forward_hook(converted)
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Evaluation mode and no gradients inside; both as before afterwards."""
+        training = [module for module in self.tl.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    # ------------------------------------------------------------------ running it
+
+    def run(self, tokens: Int[Tensor, "batch pos"], record: Iterable[Site] = ()) -> Trace:
+        """One ordinary forward pass, stopped before the unembedding.
+
+        Raises:
+            InputError: the prompts are longer than the model's context.
+        """
+        if tokens.shape[1] > self.n_ctx:
+            raise InputError(
+                f"prompt of {tokens.shape[1]} tokens: {self.name} reads at most {self.n_ctx}; "
+                "shorten or truncate the prompts"
+            )
+        activations: dict[Site, Tensor] = {}
+        resid: list[Tensor] = []
+        calls: list[BlockCall] = []
+
+        def note_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rest = dict(kwargs)
+            stream = args[0] if args else rest.pop("hidden_states")
+            resid.append(stream)
+            calls.append(BlockCall(args[1:], rest))
+
+        def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            resid.append(args[0])
+            raise _StopBeforeUnembedding
+
+        hooks = {site: _recorder(activations, site) for site in record}
+        ends = [m for m in (getattr(self.tl, "ln_final", None), self.tl.unembed) if m is not None]
+        handles = [b.register_forward_pre_hook(note_call, with_kwargs=True) for b in self.blocks]
+        handles += [module.register_forward_pre_hook(stop) for module in ends]
+        try:
+            with self.quiet(), self.hooked(hooks):
+                self._forward(tokens.to(self.device))
+        except _StopBeforeUnembedding:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return Trace(tuple(resid), _shared_calls(calls, tokens.shape[0]), activations)
+
+    def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """The model's own logits, by its own whole forward pass."""
+        with self.quiet():
+            return self._forward(tokens.to(self.device))
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        if self.is_bridge:
+            return self.tl(tokens, use_cache=False)
+        # A tokenizer that pads on the left would make HookedTransformer mask real tokens that
+        # happen to equal the padding token; our padding is on the right.
+        sides = {} if self.tl.tokenizer is None else {"padding_side": "right"}
+        return self.tl(tokens, return_type="logits", **sides)
+
+    def replay(
+        self,
+        trace: Trace,
+        resid: Float[Tensor, "row pos d_model"],
+        start: int,
+        hooks: Mapping[Site, Hook],
+        stop: int | None = None,
+    ) -> Float[Tensor, "row pos d_model"]:
+        """Send `resid` through blocks `start` to `stop` (default: the last) with `hooks` in place.
+
+        `row` is any number of copies of the trace's batch; returns the stream after the last block.
+        """
+        with self.quiet(), self.hooked(hooks):
+            for block, call in zip(
+                list(self.blocks)[start:stop], trace.calls[start:stop], strict=True
+            ):
+                out = block(resid, *call.args, **call.kwargs)
+                resid = out[0] if isinstance(out, tuple) else out
+        return resid
+
+    def final_norm(
+        self, resid: Float[Tensor, "row pos d_model"], hooks: Mapping[Site, Hook] | None = None
+    ) -> Float[Tensor, "row pos d_model"]:
+        """The model's own final norm (the identity where it has none)."""
+        if ("ln_final.in", self.n_layers) not in self._named:
+            return resid
+        with self.quiet(), self.hooked(hooks or {}):
+            return self.tl.ln_final(resid)
+
+    def unembedding(
+        self, tokens: Int[Tensor, "batch k"]
+    ) -> tuple[Float[Tensor, "batch k d_model"], Float[Tensor, "batch k"]]:
+        """Unembedding vectors and biases of a few tokens (biases 0 where the model has none)."""
+        unembed = self.tl.unembed
+        ids = tokens.to(self.device)
+        bias = getattr(unembed, "b_U", None)
+        columns = unembed.W_U.detach().T[ids]
+        offsets = torch.zeros_like(columns[..., 0]) if bias is None else bias.detach()[ids]
+        return columns, offsets
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """`c` where the model's logits are `c tanh(l / c)` of the unembedding's, else None."""
+        cap = getattr(self.tl.cfg, "output_logits_soft_cap", None)
+        if self.is_bridge:
+            config = self.tl.original_model.config
+            cap = getattr(config, "final_logit_softcapping", None) or cap
+        return float(cap) if cap is not None and cap > 0 else None
+
+    def activation(self, layer: int) -> Callable[[Tensor], Tensor] | None:
+        """The MLP's activation function at `layer`, or None if it cannot be told."""
+        mlp = getattr(self.blocks[layer], "mlp", None)
+        inner = getattr(mlp, "original_component", mlp)
+        for name in ("act_fn", "act", "activation_fn"):
+            function = getattr(inner, name, None)
+            if callable(function):
+                return function
+        return None
+
+
+def view_of(model: nn.Module | ModelView) -> ModelView:
+    """The `ModelView` of a TransformerLens model (a view is returned as it is).
+
+    Raises:
+        InputError: `model` is of another class.
+    """
+    return model if isinstance(model, ModelView) else ModelView(model)
+
+
+def _resolve(module: Any, path: str) -> nn.Module | None:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module if isinstance(module, nn.Module) else None
+
+
+def _add_norm(
+    found: dict[Site, tuple[nn.Module, str]], name: str, layer: int, norm: nn.Module | None
+) -> None:
+    # An identity stands where a model has no norm: there is no scale to hook.
+    point = getattr(norm, "hook_scale", None)
+    if norm is None or not isinstance(point, nn.Module):
+        return
+    found[f"{name}.in", layer] = (norm, "input")
+    found[f"{name}.scale", layer] = (point, "point")
+    found[f"{name}.out", layer] = (norm, "output")
+
+
+def _first(hook: Hook, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    result = hook(args[0])
+    return None if result is None else (result, *args[1:])
+
+
+def _recorder(activations: dict[Site, Tensor], site: Site) -> Hook:
+    def record(value: Tensor) -> None:
+        activations[site] = value.detach()
+
+    return record
+
+
+def _shared_calls(calls: list[BlockCall], batch: int) -> tuple[BlockCall, ...]:
+    """Block arguments that serve any number of rows: one row of each per-example tensor.
+
+    Right-padded prompts share masks and positions, so that one row stands for all; a model whose
+    rows differ cannot be replayed and is refused.
+    """
+    seen: dict[int, Any] = {}
+
+    def one_row(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(one_row(item) for item in value)
+        if not isinstance(value, Tensor) or value.ndim == 0 or batch == 1:
+            return value
+        if value.shape[0] != batch:
+            return value
+        if id(value) not in seen:
+            if not bool((value == value[:1]).all()):
+                raise UnsupportedModelError(
+                    "the model passes its blocks a mask or positions that differ between prompts "
+                    "padded on the right; no rule exists for that"
+                )
+            seen[id(value)] = value[:1]
+        return seen[id(value)]
+
+    return tuple(
+        BlockCall(one_row(call.args), {k: one_row(v) for k, v in call.kwargs.items()})
+        for call in calls
+    )

@@ -1,0 +1,270 @@
+"""Whether a model's architecture is one that the rules describe; checked once, by numbers.
+
+1. Components with no rule are refused by name (mixture of experts, ALiBi, attention sinks, ...).
+2. One ordinary run on a few tokens checks the identities that the rules rely on: residual adds,
+   z = pattern @ v, logits = softcap(unembedding(final norm)).
+3. One run on zeros reads every bias where the rules use it (a linear map of 0 is its bias), and
+   shows that edits at the hook points are obeyed, which TransformerBridge does not always do.
+
+What fails is refused with the component's name; a number is never silently wrong.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cdt_lens.errors import InputError, UnsupportedModelError
+from cdt_lens.model import Hook, ModelView, Site, Trace
+
+_PROBE_LENGTH = 7
+
+
+@dataclass(frozen=True)
+class Support:
+    """What the check learnt: biases by site (only the non-zero ones), and what is missing.
+
+    biases: q, k, v `[head, d_head]`; attn_out, mlp_out `[d_model]`; pre, pre_linear `[d_mlp]`;
+        "<norm>.out" `[d_model]`.
+    plain_mlp: layers whose MLP is act(pre) or act(pre) * pre_linear, as frozen activations need.
+    post_norm_bias: layers with a projection bias in front of a post-norm.
+    """
+
+    biases: Mapping[Site, Tensor] = field(repr=False)
+    plain_mlp: frozenset[int]
+    post_norm_bias: frozenset[int]
+
+
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, Support] = weakref.WeakKeyDictionary()
+
+
+def check_supported(view: ModelView) -> Support:
+    """Check `view`'s model against the rules, once; later calls return what was learnt.
+
+    Raises:
+        UnsupportedModelError: a component has no rule; the message names it.
+        InputError: a weight is not finite.
+    """
+    found = _CHECKED.get(view.tl)
+    if found is None:
+        found = _check(view)
+        _CHECKED[view.tl] = found
+    return found
+
+
+def _check(view: ModelView) -> Support:
+    for name, parameter in view.tl.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise InputError(f"{view.name}: weight {name} holds NaN or infinity; load it again")
+    _refuse_by_name(view)
+    generator = torch.Generator().manual_seed(0)
+    length = min(_PROBE_LENGTH, view.n_ctx)
+    vocabulary = view.tl.unembed.W_U.shape[-1]
+    tokens = torch.randint(vocabulary, (2, length), generator=generator)
+    record = [s for s in view.sites if not s[0].endswith((".in", ".out"))]
+    trace = view.run(tokens, record)
+    for site in record:
+        if site not in trace and site[1] < view.n_layers:
+            _refuse(view, f"layer {site[1]}'s hook point for {site[0]}, which never fires")
+    _check_residual(view, trace)
+    _check_attention(view, trace)
+    _check_logits(view, trace, tokens)
+    _check_norms(view, trace)
+    biases, blocked = _read_biases(view, trace)
+    plain = frozenset(layer for layer in range(view.n_layers) if _is_plain_mlp(view, trace, layer))
+    return Support(biases, plain, blocked)
+
+
+def _refuse(view: ModelView, component: str) -> None:
+    raise UnsupportedModelError(
+        f"{view.name}: {component}: no propagation rule exists for it, so no score would be right"
+    )
+
+
+def _refuse_by_name(view: ModelView) -> None:
+    cfg = view.tl.cfg
+    config = view.tl.original_model.config if view.is_bridge else None
+
+    def flag(name: str) -> object:
+        return getattr(cfg, name, None) or getattr(config, name, None)
+
+    if flag("num_experts") or flag("num_local_experts"):
+        _refuse(view, "mixture-of-experts MLP")
+    if flag("positional_embedding_type") in ("alibi", "shortformer", "relative_positional_bias"):
+        _refuse(view, f"{flag('positional_embedding_type')} positions inside attention")
+    for name in ("clip_qkv", "use_logn_attn", "use_attention_sinks", "gated_q_proj"):
+        if flag(name):
+            _refuse(view, f"{name} in attention")
+    if getattr(cfg, "attention_dir", "causal") != "causal":
+        _refuse(view, "bidirectional attention")
+    for layer, block in enumerate(view.blocks):
+        # The generic bridge hands attention to Hugging Face: its pattern can be read, not edited.
+        if type(getattr(block, "attn", None)).__name__ == "AttentionBridge":
+            _refuse(view, "attention whose pattern TransformerBridge cannot edit")
+        for name in ("q", "k", "v", "pattern", "z", "attn_out", "resid_post"):
+            if (name, layer) not in view.sites:
+                _refuse(view, f"layer {layer} without a hook point for {name}")
+
+
+def _differ(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a and b differ by more than a component's absence could explain as rounding."""
+    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+    a, b = a.float(), b.float()
+    return bool((a - b).norm() > tolerance * (b.norm() + 1e-6))
+
+
+def _check_residual(view: ModelView, trace: Trace) -> None:
+    for layer in range(view.n_layers):
+        total = trace.resid[layer] + trace["attn_out", layer]
+        if ("mlp_out", layer) in trace:
+            total = total + trace["mlp_out", layer]
+        if _differ(total, trace["resid_post", layer], view.dtype):
+            _refuse(view, f"layer {layer}'s residual add (it is not resid + attn_out + mlp_out)")
+        if _differ(trace["resid_post", layer], trace.resid[layer + 1], view.dtype):
+            _refuse(view, f"what stands between layer {layer} and the next")
+
+
+def _check_attention(view: ModelView, trace: Trace) -> None:
+    group = view.n_heads // view.n_kv_heads
+    for layer in range(view.n_layers):
+        value = trace["v", layer].repeat_interleave(group, dim=2)
+        pattern = trace["pattern", layer].to(value.dtype)
+        z = torch.einsum("bhqk,bkhd->bqhd", pattern, value)
+        if _differ(z, trace["z", layer], view.dtype):
+            _refuse(view, f"layer {layer}'s attention (z is not pattern @ v)")
+
+
+def _check_logits(view: ModelView, trace: Trace, tokens: Tensor) -> None:
+    candidates = torch.arange(min(64, view.tl.unembed.W_U.shape[-1])).expand(tokens.shape[0], -1)
+    columns, offsets = view.unembedding(candidates)
+    normed = view.final_norm(trace.resid[-1][:, -1:])[:, 0]
+    logits = torch.einsum("bd,bkd->bk", normed, columns) + offsets
+    cap = view.logit_softcap
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    own = view.logits(tokens)[:, -1].gather(1, candidates.to(view.device))
+    if _differ(logits, own, view.dtype):
+        _refuse(view, "what stands between the unembedding and the logits")
+
+
+def _check_norms(view: ModelView, trace: Trace) -> None:
+    """A norm must divide by the scale at its hook point: twice the scale, half the output."""
+    for layer in range(view.n_layers + 1):
+        for norm in view.norms(layer):
+            if norm == "ln_final":
+                continue
+            once = _normed(view, trace, layer, norm, 1.0)
+            twice = _normed(view, trace, layer, norm, 2.0)
+            zero = _normed(view, trace, layer, norm, 1e30)  # only the bias is left
+            if _differ(2 * (twice - zero), once - zero, view.dtype):
+                _refuse(view, f"layer {layer}'s norm {norm} (it does not divide by its hook_scale)")
+
+
+def _normed(view: ModelView, trace: Trace, layer: int, norm: str, factor: float) -> Tensor:
+    out: dict[str, Tensor] = {}
+    hooks: dict[Site, Hook] = {
+        (f"{norm}.scale", layer): lambda scale: scale * factor,
+        (f"{norm}.out", layer): lambda value: out.update(value=value),
+    }
+    try:
+        view.replay(trace, trace.resid[layer], layer, hooks, stop=layer + 1)
+    except AttributeError:  # the bridge cannot edit the scale of a norm without weights
+        _refuse(view, f"layer {layer}'s norm {norm} (its scale cannot be edited)")
+    return out["value"]
+
+
+def _read_biases(
+    view: ModelView, trace: Trace
+) -> tuple[dict[Site, Float[Tensor, "*bias"]], frozenset[int]]:
+    """Biases as what each linear map makes of 0, layer by layer."""
+    biases: dict[Site, Tensor] = {}
+    blocked: set[int] = set()
+    for layer in range(view.n_layers):
+        zeroed, seen = _zero_run(view, trace, layer)
+        post_norms = {"ln1_post", "ln2_post"} & set(view.norms(layer))
+        for name, norm in (("attn_out", "ln1_post"), ("mlp_out", "ln2_post")):
+            if norm in post_norms and bool(seen.get(f"{norm}.in", torch.zeros(1)).any()):
+                blocked.add(layer)
+        for name in ("q", "k", "v", "attn_out", "pre", "pre_linear", "mlp_out"):
+            if name in zeroed and bool(zeroed[name][0, 0].any()):
+                biases[name, layer] = zeroed[name][0, 0].clone()
+        for norm in view.norms(layer):
+            bias = _norm_bias(view, norm, layer)
+            if bias is not None:
+                biases[f"{norm}.out", layer] = bias
+    bias = _norm_bias(view, "ln_final", view.n_layers)
+    if bias is not None:
+        biases["ln_final.out", view.n_layers] = bias
+    return biases, frozenset(blocked)
+
+
+def _zero_run(
+    view: ModelView, trace: Trace, layer: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Run one block on zeros, zeroing again after each nonlinearity; what each map gave."""
+    given: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Hook:
+        def hook(value: Tensor) -> None:
+            given[name] = value.detach().clone()
+
+        return hook
+
+    def keep_then_zero(name: str) -> Hook:
+        def hook(value: Tensor) -> Tensor:
+            given[name] = value.detach().clone()
+            return torch.zeros_like(value)
+
+        return hook
+
+    def note_input(name: str) -> Hook:
+        def hook(value: Tensor) -> None:
+            inputs[name] = value.detach().clone()
+
+        return hook
+
+    hooks: dict[Site, Hook] = {}
+    for name in ("q", "k", "pre", "pre_linear", "attn_out", "mlp_out"):
+        hooks[name, layer] = keep(name)
+    # A pattern of zeros must give a z of exactly 0, whatever v: the edit was obeyed.
+    hooks["v", layer] = keep("v")
+    hooks["pattern", layer] = keep_then_zero("pattern")
+    hooks["z", layer] = keep("z")
+    hooks["post", layer] = keep_then_zero("post")
+    for norm in view.norms(layer):
+        hooks[f"{norm}.out", layer] = keep_then_zero(norm)
+        if norm.endswith("_post"):
+            hooks[f"{norm}.in", layer] = note_input(f"{norm}.in")
+    hooks = {site: hook for site, hook in hooks.items() if site in view.sites}
+    view.replay(trace, torch.zeros_like(trace.resid[layer]), layer, hooks, stop=layer + 1)
+    if bool(given["z"].any()):
+        _refuse(view, f"layer {layer}'s attention pattern, whose edits are ignored")
+    return given, inputs
+
+
+def _norm_bias(view: ModelView, norm: str, layer: int) -> Tensor | None:
+    module, _ = view._named[f"{norm}.out", layer]
+    inner = getattr(module, "original_component", module)
+    bias = getattr(inner, "b", None)
+    bias = getattr(inner, "bias", None) if bias is None else bias
+    if not isinstance(bias, Tensor) or not bool(bias.any()):
+        return None
+    return bias.detach()
+
+
+def _is_plain_mlp(view: ModelView, trace: Trace, layer: int) -> bool:
+    """Whether `post` is act(pre), times pre_linear where there is one."""
+    function = view.activation(layer)
+    if function is None or ("pre", layer) not in trace or ("post", layer) not in trace:
+        return False
+    with torch.no_grad():
+        post = function(trace["pre", layer])
+    if ("pre_linear", layer) in trace:
+        post = post * trace["pre_linear", layer]
+    return not _differ(post, trace["post", layer], view.dtype)
