@@ -24,13 +24,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdt_lens import rules as rule
+from cdt_lens.baselines import BaselineAt
 from cdt_lens.errors import UnsupportedModelError
 from cdt_lens.model import Hook, ModelView, Site, Trace
 from cdt_lens.rules import Rules
 from cdt_lens.support import Support, check_supported
 
-# Baseline values of one layer, [batch, pos, head, d_head] or broadcastable to it.
-BaselineAt = Callable[[int], Tensor]
 # Where the baseline goes in: for each layer with sources, [source, batch or 1, pos or 1, head].
 Resets = Mapping[int, Bool[Tensor, "source batch pos head"]]
 # A rule at one site: the irrelevant part as the model computed it -> as the rule has it.

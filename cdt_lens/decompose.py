@@ -1,0 +1,315 @@
+"""Contextual decomposition of a transformer: what chosen heads contribute, to logits and to heads.
+
+A source set is a set of heads, or of single positions of heads (`Node`). `decompose` answers, for
+each source set and example, which part of the candidate tokens' logits is relevant, and, at chosen
+target heads, which part of their q, k, v and z (CD-T, arXiv 2407.00886, §3; method.md §3).
+
+The batch axis is (source x example). Source sets are grouped by their first layer, because a set
+starts from the recorded residual stream there, and chunked to a number of rows, which is halved
+when memory runs out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from cdt_lens.baselines import Baseline
+from cdt_lens.errors import InputError, NonFiniteError
+from cdt_lens.heads import Head, check_heads
+from cdt_lens.model import ModelView, Site, view_of
+from cdt_lens.propagate import Propagator, Resets
+from cdt_lens.rules import Rules, resolve_rules
+from cdt_lens.tasks import Batch, Examples
+
+# Tokens in flight per chunk of rows: past this, larger chunks bring a CPU no more speed.
+TOKENS_PER_CHUNK = {"cpu": 4096, "cuda": 65536}
+
+
+@dataclass(frozen=True, order=True)
+class Node:
+    """One position of a head; negative positions count back from the answer (-1 is the answer)."""
+
+    layer: int
+    head: int
+    position: int
+
+
+Source = Head | Node
+SourceSet = Sequence[Source]
+
+
+@dataclass(frozen=True)
+class TargetParts:
+    """The two parts of a target head's activation; `relevant + irrelevant` is the activation."""
+
+    relevant: Float[Tensor, "source example pos d_head"]
+    irrelevant: Float[Tensor, "source example pos d_head"]
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Relevant parts for every source set and example, in logits (+ raises the token's logit).
+
+    tokens: candidate token ids; logits: the plain model's logits of them at the answer position;
+    relevant: what each source set contributes to them; direction: weights of the task direction;
+    targets: parts at (site, head), site one of "q", "k", "v", "z".
+    """
+
+    sources: tuple[tuple[Source, ...], ...]
+    tokens: Int[Tensor, "example k"]
+    direction: Float[Tensor, "example k"] = field(repr=False)
+    logits: Float[Tensor, "example k"] = field(repr=False)
+    relevant: Float[Tensor, "source example k"] = field(repr=False)
+    targets: Mapping[tuple[str, Head], TargetParts] = field(default_factory=dict, repr=False)
+
+    @property
+    def irrelevant(self) -> Float[Tensor, "source example k"]:
+        """What is left of the logits without the source sets' contribution."""
+        return self.logits - self.relevant
+
+    @property
+    def relevant_direction(self) -> Float[Tensor, "source example"]:
+        """d(rel) in logits: positive = the sources push towards the gold label (method.md §4)."""
+        return torch.einsum("sek,ek->se", self.relevant, self.direction)
+
+
+def decompose(
+    model: nn.Module | ModelView,
+    examples: Examples,
+    sources: Sequence[SourceSet],
+    baseline: Baseline,
+    *,
+    rules: str | Rules = "stable",
+    targets: Sequence[Head] = (),
+    rows: int | None = None,
+) -> Decomposition:
+    """Split the logits of `examples`, and the activations at `targets`, for each source set.
+
+    Args:
+        sources: sets of `Head` or `Node`; the empty set has a relevant part of exactly 0.
+        targets: heads at whose q, k, v and z the two parts are recorded.
+        rows: (source x example) rows per forward pass; chosen by the prompts' length if None.
+
+    Raises:
+        InputError: no examples, or a source outside the model or its prompts.
+        UnsupportedModelError: a component of the model has no rule.
+        NonFiniteError: a source set left the finite range; says where and which rule to change.
+    """
+    examples.require("decompose")
+    view = view_of(model)
+    batch = next(examples.batches(len(examples), sort_by_length=False)).to(view.device)
+    sets = tuple(tuple(s) for s in sources)
+    for source in sets:
+        check_sources(view, source)
+    target_heads = check_heads(targets, view.n_layers, view.n_heads)
+    record = [(site, head.layer) for head in target_heads for site in ("q", "k", "v", "z")]
+    propagator = Propagator(
+        view, batch.tokens, batch.lengths, baseline.for_batch(view, batch),
+        resolve_rules(rules), record=record,
+    )  # fmt: skip
+    taps = _Targets(propagator, target_heads, len(sets))
+    full = propagator.full_logits(batch.candidates)
+    irrel = irrelevant_logits(propagator, sets, batch, rows=rows, taps=taps)
+    return Decomposition(
+        sets, batch.candidates, batch.direction, full, full - irrel, taps.parts()
+    )
+
+
+def check_sources(view: ModelView, sources: SourceSet) -> None:
+    """Refuse a source that the model does not have.
+
+    Raises:
+        InputError: a layer or head out of range.
+    """
+    check_heads((Head(s.layer, s.head) for s in sources), view.n_layers, view.n_heads)
+
+
+def irrelevant_logits(
+    propagator: Propagator,
+    sets: Sequence[SourceSet],
+    batch: Batch,
+    *,
+    rows: int | None = None,
+    taps: _Targets | None = None,
+    done: Callable[[int], None] | None = None,
+) -> Float[Tensor, "source example k"]:
+    """Irrelevant logits of the batch's candidates for each source set, in chunks of rows.
+
+    done: called with the number of source sets that each chunk finished.
+    """
+    full = propagator.full_logits(batch.candidates)
+    out = full.expand(len(sets), *full.shape).clone()
+    # The empty set leaves everything irrelevant: no pass, and a relevant part of exactly 0.
+    order = sorted((i for i, s in enumerate(sets) if s), key=lambda i: _first_layer(sets[i]))
+    size = rows_per_chunk(propagator, rows) // len(batch.lengths)
+    for _, group in groupby(order, key=lambda i: _first_layer(sets[i])):
+        for chunk in _chunks(list(group), max(1, size)):
+            out[chunk] = _with_halving(propagator, sets, batch, chunk, taps)
+            if done is not None:
+                done(len(chunk))
+    if done is not None:
+        done(len(sets) - len(order))
+    _check_finite(propagator, sets, batch, out)
+    return out
+
+
+def rows_per_chunk(propagator: Propagator, rows: int | None) -> int:
+    """Rows of one forward pass: as asked for, or by the prompts' length and the device."""
+    batch, n_pos, _ = propagator.trace.resid[-1].shape
+    if rows is not None:
+        if rows < 1:
+            raise InputError(f"rows={rows}: expected at least 1")
+        return max(rows, batch)
+    budget = TOKENS_PER_CHUNK.get(propagator.view.device.type, TOKENS_PER_CHUNK["cuda"])
+    return max(batch, budget // n_pos)
+
+
+def _chunks(items: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _first_layer(source: SourceSet) -> int:
+    return min(s.layer for s in source)
+
+
+def _with_halving(
+    propagator: Propagator,
+    sets: Sequence[SourceSet],
+    batch: Batch,
+    chunk: list[int],
+    taps: _Targets | None,
+) -> Float[Tensor, "source example k"]:
+    """One chunk; on out-of-memory, two of half the size, down to single source sets."""
+    try:
+        resets = build_resets([sets[i] for i in chunk], batch, propagator.view.n_heads)
+        hooks = {} if taps is None else taps.hooks(chunk)
+        resid = propagator.propagate(resets, hooks)
+        return propagator.candidate_logits(resid, batch.candidates)
+    except RuntimeError as error:
+        if len(chunk) == 1 or not is_out_of_memory(error):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    middle = len(chunk) // 2
+    halves = (chunk[:middle], chunk[middle:])
+    return torch.cat([_with_halving(propagator, sets, batch, half, taps) for half in halves])
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error is a device's or the CPU allocator's refusal of memory."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        sign in text for sign in ("out of memory", "not enough memory", "DefaultCPUAllocator")
+    )
+
+
+def build_resets(sets: Sequence[SourceSet], batch: Batch, n_heads: int) -> Resets:
+    """Where the baseline goes in, layer by layer, for a chunk of source sets.
+
+    Raises:
+        InputError: a position that some prompt does not have.
+    """
+    lengths, n_pos = batch.lengths, batch.tokens.shape[1]
+    by_position = any(isinstance(s, Node) for source in sets for s in source)
+    shape = (len(sets), len(lengths), n_pos) if by_position else (len(sets), 1, 1)
+    resets: dict[int, Bool[Tensor, "source batch pos head"]] = {}
+    for row, source in enumerate(sets):
+        for s in source:
+            if s.layer not in resets:
+                resets[s.layer] = torch.zeros(*shape, n_heads, dtype=torch.bool)
+            if isinstance(s, Head):
+                resets[s.layer][row, :, :, s.head] = True
+                continue
+            position = lengths.cpu() + s.position if s.position < 0 else s.position
+            at = torch.as_tensor(position).expand(len(lengths))
+            if bool((at < 0).any()) or bool((at >= lengths.cpu()).any()):
+                raise InputError(
+                    f"{s}: the prompts have {int(lengths.min())} to {int(lengths.max())} tokens"
+                )
+            resets[s.layer][row, torch.arange(len(lengths)), at, s.head] = True
+    return {layer: mask.to(lengths.device) for layer, mask in resets.items()}
+
+
+def _check_finite(
+    propagator: Propagator, sets: Sequence[SourceSet], batch: Batch, out: Tensor
+) -> None:
+    bad = (~torch.isfinite(out)).flatten(1).any(1).nonzero().flatten().tolist()
+    if not bad:
+        return
+    source = sets[bad[0]]
+    layer = _left_finite_range(propagator, source, batch)
+    names = ", ".join(str(s) for s in source[:4]) + (", ..." if len(source) > 4 else "")
+    suggestion = (
+        "norm='through' (a frozen scale never pulls a growing stream back)"
+        if propagator.rules.norm == "frozen"
+        else "the 'ablation' preset, or float32 weights"
+    )
+    raise NonFiniteError(
+        f"{len(bad)} of {len(sets)} source sets left the finite range under these rules; first: "
+        f"{names}, in layer {layer}; use {suggestion}"
+    )
+
+
+def _left_finite_range(propagator: Propagator, source: SourceSet, batch: Batch) -> int:
+    """The first layer after which a source set's irrelevant stream is not finite."""
+    view, found = propagator.view, []
+
+    def tap(layer: int) -> Callable[[Tensor], None]:
+        def check(value: Tensor) -> None:
+            if not bool(torch.isfinite(value).all()):
+                found.append(layer)
+
+        return check
+
+    taps: dict[Site, Callable[[Tensor], None]] = {
+        ("resid_post", layer): tap(layer) for layer in range(view.n_layers)
+    }
+    propagator.propagate(build_resets([source], batch, view.n_heads), taps)
+    return min(found, default=view.n_layers - 1)
+
+
+class _Targets:
+    """Collects the irrelevant part at target heads' q, k, v and z, chunk by chunk."""
+
+    def __init__(self, propagator: Propagator, heads: Iterable[Head], n_sources: int) -> None:
+        view, trace = propagator.view, propagator.trace
+        group = view.n_heads // view.n_kv_heads
+        self._where = {
+            (site, head): head.head // group if site in ("k", "v") else head.head
+            for head in heads
+            for site in ("q", "k", "v", "z")
+        }
+        self._full = {
+            (site, head): trace[site, head.layer][:, :, index]
+            for (site, head), index in self._where.items()
+        }
+        # Where nothing is recorded, upstream of the sources, all is irrelevant.
+        self._irrel = {
+            key: full.expand(n_sources, *full.shape).clone() for key, full in self._full.items()
+        }
+
+    def hooks(self, chunk: list[int]) -> dict[Site, Callable[[Tensor], None]]:
+        hooks: dict[Site, Callable[[Tensor], None]] = {}
+        for site in {(site, head.layer) for site, head in self._where}:
+            hooks[site] = self._tap(site, chunk)
+        return hooks
+
+    def _tap(self, site: Site, chunk: list[int]) -> Callable[[Tensor], None]:
+        def tap(value: Tensor) -> None:
+            for (name, head), index in self._where.items():
+                if (name, head.layer) == site:
+                    self._irrel[name, head][chunk] = value[:, :, :, index]
+
+        return tap
+
+    def parts(self) -> dict[tuple[str, Head], TargetParts]:
+        return {
+            key: TargetParts(self._full[key] - irrel, irrel) for key, irrel in self._irrel.items()
+        }

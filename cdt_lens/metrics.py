@@ -1,0 +1,141 @@
+"""Measures as pure functions: task direction, accuracy, macro-F1, faithfulness, CPR, CMD, ranks.
+
+Logits come as the candidates' logits `[..., batch, k]`, with the masks of `tasks.Batch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.stats
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cdt_lens.errors import InputError
+
+# The circuit sizes at which MIB (arXiv 2504.13151, §3) integrates, as fractions of the whole.
+MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+def task_direction(
+    logits: Float[Tensor, "*rows batch k"], direction: Float[Tensor, "batch k"]
+) -> Float[Tensor, "*rows batch"]:
+    """d = mean logit of the answers minus mean logit of the others; logits, + = gold label."""
+    # 0 * inf would turn a padding candidate's overflow into NaN, so weights of 0 are left out.
+    return torch.where(direction == 0, 0.0, logits * direction).sum(-1)
+
+
+def strongest_competitor(
+    logits: Float[Tensor, "batch k"],
+    is_answer: Bool[Tensor, "batch k"],
+    is_candidate: Bool[Tensor, "batch k"],
+) -> Float[Tensor, "batch k"]:
+    """Weights of the direction l[y] - max over y' != y of l[y'], the competitor fixed by `logits`.
+
+    `logits` are the full model's own, so that the direction stays linear (method.md §1).
+    """
+    others = logits.masked_fill(is_answer | ~is_candidate, -torch.inf)
+    weights = is_answer / is_answer.sum(-1, keepdim=True)
+    return weights.to(logits.dtype).scatter_add(
+        -1, others.argmax(-1, keepdim=True), -torch.ones_like(logits[..., :1])
+    )
+
+
+def correct(
+    logits: Float[Tensor, "*rows batch k"],
+    is_answer: Bool[Tensor, "batch k"],
+    is_candidate: Bool[Tensor, "batch k"],
+    prior: Float[Tensor, "batch k"] | None = None,
+) -> Bool[Tensor, "*rows batch"]:
+    """Whether the candidate with the largest logit (minus its prior) is an answer."""
+    if prior is not None:
+        logits = logits - prior
+    best = logits.masked_fill(~is_candidate, -torch.inf).argmax(-1, keepdim=True)
+    return is_answer.expand(logits.shape).gather(-1, best).squeeze(-1)
+
+
+def balanced_mean(
+    values: Float[Tensor, "*rows example"], labels: Int[Tensor, " example"]
+) -> Float[Tensor, "*rows"]:
+    """Mean over labels of the per-label means."""
+    present = labels.unique()
+    return torch.stack([values[..., labels == label].mean(-1) for label in present]).mean(0)
+
+
+def balanced_stderr(
+    values: Float[Tensor, "*rows example"], labels: Int[Tensor, " example"]
+) -> Float[Tensor, "*rows"]:
+    """Standard error of `balanced_mean`: sqrt(sum of per-label s^2/n) / K; NaN for one example."""
+    present = labels.unique()
+    terms = []
+    for label in present:
+        group = values[..., labels == label]
+        terms.append(group.var(-1) / group.shape[-1])
+    return torch.stack(terms).sum(0).sqrt() / len(present)
+
+
+def macro_f1(predicted: Sequence[str], gold: Sequence[str], labels: Sequence[str]) -> float:
+    """Mean over labels of 2TP / (2TP + FP + FN); a label neither present nor predicted counts 0."""
+    scores = []
+    for label in labels:
+        hits = sum(p == g == label for p, g in zip(predicted, gold, strict=True))
+        total = sum(p == label for p in predicted) + sum(g == label for g in gold)
+        scores.append(2 * hits / total if total else 0.0)
+    return sum(scores) / len(scores)
+
+
+def faithfulness(
+    circuit: Float[Tensor, "*rows"], full: float, empty: float
+) -> Float[Tensor, "*rows"]:
+    """f = (m(C) - m(empty)) / (m(full) - m(empty)); 1 for the full model, 0 for no heads.
+
+    Raises:
+        InputError: ablating every head leaves the metric as it was, so that f has no meaning.
+    """
+    gap = full - empty
+    if abs(gap) < 1e-9:
+        raise InputError(
+            f"faithfulness: the metric is {full:.4g} with all heads and {empty:.4g} with none, so "
+            "there is nothing to explain; choose another metric, baseline or task"
+        )
+    return (circuit - empty) / gap
+
+
+def cpr(fractions: Sequence[float], f: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows"]:
+    """Circuit performance ratio: trapezoid area under f over the fractions (MIB §3); more is better."""
+    return torch.trapezoid(f.double(), torch.tensor(fractions, dtype=torch.float64), dim=-1)
+
+
+def cmd(fractions: Sequence[float], f: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows"]:
+    """Circuit-model distance: trapezoid area under |1 - f| (MIB §3); 0 is best."""
+    return cpr(fractions, (1 - f).abs())
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Rank correlation over all entries, ties by mean rank; NaN where one side is constant."""
+    return float(scipy.stats.spearmanr(_flat(a), _flat(b)).statistic)
+
+
+def pearson(a: Tensor, b: Tensor) -> float:
+    """Linear correlation over all entries; NaN where one side is constant."""
+    return float(scipy.stats.pearsonr(_flat(a), _flat(b)).statistic)
+
+
+def auroc(scores: Tensor, truth: Bool[Tensor, "*dims"]) -> float:
+    """Probability that a true entry scores above a false one, ties counted half.
+
+    Raises:
+        InputError: all entries are true, or all false.
+    """
+    truth = truth.flatten()
+    n_true, n_false = int(truth.sum()), int((~truth).sum())
+    if n_true == 0 or n_false == 0:
+        raise InputError("auroc: needs entries of both kinds")
+    ranks = torch.from_numpy(scipy.stats.rankdata(_flat(scores)))
+    return float((ranks[truth].sum() - n_true * (n_true + 1) / 2) / (n_true * n_false))
+
+
+def _flat(values: Tensor) -> np.ndarray:
+    return values.detach().double().cpu().flatten().numpy()

@@ -1,0 +1,158 @@
+"""Where a result came from: model and its weight hash, task, options, seed, versions, command."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdt_lens.errors import ArtifactError
+from cdt_lens.model import ModelView
+
+_BLOCK_WEIGHTS = (
+    "attn.W_Q", "attn._W_K|attn.W_K", "attn._W_V|attn.W_V", "attn.W_O",
+    "attn.b_Q", "attn._b_K|attn.b_K", "attn._b_V|attn.b_V", "attn.b_O",
+    "attn.q_norm.w", "attn.k_norm.w",
+    "mlp.W_in", "mlp.W_gate", "mlp.W_out", "mlp.b_in", "mlp.b_out",
+    "ln1.w", "ln1.b", "ln2.w", "ln2.b", "ln1_post.w", "ln2_post.w",
+)  # fmt: skip
+_END_WEIGHTS = ("embed.W_E", "pos_embed.W_pos", "ln_final.w", "ln_final.b", "unembed.W_U")
+_PACKAGES = ("cdt_lens", "torch", "transformer_lens", "transformers")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What it takes to know, and to check, where a number came from.
+
+    examples: number of examples per label that were used; options: every choice that changes the
+    numbers; versions: of Python and of the packages; command: the command line that made it.
+    """
+
+    model: str
+    model_hash: str
+    model_shape: Mapping[str, int]
+    task: str
+    task_hash: str
+    examples: Mapping[str, int]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    command: str = ""
+    created: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Provenance:
+        """The inverse of `to_dict`."""
+        return cls(**values)
+
+    def check_model(self, view: ModelView, what: str) -> None:
+        """Refuse to use this result with another model.
+
+        Raises:
+            ArtifactError: the weight hashes differ; the message shows both.
+        """
+        found = weight_hash(view)
+        if found != self.model_hash:
+            raise ArtifactError(
+                f"{what} was made with model {self.model} (weights {self.model_hash[:12]}), "
+                f"this model is {view.name} (weights {found[:12]}); load that model or make "
+                "it again with this one"
+            )
+
+
+def provenance_of(
+    view: ModelView, examples: Any, *, options: Mapping[str, Any], seed: int | None = None
+) -> Provenance:
+    """The provenance of a result computed now with `view` on `examples` (a `tasks.Examples`)."""
+    return Provenance(
+        model=view.name,
+        model_hash=weight_hash(view),
+        model_shape={
+            "n_layers": view.n_layers,
+            "n_heads": view.n_heads,
+            "n_kv_heads": view.n_kv_heads,
+            "d_model": view.d_model,
+        },
+        task=examples.name,
+        task_hash=examples.hash,
+        examples=dict(examples.counts),
+        options=dict(options),
+        seed=seed,
+        versions=versions(),
+        command=command_line(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def command_line() -> str:
+    """The `cdt-lens` command being run, or "python" from a notebook or a script."""
+    program = sys.argv[0].replace("\\", "/").rsplit("/", 1)[-1] if sys.argv else ""
+    return " ".join([program, *sys.argv[1:]]) if program == "cdt-lens" else "python"
+
+
+_HASHES: dict[tuple[tuple[int, int], ...], str] = {}
+
+
+def weight_hash(view: ModelView) -> str:
+    """sha256 over the weights in TransformerLens layout, in a fixed order.
+
+    The same weights in a `HookedTransformer` and in a `TransformerBridge` have the same hash;
+    weights folded or centred by TransformerLens have another one. Biases of zero do not count.
+    """
+    key = tuple((p.data_ptr(), p._version) for p in view.tl.parameters())
+    if key not in _HASHES:
+        _HASHES.clear()  # one model at a time is the usual case
+        _HASHES[key] = _hash_weights(view)
+    return _HASHES[key]
+
+
+def _hash_weights(view: ModelView) -> str:
+    digest = hashlib.sha256()
+    parts = [(view.tl, "", name) for name in _END_WEIGHTS]
+    for layer, block in enumerate(view.blocks):
+        parts += [(block, f"{layer}.", name) for name in _BLOCK_WEIGHTS]
+    for module, prefix, names in parts:
+        tensor = _first_tensor(module, names)
+        is_bias = names.rsplit(".", 1)[-1].startswith(("b", "_b"))
+        if tensor is None or (is_bias and not bool(tensor.any())):
+            continue
+        canonical = names.rsplit("|", 1)[-1]
+        digest.update(f"{prefix}{canonical}:{tuple(tensor.shape)}:{tensor.dtype}\n".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _first_tensor(module: Any, names: str) -> Tensor | None:
+    """The tensor at the first of `a.b|c.d` that exists."""
+    for path in names.split("|"):
+        value: Any = module
+        for name in path.split("."):
+            # A bridge raises for a bias that its family does not have.
+            value = getattr(value, name, None)
+        if isinstance(value, Tensor):
+            return value
+    return None
