@@ -160,7 +160,7 @@ def mean_activations(
         raise InputError(
             f"positions={positions!r}: expected one of {', '.join(get_args(Slots))}"
         )
-    examples.require("mean_activations")
+    examples.require_some()
     view = view_of(model)
     check_supported(view)
     sums, counts = _streaming_sums(view, examples, positions, batch_size, progress)
@@ -217,7 +217,7 @@ def counterfactual_baseline(model: nn.Module | ModelView, pairs: Examples) -> Ba
     Raises:
         InputError: no examples.
     """
-    pairs.require("counterfactual_baseline")
+    pairs.require_some()
     view = view_of(model)
     empty = torch.zeros(0, 0, 0, 0)
     return Baseline("counterfactual", empty, _named(view, pairs, "counterfactual"), pairs)

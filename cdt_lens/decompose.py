@@ -101,7 +101,7 @@ def decompose(
         UnsupportedModelError: a component of the model has no rule.
         NonFiniteError: a source set left the finite range; says where and which rule to change.
     """
-    examples.require("decompose")
+    examples.require_some()
     view = view_of(model)
     batch = next(examples.batches(len(examples), sort_by_length=False)).to(view.device)
     sets = tuple(tuple(s) for s in sources)

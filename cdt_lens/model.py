@@ -15,6 +15,7 @@ never looks, so padding cannot change a number.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -145,6 +146,14 @@ class ModelView:
         """Names of the norms with hook points in `layer` (`n_layers`: the final norm)."""
         return tuple(n for n in _NORMS if (f"{n}.scale", layer) in self._named)
 
+    def norm_bias(self, norm: str, layer: int) -> Float[Tensor, " d_model"] | None:
+        """The bias of a norm, or None."""
+        module, _ = self._named[f"{norm}.out", layer]
+        inner = getattr(module, "original_component", module)
+        bias = getattr(inner, "b", None)
+        bias = getattr(inner, "bias", None) if bias is None else bias
+        return bias.detach() if isinstance(bias, Tensor) else None
+
     def _find_sites(self) -> dict[Site, tuple[nn.Module, str]]:
         """Map each site to its module and to how it is read: hook point, input or output."""
         found: dict[Site, tuple[nn.Module, str]] = {}
@@ -202,7 +211,9 @@ class ModelView:
         try:
             for module in training:
                 module.training = False
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                # The bridge warns each time a norm's scale is edited, as some rules mean to do.
+                warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
                 yield
         finally:
             for module in training:

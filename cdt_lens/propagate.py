@@ -16,7 +16,6 @@ Linear maps, rotary embeddings, grouped heads and gates need no code of ours.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -28,7 +27,7 @@ from cdt_lens.baselines import BaselineAt
 from cdt_lens.errors import UnsupportedModelError
 from cdt_lens.model import Hook, ModelView, Site, Trace
 from cdt_lens.rules import Rules
-from cdt_lens.support import Support, check_supported
+from cdt_lens.support import Support, check_supported, output_site
 
 # Where the baseline goes in: for each layer with sources, [source, batch or 1, pos or 1, head].
 Resets = Mapping[int, Bool[Tensor, "source batch pos head"]]
@@ -73,11 +72,13 @@ class Propagator:
                 f"{name}: the MLP is not act(x W_in) or act(x W_gate) * x W_in, so "
                 "activation='frozen' and product='half' have no rule; use activation='through'"
             )
-        if self.rules.bias == "proportional" and self.support.post_norm_bias:
-            raise UnsupportedModelError(
-                f"{name}: a biased projection stands in front of a post-norm, for which "
-                "bias='proportional' has no rule; use bias='irrelevant'"
-            )
+        if self.rules.norm == "frozen" and self.rules.bias == "proportional":
+            for norm, layer in (("ln1_post", 0), ("ln2_post", 0)):
+                if self._biased(f"{norm}.out", layer):
+                    raise UnsupportedModelError(
+                        f"{name}: {norm} has a bias, for which bias='proportional' has no rule "
+                        "behind a projection; use bias='irrelevant'"
+                    )
         if self.rules.sign and not any(site == "pre" for site, _ in self.view.sites) and has_mlp:
             raise UnsupportedModelError(
                 f"{name}: the MLP has no hook point before its activation, where the sign rule "
@@ -101,14 +102,16 @@ class Propagator:
             for name in ("q", "k", "v"):
                 if rules.attention == "decomposed" or self._biased(name, layer):
                     sites.append((name, layer))
-            sites.append(("pattern" if rules.attention == "frozen" else "z", layer))
-            mlp = ["pre", "pre_linear", "mlp_out"]
-            if rules.sign:
-                sites += [(name, layer) for name in mlp] + [("resid_post", layer)]
-            if rules.activation == "frozen" or rules.product == "half":
-                sites += [(name, layer) for name in ("pre", "pre_linear", "post")]
-            sites += [(n, layer) for n in ("attn_out", *mlp) if self._biased(n, layer)]
             sites.append(("z", layer))
+            if rules.attention == "frozen":
+                sites.append(("pattern", layer))
+            outputs = [output_site(self.view, name, layer) for name in ("attn_out", "mlp_out")]
+            mlp = [("pre", layer), ("pre_linear", layer), outputs[1]]
+            if rules.sign:
+                sites += [*mlp, ("resid_post", layer)]
+            if rules.activation == "frozen" or rules.product == "half":
+                sites += [("pre", layer), ("pre_linear", layer)]
+            sites += [site for site in (outputs[0], *mlp) if self._biased(*site)]
         return [site for site in dict.fromkeys(sites) if site in self.view.sites]
 
     # ------------------------------------------------------------------ carrying the stream
@@ -124,10 +127,7 @@ class Propagator:
         n_sources = next(iter(resets.values())).shape[0]
         hooks = _Hooks(self, n_sources, start, resets, taps or {})
         resid = self.trace.resid[start].repeat(n_sources, 1, 1)
-        with warnings.catch_warnings():
-            # The bridge warns each time a norm's scale is edited, which is what we mean to do.
-            warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
-            out = self.view.replay(self.trace, resid, start, hooks.build())
+        out = self.view.replay(self.trace, resid, start, hooks.build())
         return self._at_answer(out.reshape(n_sources, *self.trace.resid[-1].shape))[:, :, 0]
 
     def candidate_logits(
@@ -141,9 +141,7 @@ class Propagator:
         if rules.norm == "frozen":
             for norm in view.norms(layer):
                 hooks |= self.norm_hooks(norm, layer, n_sources, self.final)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
-            normed = view.final_norm(rows, hooks).reshape(n_sources, batch, -1)
+        normed = view.final_norm(rows, hooks).reshape(n_sources, batch, -1)
         columns, bias = view.unembedding(candidates)
         irrel = torch.einsum("sbd,bkd->sbk", normed, columns) + bias
         full = torch.einsum("bd,bkd->bk", self.normed[:, 0], columns) + bias
@@ -320,8 +318,11 @@ class _Hooks:
         return rule.larger_takes_all(value, self.trace[site]) if self.rules.sign else value
 
     def _mlp(self, layer: int) -> None:
-        if self.owner._biased("attn_out", layer):
-            self._put(("attn_out", layer), self._linear)
+        attn_out, mlp_out = (
+            output_site(self.owner.view, name, layer) for name in ("attn_out", "mlp_out")
+        )
+        if self.owner._biased(*attn_out):
+            self._put(attn_out, self._linear)
         by_formula = self.rules.activation == "frozen" or self.rules.product == "half"
         kept: dict[str, Tensor] = {}
 
@@ -335,8 +336,8 @@ class _Hooks:
                 self._put((name, layer), keep if by_formula else self._linear_and_sign)
         if by_formula:
             self._put(("post", layer), lambda _value, site: self._activated(kept, site[1]))
-        if self.rules.sign or self.owner._biased("mlp_out", layer):
-            self._put(("mlp_out", layer), self._linear_and_sign)
+        if self.rules.sign or self.owner._biased(*mlp_out):
+            self._put(mlp_out, self._linear_and_sign)
         if self.rules.sign and ("mlp_out", layer) in self.owner.view.sites:
             self._put(
                 ("resid_post", layer), lambda v, site: rule.larger_takes_all(v, self.trace[site])

@@ -73,13 +73,12 @@ class HeadScores:
 
     def ranking(self, by: Literal["magnitude", "signed"] = "magnitude") -> tuple[Head, ...]:
         """All scored heads, the largest first; ties in order of layer and head."""
-        keys = self.values.abs() if by == "magnitude" else self.values
         if by not in ("magnitude", "signed"):
             raise InputError(f"by={by!r}: expected 'magnitude' or 'signed'")
-        flat = keys.flatten().nan_to_num(nan=-torch.inf)
-        order = torch.argsort(flat, descending=True, stable=True).tolist()
+        keys = (self.values.abs() if by == "magnitude" else self.values).flatten()
+        order = torch.argsort(keys.nan_to_num(nan=-torch.inf), descending=True, stable=True)
         everyone = all_heads(self.n_layers, self.n_heads)
-        return tuple(everyone[i] for i in order if not torch.isnan(keys.flatten()[i]))
+        return tuple(everyone[i] for i in order.tolist() if not torch.isnan(keys[i]))
 
     def top(self, k: int, by: Literal["magnitude", "signed"] = "magnitude") -> tuple[Head, ...]:
         """The `k` heads with the largest magnitude (or signed score), the largest first."""
@@ -274,7 +273,7 @@ def score_heads(
         UnsupportedModelError: a component of the model has no rule.
         NonFiniteError: a head left the finite range; names it, the layer and the rule to change.
     """
-    examples.require("score_heads")
+    examples.require_some()
     view = view_of(model)
     rules = resolve_rules(rules)
     chosen = check_heads(heads, view.n_layers, view.n_heads) if heads is not None else None

@@ -29,15 +29,22 @@ _PROBE_LENGTH = 7
 class Support:
     """What the check learnt: biases by site (only the non-zero ones), and what is missing.
 
-    biases: q, k, v `[head, d_head]`; attn_out, mlp_out `[d_model]`; pre, pre_linear `[d_mlp]`;
-        "<norm>.out" `[d_model]`.
+    biases: q, k, v `[head, d_head]`; pre, pre_linear `[d_mlp]`; the output projections of
+        attention and MLP (see `output_site`) and "<norm>.out" `[d_model]`.
     plain_mlp: layers whose MLP is act(pre) or act(pre) * pre_linear, as frozen activations need.
-    post_norm_bias: layers with a projection bias in front of a post-norm.
     """
 
     biases: Mapping[Site, Tensor] = field(repr=False)
     plain_mlp: frozenset[int]
-    post_norm_bias: frozenset[int]
+
+
+def output_site(view: ModelView, name: str, layer: int) -> Site:
+    """Where the output projection of attention ("attn_out") or MLP ("mlp_out") is seen.
+
+    With a norm behind the projection, as in Gemma 2 and 3, that is the norm's input.
+    """
+    before_norm = ("ln1_post.in" if name == "attn_out" else "ln2_post.in", layer)
+    return before_norm if before_norm in view.sites else (name, layer)
 
 
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, Support] = weakref.WeakKeyDictionary()
@@ -75,9 +82,9 @@ def _check(view: ModelView) -> Support:
     _check_attention(view, trace)
     _check_logits(view, trace, tokens)
     _check_norms(view, trace)
-    biases, blocked = _read_biases(view, trace)
+    biases = _read_biases(view, trace)
     plain = frozenset(layer for layer in range(view.n_layers) if _is_plain_mlp(view, trace, layer))
-    return Support(biases, plain, blocked)
+    return Support(biases, plain)
 
 
 def _refuse(view: ModelView, component: str) -> None:
@@ -178,84 +185,51 @@ def _normed(view: ModelView, trace: Trace, layer: int, norm: str, factor: float)
     return out["value"]
 
 
-def _read_biases(
-    view: ModelView, trace: Trace
-) -> tuple[dict[Site, Float[Tensor, "*bias"]], frozenset[int]]:
+def _read_biases(view: ModelView, trace: Trace) -> dict[Site, Float[Tensor, "*bias"]]:
     """Biases as what each linear map makes of 0, layer by layer."""
     biases: dict[Site, Tensor] = {}
-    blocked: set[int] = set()
     for layer in range(view.n_layers):
-        zeroed, seen = _zero_run(view, trace, layer)
-        post_norms = {"ln1_post", "ln2_post"} & set(view.norms(layer))
-        for name, norm in (("attn_out", "ln1_post"), ("mlp_out", "ln2_post")):
-            if norm in post_norms and bool(seen.get(f"{norm}.in", torch.zeros(1)).any()):
-                blocked.add(layer)
-        for name in ("q", "k", "v", "attn_out", "pre", "pre_linear", "mlp_out"):
-            if name in zeroed and bool(zeroed[name][0, 0].any()):
-                biases[name, layer] = zeroed[name][0, 0].clone()
+        for site, value in _zero_run(view, trace, layer).items():
+            if bool(value.any()):
+                biases[site] = value[0, 0].clone()
         for norm in view.norms(layer):
-            bias = _norm_bias(view, norm, layer)
-            if bias is not None:
-                biases[f"{norm}.out", layer] = bias
-    bias = _norm_bias(view, "ln_final", view.n_layers)
-    if bias is not None:
-        biases["ln_final.out", view.n_layers] = bias
-    return biases, frozenset(blocked)
+            biases |= _norm_bias(view, norm, layer)
+    return biases | _norm_bias(view, "ln_final", view.n_layers)
 
 
-def _zero_run(
-    view: ModelView, trace: Trace, layer: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _zero_run(view: ModelView, trace: Trace, layer: int) -> dict[Site, Tensor]:
     """Run one block on zeros, zeroing again after each nonlinearity; what each map gave."""
-    given: dict[str, Tensor] = {}
-    inputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Hook:
-        def hook(value: Tensor) -> None:
-            given[name] = value.detach().clone()
-
-        return hook
-
-    def keep_then_zero(name: str) -> Hook:
-        def hook(value: Tensor) -> Tensor:
-            given[name] = value.detach().clone()
-            return torch.zeros_like(value)
-
-        return hook
-
-    def note_input(name: str) -> Hook:
-        def hook(value: Tensor) -> None:
-            inputs[name] = value.detach().clone()
-
-        return hook
-
+    given: dict[Site, Tensor] = {}
     hooks: dict[Site, Hook] = {}
-    for name in ("q", "k", "pre", "pre_linear", "attn_out", "mlp_out"):
-        hooks[name, layer] = keep(name)
-    # A pattern of zeros must give a z of exactly 0, whatever v: the edit was obeyed.
-    hooks["v", layer] = keep("v")
-    hooks["pattern", layer] = keep_then_zero("pattern")
-    hooks["z", layer] = keep("z")
-    hooks["post", layer] = keep_then_zero("post")
+
+    def keep(site: Site) -> None:
+        hooks[site] = lambda value: given.update({site: value.detach().clone()})
+
+    def zero(site: Site) -> None:
+        hooks[site] = torch.zeros_like
+
     for norm in view.norms(layer):
-        hooks[f"{norm}.out", layer] = keep_then_zero(norm)
-        if norm.endswith("_post"):
-            hooks[f"{norm}.in", layer] = note_input(f"{norm}.in")
+        zero((f"{norm}.out", layer))
+    outputs = [output_site(view, name, layer) for name in ("attn_out", "mlp_out")]
+    for site in [*((name, layer) for name in ("q", "k", "v", "pre", "pre_linear", "z")), *outputs]:
+        keep(site)
+    # A pattern of zeros must give a z of exactly 0, whatever v is: then the edit was obeyed.
+    zero(("pattern", layer))
+    zero(("post", layer))
     hooks = {site: hook for site, hook in hooks.items() if site in view.sites}
     view.replay(trace, torch.zeros_like(trace.resid[layer]), layer, hooks, stop=layer + 1)
-    if bool(given["z"].any()):
+    if bool(given.pop(("z", layer)).any()):
         _refuse(view, f"layer {layer}'s attention pattern, whose edits are ignored")
-    return given, inputs
+    return given
 
 
-def _norm_bias(view: ModelView, norm: str, layer: int) -> Tensor | None:
-    module, _ = view._named[f"{norm}.out", layer]
-    inner = getattr(module, "original_component", module)
-    bias = getattr(inner, "b", None)
-    bias = getattr(inner, "bias", None) if bias is None else bias
-    if not isinstance(bias, Tensor) or not bool(bias.any()):
-        return None
-    return bias.detach()
+def _norm_bias(view: ModelView, norm: str, layer: int) -> dict[Site, Tensor]:
+    """The bias of a norm under its site, if it has one."""
+    site = (f"{norm}.out", layer)
+    if site not in view.sites:
+        return {}
+    bias = view.norm_bias(norm, layer)
+    return {} if bias is None or not bool(bias.any()) else {site: bias}
 
 
 def _is_plain_mlp(view: ModelView, trace: Trace, layer: int) -> bool:

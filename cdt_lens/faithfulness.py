@@ -1,0 +1,380 @@
+"""Is a circuit enough, and is it needed? Mean-ablation experiments (method.md §6; MIB, 2504.13151).
+
+1. m(C): the metric with every head outside C set to the baseline, MLPs intact.
+2. f(C) = (m(C) - m(empty)) / (m(full) - m(empty)), over circuits of growing size.
+3. Completeness is f of the complement: the circuit is knocked out instead.
+4. Controls of the same size: random heads, and random heads with as many in each layer.
+5. CPR is the area under f, CMD the area under |1 - f|, over MIB's fractions.
+
+Scores should be fitted on one split and faithfulness measured on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from cdt_lens.baselines import Baseline
+from cdt_lens.circuit import Circuit, random_heads, random_heads_like
+from cdt_lens.decompose import irrelevant_logits
+from cdt_lens.distributed import gather_items, is_main, shard
+from cdt_lens.errors import InputError
+from cdt_lens.heads import Head, all_heads, check_heads
+from cdt_lens.metrics import (
+    MIB_FRACTIONS,
+    balanced_mean,
+    cmd,
+    correct,
+    cpr,
+    faithfulness,
+    task_direction,
+)
+from cdt_lens.model import ModelView, view_of
+from cdt_lens.propagate import Propagator
+from cdt_lens.provenance import Provenance, provenance_of
+from cdt_lens.rules import PRESETS
+from cdt_lens.scores import HeadScores
+from cdt_lens.tasks import Batch, Examples, Task
+
+Metric = Literal["direction", "accuracy"]
+Ranking = Literal["magnitude", "signed"]
+CONTROLS = ("random", "random-per-layer")
+
+
+@dataclass(frozen=True)
+class FaithfulnessCurve:
+    """Faithfulness of circuits of growing size, beside random ones.
+
+    sizes: heads kept; fractions: of all heads, as asked for (the areas use these);
+    faithfulness: f, 1 = as the full model, 0 = as no heads; completeness: f of the complement;
+    random: f of random circuits by control; beaten: share of them with a smaller f than the
+    circuit's; full, empty: the metric with all heads and with none, in logits or as a share.
+    """
+
+    sizes: tuple[int, ...]
+    fractions: tuple[float, ...]
+    faithfulness: Float[Tensor, " size"]
+    completeness: Float[Tensor, " size"]
+    random: Mapping[str, Float[Tensor, "draw size"]] = field(repr=False)
+    full: float
+    empty: float
+    metric: Metric
+    cpr: float
+    cmd: float
+    random_cpr: Mapping[str, Float[Tensor, " draw"]] = field(repr=False)
+    random_cmd: Mapping[str, Float[Tensor, " draw"]] = field(repr=False)
+    beaten: Mapping[str, Float[Tensor, " size"]] = field(repr=False)
+    provenance: Provenance = field(repr=False)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a size: f, completeness, and the median f of each control (no unit)."""
+        table = {
+            "heads": self.sizes,
+            "fraction": self.fractions,
+            "faithfulness": self.faithfulness.tolist(),
+            "completeness": self.completeness.tolist(),
+        }
+        for name, values in self.random.items():
+            table[f"{name} (median)"] = values.median(0).values.tolist()
+            table[f"beats {name}"] = self.beaten[name].tolist()
+        return pd.DataFrame(table)
+
+
+@dataclass(frozen=True)
+class CircuitFaithfulness:
+    """Faithfulness of one given circuit, and the same-size random circuits beside it."""
+
+    heads: tuple[Head, ...]
+    faithfulness: float
+    completeness: float
+    random: Mapping[str, Float[Tensor, " draw"]] = field(repr=False)
+    beaten: Mapping[str, float]
+    full: float
+    empty: float
+    metric: Metric
+    provenance: Provenance = field(repr=False)
+
+
+def circuit_metric(
+    model: nn.Module | ModelView,
+    circuits: Sequence[Sequence[Head]],
+    examples: Examples,
+    baseline: Baseline,
+    *,
+    metric: Metric = "direction",
+    task: Task | None = None,
+    batch_size: int = 16,
+    rows: int | None = None,
+    progress: bool = True,
+) -> Float[Tensor, " circuit"]:
+    """m(C) of each circuit: the metric with every other head mean-ablated.
+
+    "direction" is the label-balanced mean task direction in logits; "accuracy" the label-balanced
+    share of examples whose best candidate is an answer (minus the task's prior, if it has one).
+
+    Raises:
+        InputError: no examples, an unknown metric, or a head outside the model.
+    """
+    if metric not in get_args(Metric):
+        raise InputError(f"metric={metric!r}: expected one of {', '.join(get_args(Metric))}")
+    examples.require_some()
+    view = view_of(model)
+    everyone = all_heads(view.n_layers, view.n_heads)
+    kept = [set(check_heads(c, view.n_layers, view.n_heads)) for c in circuits]
+    complements = [tuple(h for h in everyone if h not in inside) for inside in kept]
+    batches = list(examples.batches(batch_size, shard=shard()))
+    items: list[tuple[int, Tensor]] = []
+    total = len(batches) * len(circuits)
+    with tqdm(total=total, desc="circuits", disable=not (progress and is_main())) as bar:
+        for batch in batches:
+            values = _per_example(
+                view, batch.to(view.device), complements, baseline, metric, task, rows, bar
+            )
+            items += [(index, values[:, row]) for row, index in enumerate(batch.index)]
+    ordered = dict(gather_items(items))
+    table = torch.stack([ordered[i] for i in range(len(examples))], dim=-1)
+    labels = torch.tensor([examples.labels.index(e.label) for e in examples])
+    return balanced_mean(table.double(), labels)
+
+
+def _per_example(
+    view: ModelView,
+    batch: Batch,
+    complements: Sequence[tuple[Head, ...]],
+    baseline: Baseline,
+    metric: Metric,
+    task: Task | None,
+    rows: int | None,
+    bar: tqdm,
+) -> Float[Tensor, "circuit example"]:
+    # An ablated model is the irrelevant stream under the all-through rules: what is left when
+    # the complement's contribution is taken away.
+    propagator = Propagator(
+        view, batch.tokens, batch.lengths, baseline.for_batch(view, batch), PRESETS["ablation"]
+    )
+    logits = irrelevant_logits(propagator, complements, batch, rows=rows, done=bar.update)
+    if metric == "direction":
+        return task_direction(logits, batch.direction).float().cpu()
+    prior = None if task is None or task.prior is None else task.candidate_prior(batch)
+    right = correct(
+        logits, batch.is_answer, batch.is_candidate, None if prior is None else prior.to(logits)
+    )
+    return right.float().cpu()
+
+
+def faithfulness_curve(
+    model: nn.Module | ModelView,
+    scores: HeadScores,
+    examples: Examples,
+    baseline: Baseline,
+    *,
+    fractions: Sequence[float] = MIB_FRACTIONS,
+    by: Ranking = "magnitude",
+    metric: Metric = "direction",
+    draws: int = 5,
+    seed: int = 0,
+    task: Task | None = None,
+    batch_size: int = 16,
+    rows: int | None = None,
+    progress: bool = True,
+) -> FaithfulnessCurve:
+    """Keep the top heads by score, ablate the rest, for each fraction; and random heads likewise.
+
+    Args:
+        by: rank heads by "magnitude" or by the "signed" score; draws: random circuits of each
+            kind and size; seed: draw i of a size uses seed + i.
+
+    Raises:
+        InputError: fractions out of order or range, scores of another model's shape, or a metric
+            that ablating every head does not change.
+    """
+    view = view_of(model)
+    scores.provenance.check_model(view, "these scores")
+    fractions = _checked_fractions(fractions)
+    everyone = all_heads(view.n_layers, view.n_heads)
+    ranking = scores.ranking(by)
+    sizes = tuple(min(len(ranking), int(fraction * len(everyone) + 1e-9)) for fraction in fractions)
+    circuits = {size: tuple(sorted(ranking[:size])) for size in sizes}
+    wanted: list[tuple[Head, ...]] = [everyone, ()]
+    for size in dict.fromkeys(sizes):
+        wanted += _family(circuits[size], view, draws, seed)
+    measured = _measure(
+        view, wanted, examples, baseline, metric, task, batch_size, rows, progress
+    )
+    full, empty = measured[everyone], measured[()]
+
+    def f(heads: Sequence[Head]) -> float:
+        return float(faithfulness(torch.tensor(measured[tuple(heads)]), full, empty))
+
+    families = {size: _family(circuits[size], view, draws, seed) for size in sizes}
+    values = torch.tensor([f(families[size][0]) for size in sizes])
+    random = {
+        name: torch.tensor(
+            [[f(families[size][2 + n * draws + i]) for size in sizes] for i in range(draws)]
+        ).reshape(draws, len(sizes))
+        for n, name in enumerate(CONTROLS)
+    }
+    options = {
+        "scores": scores.provenance.options,
+        "scores_task": scores.provenance.task_hash,
+        "by": by,
+        "metric": metric,
+        "draws": draws,
+        "baseline": baseline.kind,
+    }
+    return FaithfulnessCurve(
+        sizes=sizes,
+        fractions=fractions,
+        faithfulness=values,
+        completeness=torch.tensor([f(families[size][1]) for size in sizes]),
+        random=random,
+        full=full,
+        empty=empty,
+        metric=metric,
+        cpr=float(cpr(fractions, values)),
+        cmd=float(cmd(fractions, values)),
+        random_cpr={name: cpr(fractions, value) for name, value in random.items()},
+        random_cmd={name: cmd(fractions, value) for name, value in random.items()},
+        beaten={name: (value < values).float().mean(0) for name, value in random.items()},
+        provenance=provenance_of(view, examples, options=options, seed=seed),
+    )
+
+
+def circuit_faithfulness(
+    model: nn.Module | ModelView,
+    circuit: Circuit,
+    examples: Examples,
+    baseline: Baseline,
+    *,
+    metric: Metric = "direction",
+    draws: int = 5,
+    seed: int = 0,
+    task: Task | None = None,
+    batch_size: int = 16,
+    rows: int | None = None,
+    progress: bool = True,
+) -> CircuitFaithfulness:
+    """Faithfulness and completeness of one circuit, against random circuits of its size.
+
+    Raises:
+        ArtifactError: the circuit was found in another model.
+        InputError: no examples, or a metric that ablating every head does not change.
+    """
+    view = view_of(model)
+    circuit.check_model(view)
+    everyone = all_heads(view.n_layers, view.n_heads)
+    family = _family(circuit.heads, view, draws, seed)
+    wanted = [everyone, (), *family]
+    measured = _measure(view, wanted, examples, baseline, metric, task, batch_size, rows, progress)
+    full, empty = measured[everyone], measured[()]
+
+    def f(heads: tuple[Head, ...]) -> float:
+        return float(faithfulness(torch.tensor(measured[heads]), full, empty))
+
+    own = f(family[0])
+    random = {
+        name: torch.tensor([f(h) for h in family[2 + n * draws : 2 + (n + 1) * draws]])
+        for n, name in enumerate(CONTROLS)
+    }
+    return CircuitFaithfulness(
+        heads=circuit.heads,
+        faithfulness=own,
+        completeness=f(family[1]),
+        random=random,
+        beaten={name: float((value < own).float().mean()) for name, value in random.items()},
+        full=full,
+        empty=empty,
+        metric=metric,
+        provenance=provenance_of(
+            view, examples, options={"circuit": [str(h) for h in circuit.heads]}, seed=seed
+        ),
+    )
+
+
+def greedy_circuit(
+    model: nn.Module | ModelView,
+    scores: HeadScores,
+    examples: Examples,
+    baseline: Baseline,
+    *,
+    k: int,
+    pool: int = 32,
+    rows: int | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Circuit:
+    """Build a circuit head by head, adding each time the one that brings f nearest to 1.
+
+    Candidates are the `pool` heads with the largest scores; k steps of at most `pool` ablation
+    runs each. Choose on one split and report faithfulness on another.
+
+    Raises:
+        InputError: k is larger than the pool.
+    """
+    if not 1 <= k <= pool:
+        raise InputError(f"greedy_circuit: k={k}, expected 1 to pool={pool}")
+    view = view_of(model)
+    candidates = list(scores.top(min(pool, len(scores.ranking()))))
+    everyone = all_heads(view.n_layers, view.n_heads)
+    measured = _measure(
+        view, [everyone, ()], examples, baseline, "direction", None, batch_size, rows, progress
+    )
+    full, empty = measured[everyone], measured[()]
+    chosen: list[Head] = []
+    while len(chosen) < k:
+        trials = [(*chosen, head) for head in candidates]
+        values = circuit_metric(
+            view, trials, examples, baseline,
+            batch_size=batch_size, rows=rows, progress=progress,
+        )  # fmt: skip
+        distance = (1 - faithfulness(values, full, empty)).abs()
+        chosen.append(candidates.pop(int(distance.argmin())))
+    return scores.circuit(chosen, {"rule": "greedy", "k": k, "pool": pool, "by": "faithfulness"})
+
+
+def _family(
+    heads: tuple[Head, ...], view: ModelView, draws: int, seed: int
+) -> list[tuple[Head, ...]]:
+    """A circuit, its complement, and its random controls, in that order."""
+    shape = (view.n_layers, view.n_heads)
+    inside = set(heads)
+    complement = tuple(h for h in all_heads(*shape) if h not in inside)
+    free = [random_heads(len(heads), *shape, seed=seed + i) for i in range(draws)]
+    layered = [random_heads_like(heads, *shape, seed=seed + i) for i in range(draws)]
+    return [heads, complement, *free, *layered]
+
+
+def _measure(
+    view: ModelView,
+    circuits: Sequence[tuple[Head, ...]],
+    examples: Examples,
+    baseline: Baseline,
+    metric: Metric,
+    task: Task | None,
+    batch_size: int,
+    rows: int | None,
+    progress: bool,
+) -> dict[tuple[Head, ...], float]:
+    """The metric of each different circuit, once."""
+    unique = list(dict.fromkeys(circuits))
+    values = circuit_metric(
+        view, unique, examples, baseline,
+        metric=metric, task=task, batch_size=batch_size, rows=rows, progress=progress,
+    )  # fmt: skip
+    return dict(zip(unique, values.tolist(), strict=True))
+
+
+def _checked_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
+    values = tuple(float(x) for x in fractions)
+    if len(values) < 2 or list(values) != sorted(set(values)) or not 0 <= values[0] <= values[-1] <= 1:
+        raise InputError(
+            f"fractions={values}: expected at least two, rising, each from 0 to 1"
+        )
+    return values

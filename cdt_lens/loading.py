@@ -1,0 +1,266 @@
+"""`load_model`: a hub name, a Hugging Face folder or a GGUF file becomes a TransformerLens model.
+
+The weights stay unprocessed (no folding, no centring): folded norms have nothing left to train,
+and the numbers are the same without. `HookedTransformer` exists up to transformer-lens 3.x and not
+for every family; `TransformerBridge` takes the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import logging as hf_logging
+
+from cdt_lens.errors import InputError, UnsupportedModelError
+from cdt_lens.model import is_model, view_of
+from cdt_lens.support import check_supported
+
+Backend = Literal["auto", "hooked", "bridge"]
+
+# Families that HookedTransformer 3.9 reads right from any folder (measured against Hugging Face).
+_HOOKED_FAMILIES = frozenset(
+    {
+        "GPT2LMHeadModel", "GPTNeoXForCausalLM", "LlamaForCausalLM", "MistralForCausalLM",
+        "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+    }
+)  # fmt: skip
+
+
+def load_model(
+    source: str | Path | nn.Module,
+    *,
+    backend: Backend = "auto",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    n_ctx: int | None = None,
+) -> Any:
+    """A model ready for every function of this package, checked against the rules.
+
+    Args:
+        source: a Hugging Face hub name, a local Hugging Face folder, a `.gguf` file, or a
+            `HookedTransformer` / `TransformerBridge` of one's own, which is returned as it is.
+        backend: "hooked" for `HookedTransformer` (transformer-lens 3.x), "bridge" for
+            `TransformerBridge`, "auto" for the first where it can be had.
+        device: the GPU of this process if there is one, else the CPU.
+        n_ctx: context length for `HookedTransformer`, which allocates masks of that size; at most
+            2048 by default.
+
+    Raises:
+        InputError: nothing can be loaded from `source`, or a weight is not finite.
+        UnsupportedModelError: a component of the model has no rule.
+    """
+    if isinstance(source, nn.Module):
+        if not is_model(source):
+            raise InputError(
+                f"model: {type(source).__name__} is not a TransformerLens model; pass its folder, "
+                "or wrap it: TransformerBridge.boot_transformers(name, hf_model=...)"
+            )
+        check_supported(view_of(source))
+        return source
+    where = str(device) if device is not None else default_device()
+    with _third_party_noise_off():
+        hf_model, tokenizer = load_hugging_face(source, dtype=dtype)
+        name = _name_of(source)
+        family = type(hf_model).__name__
+        if _use_hooked(backend, family):
+            model = _hooked(hf_model, tokenizer, where, dtype, n_ctx)
+        else:
+            model = _bridge(hf_model, tokenizer, where, dtype)
+    model.cfg.model_name = name
+    model.eval()
+    check_supported(view_of(model))
+    return model
+
+
+def default_device() -> str:
+    """The GPU of this process under a launcher, the first GPU otherwise, or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    import os
+
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
+
+
+def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """The Hugging Face model, without quantisation, and its tokenizer.
+
+    Raises:
+        InputError: no such folder or file, a file cut short, or a hub that cannot be reached.
+    """
+    path = Path(source)
+    if path.suffix == ".gguf":
+        return _from_gguf(path, dtype)
+    is_local = path.exists() or path.is_absolute() or str(source).startswith(".")
+    if is_local and not (path / "config.json").is_file():
+        raise InputError(
+            f"{source}: expected a Hugging Face folder with a config.json, or a .gguf file"
+        )
+    try:
+        # Eager attention: the bridge reads and edits its pattern.
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation="eager"
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # what transformers and safetensors raise here has no common class
+        what = "the folder is damaged or incomplete" if is_local else (
+            "no such folder here, and the hub could not give it; check the name and the network, "
+            "or pass a local folder"
+        )
+        raise InputError(f"{source}: cannot be loaded: {what} ({_first_line(error)})") from error
+    return model, tokenizer
+
+
+def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=dtype
+        )
+    except Exception as error:  # the gguf reader's errors have no common class
+        raise InputError(
+            f"{path}: cannot be read as GGUF; it may be cut short: fetch it again "
+            f"({_first_line(error)})"
+        ) from error
+    # transformers marks the model as quantised and then refuses to save or wrap it; its weights
+    # are plain floats by now, so a fresh model of the same class takes them over.
+    config = loaded.config.to_dict()
+    for key in ("quantization_config", "_name_or_path"):
+        config.pop(key, None)
+    clean_config = type(loaded.config)(**config)
+    clean_config._attn_implementation = "eager"
+    clean_config.architectures = [type(loaded).__name__]
+    for key in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"):
+        # GGUF keeps eps as float32: 9.9999997e-06 where the model was trained with 1e-05.
+        value = getattr(clean_config, key, None)
+        if isinstance(value, float):
+            setattr(clean_config, key, float(f"{value:.6g}"))
+    clean = type(loaded)(clean_config).to(dtype)
+    clean.load_state_dict(loaded.state_dict())
+    clean.tie_weights()
+    clean.generation_config = loaded.generation_config
+    return clean.eval(), tokenizer
+
+
+def _use_hooked(backend: Backend, family: str) -> bool:
+    if backend == "bridge":
+        return False
+    if backend not in ("auto", "hooked"):
+        raise InputError(f"backend={backend!r}: expected auto, hooked or bridge")
+    possible = has_hooked_transformer()
+    if backend == "auto":
+        return possible and family in _HOOKED_FAMILIES
+    if not possible:
+        raise InputError(
+            "backend='hooked': this transformer-lens has no HookedTransformer; install "
+            "'transformer-lens<4' or use backend='bridge'"
+        )
+    if family not in _HOOKED_FAMILIES:
+        raise UnsupportedModelError(
+            f"{family}: HookedTransformer does not read this family right; use backend='bridge'"
+        )
+    return True
+
+
+def has_hooked_transformer() -> bool:
+    """Whether the installed transformer-lens has `HookedTransformer` (3.x)."""
+    try:
+        from transformer_lens import HookedTransformer  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _hooked(hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype, n_ctx: int | None) -> Any:
+    from transformer_lens import HookedTransformer, loading_from_pretrained
+    from transformer_lens.weight_processing import ProcessWeights
+
+    config = hf_model.config
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 2048)
+    length = min(n_ctx or 2048, limit)
+    with tempfile.TemporaryDirectory(prefix="cdt-lens-") as folder:
+        # transformer-lens takes a name for a known model by substrings of its path, so it is shown
+        # the configuration alone under a path that says nothing.
+        shown = Path(folder) / "model"
+        if not hasattr(config, "n_ctx"):
+            config.n_ctx = limit
+        config.architectures = [type(hf_model).__name__]
+        config.save_pretrained(shown)
+        cfg = loading_from_pretrained.get_pretrained_model_config(
+            str(shown), hf_cfg=config.to_dict(), fold_ln=False, device=device, dtype=dtype,
+            n_ctx=length if "n_ctx" not in _fixed_positions(hf_model) else None,
+        )  # fmt: skip
+        state = loading_from_pretrained.get_pretrained_state_dict(
+            str(shown), cfg, hf_model, dtype=dtype
+        )
+    model = HookedTransformer(cfg, tokenizer, move_to_device=False)
+    state = model.fill_missing_keys({k: v.detach() for k, v in state.items()})
+    state = ProcessWeights.process_weights(
+        state, cfg, fold_ln=False, center_writing_weights=False, center_unembed=False,
+        fold_value_biases=False, refactor_factored_attn_matrices=False,
+    )  # fmt: skip
+    outcome = model.load_state_dict(state, strict=False)
+    buffers = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
+    missing = [key for key in outcome.missing_keys if not key.endswith(buffers)]
+    if missing:
+        raise UnsupportedModelError(f"weights without a place in HookedTransformer: {missing[:4]}")
+    model.move_model_modules_to_device()
+    model.setup()
+    return model
+
+
+def _fixed_positions(hf_model: Any) -> tuple[str, ...]:
+    # A learned position table has its length in the weights; it cannot be cut.
+    return ("n_ctx",) if type(hf_model).__name__ == "GPT2LMHeadModel" else ()
+
+
+def _bridge(hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    hf_model.config.architectures = [type(hf_model).__name__]
+    model = TransformerBridge.boot_transformers(
+        "model", hf_model=hf_model.to(device), tokenizer=tokenizer, device=device, dtype=dtype
+    )
+    return model
+
+
+def _name_of(source: str | Path) -> str:
+    path = Path(source)
+    return path.stem if path.suffix == ".gguf" else (path.name if path.exists() else str(source))
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def _third_party_noise_off() -> Iterator[None]:
+    """Loading bars and advice of the libraries below, which a person here did not ask for."""
+    verbosity = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    root = logging.getLogger().level
+    try:
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+        logging.getLogger().setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        logging.getLogger().setLevel(root)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+

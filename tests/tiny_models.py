@@ -1,0 +1,158 @@
+"""Tiny random Hugging Face models, offline, one for each architecture feature the tests need.
+
+Every parameter is drawn afresh, biases and norm weights included, so that no term of the
+arithmetic is hidden behind a 0 or a 1. The sliding windows are shorter than the prompts, the
+soft-caps low enough to bite, and where the family allows it n_heads * d_head differs from d_model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import transformers
+from jaxtyping import Int
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+D_VOCAB = 128
+D_MODEL = 64  # a square: Gemma's embedding scale sqrt(d_model) is then the same number in any dtype
+D_MLP = 96
+N_HEADS = 4
+WINDOW = 5
+PROMPT_LENGTH = 9
+
+_COMMON = {
+    "vocab_size": D_VOCAB,
+    "hidden_size": D_MODEL,
+    "num_hidden_layers": 2,
+    "num_attention_heads": N_HEADS,
+    "intermediate_size": D_MLP,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attn_implementation": "eager",  # the only one that knows the attention soft-cap
+}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2, "pad_token_id": 0}
+_NARROW_HEADS = {**_GROUPED, "head_dim": 12}
+_GEMMA = {**_NARROW_HEADS, "query_pre_attn_scalar": 20, "sliding_window": WINDOW}
+
+
+class Float64Throughout(TorchFunctionMode):
+    """Within this context every request for float32 is answered with float64.
+
+    Hugging Face models compute norms, softmax and rotary angles in float32 whatever their dtype,
+    which puts their float64 logits off by 1e-6; in this context they are float64 all the way.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = tuple(_widened(value) for value in args)
+        kwargs = {name: _widened(value) for name, value in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+def _widened(value: object) -> object:
+    return torch.float64 if value is torch.float32 else value
+
+
+def _gpt2() -> PreTrainedModel:
+    config = transformers.GPT2Config(
+        vocab_size=D_VOCAB,
+        n_positions=64,
+        n_ctx=64,  # unused by the model; TransformerLens 3 reads it, as the published files have it
+        n_embd=D_MODEL,
+        n_layer=2,
+        n_head=N_HEADS,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="eager",
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def _gpt_neox(parallel: bool) -> PreTrainedModel:
+    config = transformers.GPTNeoXConfig(**_COMMON, rotary_pct=0.25, use_parallel_residual=parallel)
+    return transformers.GPTNeoXForCausalLM(config)
+
+
+def _llama() -> PreTrainedModel:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_GROUPED))
+
+
+def _mistral() -> PreTrainedModel:
+    config = transformers.MistralConfig(**_GROUPED, sliding_window=WINDOW)
+    return transformers.MistralForCausalLM(config)
+
+
+def _qwen2() -> PreTrainedModel:
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_GROUPED))
+
+
+def _qwen3() -> PreTrainedModel:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_NARROW_HEADS))
+
+
+def _gemma2() -> PreTrainedModel:
+    config = transformers.Gemma2Config(
+        **_GEMMA,
+        layer_types=["sliding_attention", "full_attention"],
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    )
+    return transformers.Gemma2ForCausalLM(config)
+
+
+def _gemma3() -> PreTrainedModel:
+    layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = transformers.Gemma3TextConfig(
+        **{**_GEMMA, "num_hidden_layers": len(layer_types)}, layer_types=layer_types
+    )
+    return transformers.Gemma3ForCausalLM(config)
+
+
+BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "gpt2": _gpt2,  # LayerNorm, learned positions, fused QKV in Conv1D
+    "pythia": lambda: _gpt_neox(parallel=True),  # parallel block, partial rotary, fused QKV
+    "neox_seq": lambda: _gpt_neox(parallel=False),
+    "llama": _llama,  # RMSNorm, rotary, grouped K/V, gated MLP
+    "mistral": _mistral,  # a sliding window in every layer
+    "qwen2": _qwen2,  # QKV biases
+    "qwen3": _qwen3,  # QK-norm
+    "gemma2": _gemma2,  # post-norms, soft-caps, windows in every other layer
+    "gemma3": _gemma3,  # post-norms, QK-norm, local and global rotary bases
+}
+FAMILIES = tuple(BUILDERS)
+
+
+def build(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """The tiny random model of a family, in eval mode, the same weights on every call.
+
+    Raises KeyError for a name outside FAMILIES.
+    """
+    with torch.random.fork_rng(), Float64Throughout() if dtype is torch.float64 else nullcontext():
+        model = BUILDERS[name]()
+    model = model.to(dtype).eval().requires_grad_(False)
+    _randomise(model, torch.Generator().manual_seed(1))
+    model.config.architectures = [type(model).__name__]
+    model.config._name_or_path = f"tiny-{name}"
+    return model
+
+
+def prompts(batch: int = 2, pos: int = PROMPT_LENGTH, *, seed: int = 0) -> Int[Tensor, "batch pos"]:
+    """Random prompts without special tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, D_VOCAB, (batch, pos), generator=generator)
+
+
+def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
+    """Matrices that keep a unit-sized vector unit-sized; vectors moved off their 0 or 1."""
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if parameter.ndim == 1:
+            parameter.add_(0.3 * noise)
+        else:
+            parameter.copy_(noise * min(parameter.shape) ** -0.5)
