@@ -12,43 +12,20 @@ valid, and rows that share a premise stay together.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
 import random
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, zip_longest
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TextIO
 
 from transformers import PreTrainedTokenizerBase
 
 from cdt_lens.errors import InputError
 from cdt_lens.generators import DEFAULT_SIZES, GENERATORS
-from cdt_lens.tasks import Examples, PromptFormat, Task, did_you_mean
-
-SPLITS = ("train", "valid", "test")
-# What the hub calls our splits, by preference.
-HUB_SPLITS = {
-    "train": ("train",),
-    "valid": ("validation", "valid", "dev", "val"),
-    "test": ("test",),
-}
-
-
-@dataclass(frozen=True)
-class Table:
-    """The rows of one split, and for each the place that an error message names."""
-
-    rows: Sequence[Mapping[str, object]]
-    places: Sequence[str]
-
-    def pick(self, index: Sequence[int]) -> Table:
-        """The rows at these positions."""
-        return Table([self.rows[i] for i in index], [self.places[i] for i in index])
+from cdt_lens.prompts import PromptFormat, did_you_mean
+from cdt_lens.sources import SPLITS, Table, hub_tables, read_table
+from cdt_lens.tasks import Examples, Task
 
 
 @dataclass(frozen=True)
@@ -259,83 +236,6 @@ def task_from_hub(
     return _build(name, tables, format, shots=shots, seed=seed, limit=limit)
 
 
-def read_table(path: str | Path, *, quoting: bool | None = None) -> Table:
-    """The rows of a CSV, TSV or JSONL file, plain or gzipped; places count lines from 1.
-
-    Raises:
-        InputError: the file cannot be read, or a line of it is not a whole row.
-    """
-    path = Path(path)
-    kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
-    if kind not in ("csv", "tsv", "jsonl"):
-        raise InputError(f"{path}: expected a .csv, .tsv or .jsonl file (.gz allowed)")
-    quoted = kind == "csv" if quoting is None else quoting
-    try:
-        with _open_text(path) as file:
-            numbered = list(
-                _jsonl_rows(path, file)
-                if kind == "jsonl"
-                else _separated_rows(path, file, "," if kind == "csv" else "\t", quoted)
-            )
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: damaged gzip file ({error}); get it again") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if not numbered:
-        raise InputError(f"{path}: no rows; expected at least one of each label")
-    return Table([row for _, row in numbered], [f"{path}, line {line}" for line, _ in numbered])
-
-
-def hub_tables(
-    repo: str,
-    config: str | None,
-    *,
-    columns: Sequence[str],
-    label_column: str,
-    label_names: Sequence[str] | None,
-    splits: Mapping[str, str] | None,
-    revision: str | None,
-    data_dir: str | None,
-) -> dict[str, Table]:
-    """One table a split, of a hub data set or a local folder, with labels as words.
-
-    Raises:
-        InputError: the data cannot be had, lack a column or split, or have labels without names.
-    """
-    found = _load_from_hub(repo, config, revision=revision, data_dir=data_dir)
-    where = repo if config is None else f"{repo}/{config}"
-    wanted = splits or {
-        split: next(name for name in names if name in found)
-        for split, names in HUB_SPLITS.items()
-        if any(name in found for name in names)
-    }
-    lacking = [name for name in wanted.values() if name not in found]
-    if lacking or not wanted or not set(wanted) <= set(SPLITS):
-        raise InputError(
-            f"{where}: it has the splits {', '.join(found)}, wanted {dict(wanted)}; pass "
-            "splits={'train': ..., 'test': ...} with train, valid, test as keys and its names"
-        )
-    tables = {}
-    for split, name in wanted.items():
-        data = found[name]
-        for column in (*columns, label_column):
-            if column not in data.column_names:
-                raise InputError(
-                    f"{where}, split {name}: no column {column!r}"
-                    f"{did_you_mean(column, data.column_names)}; it has "
-                    f"{', '.join(data.column_names)}"
-                )
-        names = _label_names(where, data.features[label_column], label_names)
-        places = [f"{where}, split {name}, row {number}" for number in range(1, len(data) + 1)]
-        rows = data.select_columns(list(dict.fromkeys((*columns, label_column)))).to_list()
-        for row, place in zip(rows, places, strict=True):
-            row[label_column] = _label_word(row[label_column], names, place)
-        tables[split] = Table(rows, places)
-    return tables
-
-
 def _refuse(name: str, reason: str, options: Mapping[str, object]) -> None:
     for option, value in options.items():
         if value is not None:
@@ -471,106 +371,3 @@ def _few_shot(
     prefix = "".join(f"{example}\n\n" for example in shown)
     rest = [i for i in range(len(checked)) if i not in set(chosen)]
     return replace(format, prefix=prefix), table.pick(rest)
-
-
-def _open_text(path: Path) -> TextIO:
-    # utf-8-sig drops the byte order mark that spreadsheets write.
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return open(path, encoding="utf-8-sig", newline="")
-
-
-def _separated_rows(
-    path: Path, file: TextIO, delimiter: str, quoted: bool
-) -> Iterator[tuple[int, dict[str, object]]]:
-    """Each row with the number of the line on which it starts."""
-    rule = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    reader = csv.reader(file, delimiter=delimiter, quoting=rule, strict=True)
-    header: list[str] | None = None
-    line = 1
-    try:
-        for cells in reader:
-            start, line = line, reader.line_num + 1
-            if not cells:
-                continue
-            if header is None:
-                header = cells
-                _check_header(path, header)
-                continue
-            if len(cells) > len(header):
-                raise InputError(
-                    f"{path}, line {start}: {len(cells)} cells, the header has {len(header)}; put "
-                    f"quotation marks around text that holds {delimiter!r}"
-                )
-            yield start, dict(zip_longest(header, cells))
-    except csv.Error as error:
-        raise InputError(
-            f"{path}, line {line}: {error}; look for a quotation mark that is not closed or doubled"
-        ) from error
-
-
-def _check_header(path: Path, header: Sequence[str]) -> None:
-    twice = [column for column in header if header.count(column) > 1]
-    if twice:
-        raise InputError(f"{path}, line 1: column {twice[0]!r} occurs twice; rename one of them")
-
-
-def _jsonl_rows(path: Path, file: TextIO) -> Iterator[tuple[int, dict[str, object]]]:
-    for line, text in enumerate(file, start=1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"{path}, line {line}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise InputError(
-                f"{path}, line {line}: expected one JSON object a line, got a {type(row).__name__}"
-            )
-        yield line, row
-
-
-def _load_from_hub(
-    repo: str, config: str | None, *, revision: str | None, data_dir: str | None
-) -> Mapping[str, Any]:
-    import datasets  # here, because it is slow to import and only the hub needs it
-
-    try:
-        return datasets.load_dataset(repo, config, revision=revision, data_dir=data_dir)
-    except ConnectionError as error:
-        raise InputError(
-            f"{repo}: the Hugging Face hub could not be reached ({error}); go online, or give the "
-            "data as files: folder= of load_task, or task_from_files"
-        ) from error
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        where = repo if config is None else f"{repo}/{config}"
-        raise InputError(f"{where}: `datasets` cannot load it: {error}") from error
-
-
-def _label_names(where: str, feature: Any, given: Sequence[str] | None) -> Sequence[str] | None:
-    """The names of integer labels: the data set's own, else those given."""
-    own = getattr(feature, "names", None)
-    if own is None or all(name.isdigit() for name in own):
-        return given
-    if given is not None and list(given) != list(own):
-        raise InputError(
-            f"{where}: label_names {list(given)} contradict the data set's own {list(own)}; leave "
-            "label_names out and use its names in the verbalizer"
-        )
-    return own
-
-
-def _label_word(label: object, names: Sequence[str] | None, place: str) -> object:
-    if isinstance(label, bool) or not isinstance(label, int):
-        return label
-    if names is None:
-        raise InputError(
-            f"{place}: the label is the integer {label}, whose meaning differs from data set to "
-            "data set; pass label_names=('name of 0', 'name of 1', ...)"
-        )
-    if not 0 <= label < len(names):
-        raise InputError(
-            f"{place}: label {label}: expected 0 to {len(names) - 1} ({', '.join(names)}); a split "
-            "without labels is left out with splits="
-        )
-    return names[label]

@@ -114,10 +114,11 @@ def curve(faithfulness_curve: FaithfulnessCurve) -> Figure:
         axes.axhline(level, color=MUTED, linewidth=0.8, zorder=1)
         place = {"transform": axes.get_yaxis_transform(), "va": "center"}
         axes.text(1.01, level, words, fontsize=9, color=MUTED, **place)
-    for (name, draws), style in zip(result.random.items(), cycle(_CONTROLS), strict=False):
+    drawn = {name: _array(draws) for name, draws in result.random.items() if len(draws)}
+    for (name, draws), style in zip(drawn.items(), cycle(_CONTROLS), strict=False):
         areas = f"CPR {_median(result.random_cpr, name)}, CMD {_median(result.random_cmd, name)}"
         label = f"{control_name(name)}, median and 5-95 % ({areas})"
-        _band(axes, fractions, _array(draws), style, label)
+        _band(axes, fractions, draws, style, label)
     without = {"color": INK, "linestyle": ":", "marker": "s", "markerfacecolor": "white"}
     label = "circuit knocked out, the rest kept"
     axes.plot(fractions, _array(result.completeness), label=label, markersize=4, **without)
@@ -132,7 +133,7 @@ def curve(faithfulness_curve: FaithfulnessCurve) -> Figure:
     _title(axes, f"Faithfulness of growing circuits ({metric_name(result.metric)})")
     figure.set_label(
         f"Line chart of faithfulness for circuits of {min(result.sizes)} to {max(result.sizes)} "
-        f"heads against {len(result.random)} random controls; CPR {result.cpr:.2f}, "
+        f"heads against {len(drawn)} random controls; CPR {result.cpr:.2f}, "
         f"CMD {result.cmd:.2f}."
     )
     return figure
@@ -278,7 +279,7 @@ def _mark(
 
 def _band(
     axes: Axes,
-    fractions: Float[np.ndarray, "size"],
+    fractions: Float[np.ndarray, " size"],
     draws: Float[np.ndarray, "draw size"],
     style: tuple[str, Any],
     label: str,
@@ -292,11 +293,11 @@ def _band(
     axes.plot(fractions, middle, color=colour, linestyle=line, linewidth=1.6, label=label)
 
 
-def _median(draws: Mapping[str, Float[Tensor, "draw"]], name: str) -> str:
+def _median(draws: Mapping[str, Float[Tensor, " draw"]], name: str) -> str:
     return f"{float(np.median(_array(draws[name]))):.2f}" if name in draws else "n/a"
 
 
-def _share_axis(axes: Axes, fractions: Float[np.ndarray, "size"]) -> None:
+def _share_axis(axes: Axes, fractions: Float[np.ndarray, " size"]) -> None:
     """Log scale over the shares of heads; an empty circuit at 0 makes it linear up to the next."""
     positive = fractions[fractions > 0]
     if positive.size == fractions.size:
@@ -314,8 +315,8 @@ def _share_axis(axes: Axes, fractions: Float[np.ndarray, "size"]) -> None:
 def _name_extremes(
     axes: Axes,
     heads: Sequence[Head],
-    across: Float[np.ndarray, "head"],
-    up: Float[np.ndarray, "head"],
+    across: Float[np.ndarray, " head"],
+    up: Float[np.ndarray, " head"],
     count: int = 8,
 ) -> None:
     """Name the points farthest from 0, leaving out a name that would cover another's."""

@@ -18,15 +18,8 @@ from types import MappingProxyType
 from transformers import PreTrainedTokenizerBase
 
 from cdt_lens.errors import InputError
-from cdt_lens.tasks import (
-    Example,
-    Examples,
-    Task,
-    bos_ids,
-    check_boundary,
-    encode,
-    verbalizer_token_ids,
-)
+from cdt_lens.prompts import bos_ids, check_boundary, encode, verbalizer_token_ids
+from cdt_lens.tasks import Example, Examples, Task
 
 DEFAULT_SIZES = (128, 64, 64)
 

@@ -67,7 +67,7 @@ def load_model(
         check_supported(view_of(source))
         return source
     where = str(device) if device is not None else default_device()
-    with _third_party_noise_off():
+    with third_party_noise_off():
         hf_model, tokenizer = load_hugging_face(source, dtype=dtype)
         name = _name_of(source)
         family = type(hf_model).__name__
@@ -245,7 +245,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _third_party_noise_off() -> Iterator[None]:
+def third_party_noise_off() -> Iterator[None]:
     """Loading bars and advice of the libraries below, which a person here did not ask for."""
     verbosity = hf_logging.get_verbosity()
     bars = hf_logging.is_progress_bar_enabled()

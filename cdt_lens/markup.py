@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_NUMBER = re.compile(r"[+-]?\d[\d.,e+-]*( ?%)?|n/a")
+_NUMBER = re.compile(r"([+-]?\d[\d.e+-]*|n/a)( ?%| \[.*\])?")
+
+
 def figure_html(
     figure: Figure,
     *,
@@ -35,7 +37,7 @@ def figure_html(
     not take each other's clip paths. `tooltips` names, for the gid of a collection of cells or
     points, what a reader sees when pointing at each one.
     """
-    text = _NOT_XML.sub("\ufffd", _svg(figure))
+    text = _legal(_svg(figure))
     root = ElementTree.fromstring(text)
     prefix = prefix or f"figure-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
     for unwanted in ("metadata", "defs/{*}style"):
@@ -74,6 +76,11 @@ def _svg(figure: Figure) -> str:
     return buffer.getvalue()
 
 
+def _legal(text: str) -> str:
+    """`text` without the control characters that XML cannot hold."""
+    return _NOT_XML.sub("\ufffd", text)
+
+
 def _remove(root: ElementTree.Element, path: str) -> None:
     parent_path, _, name = f"./{{*}}{path}".rpartition("/")
     for parent in root.findall(parent_path):
@@ -99,14 +106,14 @@ def _add_tooltips(root: ElementTree.Element, id: str, lines: Sequence[str]) -> N
     if len(drawn) != len(lines):
         return
     for element, line in zip(drawn, lines, strict=True):
-        ElementTree.SubElement(element, "title").text = line
+        ElementTree.SubElement(element, "title").text = _legal(line)
 
 
 def _describe(root: ElementTree.Element, figure: Figure, prefix: str) -> None:
     title = ElementTree.Element("title", id=f"{prefix}-title")
-    title.text = " ".join(axes.get_title() for axes in figure.axes[:1]) or "Figure"
+    title.text = _legal(" ".join(axes.get_title() for axes in figure.axes[:1]) or "Figure")
     description = ElementTree.Element("desc", id=f"{prefix}-desc")
-    description.text = figure.get_label()
+    description.text = _legal(str(figure.get_label()))
     root[:0] = [title, description]
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
     root.attrib |= {

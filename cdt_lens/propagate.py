@@ -47,13 +47,14 @@ class Propagator:
         rules: Rules,
         *,
         record: Sequence[Site] = (),
+        record_rules: bool = True,
     ) -> None:
         self.view = view
         self.rules = rules
         self.support: Support = check_supported(view)
         self.baseline = baseline
         self._check_rules()
-        self.trace: Trace = view.run(tokens, [*self._needed(), *record])
+        self.trace: Trace = view.run(tokens, [*(self._needed() if record_rules else ()), *record])
         self.lengths = lengths.to(view.device)
         answer = self._at_answer(self.trace.resid[-1])
         self.final: dict[Site, Tensor] = {}

@@ -8,24 +8,23 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jaxtyping import Float
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
+from torch import Tensor
 
-from cdt_lens import figures, widgets
+from cdt_lens import figures, tables, widgets
 from cdt_lens.artifacts import atomic_write
 from cdt_lens.errors import InputError
-from cdt_lens.heads import Head, all_heads
 from cdt_lens.markup import figure_html, table_html
+from cdt_lens.tables import Scored
 from cdt_lens.widgets import View, attention_widget, tokens_widget
 
 if TYPE_CHECKING:
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["attention_widget", "figure_html", "render_report", "table_html", "tokens_widget"]
 
 _TOP = 20
-
-Grouped = dict[str, list[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class Section:
     tables: tuple[Markup, ...] = ()
     examples: tuple[Example, ...] = ()
     scale: float | None = None  # where the token colours end, in logits
-    provenance: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # whose -> what
+    provenance: tuple[tuple[str, Mapping[str, Any]], ...] = ()  # whose, what
 
 
 def render_report(*results: object, path: str | Path, title: str | None = None) -> Path:
@@ -82,16 +79,16 @@ def render_report(*results: object, path: str | Path, title: str | None = None) 
         raise InputError("render_report: expected at least one result, got none")
     order = list(_SECTIONS)
     ordered = sorted(results, key=lambda result: order.index(_kind(result)))
-    sections = [
+    sections = _distinct(
         _SECTIONS[_kind(result)](result, f"s{number}", ordered)
         for number, result in enumerate(ordered, start=1)
-    ]
+    )
     views = [example.view for section in sections for example in section.examples]
     page = _template().render(
         title=title or "Circuit report",
         version=_version(),
         sections=sections,
-        provenance=_provenance(sections),
+        provenance=tables.provenance_rows(entry for s in sections for entry in s.provenance),
         policy=widgets.policy(views),
         scripts=widgets.scripts(views),
     )
@@ -114,9 +111,11 @@ def _kind(result: object) -> str:
 
 
 def _scores(scores: HeadScores, id: str, results: Sequence[object]) -> Section:
-    heads = scores.top(min(_TOP, scores.values.numel()))
-    circuits = [result for result in results if _kind(result) == "Circuit"]
-    circuit = next((circuit for circuit in circuits if circuit.scores is scores), None)
+    finite = scores.values[scores.values.isfinite()]
+    heads = scores.top(min(_TOP, finite.numel()))
+    circuits: Any = (result for result in results if _kind(result) == "Circuit")
+    circuit = next((each for each in circuits if _same(each.scores, scores.values)), None)
+    scored = Scored.of(scores)
     return Section(
         kind="HeadScores",
         id=id,
@@ -124,128 +123,127 @@ def _scores(scores: HeadScores, id: str, results: Sequence[object]) -> Section:
         headline=(f"{scores.direction:+.2f}", "logits, task direction of the full model"),
         facts={
             "Model": f"{scores.n_layers} layers of {scores.n_heads} heads",
+            "Heads scored": str(finite.numel()),
             "Examples": str(len(scores.example_labels)),
             "Task direction": f"{scores.direction:+.3f} logits",
-            "Largest score": f"{float(scores.values.max()):+.3g} logits",
-            "Smallest score": f"{float(scores.values.min()):+.3g} logits",
+            "Range of scores": f"{float(finite.min()):+.3g} to {float(finite.max()):+.3g} logits",
         },
         figures=(
-            _map(scores, circuit, f"{id}-map"),
+            _map(scored, circuit, f"{id}-map"),
             Markup(figure_html(figures.bars(scores, _TOP), prefix=f"{id}-bars")),
         ),
-        tables=(_heads_table(scores, heads, f"Top {len(heads)} heads"),),
-        provenance={f"Head scores: {scores.method}": scores.provenance.to_dict()},
+        tables=(tables.heads_table(scored, heads, caption=f"Top {len(heads)} heads"),),
+        provenance=((f"Head scores: {scores.method}", scores.provenance.to_dict()),),
     )
 
 
 def _circuit(circuit: Circuit, id: str, results: Sequence[object]) -> Section:
     total = circuit.n_layers * circuit.n_heads
-    drawn = any(result is circuit.scores for result in results)
-    scores = circuit.scores
-    tables = [_layers_table(circuit)]
-    if scores is not None:
-        best = sorted(circuit.heads, key=lambda head: -abs(float(_at(scores.values, head))))
-        tables.insert(0, _heads_table(scores, best, f"The {len(best)} heads of the circuit, largest first"))
+    count = len(circuit.heads)
+    scored = Scored.kept_by(circuit)
+    others: Any = (result for result in results if _kind(result) == "HeadScores")
+    drawn = any(_same(circuit.scores, each.values) for each in others)
+    parts = [tables.layers_table(circuit)]
+    if scored is not None:
+        best = sorted(circuit.heads, key=lambda head: -abs(scored.at(head)[0]))
+        caption = f"The {count} heads of the circuit, largest first"
+        parts.insert(0, tables.heads_table(scored, best, caption=caption))
+    recorded = circuit.provenance
     return Section(
         kind="Circuit",
         id=id,
         title="Circuit",
-        headline=(f"{len(circuit.heads)} of {total}", "heads in the circuit"),
+        headline=(f"{count} of {total}", "heads in the circuit"),
         facts={
-            "Heads": f"{len(circuit.heads)} of {total} ({len(circuit.heads) / total:.1%})",
-            "Selection": _text(circuit.selection) or "not recorded",
-            "Scores": scores.method if scores is not None else "none kept",
+            "Heads": f"{count} of {total} ({count / total:.1%})",
+            "Selection": tables.in_words(circuit.selection) or "not recorded",
         },
-        figures=() if scores is None or drawn else (_map(scores, circuit, f"{id}-map"),),
-        tables=tuple(tables),
-        provenance={"Circuit": circuit.provenance.to_dict()},
+        figures=() if scored is None or drawn else (_map(scored, circuit, f"{id}-map"),),
+        tables=tuple(parts),
+        provenance=() if recorded is None else (("Circuit", recorded.to_dict()),),
     )
 
 
 def _faithfulness(curve: FaithfulnessCurve, id: str, _: Sequence[object]) -> Section:
     unit = " logits" if curve.metric == "direction" else ""
+    drawn = {figures.control_name(key): len(draws) for key, draws in curve.random.items()}
+    name = f"Faithfulness: {figures.metric_name(curve.metric)}"
     return Section(
         kind="FaithfulnessCurve",
         id=id,
-        title=f"Faithfulness: {curve.metric}",
-        headline=(f"{curve.cpr:.2f}", f"CPR; random heads {_middle(curve.random_cpr)}"),
+        title=name,
+        headline=(f"{curve.cpr:.2f}", f"CPR; random heads {tables.medians(curve.random_cpr)}"),
         facts={
-            "Metric": curve.metric,
+            "Metric": figures.metric_name(curve.metric),
             "Full model": f"{curve.full:.3f}{unit}",
             "All heads ablated": f"{curve.empty:.3f}{unit}",
+            "Random circuits": tables.in_words(
+                {k: len(draws) for k, draws in curve.random.items()}
+            ),
         },
         figures=(Markup(figure_html(figures.curve(curve), prefix=f"{id}-curve")),),
-        tables=(_areas_table(curve), _sizes_table(curve)),
-        provenance={f"Faithfulness: {curve.metric}": curve.provenance.to_dict()},
+        tables=(tables.areas_table(curve), tables.sizes_table(curve)),
+        provenance=((name, curve.provenance.to_dict()),),
     )
 
 
 def _agreement(agreement: MethodAgreement, id: str, _: Sequence[object]) -> Section:
-    scores, reference = agreement.scores, agreement.reference
-    heads = all_heads(*scores.values.shape)
-    lines = [f"{_told(scores, head)}; {_told(reference, head)}" for head in heads]
-    drawing = figure_html(
-        figures.agreement(agreement), prefix=f"{id}-scatter", tooltips={"points": lines}
-    )
+    sides = [Scored.of(agreement.scores), Scored.of(agreement.reference)]
+    drawing = figures.agreement(agreement)
+    both = (sides[0].values + sides[1].values).isfinite().flatten().tolist()
+    lines = ["; ".join(pair) for pair in zip(*(side.lines() for side in sides), strict=True)]
+    points = [line for line, drawn in zip(lines, both, strict=True) if drawn]
+    named = (agreement.scores, agreement.reference)
     return Section(
         kind="MethodAgreement",
         id=id,
-        title=f"Agreement: {scores.method} and {reference.method}",
-        headline=(f"{agreement.spearman:.2f}", f"Spearman with {reference.method}"),
+        title=f"Agreement: {sides[0].method} and {sides[1].method}",
+        headline=(f"{agreement.spearman:.2f}", f"Spearman with {sides[1].method}"),
         facts={
             "Spearman (order)": f"{agreement.spearman:.3f}",
             "Pearson (value)": f"{agreement.pearson:.3f}",
-            "Heads": str(len(heads)),
+            "Heads": str(len(points)),
         },
-        figures=(Markup(drawing),),
-        tables=(_pairs_table(scores, reference),),
-        provenance={
-            f"Head scores: {scores.method}": scores.provenance.to_dict(),
-            f"Head scores: {reference.method}": reference.provenance.to_dict(),
-        },
+        figures=(
+            Markup(figure_html(drawing, prefix=f"{id}-scatter", tooltips={"points": points})),
+        ),
+        tables=(tables.differences_table(*sides),),
+        provenance=tuple((f"Head scores: {s.method}", s.provenance.to_dict()) for s in named),
     )
 
 
 def _attention(view: AttentionView, id: str, _: Sequence[object]) -> Section:
-    examples = [
+    examples = tuple(
         Example(
-            {"Gold label": label},
-            widgets.attention(view, index, id=f"{id}-view{index}"),
+            facts={"Gold label": label},
+            view=widgets.attention(view, index, id=f"{id}-view{index}"),
             text="".join(view.prompts[index]),
         )
         for index, label in enumerate(view.labels)
-    ]
+    )
     return Section(
         kind="AttentionView",
         id=id,
         title="Attention patterns",
         headline=(str(len(view.prompts)), f"prompts with the patterns of {len(view.heads)} heads"),
         facts={"Heads": ", ".join(str(head) for head in view.heads)},
-        examples=tuple(examples),
+        examples=examples,
     )
 
 
 def _relevance(relevance: TokenRelevance, id: str, _: Sequence[object]) -> Section:
     scale = widgets.largest_relevance(relevance)
     examples = []
-    for index, (label, direction) in enumerate(
-        zip(relevance.labels, relevance.directions, strict=True)
-    ):
-        view = widgets.colored_tokens(relevance, index, id=f"{id}-view{index}")
+    for index, label in enumerate(relevance.labels):
         values = relevance.relevance[index].tolist()
         facts = {
             "Gold label": label,
-            "Task direction": f"{direction:+.3f} logits",
+            "Task direction": f"{relevance.directions[index]:+.3f} logits",
             "Sum over tokens": f"{sum(values):+.3f} logits",
         }
-        rows = [
-            (place, _visible(token), f"{value:+z.4f}")
-            for place, (token, value) in enumerate(
-                zip(relevance.prompts[index], values, strict=True)
-            )
-        ]
-        columns = ("position", "token", "relevance (logits)")
-        examples.append(Example(facts, view, numbers=Markup(table_html(columns, rows))))
+        view = widgets.colored_tokens(relevance, index, id=f"{id}-view{index}")
+        numbers = tables.tokens_table(relevance.prompts[index], values)
+        examples.append(Example(facts, view, numbers=numbers))
     return Section(
         kind="TokenRelevance",
         id=id,
@@ -268,132 +266,31 @@ _SECTIONS: dict[str, Callable[..., Section]] = {
 }
 
 
-def _map(scores: HeadScores, circuit: Circuit | None, prefix: str) -> Markup:
-    lines = [_told(scores, head) for head in all_heads(*scores.values.shape)]
-    figure = figures.heatmap(scores, circuit=circuit)
-    return Markup(figure_html(figure, prefix=prefix, tooltips={"cells": lines}))
+def _map(scored: Scored, circuit: Circuit | None, prefix: str) -> Markup:
+    figure = figures.heatmap(scored, circuit=circuit)
+    return Markup(figure_html(figure, prefix=prefix, tooltips={"cells": scored.lines()}))
 
 
-def _at(values: torch.Tensor, head: Head) -> float:
-    return float(values[head.layer, head.head])
+def _same(
+    one: Float[Tensor, "layer head"] | None, other: Float[Tensor, "layer head"] | None
+) -> bool:
+    """Whether two sets of scores are the same, also when one of them was saved and loaded."""
+    if one is None or other is None or one.shape != other.shape:
+        return False
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def _told(scores: HeadScores, head: Head) -> str:
-    value, error = _at(scores.values, head), _at(scores.stderr, head)
-    return f"{head}: {value:+.4g} \u00b1 {error:.2g} logits ({scores.method})"
-
-
-def _heads_table(scores: HeadScores, heads: Iterable[Head], caption: str) -> Markup:
-    rows = []
-    for head in heads:
-        value, error = _at(scores.values, head), _at(scores.stderr, head)
-        ratio = f"{value / error:+.1f}" if error else "n/a"
-        share = f"{value / scores.direction:+.1%}" if scores.direction else "n/a"
-        rows.append((head, f"{value:+z.4f}", f"{error:.4f}", ratio, share))
-    columns = ("head", "score (logits)", "standard error", "score / s.e.", "share of direction")
-    return Markup(table_html(columns, rows, caption=caption))
-
-
-def _layers_table(circuit: Circuit) -> Markup:
-    rows = []
-    for layer, members in groupby(circuit.heads, key=lambda head: head.layer):
-        names = [str(head) for head in members]
-        rows.append((f"layer {layer}", len(names), ", ".join(names)))
-    return Markup(table_html(("layer", "heads", "which"), rows, caption="Circuit by layer"))
-
-
-def _areas_table(curve: FaithfulnessCurve) -> Markup:
-    rows = [("circuit", f"{curve.cpr:.3f}", f"{curve.cmd:.3f}")]
-    for name in curve.random:
-        areas = (_spread(draws[name]) for draws in (curve.random_cpr, curve.random_cmd))
-        rows.append((figures.control_name(name), *areas))
-    columns = ("", "CPR (higher is better)", "CMD (lower is better)")
-    return Markup(table_html(columns, rows, caption="Areas, with median and 5-95 % for random"))
-
-
-def _sizes_table(curve: FaithfulnessCurve) -> Markup:
-    columns = ["heads", "share", "f of the circuit", "f without it"]
-    for name in curve.random:
-        columns += [f"f of {figures.control_name(name)}", "beaten"]
-    rows = []
-    for index, (size, share) in enumerate(zip(curve.sizes, curve.fractions, strict=True)):
-        row = [size, f"{100 * share:.3g} %"]
-        row += [f"{float(f[index]):.3f}" for f in (curve.faithfulness, curve.completeness)]
-        for name, draws in curve.random.items():
-            row += [_spread(draws[:, index]), f"{float(curve.beaten[name][index]):.0%}"]
-        rows.append(row)
-    return Markup(table_html(columns, rows, caption="Faithfulness by size"))
-
-
-def _pairs_table(scores: HeadScores, reference: HeadScores) -> Markup:
-    """The heads on which the two differ most."""
-    gaps = (scores.values - reference.values).abs().flatten()
-    heads = all_heads(*scores.values.shape)
-    worst = [heads[index] for index in gaps.argsort(descending=True)[:10].tolist()]
-    rows = [
-        (head, *(f"{_at(side.values, head):+z.4f}" for side in (scores, reference)))
-        for head in worst
-    ]
-    columns = ("head", f"{scores.method} (logits)", f"{reference.method} (logits)")
-    return Markup(table_html(columns, rows, caption="Largest differences"))
-
-
-def _spread(draws: torch.Tensor) -> str:
-    low, middle, high = draws.double().quantile(torch.tensor([0.05, 0.5, 0.95]).double()).tolist()
-    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _middle(draws: Mapping[str, torch.Tensor]) -> str:
-    return ", ".join(f"{float(values.median()):.2f}" for values in draws.values()) or "not drawn"
-
-
-def _visible(token: str) -> str:
-    return token.replace(" ", "\u00b7").replace("\n", "\u21b5").replace("\t", "\u21e5")
-
-
-def _provenance(sections: Iterable[Section]) -> list[tuple[str, Grouped]]:
-    """(whose, what), with what is common to all results told once, first."""
-    told = {
-        whose: _leaves(entries)
-        for section in sections
-        for whose, entries in section.provenance.items()
-    }
-    if len(told) < 2:
-        return [(whose, _grouped(leaves)) for whose, leaves in told.items()]
-    first, *others = told.values()
-    common = {path: v for path, v in first.items() if all(o.get(path) == v for o in others)}
-    rest = {
-        whose: {path: value for path, value in leaves.items() if path not in common}
-        for whose, leaves in told.items()
-    }
-    parts = {"Common to all results": common, **rest}
-    return [(whose, _grouped(leaves)) for whose, leaves in parts.items() if leaves]
-
-
-def _leaves(entries: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:
-    found: dict[tuple[str, ...], str] = {}
-    for name, value in entries.items():
-        here = (*path, str(name))
-        nested = isinstance(value, Mapping) and value
-        found |= _leaves(value, here) if nested else {here: _text(value)}
-    return found
-
-
-def _grouped(leaves: Mapping[tuple[str, ...], str]) -> Grouped:
-    """Rows of (name, value) by the outermost name; what has none comes first, under ""."""
-    groups: Grouped = {"": []}
-    for (outer, *inner), value in leaves.items():
-        group, name = (outer, " \u203a ".join(inner)) if inner else ("", outer)
-        groups.setdefault(group, []).append((name, value))
-    return {group: rows for group, rows in groups.items() if rows}
-
-
-def _text(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} = {_text(entry)}" for name, entry in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_text(entry) for entry in value)
-    return "none" if value is None else str(value)
+def _distinct(sections: Iterable[Section]) -> list[Section]:
+    """The sections, with a number behind a title that an earlier one has."""
+    seen: Counter[str] = Counter()
+    named = []
+    for section in sections:
+        seen[section.title] += 1
+        count = seen[section.title]
+        named.append(
+            section if count == 1 else replace(section, title=f"{section.title} ({count})")
+        )
+    return named
 
 
 def _version() -> str:
@@ -404,7 +301,7 @@ def _version() -> str:
 
 
 @cache
-def _template() -> Any:
+def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("cdt_lens"),
         autoescape=True,

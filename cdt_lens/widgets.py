@@ -26,6 +26,8 @@ from cdt_lens.errors import InputError, NonFiniteError
 if TYPE_CHECKING:
     from cdt_lens.views import AttentionView, TokenRelevance
 
+# Those of the figures.
+_COLOURS = {"positiveColor": "#2166ac", "negativeColor": "#b2182b"}
 _MOUNT = """
 (function () {
   var views = JSON.parse(document.getElementById("cdt-views").textContent);
@@ -78,10 +80,11 @@ class Widget:
     height: int
 
     def _repr_html_(self) -> str:
-        return Markup(
+        frame = Markup(
             '<iframe title="{}" srcdoc="{}" sandbox="allow-scripts" '
             'style="width:100%;height:{}px;border:0;background:#fff"></iframe>'
-        ).format(self.title, self.document, self.height)
+        )
+        return str(frame.format(self.title, self.document, self.height))
 
 
 def attention(view: AttentionView, prompt: int = 0, *, id: str = "view") -> View:
@@ -105,6 +108,7 @@ def attention(view: AttentionView, prompt: int = 0, *, id: str = "view") -> View
         "attention": _rounded(pattern.tolist(), 4),
         "attentionHeadNames": [str(head) for head in view.heads],
         "maskUpperTri": True,
+        "positiveColor": _COLOURS["positiveColor"],
     }
     return View(id, "AttentionHeads", props)
 
@@ -130,6 +134,7 @@ def colored_tokens(relevance: TokenRelevance, prompt: int = 0, *, id: str = "vie
     end = largest_relevance(relevance) or 1.0
     props = {
         "tokens": [_inert(token) for token in tokens],
+        **_COLOURS,
         "values": [float(f"{value:.4g}") for value in values.tolist()],
         "minValue": -end,
         "maxValue": end,
@@ -233,4 +238,4 @@ def _widget(title: str, view: View, *, height: int) -> Widget:
         ".AttentionHeads{{max-width:760px}}.AttentionHeads h4{{font-size:10px}}</style>"
         "</head><body>{}{}</body></html>"
     ).format(policy([view]), title, view.placeholder, scripts([view]))
-    return Widget(title, document, height)
+    return Widget(title, str(document), height)

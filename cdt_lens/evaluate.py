@@ -1,0 +1,122 @@
+"""How well a model does a task as it stands: accuracy, macro-F1, mean direction; label priors.
+
+A zero-shot model prefers some labels whatever the text says. The prior of a label is its mean
+logit on content-free prompts ("N/A", "", "[MASK]"; contextual calibration, arXiv 2102.09690), and
+accuracy compares logits minus priors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+from torch import nn
+
+from cdt_lens.distributed import gather_items, shard
+from cdt_lens.errors import InputError
+from cdt_lens.metrics import balanced_mean, correct, macro_f1, task_direction
+from cdt_lens.model import ModelView, view_of
+from cdt_lens.propagate import Propagator
+from cdt_lens.rules import PRESETS
+from cdt_lens.tasks import Batch, Examples, Task
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results on one split: shares from 0 to 1, and the label-balanced mean direction in logits.
+
+    macro_f1 is None where the labels do not name the answers (generated tasks); confusion counts
+    examples by gold and predicted label.
+    """
+
+    split: str
+    accuracy: float
+    macro_f1: float | None
+    direction: float
+    examples: int
+    confusion: pd.DataFrame | None = field(default=None, repr=False)
+
+
+def evaluate(
+    model: nn.Module | ModelView, examples: Examples, task: Task | None = None, *, batch_size: int = 32
+) -> Evaluation:
+    """Accuracy, macro-F1 and mean task direction on `examples`.
+
+    task: supplies the verbalizer (for macro-F1) and the label prior, if it has one.
+
+    Raises:
+        InputError: no examples.
+    """
+    examples.require_some()
+    view = view_of(model)
+    items: list[tuple[int, tuple[bool, float, int]]] = []
+    for batch in examples.batches(batch_size, shard=shard()):
+        logits = candidate_logits(view, batch)
+        direction = task_direction(logits, batch.direction)
+        prior = None if task is None else task.candidate_prior(batch).to(logits)
+        right = correct(logits, batch.is_answer, batch.is_candidate, prior)
+        shifted = logits if prior is None else logits - prior
+        best = shifted.masked_fill(~batch.is_candidate, -torch.inf).argmax(-1)
+        for row, index in enumerate(batch.index):
+            token = int(batch.candidates[row, best[row]])
+            items.append((index, (bool(right[row]), float(direction[row]), token)))
+    found = dict(gather_items(items))
+    rows = [found[i] for i in range(len(examples))]
+    labels = torch.tensor([examples.labels.index(e.label) for e in examples])
+    f1, confusion = _by_label(examples, [token for _, _, token in rows], task)
+    return Evaluation(
+        split=examples.name,
+        accuracy=sum(right for right, _, _ in rows) / len(rows),
+        macro_f1=f1,
+        direction=float(balanced_mean(torch.tensor([d for _, d, _ in rows]), labels)),
+        examples=len(rows),
+        confusion=confusion,
+    )
+
+
+def candidate_logits(view: ModelView, batch: Batch) -> torch.Tensor:
+    """The model's logits of the candidates at the answer position, `[batch, k]`, on the CPU."""
+    zero = torch.zeros((), device=view.device, dtype=view.dtype)
+    run = Propagator(
+        view, batch.tokens, batch.lengths.to(view.device), lambda _: zero, PRESETS["ablation"],
+        record_rules=False,
+    )  # fmt: skip
+    return run.full_logits(batch.candidates).float().cpu()
+
+
+def label_prior(model: nn.Module | ModelView, task: Task) -> dict[str, float]:
+    """Mean logit of each label on content-free prompts, minus the mean over labels; in logits.
+
+    Raises:
+        InputError: the task has no verbalizer, so its labels have no logits.
+    """
+    if not len(task.content_free):
+        raise InputError(f"task {task.name}: no content-free prompts, so no label prior")
+    view = view_of(model)
+    batch = next(task.content_free.batches(len(task.content_free), sort_by_length=False))
+    logits = candidate_logits(view, batch)
+    by_token = {int(t): logits[batch.candidates == t].mean() for t in batch.candidates.unique()}
+    values = {label: float(by_token[id]) for label, id in task.verbalizer_ids.items()}
+    mean = sum(values.values()) / len(values)
+    return {label: value - mean for label, value in values.items()}
+
+
+def calibrate(model: nn.Module | ModelView, task: Task) -> Task:
+    """`task` with the model's label prior, which accuracy then takes off."""
+    return task.with_prior(label_prior(model, task))
+
+
+def _by_label(
+    examples: Examples, tokens: list[int], task: Task | None
+) -> tuple[float | None, pd.DataFrame | None]:
+    if task is None or not task.verbalizer_ids:
+        return None, None
+    names = {id: label for label, id in task.verbalizer_ids.items()}
+    predicted = [names[token] for token in tokens]
+    gold = [example.label for example in examples]
+    table = pd.crosstab(
+        pd.Categorical(gold, task.labels), pd.Categorical(predicted, task.labels), dropna=False
+    )
+    table.index.name, table.columns.name = "gold", "predicted"
+    return macro_f1(predicted, gold, task.labels), table

@@ -1,0 +1,109 @@
+"""What to look at in prompts: attention patterns of a circuit's heads, and relevance by position.
+
+Both are plain results, so that notebooks and the report can show them without a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cdt_lens.baselines import Baseline
+from cdt_lens.decompose import Node, decompose
+from cdt_lens.errors import InputError
+from cdt_lens.heads import Head, check_heads
+from cdt_lens.model import ModelView, view_of
+from cdt_lens.rules import Rules
+from cdt_lens.tasks import Examples
+
+
+@dataclass(frozen=True)
+class AttentionView:
+    """Attention patterns of chosen heads on example prompts; each row of a pattern sums to 1."""
+
+    prompts: tuple[tuple[str, ...], ...]
+    patterns: tuple[Float[Tensor, "head query key"], ...] = field(repr=False)
+    heads: tuple[Head, ...]
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TokenRelevance:
+    """What chosen heads contribute at each position: logits, + = towards the gold label.
+
+    directions: the full model's task direction of each prompt, in logits.
+    """
+
+    prompts: tuple[tuple[str, ...], ...]
+    relevance: tuple[Float[Tensor, " pos"], ...] = field(repr=False)
+    labels: tuple[str, ...]
+    directions: tuple[float, ...]
+
+
+def attention_view(
+    model: nn.Module | ModelView, examples: Examples, heads: Sequence[Head]
+) -> AttentionView:
+    """The attention patterns of `heads` on each of `examples` (a few: each is kept whole).
+
+    Raises:
+        InputError: no examples, no heads, or a head outside the model.
+    """
+    examples.require_some()
+    view = view_of(model)
+    chosen = check_heads(heads, view.n_layers, view.n_heads)
+    if not chosen:
+        raise InputError("attention_view: expected at least one head")
+    sites = [("pattern", layer) for layer in sorted({head.layer for head in chosen})]
+    patterns = []
+    for batch in examples.batches(1, sort_by_length=False):
+        trace = view.run(batch.tokens, sites)
+        rows = [trace["pattern", head.layer][0, head.head] for head in chosen]
+        patterns.append(torch.stack(rows).float().cpu())
+    prompts = tuple(token_strings(view, example.tokens) for example in examples)
+    return AttentionView(prompts, tuple(patterns), chosen, tuple(e.label for e in examples))
+
+
+def token_relevance(
+    model: nn.Module | ModelView,
+    examples: Examples,
+    heads: Sequence[Head],
+    baseline: Baseline,
+    *,
+    rules: str | Rules = "stable",
+    rows: int | None = None,
+) -> TokenRelevance:
+    """d(rel) of the single positions of `heads`: all of them at one position are one source set.
+
+    Raises:
+        InputError: no examples, no heads, or a head outside the model.
+    """
+    examples.require_some()
+    view = view_of(model)
+    chosen = check_heads(heads, view.n_layers, view.n_heads)
+    if not chosen:
+        raise InputError("token_relevance: expected at least one head")
+    relevance, directions = [], []
+    for i, example in enumerate(examples):
+        sources = [
+            [Node(head.layer, head.head, position) for head in chosen]
+            for position in range(len(example.tokens))
+        ]
+        parts = decompose(view, examples[i : i + 1], sources, baseline, rules=rules, rows=rows)
+        relevance.append(rearrange(parts.relevant_direction, "pos 1 -> pos").float().cpu())
+        directions.append(float((parts.logits * parts.direction).sum()))
+    prompts = tuple(token_strings(view, example.tokens) for example in examples)
+    labels = tuple(example.label for example in examples)
+    return TokenRelevance(prompts, tuple(relevance), labels, tuple(directions))
+
+
+def token_strings(view: ModelView, tokens: Sequence[int]) -> tuple[str, ...]:
+    """Each token as text, decoded by itself."""
+    tokenizer = view.tokenizer
+    if tokenizer is None:
+        return tuple(str(token) for token in tokens)
+    return tuple(tokenizer.decode([token]) for token in tokens)
