@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
@@ -21,11 +22,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cdt_lens.artifacts import load_artifact, save_artifact
 from cdt_lens.baselines import Baseline
 from cdt_lens.circuit import Circuit, random_heads, random_heads_like
 from cdt_lens.decompose import irrelevant_logits
 from cdt_lens.distributed import gather_items, is_main, shard
-from cdt_lens.errors import InputError
+from cdt_lens.errors import ArtifactError, InputError
 from cdt_lens.heads import Head, all_heads, check_heads
 from cdt_lens.metrics import (
     MIB_FRACTIONS,
@@ -45,6 +47,7 @@ from cdt_lens.tasks import Batch, Examples, Task
 
 Metric = Literal["direction", "accuracy"]
 Ranking = Literal["magnitude", "signed"]
+_FORMAT = "cdt_lens.faithfulness"
 CONTROLS = ("random", "random-per-layer")
 
 
@@ -85,6 +88,68 @@ class FaithfulnessCurve:
             table[f"{name} (median)"] = values.median(0).values.tolist()
             table[f"beats {name}"] = self.beaten[name].tolist()
         return pd.DataFrame(table)
+
+
+    def save(self, path: str | Path) -> Path:
+        """Save as JSON beside safetensors, whole or not at all."""
+        body = {
+            "sizes": list(self.sizes),
+            "fractions": list(self.fractions),
+            "full": self.full,
+            "empty": self.empty,
+            "metric": self.metric,
+            "controls": list(self.random),
+            "provenance": self.provenance.to_dict(),
+        }
+        tensors = {"faithfulness": self.faithfulness, "completeness": self.completeness}
+        tensors |= {f"random.{name}": value for name, value in self.random.items()}
+        return save_artifact(path, body, format=_FORMAT, version=1, tensors=tensors)
+
+    @classmethod
+    def load(cls, path: str | Path) -> FaithfulnessCurve:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: no such file. ArtifactError: damaged, or another kind of file.
+        """
+        body, tensors = load_artifact(path, format=_FORMAT, version=1)
+        try:
+            return _curve(
+                sizes=tuple(body["sizes"]),
+                fractions=tuple(body["fractions"]),
+                values=tensors["faithfulness"],
+                completeness=tensors["completeness"],
+                random={name: tensors[f"random.{name}"] for name in body["controls"]},
+                full=body["full"],
+                empty=body["empty"],
+                metric=body["metric"],
+                provenance=Provenance.from_dict(body["provenance"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"{path}: not a whole faithfulness file ({error})") from error
+
+
+def _curve(
+    *,
+    sizes: tuple[int, ...],
+    fractions: tuple[float, ...],
+    values: Float[Tensor, " size"],
+    random: Mapping[str, Float[Tensor, "draw size"]],
+    **rest: Any,
+) -> FaithfulnessCurve:
+    """A curve with everything that follows from its points: areas and shares beaten."""
+    return FaithfulnessCurve(
+        sizes=sizes,
+        fractions=fractions,
+        faithfulness=values,
+        random=random,
+        cpr=float(cpr(fractions, values)),
+        cmd=float(cmd(fractions, values)),
+        random_cpr={name: cpr(fractions, value) for name, value in random.items()},
+        random_cmd={name: cmd(fractions, value) for name, value in random.items()},
+        beaten={name: (value < values).float().mean(0) for name, value in random.items()},
+        **rest,
+    )
 
 
 @dataclass(frozen=True)
@@ -229,20 +294,15 @@ def faithfulness_curve(
         "draws": draws,
         "baseline": baseline.kind,
     }
-    return FaithfulnessCurve(
+    return _curve(
         sizes=sizes,
         fractions=fractions,
-        faithfulness=values,
+        values=values,
         completeness=torch.tensor([f(families[size][1]) for size in sizes]),
         random=random,
         full=full,
         empty=empty,
         metric=metric,
-        cpr=float(cpr(fractions, values)),
-        cmd=float(cmd(fractions, values)),
-        random_cpr={name: cpr(fractions, value) for name, value in random.items()},
-        random_cmd={name: cmd(fractions, value) for name, value in random.items()},
-        beaten={name: (value < values).float().mean(0) for name, value in random.items()},
         provenance=provenance_of(view, examples, options=options, seed=seed),
     )
 

@@ -9,22 +9,22 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from cdt_lens import artists
+from cdt_lens.artists import INK, MUTED, NEGATIVE, POSITIVE, as_array
 from cdt_lens.errors import InputError
-from cdt_lens.heads import Head, all_heads
+from cdt_lens.heads import all_heads
 
 if TYPE_CHECKING:
     from cdt_lens.circuit import Circuit
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from cdt_lens.tables import Scored
 
 UNIT = "logits (+ = towards the gold label)"
-POSITIVE, NEGATIVE, INK, MUTED = "#2166ac", "#b2182b", "#1a1a1a", "#666666"
-_GRID = {"color": "#dddddd", "linewidth": 0.6}
+_GRID: dict[str, Any] = {"color": "#dddddd", "linewidth": 0.6}
 # Colour and line style of each random control.
 _CONTROLS = (("#8a5a00", "--"), ("#3f7a52", "-."), ("#7a4988", (0, (1, 1))))
 # Cells below this share of the colour range look white, so a dash there would only be noise.
@@ -58,7 +57,7 @@ def heatmap(
     Raises:
         InputError: `circuit` is of a model of another shape, or `limit` is not positive.
     """
-    values = _array(scores.values)
+    values = as_array(scores.values)
     n_layers, n_heads = values.shape
     _check_map(circuit, limit, n_layers, n_heads)
     largest = float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
@@ -79,9 +78,11 @@ def heatmap(
     cells.set_gid("cells")
     outlined = circuit.heads if circuit is not None else ()
     handles = [
-        *_outline(axes, outlined),
-        *_mark(axes, "negative", "_", values < -_DASH_FROM * end, values < -0.55 * end),
-        *_mark(axes, "not scored", "x", ~np.isfinite(values), np.zeros_like(values, dtype=bool)),
+        *artists.outline(axes, outlined),
+        *artists.mark(axes, "negative", "_", values < -_DASH_FROM * end, values < -0.55 * end),
+        *artists.mark(
+            axes, "not scored", "x", ~np.isfinite(values), np.zeros_like(values, dtype=bool)
+        ),
     ]
     axes.set(xlabel="head", ylabel="layer", xlim=(-0.5, n_heads - 0.5), ylim=(n_layers - 0.5, -0.5))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, steps=[1, 2, 5, 10]))
@@ -91,9 +92,14 @@ def heatmap(
     extend = "both" if largest > end else "neither"
     figure.colorbar(cells, ax=axes, label=UNIT, extend=extend, aspect=30).outline.set_visible(False)
     if handles:
-        place = {"loc": "outside lower left", "ncols": 3, "frameon": False, "fontsize": 9}
+        place: dict[str, Any] = {
+            "loc": "outside lower left",
+            "ncols": 3,
+            "frameon": False,
+            "fontsize": 9,
+        }
         figure.legend(handles=handles, **place)
-    _title(axes, title or f"Score of every head: {scores.method}")
+    _title(figure, title or f"Score of every head: {scores.method}")
     figure.set_label(
         f"Heat map of {n_layers} layers by {n_heads} heads; the largest magnitude is "
         f"{largest:.3g} logits; {len(outlined)} heads are outlined."
@@ -112,25 +118,30 @@ def curve(faithfulness_curve: FaithfulnessCurve) -> Figure:
     figure, axes = _figure(9.2, 4.9)
     for level, words in ((1.0, "full model"), (0.0, "all heads\nablated")):
         axes.axhline(level, color=MUTED, linewidth=0.8, zorder=1)
-        place = {"transform": axes.get_yaxis_transform(), "va": "center"}
+        place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center"}
         axes.text(1.01, level, words, fontsize=9, color=MUTED, **place)
-    drawn = {name: _array(draws) for name, draws in result.random.items() if len(draws)}
+    drawn = {name: as_array(draws) for name, draws in result.random.items() if len(draws)}
     for (name, draws), style in zip(drawn.items(), cycle(_CONTROLS), strict=False):
         areas = f"CPR {_median(result.random_cpr, name)}, CMD {_median(result.random_cmd, name)}"
         label = f"{control_name(name)}, median and 5-95 % ({areas})"
-        _band(axes, fractions, draws, style, label)
-    without = {"color": INK, "linestyle": ":", "marker": "s", "markerfacecolor": "white"}
+        artists.band(axes, fractions, draws, style, label)
+    without: dict[str, Any] = {
+        "color": INK,
+        "linestyle": ":",
+        "marker": "s",
+        "markerfacecolor": "white",
+    }
     label = "circuit knocked out, the rest kept"
-    axes.plot(fractions, _array(result.completeness), label=label, markersize=4, **without)
-    alone = {"color": POSITIVE, "marker": "o", "markersize": 5, "linewidth": 2.2}
+    axes.plot(fractions, as_array(result.completeness), label=label, markersize=4, **without)
+    alone: dict[str, Any] = {"color": POSITIVE, "marker": "o", "markersize": 5, "linewidth": 2.2}
     label = f"circuit (CPR {result.cpr:.2f}, CMD {result.cmd:.2f})"
-    axes.plot(fractions, _array(result.faithfulness), label=label, **alone)
-    _share_axis(axes, fractions)
+    axes.plot(fractions, as_array(result.faithfulness), label=label, **alone)
+    artists.share_axis(axes, fractions)
     axes.set(xlabel="share of heads kept", ylabel="faithfulness f")
     axes.grid(axis="x", **_GRID)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower left", frameon=False, fontsize=9, reverse=True)
-    _title(axes, f"Faithfulness of growing circuits ({metric_name(result.metric)})")
+    _title(figure, f"Faithfulness of growing circuits ({metric_name(result.metric)})")
     figure.set_label(
         f"Line chart of faithfulness for circuits of {min(result.sizes)} to {max(result.sizes)} "
         f"heads against {len(drawn)} random controls; CPR {result.cpr:.2f}, "
@@ -150,7 +161,7 @@ def agreement(method_agreement: MethodAgreement) -> Figure:
         InputError: the two sets of scores are of models of different shapes.
     """
     scores, reference = method_agreement.scores, method_agreement.reference
-    across, up = _array(reference.values), _array(scores.values)
+    across, up = as_array(reference.values), as_array(scores.values)
     if across.shape != up.shape:
         raise InputError(
             f"agreement: expected scores of one shape, got {scores.method} {up.shape} and "
@@ -163,15 +174,21 @@ def agreement(method_agreement: MethodAgreement) -> Figure:
     axes.axhline(0, color="#cccccc", linewidth=0.8, zorder=0)
     axes.axvline(0, color="#cccccc", linewidth=0.8, zorder=0)
     axes.axline((0, 0), slope=1, color=MUTED, linewidth=1, linestyle="--", label="equal scores")
-    style = {"s": 22, "color": POSITIVE, "alpha": 0.65, "edgecolors": "white", "linewidths": 0.5}
+    style: dict[str, Any] = {
+        "s": 22,
+        "color": POSITIVE,
+        "alpha": 0.65,
+        "edgecolors": "white",
+        "linewidths": 0.5,
+    }
     axes.scatter(across, up, zorder=2, **style).set_gid("points")
-    _name_extremes(axes, heads, across, up)
+    artists.name_extremes(axes, heads, across, up)
     axes.set_xlabel(f"{reference.method}, {UNIT}", parse_math=False)
     axes.set_ylabel(f"{scores.method}, {UNIT}", parse_math=False)
     axes.legend(loc="upper left", frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     numbers = f"Spearman {method_agreement.spearman:.2f}, Pearson {method_agreement.pearson:.2f}"
-    _title(axes, f"{scores.method} against {reference.method}: {numbers}")
+    _title(figure, f"{scores.method} against {reference.method}: {numbers}")
     figure.set_label(f"Scatter plot of {len(heads)} heads: {numbers}.")
     return figure
 
@@ -207,7 +224,7 @@ def bars(scores: HeadScores, k: int = 20) -> Figure:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", **_GRID)
     axes.spines[["top", "right"]].set_visible(False)
-    _title(axes, f"Top {len(heads)} heads: {scores.method} (\u00b1 1 standard error)")
+    _title(figure, f"Top {len(heads)} heads: {scores.method} (\u00b1 1 standard error)")
     figure.set_label(
         f"Bar chart of {len(heads)} heads from {heads[0]} at {values[0]:+.3g} to "
         f"{heads[-1]} at {values[-1]:+.3g} logits."
@@ -231,14 +248,10 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _array(values: Float[Tensor, "..."]) -> Float[np.ndarray, "..."]:
-    return values.detach().double().cpu().numpy()
-
-
-def _title(axes: Axes, text: str) -> None:
+def _title(figure: Figure, text: str) -> None:
     """Set a title that wraps inside the figure, and in which a dollar sign is a dollar sign."""
-    lines = textwrap.fill(text, int(axes.figure.get_figwidth() * 10.5))
-    axes.set_title(lines, fontsize=11, parse_math=False)
+    lines = textwrap.fill(text, int(figure.get_figwidth() * 10.5))
+    figure.axes[0].set_title(lines, fontsize=11, parse_math=False)
 
 
 def _check_map(circuit: Circuit | None, limit: float | None, n_layers: int, n_heads: int) -> None:
@@ -252,90 +265,5 @@ def _check_map(circuit: Circuit | None, limit: float | None, n_layers: int, n_he
     )
 
 
-def _outline(axes: Axes, heads: Sequence[Head]) -> list[Patch]:
-    style = {"fill": False, "edgecolor": "black", "linewidth": 1.5}
-    for head in heads:
-        corner = (head.head - 0.46, head.layer - 0.46)
-        axes.add_patch(Rectangle(corner, 0.92, 0.92, gid=f"circuit-{head}", **style))
-    return [Patch(label=f"in the circuit ({len(heads)} heads)", **style)] if heads else []
-
-
-def _mark(
-    axes: Axes,
-    name: str,
-    marker: str,
-    where: Bool[np.ndarray, "layer head"],
-    dark: Bool[np.ndarray, "layer head"],
-) -> list[Line2D]:
-    """Put `marker` on the cells `where`, white on the `dark` ones; returns its legend entry."""
-    layers, heads = np.nonzero(where)
-    if not layers.size:
-        return []
-    colours = np.where(dark[layers, heads], "white", INK)
-    size = 28 if marker == "_" else 12
-    axes.scatter(heads, layers, marker=marker, s=size, linewidths=1, c=colours, gid=name)
-    return [Line2D([], [], marker=marker, linestyle="none", color=INK, markersize=6, label=name)]
-
-
-def _band(
-    axes: Axes,
-    fractions: Float[np.ndarray, " size"],
-    draws: Float[np.ndarray, "draw size"],
-    style: tuple[str, Any],
-    label: str,
-) -> None:
-    low, middle, high = np.quantile(draws, (0.05, 0.5, 0.95), axis=0)
-    colour, line = style
-    axes.fill_between(fractions, low, high, color=colour, alpha=0.14, linewidth=0)
-    # Thin borders in the control's own line style, for bands that overlap in a grey print.
-    for border in (low, high):
-        axes.plot(fractions, border, color=colour, linestyle=line, linewidth=0.6)
-    axes.plot(fractions, middle, color=colour, linestyle=line, linewidth=1.6, label=label)
-
-
 def _median(draws: Mapping[str, Float[Tensor, " draw"]], name: str) -> str:
-    return f"{float(np.median(_array(draws[name]))):.2f}" if name in draws else "n/a"
-
-
-def _share_axis(axes: Axes, fractions: Float[np.ndarray, " size"]) -> None:
-    """Log scale over the shares of heads; an empty circuit at 0 makes it linear up to the next."""
-    positive = fractions[fractions > 0]
-    if positive.size == fractions.size:
-        axes.set_xscale("log")
-    elif positive.size:
-        axes.set_xscale("symlog", linthresh=positive.min(), linscale=0.5)
-    series = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
-    lowest = positive.min(initial=1.0) * 0.99
-    zero = () if positive.size == fractions.size else (0,)
-    axes.set_xticks([*zero, *(share for share in series if share >= lowest)])
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g} %"))
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
-def _name_extremes(
-    axes: Axes,
-    heads: Sequence[Head],
-    across: Float[np.ndarray, " head"],
-    up: Float[np.ndarray, " head"],
-    count: int = 8,
-) -> None:
-    """Name the points farthest from 0, leaving out a name that would cover another's."""
-    span = np.array([np.ptp(values) if values.size else 1.0 for values in (across, up)])
-    places = np.stack([across, up], axis=1) / np.where(span > 0, span, 1.0)
-    named: list[int] = []
-    for index in np.argsort(-np.linalg.norm(places, axis=1))[:count].tolist():
-        gaps = np.abs(places[named] - places[index])
-        if (gaps < (0.11, 0.045)).all(axis=1).any():
-            continue
-        named.append(index)
-        # On the side away from the line of equal scores.
-        above = up[index] >= across[index]
-        axes.annotate(
-            str(heads[index]),
-            (across[index], up[index]),
-            xytext=(-5, 3) if above else (5, -3),
-            textcoords="offset points",
-            horizontalalignment="right" if above else "left",
-            verticalalignment="bottom" if above else "top",
-            fontsize=8,
-        )
+    return f"{float(np.median(as_array(draws[name]))):.2f}" if name in draws else "n/a"

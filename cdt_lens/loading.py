@@ -203,7 +203,12 @@ def _hooked(hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype, n_ct
         state = loading_from_pretrained.get_pretrained_state_dict(
             str(shown), cfg, hf_model, dtype=dtype
         )
-    model = HookedTransformer(cfg, tokenizer, move_to_device=False)
+        # It also reads the tokenizer again from its path, which for a GGUF file holds none.
+        tokenizer.save_pretrained(shown)
+        model = HookedTransformer(
+            cfg, AutoTokenizer.from_pretrained(shown), move_to_device=False
+        )
+    model.tokenizer.name_or_path = tokenizer.name_or_path
     state = model.fill_missing_keys({k: v.detach() for k, v in state.items()})
     state = ProcessWeights.process_weights(
         state, cfg, fold_ln=False, center_writing_weights=False, center_unembed=False,

@@ -12,7 +12,7 @@ import io
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -30,7 +30,7 @@ def figure_html(
     *,
     prefix: str | None = None,
     tooltips: Mapping[str, Sequence[str]] | None = None,
-) -> str:
+) -> Markup:
     """`figure` as an `<svg>` element for an HTML page, with its label as its description.
 
     Every id starts with `prefix` (default: a hash of the drawing), so that figures on one page do
@@ -51,12 +51,12 @@ def figure_html(
     for gid, lines in (tooltips or {}).items():
         _add_tooltips(root, f"{prefix}-{gid}", lines)
     _describe(root, figure, prefix)
-    return ElementTree.tostring(root, encoding="unicode")
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
 def table_html(
     columns: Sequence[str], rows: Iterable[Sequence[object]], *, caption: str | None = None
-) -> str:
+) -> Markup:
     """A table with a header row, a header cell to each row, and numbers to the right."""
     head = Markup("").join(Markup('<th scope="col">{}</th>').format(name) for name in columns)
     body = Markup("").join(_row(row) for row in rows)
@@ -69,7 +69,7 @@ def table_html(
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     # Text stays text and is drawn by the browser, which has the glyphs that matplotlib misses.
-    options = {"svg.fonttype": "none", "svg.hashsalt": "cdt_lens"}
+    options: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "cdt_lens"}
     with matplotlib.rc_context(options), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -126,11 +126,11 @@ def _scores(scores: HeadScores, id: str, results: Sequence[object]) -> Section:
             "Heads scored": str(finite.numel()),
             "Examples": str(len(scores.example_labels)),
             "Task direction": f"{scores.direction:+.3f} logits",
-            "Range of scores": f"{float(finite.min()):+.3g} to {float(finite.max()):+.3g} logits",
+            "Range of scores": f"{float(finite.min()):+.3f} to {float(finite.max()):+.3f} logits",
         },
         figures=(
             _map(scored, circuit, f"{id}-map"),
-            Markup(figure_html(figures.bars(scores, _TOP), prefix=f"{id}-bars")),
+            figure_html(figures.bars(scores, _TOP), prefix=f"{id}-bars"),
         ),
         tables=(tables.heads_table(scored, heads, caption=f"Top {len(heads)} heads"),),
         provenance=((f"Head scores: {scores.method}", scores.provenance.to_dict()),),
@@ -166,7 +166,7 @@ def _circuit(circuit: Circuit, id: str, results: Sequence[object]) -> Section:
 
 def _faithfulness(curve: FaithfulnessCurve, id: str, _: Sequence[object]) -> Section:
     unit = " logits" if curve.metric == "direction" else ""
-    drawn = {figures.control_name(key): len(draws) for key, draws in curve.random.items()}
+    drawn = (f"{len(draws)} {figures.control_name(key)}" for key, draws in curve.random.items())
     name = f"Faithfulness: {figures.metric_name(curve.metric)}"
     return Section(
         kind="FaithfulnessCurve",
@@ -177,37 +177,35 @@ def _faithfulness(curve: FaithfulnessCurve, id: str, _: Sequence[object]) -> Sec
             "Metric": figures.metric_name(curve.metric),
             "Full model": f"{curve.full:.3f}{unit}",
             "All heads ablated": f"{curve.empty:.3f}{unit}",
-            "Random circuits": tables.in_words(
-                {k: len(draws) for k, draws in curve.random.items()}
-            ),
+            "Random circuits": "; ".join(drawn) or "none",
         },
-        figures=(Markup(figure_html(figures.curve(curve), prefix=f"{id}-curve")),),
+        figures=(figure_html(figures.curve(curve), prefix=f"{id}-curve"),),
         tables=(tables.areas_table(curve), tables.sizes_table(curve)),
         provenance=((name, curve.provenance.to_dict()),),
     )
 
 
 def _agreement(agreement: MethodAgreement, id: str, _: Sequence[object]) -> Section:
-    sides = [Scored.of(agreement.scores), Scored.of(agreement.reference)]
-    drawing = figures.agreement(agreement)
-    both = (sides[0].values + sides[1].values).isfinite().flatten().tolist()
-    lines = ["; ".join(pair) for pair in zip(*(side.lines() for side in sides), strict=True)]
-    points = [line for line, drawn in zip(lines, both, strict=True) if drawn]
+    one, other = Scored.of(agreement.scores), Scored.of(agreement.reference)
+    both = (one.values + other.values).isfinite().flatten().tolist()
+    lines = zip(one.lines(), other.lines(), both, strict=True)
+    points = [f"{line}; {reference}" for line, reference, drawn in lines if drawn]
+    drawing = figure_html(
+        figures.agreement(agreement), prefix=f"{id}-scatter", tooltips={"points": points}
+    )
     named = (agreement.scores, agreement.reference)
     return Section(
         kind="MethodAgreement",
         id=id,
-        title=f"Agreement: {sides[0].method} and {sides[1].method}",
-        headline=(f"{agreement.spearman:.2f}", f"Spearman with {sides[1].method}"),
+        title=f"Agreement: {one.method} and {other.method}",
+        headline=(f"{agreement.spearman:.2f}", f"Spearman with {other.method}"),
         facts={
             "Spearman (order)": f"{agreement.spearman:.3f}",
             "Pearson (value)": f"{agreement.pearson:.3f}",
             "Heads": str(len(points)),
         },
-        figures=(
-            Markup(figure_html(drawing, prefix=f"{id}-scatter", tooltips={"points": points})),
-        ),
-        tables=(tables.differences_table(*sides),),
+        figures=(drawing,),
+        tables=(tables.differences_table(one, other),),
         provenance=tuple((f"Head scores: {s.method}", s.provenance.to_dict()) for s in named),
     )
 
@@ -268,7 +266,7 @@ _SECTIONS: dict[str, Callable[..., Section]] = {
 
 def _map(scored: Scored, circuit: Circuit | None, prefix: str) -> Markup:
     figure = figures.heatmap(scored, circuit=circuit)
-    return Markup(figure_html(figure, prefix=prefix, tooltips={"cells": scored.lines()}))
+    return figure_html(figure, prefix=prefix, tooltips={"cells": scored.lines()})
 
 
 def _same(

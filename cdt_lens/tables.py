@@ -59,7 +59,8 @@ class Scored:
 
     def at(self, head: Head) -> tuple[float, float]:
         """Score and standard error of `head`."""
-        return tuple(float(part[head.layer, head.head]) for part in (self.values, self.stderr))
+        place = head.layer, head.head
+        return float(self.values[place]), float(self.stderr[place])
 
     def lines(self) -> list[str]:
         """One line a head, layer by layer, such as "L9H6: +0.12 ± 0.01 logits (cdt)"."""
@@ -87,7 +88,7 @@ def heads_table(scored: Scored, heads: Iterable[Head], *, caption: str) -> Marku
             share = value / scored.direction if scored.direction else torch.nan
             row.append(number(share, "+z.1%"))
         rows.append(row)
-    return Markup(table_html(columns, rows, caption=caption))
+    return table_html(columns, rows, caption=caption)
 
 
 def layers_table(circuit: Circuit) -> Markup:
@@ -96,18 +97,18 @@ def layers_table(circuit: Circuit) -> Markup:
     for layer, members in groupby(sorted(circuit.heads), key=lambda head: head.layer):
         names = [str(head) for head in members]
         rows.append((layer, len(names), ", ".join(names)))
-    return Markup(table_html(("layer", "heads", "which"), rows, caption="Circuit by layer"))
+    return table_html(("layer", "heads", "which"), rows, caption="Circuit by layer")
 
 
 def areas_table(curve: FaithfulnessCurve) -> Markup:
     """CPR and CMD of the circuit and, as median [5 %, 95 %], of its random controls."""
-    rows = [("circuit", number(curve.cpr, ".3f"), number(curve.cmd, ".3f"))]
+    rows = [["circuit", number(curve.cpr, ".3f"), number(curve.cmd, ".3f")]]
     for name in curve.random_cpr:
         areas = (spread(draws[name]) for draws in (curve.random_cpr, curve.random_cmd))
-        rows.append((control_name(name), *areas))
+        rows.append([control_name(name), *areas])
     columns = ("", "CPR (higher is better)", "CMD (lower is better)")
     caption = "Areas; of random heads the median [5 %, 95 %]"
-    return Markup(table_html(columns, rows, caption=caption))
+    return table_html(columns, rows, caption=caption)
 
 
 def sizes_table(curve: FaithfulnessCurve) -> Markup:
@@ -122,7 +123,7 @@ def sizes_table(curve: FaithfulnessCurve) -> Markup:
         for name, draws in curve.random.items():
             row += [spread(draws[:, index]), number(float(curve.beaten[name][index]), ".0%")]
         rows.append(row)
-    return Markup(table_html(columns, rows, caption="Faithfulness by size"))
+    return table_html(columns, rows, caption="Faithfulness by size")
 
 
 def differences_table(scores: Scored, reference: Scored, count: int = 10) -> Markup:
@@ -135,7 +136,7 @@ def differences_table(scores: Scored, reference: Scored, count: int = 10) -> Mar
         for head in worst
     ]
     columns = ("head", f"{scores.method} (logits)", f"{reference.method} (logits)")
-    return Markup(table_html(columns, rows, caption="Largest differences"))
+    return table_html(columns, rows, caption="Largest differences")
 
 
 def number(value: float, form: str) -> str:
@@ -164,7 +165,7 @@ def tokens_table(tokens: Sequence[str], values: Sequence[float]) -> Markup:
         (place, "".join(shown.get(c, c) for c in token), number(value, "+z.4f"))
         for place, (token, value) in enumerate(zip(tokens, values, strict=True))
     ]
-    return Markup(table_html(("position", "token", "relevance (logits)"), rows))
+    return table_html(("position", "token", "relevance (logits)"), rows)
 
 
 def provenance_rows(told: Iterable[tuple[str, Mapping[str, Any]]]) -> list[tuple[str, Groups]]:

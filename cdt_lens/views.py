@@ -27,7 +27,7 @@ class AttentionView:
     """Attention patterns of chosen heads on example prompts; each row of a pattern sums to 1."""
 
     prompts: tuple[tuple[str, ...], ...]
-    patterns: tuple[Float[Tensor, "head query key"], ...] = field(repr=False)
+    patterns: tuple[Float[Tensor, "head _query _key"], ...] = field(repr=False)
     heads: tuple[Head, ...]
     labels: tuple[str, ...]
 
@@ -40,7 +40,7 @@ class TokenRelevance:
     """
 
     prompts: tuple[tuple[str, ...], ...]
-    relevance: tuple[Float[Tensor, " pos"], ...] = field(repr=False)
+    relevance: tuple[Float[Tensor, " _pos"], ...] = field(repr=False)
     labels: tuple[str, ...]
     directions: tuple[float, ...]
 

@@ -151,7 +151,7 @@ def attention_widget(view: AttentionView, prompt: int = 0) -> Widget:
     """The attention patterns of one prompt, to be the last line of a notebook cell."""
     part = attention(view, prompt)
     rows = math.ceil(len(view.heads) / 6)
-    return _widget("Attention patterns", part, height=min(120 + 120 * rows + 640, 1100))
+    return _widget("Attention patterns", part, height=min(140 + 130 * rows + 780, 1400))
 
 
 def tokens_widget(relevance: TokenRelevance, prompt: int = 0) -> Widget:

@@ -1,4 +1,4 @@
-"""Results as large as a real run's (30 layers of 9 heads), made up, for tests of what shows them."""
+"""Made-up results as large as a real run's: 30 layers of 9 heads."""
 
 from __future__ import annotations
 
@@ -141,7 +141,9 @@ def attention_view(prompts: tuple[tuple[str, ...], ...] = PROMPTS) -> AttentionV
 def token_relevance(prompts: tuple[tuple[str, ...], ...] = PROMPTS) -> TokenRelevance:
     generator = seeded(4)
     relevance = tuple(0.3 * torch.randn(len(tokens), generator=generator) for tokens in prompts)
-    return TokenRelevance(prompts, relevance, LABELS[: len(prompts)], (6.1, 5.4, 1.2)[: len(prompts)])
+    return TokenRelevance(
+        prompts, relevance, LABELS[: len(prompts)], (6.1, 5.4, 1.2)[: len(prompts)]
+    )
 
 
 def everything() -> list[object]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import matplotlib
 import numpy as np
@@ -116,7 +117,9 @@ def test_curve_shows_the_data_the_bands_and_the_areas():
     band = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert band.min() == pytest.approx(low.min())
     assert band.max() == pytest.approx(high.max())
-    assert {0.0, 1.0} <= {line.get_ydata()[0] for line in axes.lines if len(set(line.get_ydata())) == 1}
+    assert {0.0, 1.0} <= {
+        line.get_ydata()[0] for line in axes.lines if len(set(line.get_ydata())) == 1
+    }
 
 
 def test_curve_lines_differ_in_style_or_marker_not_only_in_colour():
@@ -218,7 +221,7 @@ def test_words_lie_inside_the_figure_and_ticks_do_not_touch(layers, heads):
         for labels, side in ((axes.get_xticklabels(), "x"), (axes.get_yticklabels(), "y")):
             shown = [label.get_window_extent() for label in labels if label.get_text()]
             spans = sorted((getattr(b, f"{side}0"), getattr(b, f"{side}1")) for b in shown)
-            assert all(a[1] <= b[0] + 1 for a, b in zip(spans, spans[1:], strict=False))
+            assert all(a[1] <= b[0] + 1 for a, b in pairwise(spans))
 
 
 def test_a_name_with_dollar_signs_is_not_read_as_a_formula():

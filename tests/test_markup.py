@@ -108,7 +108,9 @@ def test_numbers_of_every_form_are_recognised(text):
 
 
 def test_a_table_escapes_what_it_is_given_except_markup():
-    html = table_html((HOSTILE, "b"), [(HOSTILE, HOSTILE), ("x", Markup("<b>y</b>"))], caption=HOSTILE)
+    html = table_html(
+        (HOSTILE, "b"), [(HOSTILE, HOSTILE), ("x", Markup("<b>y</b>"))], caption=HOSTILE
+    )
     root = tree(html)
     assert not list(root.iter("script"))
     assert [root.find("caption").text, root.find(".//td").text] == [HOSTILE, HOSTILE]

