@@ -59,7 +59,11 @@ def _tokenizer() -> Any:
     """A tokenizer of a few words: the model classes want one, the benchmark uses none."""
     words = WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a")
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(words), unk_token="a", pad_token="a", bos_token="b", eos_token="b"
+        tokenizer_object=Tokenizer(words),
+        unk_token="a",
+        pad_token="a",
+        bos_token="b",
+        eos_token="b",
     )
     with tempfile.TemporaryDirectory() as folder:
         fast.save_pretrained(folder)
@@ -96,6 +100,7 @@ def report_cost(backend: str, names: list[str], repeats: int) -> None:
         return view.run(many)
 
     for name in names:
+
         def sweep(rules=PRESETS[name]) -> object:
             engine = Propagator(view, batch.tokens, batch.lengths, baseline, rules)
             return irrelevant_logits(engine, [(head,) for head in heads], batch, rows=rows)
@@ -106,7 +111,8 @@ def report_cost(backend: str, names: list[str], repeats: int) -> None:
         print(
             f"{backend:7s} {name:9s} sweep {statistics.median(s for s, _ in pairs):6.2f} s, "
             f"pass of {rows} rows {statistics.median(p for _, p in pairs):6.3f} s: "
-            f"{statistics.median(ratios):5.1f} passes (min {min(ratios):.1f}, max {max(ratios):.1f})"
+            f"{statistics.median(ratios):5.1f} passes "
+            f"(min {min(ratios):.1f}, max {max(ratios):.1f})"
         )
 
 

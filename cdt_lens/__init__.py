@@ -36,11 +36,12 @@ from cdt_lens.faithfulness import (
     greedy_circuit,
 )
 from cdt_lens.fetch import fetch
+from cdt_lens.head_scores import HeadScores, MethodAgreement, compare_scores
 from cdt_lens.heads import Head
 from cdt_lens.loading import load_model
 from cdt_lens.report import render_report
 from cdt_lens.rules import PRESETS, Rules
-from cdt_lens.scores import HeadScores, MethodAgreement, compare_scores, score_heads
+from cdt_lens.scores import score_heads
 from cdt_lens.tasks import Example, Examples, Task
 from cdt_lens.views import AttentionView, TokenRelevance, attention_view, token_relevance
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from torch import nn
 
 from cdt_lens.baselines import Baseline
+from cdt_lens.head_scores import HeadScores
 from cdt_lens.heads import Head
 from cdt_lens.model import ModelView
-from cdt_lens.scores import Direction, HeadScores, score_heads
+from cdt_lens.scores import Direction, score_heads
 from cdt_lens.tasks import Examples
 
 

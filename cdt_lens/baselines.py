@@ -157,9 +157,7 @@ def mean_activations(
         UnsupportedModelError: a component of the model has no rule.
     """
     if positions not in get_args(Slots):
-        raise InputError(
-            f"positions={positions!r}: expected one of {', '.join(get_args(Slots))}"
-        )
+        raise InputError(f"positions={positions!r}: expected one of {', '.join(get_args(Slots))}")
     examples.require_some()
     view = view_of(model)
     check_supported(view)

@@ -79,7 +79,7 @@ class Circuit:
 
     def _repr_html_(self) -> str:
         title = f"<p>Circuit of {len(self)} of {self.n_layers * self.n_heads} heads</p>"
-        return title + self.to_dataframe().to_html(index=False, float_format="%.4f")
+        return title + self.to_dataframe().to_html(index=False, float_format="{:+.4f}".format)
 
     def check_model(self, model: nn.Module | ModelView) -> None:
         """Refuse to use the circuit with a model whose weights are not those it was found in.

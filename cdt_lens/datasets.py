@@ -121,8 +121,8 @@ def load_task(
             f"{', '.join(TASK_NAMES)} (or use task_from_files, task_from_hub)"
         )
     if name in GENERATORS:
-        given = {"config": config, "folder": folder, "template": template, "shots": shots or None}
-        given |= {"verbalizer": verbalizer, "revision": revision}
+        given: dict[str, Any] = {"config": config, "folder": folder, "template": template}
+        given |= {"shots": shots or None, "verbalizer": verbalizer, "revision": revision}
         _refuse(name, "is generated", given)
         sizes = [_at_most(name, limit, size) for size in n or DEFAULT_SIZES]
         return GENERATORS[name](tokenizer, n=sizes, seed=seed, prepend_bos=prepend_bos)
@@ -333,7 +333,9 @@ def _build(
         template=format.template,
         content_free=format.content_free(f"{name}/content-free"),
         prefix=format.prefix,
-        **splits,
+        train=splits["train"],
+        valid=splits["valid"],
+        test=splits["test"],
     )
 
 

@@ -116,9 +116,7 @@ def decompose(
     taps = _Targets(propagator, target_heads, len(sets))
     full = propagator.full_logits(batch.candidates)
     irrel = irrelevant_logits(propagator, sets, batch, rows=rows, taps=taps)
-    return Decomposition(
-        sets, batch.candidates, batch.direction, full, full - irrel, taps.parts()
-    )
+    return Decomposition(sets, batch.candidates, batch.direction, full, full - irrel, taps.parts())
 
 
 def check_sources(view: ModelView, sources: SourceSet) -> None:
@@ -219,7 +217,7 @@ def build_resets(sets: Sequence[SourceSet], batch: Batch, n_heads: int) -> Reset
     lengths, n_pos = batch.lengths, batch.tokens.shape[1]
     by_position = any(isinstance(s, Node) for source in sets for s in source)
     shape = (len(sets), len(lengths), n_pos) if by_position else (len(sets), 1, 1)
-    resets: dict[int, Bool[Tensor, "source batch pos head"]] = {}
+    resets: dict[int, Bool[Tensor, "source _batch _pos head"]] = {}
     for row, source in enumerate(sets):
         for s in source:
             if s.layer not in resets:

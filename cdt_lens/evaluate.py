@@ -39,7 +39,11 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module | ModelView, examples: Examples, task: Task | None = None, *, batch_size: int = 32
+    model: nn.Module | ModelView,
+    examples: Examples,
+    task: Task | None = None,
+    *,
+    batch_size: int = 32,
 ) -> Evaluation:
     """Accuracy, macro-F1 and mean task direction on `examples`.
 

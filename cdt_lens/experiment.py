@@ -17,18 +17,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from cdt_lens.ablation import Metric
 from cdt_lens.artifacts import load_artifact, save_artifact
 from cdt_lens.attribution import exact_ablation
-from cdt_lens.baselines import Baseline, mean_activations
+from cdt_lens.baselines import Baseline, Slots, mean_activations
 from cdt_lens.circuit import Circuit
 from cdt_lens.datasets import load_task, task_from_files
 from cdt_lens.distributed import is_main
 from cdt_lens.errors import ArtifactError, InputError
 from cdt_lens.evaluate import Evaluation, calibrate, evaluate
-from cdt_lens.faithfulness import FaithfulnessCurve, faithfulness_curve
-from cdt_lens.loading import load_model
+from cdt_lens.faithfulness import FaithfulnessCurve, Ranking, faithfulness_curve
+from cdt_lens.head_scores import HeadScores, MethodAgreement, compare_scores
+from cdt_lens.loading import Backend, load_model
 from cdt_lens.report import render_report
-from cdt_lens.scores import HeadScores, MethodAgreement, compare_scores, score_heads
+from cdt_lens.scores import Direction, score_heads
 from cdt_lens.tasks import Examples, Task
 from cdt_lens.views import attention_view, token_relevance
 
@@ -54,17 +56,17 @@ class Settings:
     label_column: str = "label"
     shots: int = 0
     calibrate: bool = False
-    backend: str = "auto"
+    backend: Backend = "auto"
     device: str | None = None
     dtype: str = "float32"
     rules: str = "stable"
-    positions: str = "answer"
-    direction: str = "mean"
+    positions: Slots = "answer"
+    direction: Direction = "mean"
     examples: int = 48
     baseline_examples: int | None = None
     k: int | None = None
     fraction: float | None = None
-    by: str = "magnitude"
+    by: Ranking = "magnitude"
     batch_size: int = 16
     rows: int | None = None
     seed: int = 0
@@ -224,7 +226,7 @@ def ablate(run: Run, say: Say) -> MethodAgreement:
 
 
 def measure(
-    run: Run, say: Say, *, split: str = "valid", examples: int = 48, metric: str = "direction",
+    run: Run, say: Say, *, split: str = "valid", examples: int = 48, metric: Metric = "direction",
     draws: int = 5,
 ) -> FaithfulnessCurve:  # fmt: skip
     """The faithfulness curve on a split that the scores have not seen."""

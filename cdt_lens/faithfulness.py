@@ -14,38 +14,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from cdt_lens.ablation import Metric, circuit_metric, measure_circuits
 from cdt_lens.artifacts import load_artifact, save_artifact
 from cdt_lens.baselines import Baseline
 from cdt_lens.circuit import Circuit, random_heads, random_heads_like
-from cdt_lens.decompose import irrelevant_logits
-from cdt_lens.distributed import gather_items, is_main, shard
 from cdt_lens.errors import ArtifactError, InputError
-from cdt_lens.heads import Head, all_heads, check_heads
-from cdt_lens.metrics import (
-    MIB_FRACTIONS,
-    balanced_mean,
-    cmd,
-    correct,
-    cpr,
-    faithfulness,
-    task_direction,
-)
+from cdt_lens.head_scores import HeadScores
+from cdt_lens.heads import Head, all_heads
+from cdt_lens.metrics import MIB_FRACTIONS, cmd, cpr, faithfulness
 from cdt_lens.model import ModelView, view_of
-from cdt_lens.propagate import Propagator
 from cdt_lens.provenance import Provenance, provenance_of
-from cdt_lens.rules import PRESETS
-from cdt_lens.scores import HeadScores
-from cdt_lens.tasks import Batch, Examples, Task
+from cdt_lens.tasks import Examples, Task
 
-Metric = Literal["direction", "accuracy"]
 Ranking = Literal["magnitude", "signed"]
 _FORMAT = "cdt_lens.faithfulness"
 CONTROLS = ("random", "random-per-layer")
@@ -88,7 +75,6 @@ class FaithfulnessCurve:
             table[f"{name} (median)"] = values.median(0).values.tolist()
             table[f"beats {name}"] = self.beaten[name].tolist()
         return pd.DataFrame(table)
-
 
     def save(self, path: str | Path) -> Path:
         """Save as JSON beside safetensors, whole or not at all."""
@@ -167,73 +153,6 @@ class CircuitFaithfulness:
     provenance: Provenance = field(repr=False)
 
 
-def circuit_metric(
-    model: nn.Module | ModelView,
-    circuits: Sequence[Sequence[Head]],
-    examples: Examples,
-    baseline: Baseline,
-    *,
-    metric: Metric = "direction",
-    task: Task | None = None,
-    batch_size: int = 16,
-    rows: int | None = None,
-    progress: bool = True,
-) -> Float[Tensor, " circuit"]:
-    """m(C) of each circuit: the metric with every other head mean-ablated.
-
-    "direction" is the label-balanced mean task direction in logits; "accuracy" the label-balanced
-    share of examples whose best candidate is an answer (minus the task's prior, if it has one).
-
-    Raises:
-        InputError: no examples, an unknown metric, or a head outside the model.
-    """
-    if metric not in get_args(Metric):
-        raise InputError(f"metric={metric!r}: expected one of {', '.join(get_args(Metric))}")
-    examples.require_some()
-    view = view_of(model)
-    everyone = all_heads(view.n_layers, view.n_heads)
-    kept = [set(check_heads(c, view.n_layers, view.n_heads)) for c in circuits]
-    complements = [tuple(h for h in everyone if h not in inside) for inside in kept]
-    batches = list(examples.batches(batch_size, shard=shard()))
-    items: list[tuple[int, Tensor]] = []
-    total = len(batches) * len(circuits)
-    with tqdm(total=total, desc="circuits", disable=not (progress and is_main())) as bar:
-        for batch in batches:
-            values = _per_example(
-                view, batch.to(view.device), complements, baseline, metric, task, rows, bar
-            )
-            items += [(index, values[:, row]) for row, index in enumerate(batch.index)]
-    ordered = dict(gather_items(items))
-    table = torch.stack([ordered[i] for i in range(len(examples))], dim=-1)
-    labels = torch.tensor([examples.labels.index(e.label) for e in examples])
-    return balanced_mean(table.double(), labels)
-
-
-def _per_example(
-    view: ModelView,
-    batch: Batch,
-    complements: Sequence[tuple[Head, ...]],
-    baseline: Baseline,
-    metric: Metric,
-    task: Task | None,
-    rows: int | None,
-    bar: tqdm,
-) -> Float[Tensor, "circuit example"]:
-    # An ablated model is the irrelevant stream under the all-through rules: what is left when
-    # the complement's contribution is taken away.
-    propagator = Propagator(
-        view, batch.tokens, batch.lengths, baseline.for_batch(view, batch), PRESETS["ablation"]
-    )
-    logits = irrelevant_logits(propagator, complements, batch, rows=rows, done=bar.update)
-    if metric == "direction":
-        return task_direction(logits, batch.direction).float().cpu()
-    prior = None if task is None or task.prior is None else task.candidate_prior(batch)
-    right = correct(
-        logits, batch.is_answer, batch.is_candidate, None if prior is None else prior.to(logits)
-    )
-    return right.float().cpu()
-
-
 def faithfulness_curve(
     model: nn.Module | ModelView,
     scores: HeadScores,
@@ -270,9 +189,10 @@ def faithfulness_curve(
     wanted: list[tuple[Head, ...]] = [everyone, ()]
     for size in dict.fromkeys(sizes):
         wanted += _family(circuits[size], view, draws, seed)
-    measured = _measure(
-        view, wanted, examples, baseline, metric, task, batch_size, rows, progress
-    )
+    measured = measure_circuits(
+        view, wanted, examples, baseline, metric=metric, task=task, batch_size=batch_size,
+        rows=rows, progress=progress,
+    )  # fmt: skip
     full, empty = measured[everyone], measured[()]
 
     def f(heads: Sequence[Head]) -> float:
@@ -332,7 +252,10 @@ def circuit_faithfulness(
     everyone = all_heads(view.n_layers, view.n_heads)
     family = _family(circuit.heads, view, draws, seed)
     wanted = [everyone, (), *family]
-    measured = _measure(view, wanted, examples, baseline, metric, task, batch_size, rows, progress)
+    measured = measure_circuits(
+        view, wanted, examples, baseline, metric=metric, task=task, batch_size=batch_size,
+        rows=rows, progress=progress,
+    )  # fmt: skip
     full, empty = measured[everyone], measured[()]
 
     def f(heads: tuple[Head, ...]) -> float:
@@ -383,9 +306,10 @@ def greedy_circuit(
     view = view_of(model)
     candidates = list(scores.top(min(pool, len(scores.ranking()))))
     everyone = all_heads(view.n_layers, view.n_heads)
-    measured = _measure(
-        view, [everyone, ()], examples, baseline, "direction", None, batch_size, rows, progress
-    )
+    measured = measure_circuits(
+        view, [everyone, ()], examples, baseline, metric="direction", task=None,
+        batch_size=batch_size, rows=rows, progress=progress,
+    )  # fmt: skip
     full, empty = measured[everyone], measured[()]
     chosen: list[Head] = []
     while len(chosen) < k:
@@ -411,30 +335,12 @@ def _family(
     return [heads, complement, *free, *layered]
 
 
-def _measure(
-    view: ModelView,
-    circuits: Sequence[tuple[Head, ...]],
-    examples: Examples,
-    baseline: Baseline,
-    metric: Metric,
-    task: Task | None,
-    batch_size: int,
-    rows: int | None,
-    progress: bool,
-) -> dict[tuple[Head, ...], float]:
-    """The metric of each different circuit, once."""
-    unique = list(dict.fromkeys(circuits))
-    values = circuit_metric(
-        view, unique, examples, baseline,
-        metric=metric, task=task, batch_size=batch_size, rows=rows, progress=progress,
-    )  # fmt: skip
-    return dict(zip(unique, values.tolist(), strict=True))
-
-
 def _checked_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
     values = tuple(float(x) for x in fractions)
-    if len(values) < 2 or list(values) != sorted(set(values)) or not 0 <= values[0] <= values[-1] <= 1:
-        raise InputError(
-            f"fractions={values}: expected at least two, rising, each from 0 to 1"
-        )
+    if (
+        len(values) < 2
+        or list(values) != sorted(set(values))
+        or not 0 <= values[0] <= values[-1] <= 1
+    ):
+        raise InputError(f"fractions={values}: expected at least two, rising, each from 0 to 1")
     return values

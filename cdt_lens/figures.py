@@ -29,7 +29,7 @@ from cdt_lens.heads import all_heads
 if TYPE_CHECKING:
     from cdt_lens.circuit import Circuit
     from cdt_lens.faithfulness import FaithfulnessCurve
-    from cdt_lens.scores import HeadScores, MethodAgreement
+    from cdt_lens.head_scores import HeadScores, MethodAgreement
     from cdt_lens.tables import Scored
 
 UNIT = "logits (+ = towards the gold label)"

@@ -2,9 +2,9 @@
 
 1. Words are drawn with a seed from the lists below, of which only those count that are one token of
    the tokenizer with a leading space: so every filled-in template has one length.
-2. Labels alternate, so each split is balanced; no prompt occurs twice, in a split or across splits.
+2. Labels alternate, so each split is balanced; no prompt occurs twice anywhere.
 3. `ioi`: "When A and B met ..., B gave a book to" -> A (arXiv 2211.00593, section 2).
-   `greater_than`: "... from the year 1732 to the year 17" -> 33 to 99 (arXiv 2305.00586, section 2).
+   `greater_than`: "... from the year 1732 to the year 17" -> 33 to 99 (arXiv 2305.00586, §2).
    `gendered_pronoun`: "Yes, Mary is a very good doctor, isn't" -> she.
 """
 
@@ -33,9 +33,10 @@ MEN = _words(
     "James John Joseph Kevin Mark Martin Michael Paul Peter Richard Robert Simon Steven Thomas Tom"
 )
 WOMEN = _words(
-    "Alice Amanda Amy Anna Anne Barbara Carol Catherine Christine Claire Diana Elizabeth Emily Emma "
-    "Helen Jane Jennifer Jessica Julia Karen Kate Laura Linda Lisa Maria Mary Michelle Nancy Rachel "
-    "Sarah Susan"
+    "Alice Amanda Amy Anna Anne Barbara Carol Catherine Christine Claire Diana Elizabeth Emily "
+    "Emma "
+    "Helen Jane Jennifer Jessica Julia Karen Kate Laura Linda Lisa Maria Mary Michelle Nancy "
+    "Rachel Sarah Susan"
 )
 PLACES = _words(
     "bank beach bridge church farm garden hospital hotel house library market museum office park "
@@ -271,7 +272,7 @@ def _single_tokens(
             found[word] = ids[0]
     if len(found) < minimum:
         raise InputError(
-            f"{task}: only {len(found)} of {len(words)} {kind} are single tokens of this tokenizer, "
+            f"{task}: only {len(found)} of {len(words)} {kind} are single tokens here; "
             f"at least {minimum} are needed; use a tokenizer with a larger vocabulary, or another "
             "task"
         )
@@ -281,7 +282,7 @@ def _single_tokens(
 def _year_stems(
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[list[str], dict[str, dict[str, int]]]:
-    """The possible endings of a year in order, and for each stem those that follow it as a token."""
+    """The endings of a year in order, and for each stem those that follow it as a token."""
     two_digits = [f"{ending:02}" for ending in range(100)]
     one_digit = [str(ending) for ending in range(10)]
     decades = [f"{century}{decade}" for century in CENTURIES for decade in range(10)]

@@ -60,9 +60,7 @@ def check_heads(heads: Iterable[Head], n_layers: int, n_heads: int) -> tuple[Hea
     return ordered
 
 
-def heads_to_mask(
-    heads: Iterable[Head], n_layers: int, n_heads: int
-) -> Bool[Tensor, "layer head"]:
+def heads_to_mask(heads: Iterable[Head], n_layers: int, n_heads: int) -> Bool[Tensor, "layer head"]:
     """Boolean mask `[layer, head]`, True where a head is in `heads`."""
     mask = torch.zeros(n_layers, n_heads, dtype=torch.bool)
     for head in check_heads(heads, n_layers, n_heads):

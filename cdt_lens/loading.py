@@ -111,9 +111,13 @@ def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32)
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # what transformers and safetensors raise here has no common class
-        what = "the folder is damaged or incomplete" if is_local else (
-            "no such folder here, and the hub could not give it; check the name and the network, "
-            "or pass a local folder"
+        what = (
+            "the folder is damaged or incomplete"
+            if is_local
+            else (
+                "no such folder here, and the hub could not give it; check the name and the "
+                "network, or pass a local folder"
+            )
         )
         raise InputError(f"{source}: cannot be loaded: {what} ({_first_line(error)})") from error
     return model, tokenizer
@@ -181,13 +185,15 @@ def has_hooked_transformer() -> bool:
     return True
 
 
-def _hooked(hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype, n_ctx: int | None) -> Any:
+def _hooked(
+    hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype, n_ctx: int | None
+) -> Any:
     from transformer_lens import HookedTransformer, loading_from_pretrained
     from transformer_lens.weight_processing import ProcessWeights
 
     config = hf_model.config
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 2048)
-    length = min(n_ctx or 2048, limit)
+    length = min(n_ctx or 2048, int(limit or 2048))
     with tempfile.TemporaryDirectory(prefix="cdt-lens-") as folder:
         # transformer-lens takes a name for a known model by substrings of its path, so it is shown
         # the configuration alone under a path that says nothing.
@@ -205,9 +211,7 @@ def _hooked(hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype, n_ct
         )
         # It also reads the tokenizer again from its path, which for a GGUF file holds none.
         tokenizer.save_pretrained(shown)
-        model = HookedTransformer(
-            cfg, AutoTokenizer.from_pretrained(shown), move_to_device=False
-        )
+        model = HookedTransformer(cfg, AutoTokenizer.from_pretrained(shown), move_to_device=False)
     model.tokenizer.name_or_path = tokenizer.name_or_path
     state = model.fill_missing_keys({k: v.detach() for k, v in state.items()})
     state = ProcessWeights.process_weights(
@@ -267,5 +271,3 @@ def third_party_noise_off() -> Iterator[None]:
         logging.getLogger().setLevel(root)
         if bars:
             hf_logging.enable_progress_bar()
-
-

@@ -104,7 +104,7 @@ def faithfulness(
 
 
 def cpr(fractions: Sequence[float], f: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows"]:
-    """Circuit performance ratio: trapezoid area under f over the fractions (MIB §3); more is better."""
+    """Circuit performance ratio: trapezoid area under f over the fractions (MIB §3)."""
     return torch.trapezoid(f.double(), torch.tensor(fractions, dtype=torch.float64), dim=-1)
 
 

@@ -28,34 +28,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from cdt_lens.errors import InputError, UnsupportedModelError
-
-# A site is an activation of one layer: (name, layer). The final norm's layer is n_layers.
-Site = tuple[str, int]
-Hook = Callable[[Tensor], Tensor | None]
-
-_HOOK_POINTS = {
-    "q": "attn.hook_q",
-    "k": "attn.hook_k",
-    "v": "attn.hook_v",
-    "pattern": "attn.hook_pattern",
-    "z": "attn.hook_z",
-    "attn_out": "hook_attn_out",
-    "pre": "mlp.hook_pre",
-    "pre_linear": "mlp.hook_pre_linear",
-    "post": "mlp.hook_post",
-    "mlp_out": "hook_mlp_out",
-    "resid_post": "hook_resid_post",
-}
-# Norms have three sites each: <norm>.in, <norm>.scale, <norm>.out
-_NORMS = {
-    "ln1": "ln1",
-    "ln2": "ln2",
-    "ln1_post": "ln1_post",
-    "ln2_post": "ln2_post",
-    "q_norm": "attn.q_norm",
-    "k_norm": "attn.k_norm",
-    "ln_final": "ln_final",
-}
+from cdt_lens.sites import NORMS, Hook, Site, find_sites
 
 
 class _StopBeforeUnembedding(Exception):
@@ -103,8 +76,8 @@ class ModelView:
                 f"model: expected a HookedTransformer or TransformerBridge, got "
                 f"{type(tl).__name__}; cdt_lens.load_model makes one"
             )
-        self.tl = tl
-        cfg = tl.cfg
+        self.tl: Any = tl
+        cfg: Any = self.tl.cfg
         self.n_layers: int = int(cfg.n_layers)
         self.n_heads: int = int(cfg.n_heads)
         self.n_kv_heads: int = int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads)
@@ -113,7 +86,7 @@ class ModelView:
         self.n_ctx: int = int(cfg.n_ctx)
         self.is_bridge = isinstance(tl, TransformerBridge)
         self.name: str = str(getattr(cfg, "model_name", None) or type(tl).__name__)
-        self._named = self._find_sites()
+        self._places = find_sites(tl, self.n_layers)
 
     # ------------------------------------------------------------------ what the model is
 
@@ -140,32 +113,19 @@ class ModelView:
     @property
     def sites(self) -> frozenset[Site]:
         """Every site that this model has."""
-        return frozenset(self._named)
+        return frozenset(self._places)
 
     def norms(self, layer: int) -> tuple[str, ...]:
         """Names of the norms with hook points in `layer` (`n_layers`: the final norm)."""
-        return tuple(n for n in _NORMS if (f"{n}.scale", layer) in self._named)
+        return tuple(n for n in NORMS if (f"{n}.scale", layer) in self._places)
 
     def norm_bias(self, norm: str, layer: int) -> Float[Tensor, " d_model"] | None:
         """The bias of a norm, or None."""
-        module, _ = self._named[f"{norm}.out", layer]
+        module = self._places[f"{norm}.out", layer].module
         inner = getattr(module, "original_component", module)
         bias = getattr(inner, "b", None)
         bias = getattr(inner, "bias", None) if bias is None else bias
         return bias.detach() if isinstance(bias, Tensor) else None
-
-    def _find_sites(self) -> dict[Site, tuple[nn.Module, str]]:
-        """Map each site to its module and to how it is read: hook point, input or output."""
-        found: dict[Site, tuple[nn.Module, str]] = {}
-        for layer, block in enumerate(self.blocks):
-            for name, path in _HOOK_POINTS.items():
-                point = _resolve(block, path)
-                if point is not None:
-                    found[name, layer] = (point, "point")
-            for name, path in _NORMS.items():
-                _add_norm(found, name, layer, _resolve(block, path))
-        _add_norm(found, "ln_final", self.n_layers, getattr(self.tl, "ln_final", None))
-        return found
 
     # ------------------------------------------------------------------ hooks
 
@@ -179,30 +139,16 @@ class ModelView:
         handles = []
         try:
             for site, hook in hooks.items():
-                handles.append(self._attach(site, hook))
+                if site not in self._places:
+                    raise UnsupportedModelError(
+                        f"{self.name}: layer {site[1]} has no activation {site[0]!r} to hook; "
+                        "choose rules that do not need it"
+                    )
+                handles.append(self._places[site].attach(hook))
             yield
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _attach(self, site: Site, hook: Hook) -> Any:
-        if site not in self._named:
-            raise UnsupportedModelError(
-                f"{self.name}: layer {site[1]} has no activation {site[0]!r} to hook; "
-                "choose rules that do not need it"
-            )
-        module, kind = self._named[site]
-        if kind == "input":
-            return module.register_forward_pre_hook(lambda _, args: _first(hook, args))
-        conversion = getattr(module, "hook_conversion", None) if kind == "point" else None
-        if conversion is None:
-            return module.register_forward_hook(lambda _m, _a, out: hook(out))
-
-        def converted(_module: nn.Module, _args: Any, out: Tensor) -> Tensor | None:
-            result = hook(conversion.convert(out))
-            return None if result is None else conversion.revert(result)
-
-        return module.register_forward_hook(converted)
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -297,7 +243,7 @@ class ModelView:
         self, resid: Float[Tensor, "row pos d_model"], hooks: Mapping[Site, Hook] | None = None
     ) -> Float[Tensor, "row pos d_model"]:
         """The model's own final norm (the identity where it has none)."""
-        if ("ln_final.in", self.n_layers) not in self._named:
+        if ("ln_final.in", self.n_layers) not in self._places:
             return resid
         with self.quiet(), self.hooked(hooks or {}):
             return self.tl.ln_final(resid)
@@ -340,29 +286,6 @@ def view_of(model: nn.Module | ModelView) -> ModelView:
         InputError: `model` is of another class.
     """
     return model if isinstance(model, ModelView) else ModelView(model)
-
-
-def _resolve(module: Any, path: str) -> nn.Module | None:
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return module if isinstance(module, nn.Module) else None
-
-
-def _add_norm(
-    found: dict[Site, tuple[nn.Module, str]], name: str, layer: int, norm: nn.Module | None
-) -> None:
-    # An identity stands where a model has no norm: there is no scale to hook.
-    point = getattr(norm, "hook_scale", None)
-    if norm is None or not isinstance(point, nn.Module):
-        return
-    found[f"{name}.in", layer] = (norm, "input")
-    found[f"{name}.scale", layer] = (point, "point")
-    found[f"{name}.out", layer] = (norm, "output")
-
-
-def _first(hook: Hook, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    result = hook(args[0])
-    return None if result is None else (result, *args[1:])
 
 
 def _recorder(activations: dict[Site, Tensor], site: Site) -> Hook:

@@ -30,7 +30,7 @@ from cdt_lens.widgets import View, attention_widget, tokens_widget
 if TYPE_CHECKING:
     from cdt_lens.circuit import Circuit
     from cdt_lens.faithfulness import FaithfulnessCurve
-    from cdt_lens.scores import HeadScores, MethodAgreement
+    from cdt_lens.head_scores import HeadScores, MethodAgreement
     from cdt_lens.views import AttentionView, TokenRelevance
 
 __all__ = ["attention_widget", "figure_html", "render_report", "table_html", "tokens_widget"]

@@ -54,10 +54,9 @@ class Rules:
     eps: float = 0.0
 
     def __post_init__(self) -> None:
-        kinds = dict(
-            norm=Norm, attention=Attention, activation=Activation, product=Product, bias=Bias
-        )
-        for name, kind in kinds.items():
+        names = ("norm", "attention", "activation", "product", "bias")
+        kinds = (Norm, Attention, Activation, Product, Bias)
+        for name, kind in zip(names, kinds, strict=True):
             if getattr(self, name) not in get_args(kind):
                 raise InputError(
                     f"rules: {name}={getattr(self, name)!r}: expected one of "
@@ -95,11 +94,11 @@ def resolve_rules(rules: str | Rules) -> Rules:
 
 
 def take_back_bias(
-    irrel: Float[Tensor, "source *dims"],
+    irrel: Float[Tensor, source * dims],
     full: Float[Tensor, "*dims"],
     bias: Float[Tensor, "*bias"],
     eps: float,
-) -> Float[Tensor, "source *dims"]:
+) -> Float[Tensor, source * dims]:
     """Irrelevant part of W x + b under the proportional rule; overwrites and returns `irrel`.
 
     irrel: W irrel + b, with the whole bias; full: W x + b. The result is
@@ -118,11 +117,11 @@ def take_back_bias(
 
 
 def norm_bias_share(
-    irrel: Float[Tensor, "source *dims"],
+    irrel: Float[Tensor, source * dims],
     full: Float[Tensor, "*dims"],
     bias: Float[Tensor, "*bias"],
     eps: float,
-) -> Float[Tensor, "source *dims"]:
+) -> Float[Tensor, source * dims]:
     """The relevant part s*b of a norm's bias, with s from the two parts of the norm's *input*."""
     share = full - irrel
     share.abs_()
@@ -135,8 +134,8 @@ def norm_bias_share(
 
 
 def larger_takes_all(
-    irrel: Float[Tensor, "source *dims"], full: Float[Tensor, "*dims"]
-) -> Float[Tensor, "source *dims"]:
+    irrel: Float[Tensor, source * dims], full: Float[Tensor, "*dims"]
+) -> Float[Tensor, source * dims]:
     """The sign rule: where rel and irrel = full - rel differ in sign, the larger becomes `full`.
 
     With opposite signs, |irrel| > |rel| exactly where irrel has the sign of their sum. So: irrel
@@ -158,12 +157,12 @@ def secant(
 
 
 def gated_product(
-    irrel_activated: Float[Tensor, "source *dims"],
-    irrel_linear: Float[Tensor, "source *dims"],
+    irrel_activated: Float[Tensor, source * dims],
+    irrel_linear: Float[Tensor, source * dims],
     activated: Float[Tensor, "*dims"],
     linear: Float[Tensor, "*dims"],
     product: Product,
-) -> Float[Tensor, "source *dims"]:
+) -> Float[Tensor, source * dims]:
     """Irrelevant part of f(g) * u; irrel_activated is the irrelevant part of f(g)."""
     if product == "through":
         return irrel_activated * irrel_linear

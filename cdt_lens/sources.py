@@ -130,7 +130,7 @@ def _separated_rows(
     path: Path, file: Iterable[str], delimiter: str, quoted: bool
 ) -> Iterator[tuple[int, dict[str, object]]]:
     """Each row with the number of the line on which it starts."""
-    rule = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    rule: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     reader = csv.reader(file, delimiter=delimiter, quoting=rule, strict=True)
     header: list[str] | None = None
     line = 1

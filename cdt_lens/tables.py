@@ -22,7 +22,7 @@ from cdt_lens.markup import table_html
 if TYPE_CHECKING:
     from cdt_lens.circuit import Circuit
     from cdt_lens.faithfulness import FaithfulnessCurve
-    from cdt_lens.scores import HeadScores
+    from cdt_lens.head_scores import HeadScores
 
 # What a provenance says: the path to each entry, and the entry in words.
 Leaves = dict[tuple[str, ...], str]

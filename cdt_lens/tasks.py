@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import overload
+from typing import Any, overload
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -74,9 +74,11 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        tensors = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        moved: dict[str, Any] = {
+            k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()
+        }
+        return Batch(**moved)
 
 
 @dataclass(frozen=True)

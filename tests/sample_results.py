@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cdt_lens.circuit import Circuit
 from cdt_lens.faithfulness import FaithfulnessCurve
-from cdt_lens.heads import Head
+from cdt_lens.head_scores import HeadScores, MethodAgreement, compare_scores
 from cdt_lens.metrics import MIB_FRACTIONS
 from cdt_lens.provenance import Provenance
-from cdt_lens.scores import HeadScores, MethodAgreement, compare_scores
+from cdt_lens.views import AttentionView, TokenRelevance
 
 LABELS = ("positive", "neutral", "negative")
 PROMPTS = (
@@ -22,26 +20,6 @@ PROMPTS = (
     ("<s>", "Mak", "an", "annya", " enak", " sekali", "!", "\n", "Sentiment", ":"),
     ("<s>", " \u0627\u0644\u0637\u0639\u0627\u0645", " \u7f8e\u5473", "\n", "Sentiment", ":"),
 )
-
-
-@dataclass(frozen=True)
-class AttentionView:
-    """Stands in for `cdt_lens.views.AttentionView`."""
-
-    prompts: tuple[tuple[str, ...], ...]
-    patterns: tuple[Tensor, ...]
-    heads: tuple[Head, ...]
-    labels: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class TokenRelevance:
-    """Stands in for `cdt_lens.views.TokenRelevance`."""
-
-    prompts: tuple[tuple[str, ...], ...]
-    relevance: tuple[Tensor, ...]
-    labels: tuple[str, ...]
-    directions: tuple[float, ...]
 
 
 def seeded(seed: int) -> torch.Generator:

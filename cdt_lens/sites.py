@@ -1,0 +1,99 @@
+"""Sites: the activations that rules and recordings need, under one name in both model classes.
+
+A site is (name, layer). Most are TransformerLens hook points; norms are also seen at their input
+and output, because the point of a norm lies before its weight and bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+# A site is an activation of one layer: (name, layer). The final norm's layer is n_layers.
+Site = tuple[str, int]
+Hook = Callable[[Tensor], Tensor | None]
+
+_HOOK_POINTS = {
+    "q": "attn.hook_q",
+    "k": "attn.hook_k",
+    "v": "attn.hook_v",
+    "pattern": "attn.hook_pattern",
+    "z": "attn.hook_z",
+    "attn_out": "hook_attn_out",
+    "pre": "mlp.hook_pre",
+    "pre_linear": "mlp.hook_pre_linear",
+    "post": "mlp.hook_post",
+    "mlp_out": "hook_mlp_out",
+    "resid_post": "hook_resid_post",
+}
+# Norms have three sites each: <norm>.in, <norm>.scale, <norm>.out
+NORMS = {
+    "ln1": "ln1",
+    "ln2": "ln2",
+    "ln1_post": "ln1_post",
+    "ln2_post": "ln2_post",
+    "q_norm": "attn.q_norm",
+    "k_norm": "attn.k_norm",
+    "ln_final": "ln_final",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site is: a module, seen as a hook point, by its input or by its output."""
+
+    module: nn.Module
+    kind: Literal["point", "input", "output"]
+
+    def attach(self, hook: Hook) -> Any:
+        """Register `hook` and return the handle that removes it."""
+        if self.kind == "input":
+            return self.module.register_forward_pre_hook(lambda _, args: _first(hook, args))
+        # The bridge keeps heads flat and shows them split; raw hooks must convert by themselves.
+        conversion = getattr(self.module, "hook_conversion", None)
+        if self.kind == "output" or conversion is None:
+            return self.module.register_forward_hook(lambda _m, _a, out: hook(out))
+
+        def converted(_module: nn.Module, _args: Any, out: Tensor) -> Tensor | None:
+            result = hook(conversion.convert(out))
+            return None if result is None else conversion.revert(result)
+
+        return self.module.register_forward_hook(converted)
+
+
+def find_sites(model: Any, n_layers: int) -> dict[Site, Place]:
+    """Every site of a TransformerLens model; the final norm's layer is `n_layers`."""
+    found: dict[Site, Place] = {}
+    for layer, block in enumerate(model.blocks):
+        for name, path in _HOOK_POINTS.items():
+            point = _resolve(block, path)
+            if point is not None:
+                found[name, layer] = Place(point, "point")
+        for name, path in NORMS.items():
+            _add_norm(found, name, layer, _resolve(block, path))
+    _add_norm(found, "ln_final", n_layers, getattr(model, "ln_final", None))
+    return found
+
+
+def _resolve(module: Any, path: str) -> nn.Module | None:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module if isinstance(module, nn.Module) else None
+
+
+def _add_norm(found: dict[Site, Place], name: str, layer: int, norm: nn.Module | None) -> None:
+    # An identity stands where a model has no norm: there is no scale to hook.
+    point = getattr(norm, "hook_scale", None)
+    if norm is None or not isinstance(point, nn.Module):
+        return
+    found[f"{name}.in", layer] = Place(norm, "input")
+    found[f"{name}.scale", layer] = Place(point, "point")
+    found[f"{name}.out", layer] = Place(norm, "output")
+
+
+def _first(hook: Hook, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    result = hook(args[0])
+    return None if result is None else (result, *args[1:])
