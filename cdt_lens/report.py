@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cdt_lens import figures, tables, widgets
 from cdt_lens.artifacts import atomic_write
+from cdt_lens.artists import control_name, metric_name
 from cdt_lens.errors import InputError
 from cdt_lens.markup import figure_html, table_html
 from cdt_lens.tables import Scored
@@ -166,15 +167,15 @@ def _circuit(circuit: Circuit, id: str, results: Sequence[object]) -> Section:
 
 def _faithfulness(curve: FaithfulnessCurve, id: str, _: Sequence[object]) -> Section:
     unit = " logits" if curve.metric == "direction" else ""
-    drawn = (f"{len(draws)} {figures.control_name(key)}" for key, draws in curve.random.items())
-    name = f"Faithfulness: {figures.metric_name(curve.metric)}"
+    drawn = (f"{len(draws)} {control_name(key)}" for key, draws in curve.random.items())
+    name = f"Faithfulness: {metric_name(curve.metric)}"
     return Section(
         kind="FaithfulnessCurve",
         id=id,
         title=name,
         headline=(f"{curve.cpr:.2f}", f"CPR; random heads {tables.medians(curve.random_cpr)}"),
         facts={
-            "Metric": figures.metric_name(curve.metric),
+            "Metric": metric_name(curve.metric),
             "Full model": f"{curve.full:.3f}{unit}",
             "All heads ablated": f"{curve.empty:.3f}{unit}",
             "Random circuits": "; ".join(drawn) or "none",

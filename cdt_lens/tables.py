@@ -15,7 +15,7 @@ from jaxtyping import Float
 from markupsafe import Markup
 from torch import Tensor
 
-from cdt_lens.figures import control_name
+from cdt_lens.artists import control_name
 from cdt_lens.heads import Head, all_heads
 from cdt_lens.markup import table_html
 
