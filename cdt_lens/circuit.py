@@ -17,11 +17,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from cdt_lens import figures
 from cdt_lens.artifacts import load_artifact, save_artifact
 from cdt_lens.errors import ArtifactError, InputError
 from cdt_lens.heads import Head, all_heads, check_heads, heads_to_mask
+from cdt_lens.markup import figure_html
 from cdt_lens.model import ModelView, view_of
 from cdt_lens.provenance import Provenance
+from cdt_lens.tables import Scored
 
 _FORMAT, _VERSION = "cdt_lens.circuit", 1
 
@@ -79,6 +82,9 @@ class Circuit:
 
     def _repr_html_(self) -> str:
         title = f"<p>Circuit of {len(self)} of {self.n_layers * self.n_heads} heads</p>"
+        scored = Scored.kept_by(self)
+        if scored is not None:
+            title += str(figure_html(figures.heatmap(scored, circuit=self)))
         return title + self.to_dataframe().to_html(index=False, float_format="{:+.4f}".format)
 
     def check_model(self, model: nn.Module | ModelView) -> None:

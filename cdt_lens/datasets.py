@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 from types import MappingProxyType
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 

@@ -19,8 +19,10 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 from jaxtyping import Float
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from cdt_lens import figures
 from cdt_lens.ablation import Metric, circuit_metric, measure_circuits
 from cdt_lens.artifacts import load_artifact, save_artifact
 from cdt_lens.baselines import Baseline
@@ -28,6 +30,7 @@ from cdt_lens.circuit import Circuit, random_heads, random_heads_like
 from cdt_lens.errors import ArtifactError, InputError
 from cdt_lens.head_scores import HeadScores
 from cdt_lens.heads import Head, all_heads
+from cdt_lens.markup import figure_html
 from cdt_lens.metrics import MIB_FRACTIONS, cmd, cpr, faithfulness
 from cdt_lens.model import ModelView, view_of
 from cdt_lens.provenance import Provenance, provenance_of
@@ -75,6 +78,13 @@ class FaithfulnessCurve:
             table[f"{name} (median)"] = values.median(0).values.tolist()
             table[f"beats {name}"] = self.beaten[name].tolist()
         return pd.DataFrame(table)
+
+    def plot(self) -> Figure:
+        """f over the share of heads kept, with the band of random circuits."""
+        return figures.curve(self)
+
+    def _repr_html_(self) -> str:
+        return str(figure_html(self.plot()))
 
     def save(self, path: str | Path) -> Path:
         """Save as JSON beside safetensors, whole or not at all."""

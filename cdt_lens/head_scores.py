@@ -14,12 +14,15 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from torch import Tensor
 
+from cdt_lens import figures
 from cdt_lens.artifacts import load_artifact, save_artifact
 from cdt_lens.circuit import Circuit
 from cdt_lens.errors import ArtifactError, InputError
 from cdt_lens.heads import Head, all_heads
+from cdt_lens.markup import figure_html
 from cdt_lens.metrics import pearson, spearman
 from cdt_lens.provenance import Provenance
 
@@ -163,6 +166,17 @@ class HeadScores:
             ]
         )
 
+    def heatmap(self, circuit: Circuit | None = None) -> Figure:
+        """Map of the scores, layer x head, with the heads of `circuit` outlined."""
+        return figures.heatmap(self, circuit=circuit)
+
+    def bars(self, k: int = 20) -> Figure:
+        """The `k` heads with the largest magnitude, with their standard errors."""
+        return figures.bars(self, k)
+
+    def _repr_html_(self) -> str:
+        return str(figure_html(self.heatmap()))
+
     def save(self, path: str | Path) -> Path:
         """Save as JSON beside safetensors, whole or not at all."""
         body = {
@@ -204,6 +218,13 @@ class MethodAgreement:
     reference: HeadScores
     spearman: float
     pearson: float
+
+    def plot(self) -> Figure:
+        """Scores against the reference, one point a head, in logits."""
+        return figures.agreement(self)
+
+    def _repr_html_(self) -> str:
+        return str(figure_html(self.plot()))
 
 
 def compare_scores(scores: HeadScores, reference: HeadScores) -> MethodAgreement:

@@ -13,6 +13,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cdt_lens import widgets
 from cdt_lens.baselines import Baseline
 from cdt_lens.decompose import Node, decompose
 from cdt_lens.errors import InputError
@@ -31,6 +32,13 @@ class AttentionView:
     heads: tuple[Head, ...]
     labels: tuple[str, ...]
 
+    def widget(self, prompt: int = 0) -> widgets.Widget:
+        """circuitsvis' view of one prompt's patterns, to show in a notebook; works offline."""
+        return widgets.attention_widget(self, prompt)
+
+    def _repr_html_(self) -> str:
+        return self.widget()._repr_html_()
+
 
 @dataclass(frozen=True)
 class TokenRelevance:
@@ -43,6 +51,13 @@ class TokenRelevance:
     relevance: tuple[Float[Tensor, " _pos"], ...] = field(repr=False)
     labels: tuple[str, ...]
     directions: tuple[float, ...]
+
+    def widget(self, prompt: int = 0) -> widgets.Widget:
+        """circuitsvis' view of one prompt's coloured tokens, to show in a notebook; offline."""
+        return widgets.tokens_widget(self, prompt)
+
+    def _repr_html_(self) -> str:
+        return "".join(self.widget(i)._repr_html_() for i in range(len(self.prompts)))
 
 
 def attention_view(

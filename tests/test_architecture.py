@@ -10,9 +10,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cdt_lens"
 # The same table stands in the README ("Map of the package").
 RANKS = [
-    ["errors"],
-    ["artifacts", "distributed", "heads", "metrics", "rules", "sites"],
-    ["model", "tasks"],
+    ["errors", "markup"],
+    ["artifacts", "distributed", "heads", "metrics", "rules", "sites", "widgets"],
+    ["artists", "model", "tasks"],
+    ["tables"],
+    ["figures"],
     ["prompts", "provenance", "support"],
     ["baselines", "circuit", "generators", "loading", "sources"],
     ["datasets", "fetch", "head_scores", "rule_hooks"],
@@ -20,9 +22,6 @@ RANKS = [
     ["decompose", "evaluate"],
     ["ablation", "scores", "views"],
     ["attribution", "faithfulness"],
-    ["artists", "markup"],
-    ["tables", "widgets"],
-    ["figures"],
     ["report"],
     ["experiment"],
     ["cli"],
@@ -33,7 +32,11 @@ FILES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 
 def imports(tree: ast.AST) -> set[str]:
+    """Modules imported at run time; what stands under `if TYPE_CHECKING` is for types alone."""
     names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body.clear()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
