@@ -8,9 +8,10 @@ goes on after its last finished batch.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from cdt_lens.evaluate import Evaluation, calibrate, evaluate
 from cdt_lens.faithfulness import FaithfulnessCurve, Ranking, faithfulness_curve
 from cdt_lens.head_scores import HeadScores, MethodAgreement, compare_scores
 from cdt_lens.loading import Backend, load_model
+from cdt_lens.model import view_of
 from cdt_lens.report import render_report
 from cdt_lens.scores import Direction, score_heads
 from cdt_lens.tasks import Examples, Task
@@ -253,8 +255,7 @@ def report(run: Run, say: Say, *, prompts: int = 3, heads: int = 8) -> Path:
         results.append(FaithfulnessCurve.load(run.path("faithfulness.json")))
     if run.path("ablation.json").exists():
         results.append(compare_scores(scores, HeadScores.load(run.path("ablation.json"))))
-    source = run.task.valid if len(run.task.valid) else run.task.train
-    shown = source.balanced(min(max(prompts, len(source.labels)), _most(source)), seed=0)
+    shown = _short(run.task.valid if len(run.task.valid) else run.task.train, prompts)
     say(f"views of {len(shown)} prompts")
     strongest = [h for h in scores.ranking() if h in circuit][:heads]
     results.append(attention_view(run.model, shown, strongest))
@@ -265,6 +266,16 @@ def report(run: Run, say: Say, *, prompts: int = 3, heads: int = 8) -> Path:
     )
     title = f"{run.task.name}: {len(circuit)} heads of {circuit.provenance.model}"  # type: ignore[union-attr]
     return render_report(*results, path=run.path("report.html"), title=title)
+
+
+def _short(examples: Examples, n: int) -> Examples:
+    """The `n` shortest prompts, taking the labels in turn: what fits a page is read."""
+    by_label = [
+        sorted((e for e in examples if e.label == label), key=lambda e: len(e.tokens))
+        for label in examples.labels
+    ]
+    turns = [e for row in itertools.zip_longest(*by_label) for e in row if e is not None]
+    return replace(examples, items=tuple(turns[:n]))
 
 
 def load_scores(run: Run) -> HeadScores:
@@ -303,11 +314,13 @@ def _baseline(run: Run) -> Baseline:
 
 def _scores(run: Run, baseline: Baseline) -> HeadScores:
     settings = run.settings
-    return score_heads(
+    scores = score_heads(
         run.model, run.scored(), baseline, rules=settings.rules, direction=settings.direction,
         batch_size=settings.batch_size, rows=settings.rows,
         checkpoint=run.path("scores.partial.json"),
     )  # fmt: skip
+    # The seed drew the examples.
+    return replace(scores, provenance=replace(scores.provenance, seed=settings.seed))
 
 
 def _select(scores: HeadScores, settings: Settings) -> Circuit:
@@ -317,8 +330,6 @@ def _select(scores: HeadScores, settings: Settings) -> Circuit:
 
 
 def _check(run: Run, provenance: Any, name: str) -> None:
-    from cdt_lens.model import view_of
-
     provenance.check_model(view_of(run.model), str(run.path(name)))
 
 
