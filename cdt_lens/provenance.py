@@ -24,7 +24,14 @@ _BLOCK_WEIGHTS = (
     "mlp.W_in", "mlp.W_gate", "mlp.W_out", "mlp.b_in", "mlp.b_out",
     "ln1.w", "ln1.b", "ln2.w", "ln2.b", "ln1_post.w", "ln2_post.w",
 )  # fmt: skip
-_END_WEIGHTS = ("embed.W_E", "pos_embed.W_pos", "ln_final.w", "ln_final.b", "unembed.W_U")
+_END_WEIGHTS = (
+    "embed.W_E",
+    "pos_embed.W_pos",
+    "ln_final.w",
+    "ln_final.b",
+    "unembed.W_U",
+    "unembed.b_U",
+)
 _PACKAGES = ("cdt_lens", "torch", "transformer_lens", "transformers")
 
 
@@ -113,23 +120,12 @@ def command_line() -> str:
     return " ".join([program, *sys.argv[1:]]) if program == "cdt-lens" else "python"
 
 
-_HASHES: dict[tuple[tuple[int, int], ...], str] = {}
-
-
 def weight_hash(view: ModelView) -> str:
     """sha256 over the weights in TransformerLens layout, in a fixed order.
 
     The same weights in a `HookedTransformer` and in a `TransformerBridge` have the same hash;
     weights folded or centred by TransformerLens have another one. Biases of zero do not count.
     """
-    key = tuple((p.data_ptr(), p._version) for p in view.tl.parameters())
-    if key not in _HASHES:
-        _HASHES.clear()  # one model at a time is the usual case
-        _HASHES[key] = _hash_weights(view)
-    return _HASHES[key]
-
-
-def _hash_weights(view: ModelView) -> str:
     digest = hashlib.sha256()
     parts = [(view.tl, "", name) for name in _END_WEIGHTS]
     for layer, block in enumerate(view.blocks):

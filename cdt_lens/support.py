@@ -47,21 +47,37 @@ def output_site(view: ModelView, name: str, layer: int) -> Site:
     return before_norm if before_norm in view.sites else (name, layer)
 
 
-_CHECKED: weakref.WeakKeyDictionary[nn.Module, Support] = weakref.WeakKeyDictionary()
+# What was learnt, with the state of the weights that it was learnt from.
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[object, Support]]
+_CHECKED = weakref.WeakKeyDictionary()
 
 
 def check_supported(view: ModelView) -> Support:
-    """Check `view`'s model against the rules, once; later calls return what was learnt.
+    """Check `view`'s model against the rules, once for its present weights.
 
     Raises:
         UnsupportedModelError: a component has no rule; the message names it.
         InputError: a weight is not finite.
     """
-    found = _CHECKED.get(view.tl)
-    if found is None:
-        found = _check(view)
-        _CHECKED[view.tl] = found
+    state = _weights_state(view)
+    before = _CHECKED.get(view.tl)
+    if before is not None and before[0] == state:
+        return before[1]
+    found = _check(view)
+    _CHECKED[view.tl] = (state, found)
     return found
+
+
+def _weights_state(view: ModelView) -> object:
+    """Something that changes when the weights do: training must not leave old biases behind.
+
+    Version counters miss edits through `.data`, so the values of small parameters, which hold
+    the biases and the norms, count as well.
+    """
+    return [
+        (p.data_ptr(), p._version, float(p.detach().float().sum()) if p.numel() < 65536 else 0.0)
+        for p in view.tl.parameters()
+    ]
 
 
 def _check(view: ModelView) -> Support:
