@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _version
 
+from cdt_lens.ablation import circuit_metric
 from cdt_lens.attribution import exact_ablation
 from cdt_lens.baselines import (
     Baseline,
@@ -31,11 +32,10 @@ from cdt_lens.faithfulness import (
     CircuitFaithfulness,
     FaithfulnessCurve,
     circuit_faithfulness,
-    circuit_metric,
     faithfulness_curve,
-    greedy_circuit,
 )
 from cdt_lens.fetch import fetch
+from cdt_lens.greedy import greedy_circuit
 from cdt_lens.head_scores import HeadScores, MethodAgreement, compare_scores
 from cdt_lens.heads import Head
 from cdt_lens.loading import load_model

@@ -30,7 +30,7 @@ Metric = Literal["direction", "accuracy"]
 
 def circuit_metric(
     model: nn.Module | ModelView,
-    circuits: Sequence[Sequence[Head]],
+    circuits: Sequence[Sequence[Head | str]],
     examples: Examples,
     baseline: Baseline,
     *,
@@ -52,6 +52,7 @@ def circuit_metric(
         raise InputError(f"metric={metric!r}: expected one of {', '.join(get_args(Metric))}")
     examples.require_some()
     view = view_of(model)
+    baseline.check_model(view)
     everyone = all_heads(view.n_layers, view.n_heads)
     kept = [set(check_heads(c, view.n_layers, view.n_heads)) for c in circuits]
     complements = [tuple(h for h in everyone if h not in inside) for inside in kept]

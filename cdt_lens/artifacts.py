@@ -4,7 +4,7 @@
    name by one atomic rename: a full disk or a kill leaves the previous file as it was.
 2. A JSON artefact carries `format` (what it is), `version` (of the format) and `sha256` (of the
    rest), so that a damaged or foreign file is refused with its path.
-3. Tensors travel beside it in one safetensors file, whose checksum the JSON holds.
+3. Tensors travel beside it in one safetensors file, whose name and checksum the JSON holds.
 """
 
 from __future__ import annotations
@@ -76,26 +76,58 @@ def save_artifact(
     version: int,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Save `body` as a JSON artefact at `path`, and `tensors` beside it as `<stem>.safetensors`.
+    """Save `body` as JSON at `path`, and `tensors` beside it as `<name>.<hash>.safetensors`.
 
-    The tensors are written first: a kill between the two leaves an old JSON whose checksum does
-    not fit the new tensors, which `load_artifact` refuses, never a silent mixture.
+    The JSON names its tensor file, so that replacing the JSON replaces both at once: a full disk
+    or a kill at any moment leaves the previous artefact whole.
 
     Raises:
         InputError: the place cannot be written.
     """
     path = Path(path)
-    document: dict[str, Any] = {"format": format, "version": version, **body}
+    # As it will be read: JSON turns keys into strings and tuples into lists.
+    document: dict[str, Any] = json.loads(
+        json.dumps({"format": format, "version": version, **body})
+    )
+    old = _tensor_file(path)
+    new = None
     if tensors:
         payload = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
-        tensor_path = path.with_suffix(".safetensors")
-        atomic_write(tensor_path, payload)
-        document["tensors"] = {
-            "file": tensor_path.name,
-            "sha256": hashlib.sha256(payload).hexdigest(),
-        }
+        digest = hashlib.sha256(payload).hexdigest()
+        new = path.with_name(f"{path.name}.{digest[:12]}.safetensors")
+        atomic_write(new, payload)
+        document["tensors"] = {"file": new.name, "sha256": digest}
     document["sha256"] = content_hash(document)
-    return atomic_write(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    try:
+        atomic_write(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    except InputError:
+        _remove(new, but=old)
+        raise
+    _remove(old, but=new)
+    return path
+
+
+def remove_artifact(path: str | Path) -> None:
+    """Delete an artefact and its tensors, if they are there."""
+    path = Path(path)
+    tensors = _tensor_file(path)
+    path.unlink(missing_ok=True)
+    _remove(tensors, but=None)
+
+
+def _tensor_file(path: Path) -> Path | None:
+    """The tensor file that the artefact at `path` names, as far as it can be read."""
+    try:
+        entry = json.loads(path.read_text("utf-8"))["tensors"]["file"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    name = Path(str(entry)).name
+    return path.with_name(name) if name.startswith(f"{path.name}.") else None
+
+
+def _remove(path: Path | None, *, but: Path | None) -> None:
+    if path is not None and path != but:
+        path.unlink(missing_ok=True)
 
 
 def load_artifact(

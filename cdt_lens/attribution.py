@@ -20,7 +20,7 @@ def exact_ablation(
     examples: Examples,
     baseline: Baseline,
     *,
-    heads: Sequence[Head] | None = None,
+    heads: Sequence[Head | str] | None = None,
     direction: Direction = "mean",
     batch_size: int = 16,
     rows: int | None = None,

@@ -6,7 +6,8 @@ aligned positions, so a *slot* says which positions share a mean:
 
 - "answer" (default): the answer position by itself, all other real positions pooled;
 - "pooled": one mean for all real positions;
-- "right": one mean per position counted from the answer;
+- "right": one mean per position counted from the answer (beyond the longest prompt averaged, the
+  mean of all positions);
 - "left": one mean per position counted from the start, for templated prompts.
 
 `zero_baseline` and `counterfactual_baseline` are the other references of the literature.
@@ -14,6 +15,7 @@ aligned positions, so a *slot* says which positions share a mean:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +27,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from cdt_lens.artifacts import load_artifact, save_artifact
-from cdt_lens.distributed import shard, sum_over_processes
-from cdt_lens.errors import InputError
+from cdt_lens.artifacts import content_hash, load_artifact, save_artifact
+from cdt_lens.distributed import is_main, shard, sum_over_processes
+from cdt_lens.errors import ArtifactError, InputError
 from cdt_lens.model import ModelView, view_of
 from cdt_lens.provenance import Provenance, provenance_of
 from cdt_lens.support import check_supported
@@ -38,18 +40,35 @@ Slots = Literal["answer", "pooled", "right", "left"]
 BaselineAt = Callable[[int], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Baseline:
     """Reference values of z for every head.
 
     kind: one of the slots, "zero" or "counterfactual"; means: `[layer, slot, head, d_head]`, in
-    the units of z (empty unless the kind is a slot); pairs: the counterfactual prompts.
+    the units of z (empty unless the kind is a slot); pairs: the tokens of each prompt's
+    counterfactual.
     """
 
     kind: str
     means: Float[Tensor, "layer slot head d_head"] = field(repr=False)
     provenance: Provenance = field(repr=False)
-    pairs: Examples | None = field(default=None, repr=False)
+    pairs: Mapping[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False)
+
+    @property
+    def hash(self) -> str:
+        """sha256 of everything that changes a number: kind, model, task and the means."""
+        means = hashlib.sha256(self.means.contiguous().numpy().tobytes()).hexdigest()
+        told = self.provenance
+        pairs = sorted([list(k), list(v)] for k, v in self.pairs.items())
+        return content_hash([self.kind, told.model_hash, told.task_hash, means, pairs])
+
+    def check_model(self, model: nn.Module | ModelView) -> None:
+        """Refuse to use the baseline with a model whose weights are not those it was made with.
+
+        Raises:
+            ArtifactError: the weight hashes differ; the message shows both.
+        """
+        self.provenance.check_model(view_of(model), "this baseline")
 
     def for_batch(self, view: ModelView, batch: Batch) -> BaselineAt:
         """The values for one batch: a function of the layer giving `[batch, pos, head, d_head]`.
@@ -87,19 +106,15 @@ class Baseline:
         return n_slots - 1
 
     def _paired(self, view: ModelView, batch: Batch) -> BaselineAt:
-        pairs = self.pairs
-        if pairs is None or max(batch.index) >= len(pairs):
-            raise InputError(
-                "baseline: counterfactual prompts must pair with the scored examples one to one"
-            )
-        other = [pairs[i].tokens for i in batch.index]
-        if [len(t) for t in other] != batch.lengths.tolist():
-            raise InputError(
-                "baseline: a counterfactual prompt must have as many tokens as its example"
-            )
         tokens = batch.tokens.clone()
-        for row, ids in enumerate(other):
-            tokens[row, : len(ids)] = torch.tensor(ids)
+        for row, length in enumerate(batch.lengths.tolist()):
+            ids = self.pairs.get(tuple(batch.tokens[row, :length].tolist()))
+            if ids is None:
+                raise InputError(
+                    f"baseline: example {batch.index[row]} has no counterfactual prompt; make the "
+                    "baseline with the examples that are scored"
+                )
+            tokens[row, :length] = torch.tensor(ids)
         trace = view.run(tokens, [("z", layer) for layer in range(view.n_layers)])
         return lambda layer: trace["z", layer]
 
@@ -109,12 +124,11 @@ class Baseline:
         Raises:
             InputError: a counterfactual baseline, or a place that cannot be written.
         """
-        if self.pairs is not None:
+        if self.kind == "counterfactual":
             raise InputError("a counterfactual baseline holds prompts, not means; save the task")
         body = {"kind": self.kind, "provenance": self.provenance.to_dict()}
-        return save_artifact(
-            path, body, format="cdt_lens.baseline", version=1, tensors={"means": self.means}
-        )
+        tensors = {"means": self.means} if self.means.numel() else {}
+        return save_artifact(path, body, format="cdt_lens.baseline", version=1, tensors=tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Baseline:
@@ -124,7 +138,11 @@ class Baseline:
             InputError: no such file. ArtifactError: damaged, or another kind of file.
         """
         body, tensors = load_artifact(path, format="cdt_lens.baseline", version=1)
-        return cls(body["kind"], tensors["means"], Provenance.from_dict(body["provenance"]))
+        try:
+            told = Provenance.from_dict(body["provenance"])
+            return cls(body["kind"], tensors.get("means", torch.zeros(0, 0, 0, 0)), told)
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"{path}: not a whole baseline file ({error})") from error
 
 
 def _slot_of(kind: str, lengths: Int[Tensor, " batch"], n_pos: int) -> Int[Tensor, "batch pos"]:
@@ -162,6 +180,11 @@ def mean_activations(
     view = view_of(model)
     check_supported(view)
     sums, counts = _streaming_sums(view, examples, positions, batch_size, progress)
+    if positions == "answer" and not bool(counts[:, 0].any()):
+        raise InputError(
+            f"{examples.name}: no prompt has a position before the answer, so there is no mean for "
+            "it; use positions='pooled'"
+        )
     per_label = sums / counts.clamp(min=1)[:, None, :, None, None]
     # A slot that some label never reaches (its prompts are shorter) is a mean over the others.
     present = (counts > 0).double()
@@ -179,7 +202,8 @@ def _streaming_sums(
 ) -> tuple[Float[Tensor, "label layer slot head d_head"], Float[Tensor, "label slot"]]:
     """Sums of z and numbers of positions, per label and slot; added up over processes."""
     longest = max(len(example.tokens) for example in examples)
-    n_slots = {"answer": 2, "pooled": 1}.get(positions, longest)
+    # "right" has one slot more, the mean of all positions, for longer prompts than these.
+    n_slots = {"answer": 2, "pooled": 1, "right": longest + 1}.get(positions, longest)
     n_labels = len(examples.labels)
     # float64 on the CPU: one summation order for every device, and devices without float64.
     sums = torch.zeros(
@@ -188,16 +212,19 @@ def _streaming_sums(
     counts = torch.zeros(n_labels, n_slots, dtype=torch.float64)
     sites = [("z", layer) for layer in range(view.n_layers)]
     batches = list(examples.batches(batch_size, shard=shard()))
-    for batch in tqdm(batches, desc="baseline", disable=not progress, leave=False):
+    for batch in tqdm(batches, desc="baseline", disable=not (progress and is_main()), leave=False):
         trace = view.run(batch.tokens, sites)
         n_pos = batch.tokens.shape[1]
         slots = _slot_of(positions, batch.lengths, n_pos)
         real = torch.arange(n_pos) < batch.lengths[:, None]
-        member = torch.nn.functional.one_hot(slots, n_slots).double() * real[..., None]
+        member = torch.nn.functional.one_hot(slots, n_slots).double()
+        if positions == "right":
+            member[..., -1] = 1
+        member *= real[..., None]
         label = torch.nn.functional.one_hot(batch.label_index, n_labels).double()
         counts += torch.einsum("bn,bps->ns", label, member)
         for layer in range(view.n_layers):
-            z = trace["z", layer].double().cpu()
+            z = trace["z", layer].cpu().double()
             per_example = torch.einsum("bps,bphd->bshd", member, z)
             sums[:, layer] += torch.einsum("bn,bshd->nshd", label, per_example)
     return sum_over_processes(sums), sum_over_processes(counts)
@@ -209,16 +236,37 @@ def zero_baseline(model: nn.Module | ModelView, examples: Examples) -> Baseline:
     return Baseline("zero", torch.zeros(0, 0, 0, 0), _named(view, examples, "zero"))
 
 
-def counterfactual_baseline(model: nn.Module | ModelView, pairs: Examples) -> Baseline:
-    """Reference values from paired counterfactual prompts, example i of `pairs` for example i.
+def counterfactual_baseline(
+    model: nn.Module | ModelView, examples: Examples, pairs: Examples
+) -> Baseline:
+    """Reference values from a run on another prompt: example i of `pairs` for example i.
+
+    Any part of `examples` may be scored with it later, in any order.
 
     Raises:
-        InputError: no examples.
+        InputError: no examples, numbers or lengths that differ, or one prompt with two partners.
     """
-    pairs.require_some()
+    examples.require_some()
     view = view_of(model)
+    if len(examples) != len(pairs):
+        raise InputError(
+            f"counterfactual_baseline: {len(examples)} examples and {len(pairs)} counterfactual "
+            "prompts; expected one for each"
+        )
+    found: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for i, (example, pair) in enumerate(zip(examples, pairs, strict=True)):
+        if len(example.tokens) != len(pair.tokens):
+            raise InputError(
+                f"counterfactual_baseline: example {i} has {len(example.tokens)} tokens, its "
+                f"counterfactual prompt {len(pair.tokens)}; expected as many"
+            )
+        if found.setdefault(example.tokens, pair.tokens) != pair.tokens:
+            raise InputError(
+                f"counterfactual_baseline: the prompt of example {i} occurs twice, with different "
+                "counterfactual prompts; take one of them out"
+            )
     empty = torch.zeros(0, 0, 0, 0)
-    return Baseline("counterfactual", empty, _named(view, pairs, "counterfactual"), pairs)
+    return Baseline("counterfactual", empty, _named(view, pairs, "counterfactual"), found)
 
 
 def _named(view: ModelView, examples: Examples, kind: str) -> Provenance:

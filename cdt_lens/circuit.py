@@ -29,7 +29,7 @@ from cdt_lens.tables import Scored
 _FORMAT, _VERSION = "cdt_lens.circuit", 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Circuit:
     """Heads of one model for one task.
 
@@ -69,16 +69,18 @@ class Circuit:
         return tuple(h for h in all_heads(self.n_layers, self.n_heads) if h not in inside)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a head of the circuit: layer, head, score and standard error in logits."""
+        """One row a head: name, layer, index, score and standard error in logits."""
         rows = [
             {
                 "head": str(h),
+                "layer": h.layer,
+                "index": h.head,
                 "score": None if self.scores is None else float(self.scores[h.layer, h.head]),
                 "stderr": None if self.stderr is None else float(self.stderr[h.layer, h.head]),
             }
             for h in self.heads
         ]
-        return pd.DataFrame(rows, columns=["head", "score", "stderr"])
+        return pd.DataFrame(rows, columns=["head", "layer", "index", "score", "stderr"])
 
     def _repr_html_(self) -> str:
         title = f"<p>Circuit of {len(self)} of {self.n_layers * self.n_heads} heads</p>"

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 an error of a person's making (one line on standard error,
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,8 +33,9 @@ _out = Console(highlight=False)
 
 
 def say(text: str) -> None:
-    """One line of progress, on standard error."""
-    _err.print(text, markup=False, soft_wrap=True)
+    """One line of progress, on standard error, from one process."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        _err.print(text, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -121,10 +123,10 @@ def discover(
     Writes baseline, scores and circuit into the run directory. Under `accelerate launch` the
     examples are shared out over the processes.
     """
-    from cdt_lens import experiment
+    from cdt_lens import experiment, runs
 
     paths = {"train": train, "valid": valid, "test": test}
-    settings = experiment.Settings(
+    settings = runs.Settings(
         model=model, task=task, language=language, data=None if data is None else str(data),
         files={name: str(path) for name, path in paths.items() if path is not None},
         template=None if template is None else template.replace(r"\n", "\n"),
@@ -134,7 +136,7 @@ def discover(
         baseline_examples=baseline_examples, k=k, fraction=fraction, by=by,
         batch_size=batch_size, rows=rows, seed=seed,
     )  # fmt: skip
-    run = experiment.start_run(settings, out, say)
+    run = runs.start_run(settings, out, say)
     circuit, scores, _ = experiment.discover(run, say)
     _show_heads(scores, circuit)
     if ablation:
@@ -157,9 +159,9 @@ def faithfulness(
     draws: Annotated[int, typer.Option(min=1, help="Random circuits of each kind and size.")] = 5,
 ) -> None:
     """Keep the circuit, ablate the rest: the faithfulness curve beside random circuits."""
-    from cdt_lens import experiment
+    from cdt_lens import experiment, runs
 
-    opened = experiment.open_run(run, say)
+    opened = runs.open_run(run, say)
     curve = experiment.measure(
         opened, say, split=split, examples=examples, metric=metric, draws=draws
     )
@@ -188,9 +190,9 @@ def report(
     heads: Annotated[int, typer.Option(min=1, help="Heads whose attention is shown.")] = 8,
 ) -> None:
     """One self-contained HTML file: scores, circuit, faithfulness, attention, tokens."""
-    from cdt_lens import experiment
+    from cdt_lens import experiment, runs
 
-    print(experiment.report(experiment.open_run(run, say), say, prompts=prompts, heads=heads))
+    print(experiment.report(runs.open_run(run, say), say, prompts=prompts, heads=heads))
 
 
 @app.command()

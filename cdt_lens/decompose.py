@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cdt_lens.baselines import Baseline
 from cdt_lens.errors import InputError, NonFiniteError
 from cdt_lens.heads import Head, check_heads
+from cdt_lens.metrics import task_direction
 from cdt_lens.model import ModelView, Site, view_of
 from cdt_lens.propagate import Propagator, Resets
 from cdt_lens.rules import Rules, resolve_rules
@@ -46,7 +47,10 @@ SourceSet = Sequence[Source]
 
 @dataclass(frozen=True)
 class TargetParts:
-    """The two parts of a target head's activation; `relevant + irrelevant` is the activation."""
+    """The two parts of a target head's activation; `relevant + irrelevant` is the activation.
+
+    0 at the padding behind shorter prompts.
+    """
 
     relevant: Float[Tensor, "source example pos d_head"]
     irrelevant: Float[Tensor, "source example pos d_head"]
@@ -76,25 +80,28 @@ class Decomposition:
     @property
     def relevant_direction(self) -> Float[Tensor, "source example"]:
         """d(rel) in logits: positive = the sources push towards the gold label (method.md §4)."""
-        return torch.einsum("sek,ek->se", self.relevant, self.direction)
+        return task_direction(self.relevant, self.direction)
 
 
 def decompose(
     model: nn.Module | ModelView,
     examples: Examples,
-    sources: Sequence[SourceSet],
+    sources: Sequence[Source | SourceSet],
     baseline: Baseline,
     *,
     rules: str | Rules = "stable",
-    targets: Sequence[Head] = (),
+    targets: Sequence[Head | str] = (),
     rows: int | None = None,
 ) -> Decomposition:
     """Split the logits of `examples`, and the activations at `targets`, for each source set.
 
     Args:
-        sources: sets of `Head` or `Node`; the empty set has a relevant part of exactly 0.
+        examples: a few; all of them run in one batch.
+        sources: sets of `Head` or `Node` (one by itself is a set of one); the empty set has a
+            relevant part of exactly 0.
         targets: heads at whose q, k, v and z the two parts are recorded.
-        rows: (source x example) rows per forward pass; chosen by the prompts' length if None.
+        rows: (source x example) rows per forward pass, at least the number of examples; chosen
+            by the prompts' length if None.
 
     Raises:
         InputError: no examples, or a source outside the model or its prompts.
@@ -103,8 +110,9 @@ def decompose(
     """
     examples.require_some()
     view = view_of(model)
+    baseline.check_model(view)
     batch = next(examples.batches(len(examples), sort_by_length=False)).to(view.device)
-    sets = tuple(tuple(s) for s in sources)
+    sets = tuple((s,) if isinstance(s, Head | Node) else tuple(s) for s in sources)
     for source in sets:
         check_sources(view, source)
     target_heads = check_heads(targets, view.n_layers, view.n_heads)
@@ -238,6 +246,11 @@ def build_resets(sets: Sequence[SourceSet], batch: Batch, n_heads: int) -> Reset
 def _check_finite(
     propagator: Propagator, sets: Sequence[SourceSet], batch: Batch, out: Tensor
 ) -> None:
+    if not bool(torch.isfinite(propagator.full_logits(batch.candidates)).all()):
+        raise NonFiniteError(
+            f"{propagator.view.name}: its own logits are not finite on these prompts; load it in "
+            "float32"
+        )
     bad = (~torch.isfinite(out)).flatten(1).any(1).nonzero().flatten().tolist()
     if not bad:
         return
@@ -288,6 +301,8 @@ class _Targets:
             (site, head): trace[site, head.layer][:, :, index]
             for (site, head), index in self._where.items()
         }
+        positions = torch.arange(trace.resid[-1].shape[1], device=propagator.lengths.device)
+        self._real = (positions < propagator.lengths[:, None])[..., None]
         # Where nothing is recorded, upstream of the sources, all is irrelevant.
         self._irrel = {
             key: full.expand(n_sources, *full.shape).clone() for key, full in self._full.items()
@@ -308,6 +323,8 @@ class _Targets:
         return tap
 
     def parts(self) -> dict[tuple[str, Head], TargetParts]:
+        real = self._real
         return {
-            key: TargetParts(self._full[key] - irrel, irrel) for key, irrel in self._irrel.items()
+            key: TargetParts((self._full[key] - irrel) * real, irrel * real)
+            for key, irrel in self._irrel.items()
         }

@@ -5,16 +5,27 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from cdt_lens.errors import InputError
 
 
 def _state() -> Any | None:
     # Asking accelerate for its state starts a process group, so ask only under a launcher.
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched < 2:
         return None
     from accelerate import PartialState
 
-    return PartialState()
+    # Without a GPU accelerate would take each process for one by itself unless told so.
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes != launched:
+        raise InputError(
+            f"{launched} processes were launched but {state.num_processes} found each other; "
+            "launch them with accelerate launch or torchrun"
+        )
+    return state
 
 
 def shard() -> tuple[int, int]:
@@ -26,6 +37,13 @@ def shard() -> tuple[int, int]:
 def is_main() -> bool:
     """Whether this process is the one that writes files and shows progress."""
     return shard()[0] == 0
+
+
+def wait_for_all() -> None:
+    """Return when every process is here, so that files written by one can be read by all."""
+    state = _state()
+    if state is not None:
+        state.wait_for_everyone()
 
 
 def sum_over_processes(value: Tensor) -> Tensor:

@@ -61,7 +61,13 @@ def evaluate(
         prior = None if task is None else task.candidate_prior(batch).to(logits)
         right = correct(logits, batch.is_answer, batch.is_candidate, prior)
         shifted = logits if prior is None else logits - prior
-        best = shifted.masked_fill(~batch.is_candidate, -torch.inf).argmax(-1)
+        # In a tie with an answer the other candidate counts, as it does for accuracy.
+        others = shifted.masked_fill(batch.is_answer | ~batch.is_candidate, -torch.inf)
+        best = torch.where(
+            right,
+            shifted.masked_fill(~batch.is_answer, -torch.inf).argmax(-1),
+            others.argmax(-1),
+        )
         for row, index in enumerate(batch.index):
             token = int(batch.candidates[row, best[row]])
             items.append((index, (bool(right[row]), float(direction[row]), token)))

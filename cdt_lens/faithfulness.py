@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from cdt_lens import figures
-from cdt_lens.ablation import Metric, circuit_metric, measure_circuits
+from cdt_lens.ablation import Metric, measure_circuits
 from cdt_lens.artifacts import load_artifact, save_artifact
 from cdt_lens.baselines import Baseline
 from cdt_lens.circuit import Circuit, random_heads, random_heads_like
@@ -41,14 +41,15 @@ _FORMAT = "cdt_lens.faithfulness"
 CONTROLS = ("random", "random-per-layer")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FaithfulnessCurve:
     """Faithfulness of circuits of growing size, beside random ones.
 
     sizes: heads kept; fractions: of all heads, as asked for (the areas use these);
     faithfulness: f, 1 = as the full model, 0 = as no heads; completeness: f of the complement;
     random: f of random circuits by control; beaten: share of them with a smaller f than the
-    circuit's; full, empty: the metric with all heads and with none, in logits or as a share.
+    circuit's, equal ones counted half; full, empty: the metric with all heads and with none, in
+    logits or as a share.
     """
 
     sizes: tuple[int, ...]
@@ -143,7 +144,7 @@ def _curve(
         cmd=float(cmd(fractions, values)),
         random_cpr={name: cpr(fractions, value) for name, value in random.items()},
         random_cmd={name: cmd(fractions, value) for name, value in random.items()},
-        beaten={name: (value < values).float().mean(0) for name, value in random.items()},
+        beaten={name: _beaten(value, values) for name, value in random.items()},
         **rest,
     )
 
@@ -194,6 +195,11 @@ def faithfulness_curve(
     fractions = _checked_fractions(fractions)
     everyone = all_heads(view.n_layers, view.n_heads)
     ranking = scores.ranking(by)
+    if len(ranking) < len(everyone):
+        raise InputError(
+            f"faithfulness_curve: only {len(ranking)} of {len(everyone)} heads have scores; score "
+            "all heads, or use circuit_faithfulness"
+        )
     sizes = tuple(min(len(ranking), int(fraction * len(everyone) + 1e-9)) for fraction in fractions)
     circuits = {size: tuple(sorted(ranking[:size])) for size in sizes}
     wanted: list[tuple[Head, ...]] = [everyone, ()]
@@ -206,7 +212,7 @@ def faithfulness_curve(
     full, empty = measured[everyone], measured[()]
 
     def f(heads: Sequence[Head]) -> float:
-        return float(faithfulness(torch.tensor(measured[tuple(heads)]), full, empty))
+        return _f(measured[tuple(heads)], full, empty)
 
     families = {size: _family(circuits[size], view, draws, seed) for size in sizes}
     values = torch.tensor([f(families[size][0]) for size in sizes])
@@ -223,6 +229,7 @@ def faithfulness_curve(
         "metric": metric,
         "draws": draws,
         "baseline": baseline.kind,
+        "baseline_hash": baseline.hash,
     }
     return _curve(
         sizes=sizes,
@@ -261,6 +268,13 @@ def circuit_faithfulness(
     circuit.check_model(view)
     everyone = all_heads(view.n_layers, view.n_heads)
     family = _family(circuit.heads, view, draws, seed)
+    options = {
+        "circuit": [str(head) for head in circuit.heads],
+        "metric": metric,
+        "draws": draws,
+        "baseline": baseline.kind,
+        "baseline_hash": baseline.hash,
+    }
     wanted = [everyone, (), *family]
     measured = measure_circuits(
         view, wanted, examples, baseline, metric=metric, task=task, batch_size=batch_size,
@@ -269,7 +283,7 @@ def circuit_faithfulness(
     full, empty = measured[everyone], measured[()]
 
     def f(heads: tuple[Head, ...]) -> float:
-        return float(faithfulness(torch.tensor(measured[heads]), full, empty))
+        return _f(measured[heads], full, empty)
 
     own = f(family[0])
     random = {
@@ -281,56 +295,22 @@ def circuit_faithfulness(
         faithfulness=own,
         completeness=f(family[1]),
         random=random,
-        beaten={name: float((value < own).float().mean()) for name, value in random.items()},
+        beaten={name: float(_beaten(value, own)) for name, value in random.items()},
         full=full,
         empty=empty,
         metric=metric,
-        provenance=provenance_of(
-            view, examples, options={"circuit": [str(h) for h in circuit.heads]}, seed=seed
-        ),
+        provenance=provenance_of(view, examples, options=options, seed=seed),
     )
 
 
-def greedy_circuit(
-    model: nn.Module | ModelView,
-    scores: HeadScores,
-    examples: Examples,
-    baseline: Baseline,
-    *,
-    k: int,
-    pool: int = 32,
-    rows: int | None = None,
-    batch_size: int = 16,
-    progress: bool = True,
-) -> Circuit:
-    """Build a circuit head by head, adding each time the one that brings f nearest to 1.
+def _f(metric: float, full: float, empty: float) -> float:
+    """f of one circuit, in double precision: 1 exactly for the full model."""
+    return float(faithfulness(torch.tensor(metric, dtype=torch.float64), full, empty))
 
-    Candidates are the `pool` heads with the largest scores; k steps of at most `pool` ablation
-    runs each. Choose on one split and report faithfulness on another.
 
-    Raises:
-        InputError: k is larger than the pool.
-    """
-    if not 1 <= k <= pool:
-        raise InputError(f"greedy_circuit: k={k}, expected 1 to pool={pool}")
-    view = view_of(model)
-    candidates = list(scores.top(min(pool, len(scores.ranking()))))
-    everyone = all_heads(view.n_layers, view.n_heads)
-    measured = measure_circuits(
-        view, [everyone, ()], examples, baseline, metric="direction", task=None,
-        batch_size=batch_size, rows=rows, progress=progress,
-    )  # fmt: skip
-    full, empty = measured[everyone], measured[()]
-    chosen: list[Head] = []
-    while len(chosen) < k:
-        trials = [(*chosen, head) for head in candidates]
-        values = circuit_metric(
-            view, trials, examples, baseline,
-            batch_size=batch_size, rows=rows, progress=progress,
-        )  # fmt: skip
-        distance = (1 - faithfulness(values, full, empty)).abs()
-        chosen.append(candidates.pop(int(distance.argmin())))
-    return scores.circuit(chosen, {"rule": "greedy", "k": k, "pool": pool, "by": "faithfulness"})
+def _beaten(random: Tensor, own: Tensor | float) -> Tensor:
+    """Share of random circuits with a smaller f than the circuit's; equal ones count half."""
+    return ((random < own).float() + (random == own).float() / 2).mean(0)
 
 
 def _family(

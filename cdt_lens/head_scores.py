@@ -27,7 +27,7 @@ from cdt_lens.metrics import pearson, spearman
 from cdt_lens.provenance import Provenance
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeadScores:
     """Signed relevance of every head, in logits: positive pushes towards the gold label.
 
@@ -95,7 +95,13 @@ class HeadScores:
         Raises:
             InputError: none or several of the four, or a value out of range.
         """
-        given = {"k": k, "fraction": fraction, "threshold": threshold, "confidence": confidence}
+        # Plain numbers, whatever numpy or torch gave, so that they can be saved.
+        given = {
+            "k": None if k is None else int(k),
+            "fraction": None if fraction is None else float(fraction),
+            "threshold": None if threshold is None else float(threshold),
+            "confidence": None if confidence is None else float(confidence),
+        }
         chosen = {name: value for name, value in given.items() if value is not None}
         if len(chosen) != 1:
             raise InputError(
@@ -104,12 +110,14 @@ class HeadScores:
             )
         ranking = self.ranking(by)
         if k is not None:
-            heads = self.top(k, by)
+            heads = self.top(int(k), by)
         elif fraction is not None:
             if not 0 < fraction <= 1:
                 raise InputError(f"select: fraction={fraction}, expected more than 0 and at most 1")
             heads = ranking[: max(1, round(fraction * len(ranking)))]
         elif threshold is not None:
+            if threshold != threshold:
+                raise InputError("select: threshold is NaN, expected logits")
             heads = tuple(h for h in ranking if self._key(h, by) >= threshold)
         else:
             heads = self._confident(float(confidence or 0.0), by, resamples, seed)
@@ -133,6 +141,12 @@ class HeadScores:
         return abs(value) if by == "magnitude" else value
 
     def _confident(self, level: float, by: str, resamples: int, seed: int) -> tuple[Head, ...]:
+        fewest = min(self.example_labels.count(label) for label in set(self.example_labels))
+        if fewest < 2:
+            raise InputError(
+                "select: confidence needs at least two examples of each label to draw again from; "
+                "score more examples, or select by k or fraction"
+            )
         if not 0 < level < 1:
             raise InputError(f"select: confidence={level}, expected between 0 and 1, such as 0.95")
         generator = torch.Generator().manual_seed(seed)
@@ -154,11 +168,13 @@ class HeadScores:
         return tuple(h for h in self.ranking() if h in inside)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a head: layer, head, score and standard error in logits."""
+        """One row a head: name, layer, index, score and standard error in logits."""
         return pd.DataFrame(
             [
                 {
                     "head": str(h),
+                    "layer": h.layer,
+                    "index": h.head,
                     "score": float(self.values[h.layer, h.head]),
                     "stderr": float(self.stderr[h.layer, h.head]),
                 }
@@ -231,12 +247,16 @@ def compare_scores(scores: HeadScores, reference: HeadScores) -> MethodAgreement
     """Rank and linear correlation between two sets of scores of one model.
 
     Raises:
-        InputError: they score different heads.
+        InputError: they score different heads or examples.
     """
     if scores.values.shape != reference.values.shape:
         raise InputError(
             f"compare_scores: {tuple(scores.values.shape)} against "
             f"{tuple(reference.values.shape)} heads; both must score the same model"
+        )
+    if scores.provenance.task_hash != reference.provenance.task_hash:
+        raise InputError(
+            "compare_scores: the two were computed on different examples; score the same ones"
         )
     a, b = scores.values.flatten(), reference.values.flatten()
     both = ~(a.isnan() | b.isnan())

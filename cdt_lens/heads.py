@@ -45,13 +45,14 @@ class Head:
         return cls(int(layer), int(head))
 
 
-def check_heads(heads: Iterable[Head], n_layers: int, n_heads: int) -> tuple[Head, ...]:
-    """Return `heads` sorted and without repeats.
+def check_heads(heads: Iterable[Head | str], n_layers: int, n_heads: int) -> tuple[Head, ...]:
+    """Return `heads` sorted and without repeats; `"L9H6"` is read as a head.
 
     Raises:
         InputError: a head lies outside a model of `n_layers` layers of `n_heads` heads.
     """
-    ordered = tuple(sorted(set(heads)))
+    read = {Head.parse(head) if isinstance(head, str) else head for head in heads}
+    ordered = tuple(sorted(read))
     for head in ordered:
         if head.layer >= n_layers or head.head >= n_heads:
             raise InputError(

@@ -49,11 +49,12 @@ def correct(
     is_candidate: Bool[Tensor, "batch k"],
     prior: Float[Tensor, "batch k"] | None = None,
 ) -> Bool[Tensor, "*rows batch"]:
-    """Whether the candidate with the largest logit (minus its prior) is an answer."""
+    """Whether an answer's logit (minus its prior) is above every other's; a tie is not."""
     if prior is not None:
         logits = logits - prior
-    best = logits.masked_fill(~is_candidate, -torch.inf).argmax(-1, keepdim=True)
-    return is_answer.expand(logits.shape).gather(-1, best).squeeze(-1)
+    answer = logits.masked_fill(~is_answer, -torch.inf).amax(-1)
+    other = logits.masked_fill(is_answer | ~is_candidate, -torch.inf).amax(-1)
+    return answer > other
 
 
 def balanced_mean(
@@ -67,11 +68,13 @@ def balanced_mean(
 def balanced_stderr(
     values: Float[Tensor, "*rows example"], labels: Int[Tensor, " example"]
 ) -> Float[Tensor, "*rows"]:
-    """Standard error of `balanced_mean`: sqrt(sum of per-label s^2/n) / K; NaN for one example."""
+    """Standard error of `balanced_mean`: sqrt(sum of s^2/n) / K; NaN if a label has one example."""
     present = labels.unique()
     terms = []
     for label in present:
         group = values[..., labels == label]
+        if group.shape[-1] < 2:
+            return torch.full_like(values[..., 0], torch.nan)
         terms.append(group.var(-1) / group.shape[-1])
     return torch.stack(terms).sum(0).sqrt() / len(present)
 
@@ -115,11 +118,15 @@ def cmd(fractions: Sequence[float], f: Float[Tensor, "*rows size"]) -> Float[Ten
 
 def spearman(a: Tensor, b: Tensor) -> float:
     """Rank correlation over all entries, ties by mean rank; NaN where one side is constant."""
+    if _constant(a) or _constant(b):
+        return float("nan")
     return float(scipy.stats.spearmanr(_flat(a), _flat(b)).statistic)
 
 
 def pearson(a: Tensor, b: Tensor) -> float:
     """Linear correlation over all entries; NaN where one side is constant."""
+    if _constant(a) or _constant(b):
+        return float("nan")
     return float(scipy.stats.pearsonr(_flat(a), _flat(b)).statistic)
 
 
@@ -135,6 +142,10 @@ def auroc(scores: Tensor, truth: Bool[Tensor, "*dims"]) -> float:
         raise InputError("auroc: needs entries of both kinds")
     ranks = torch.from_numpy(scipy.stats.rankdata(_flat(scores)))
     return float((ranks[truth].sum() - n_true * (n_true + 1) / 2) / (n_true * n_false))
+
+
+def _constant(values: Tensor) -> bool:
+    return values.numel() < 2 or bool((values == values.flatten()[0]).all())
 
 
 def _flat(values: Tensor) -> np.ndarray:

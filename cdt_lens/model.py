@@ -96,6 +96,11 @@ class ModelView:
         return self.tl.tokenizer
 
     @property
+    def hf_config(self) -> Any:
+        """The Hugging Face configuration behind a bridge, or None."""
+        return getattr(self.tl.original_model, "config", None) if self.is_bridge else None
+
+    @property
     def device(self) -> torch.device:
         """Where the residual stream lives."""
         return next(self.tl.parameters()).device
@@ -153,7 +158,9 @@ class ModelView:
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Evaluation mode and no gradients inside; both as before afterwards."""
-        training = [module for module in self.tl.modules() if module.training]
+        # A bridge's own modules leave out some of the Hugging Face model's, such as its dropout.
+        roots = [self.tl, self.tl.original_model] if self.is_bridge else [self.tl]
+        training = list({m: None for root in roots for m in root.modules() if m.training})
         try:
             for module in training:
                 module.training = False
@@ -251,12 +258,17 @@ class ModelView:
     def unembedding(
         self, tokens: Int[Tensor, "batch k"]
     ) -> tuple[Float[Tensor, "batch k d_model"], Float[Tensor, "batch k"]]:
-        """Unembedding vectors and biases of a few tokens (biases 0 where the model has none)."""
+        """Unembedding vectors and biases of a few tokens (biases 0 where the model has none).
+
+        At least float32: scores are small differences between logits.
+        """
         unembed = self.tl.unembed
         ids = tokens.to(self.device)
         bias = getattr(unembed, "b_U", None)
-        columns = unembed.W_U.detach().T[ids]
-        offsets = torch.zeros_like(columns[..., 0]) if bias is None else bias.detach()[ids]
+        columns = at_least_float32(unembed.W_U.detach().T[ids])
+        offsets = (
+            torch.zeros_like(columns[..., 0]) if bias is None else bias.detach()[ids].to(columns)
+        )
         return columns, offsets
 
     @property
@@ -264,8 +276,7 @@ class ModelView:
         """`c` where the model's logits are `c tanh(l / c)` of the unembedding's, else None."""
         cap = getattr(self.tl.cfg, "output_logits_soft_cap", None)
         if self.is_bridge:
-            config = self.tl.original_model.config
-            cap = getattr(config, "final_logit_softcapping", None) or cap
+            cap = getattr(self.hf_config, "final_logit_softcapping", None) or cap
         return float(cap) if cap is not None and cap > 0 else None
 
     def activation(self, layer: int) -> Callable[[Tensor], Tensor] | None:
@@ -286,6 +297,11 @@ def view_of(model: nn.Module | ModelView) -> ModelView:
         InputError: `model` is of another class.
     """
     return model if isinstance(model, ModelView) else ModelView(model)
+
+
+def at_least_float32(value: Tensor) -> Tensor:
+    """`value`, as float32 where it is of a shorter type."""
+    return value.float() if value.dtype.itemsize < 4 else value
 
 
 def _recorder(activations: dict[Site, Tensor], site: Site) -> Hook:

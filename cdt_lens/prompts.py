@@ -201,7 +201,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
 
 
 def bos_ids(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool | None) -> tuple[int, ...]:
-    """The BOS id to prepend, or nothing; None prepends iff the tokenizer has one."""
+    """The BOS id to prepend, or nothing; None prepends iff the tokenizer came with one.
+
+    TransformerLens gives a tokenizer without BOS (Qwen's) its EOS for one, which no prompt of that
+    model ever began with; what the tokenizer was loaded with decides.
+    """
+    loaded = getattr(tokenizer, "init_kwargs", None) or {}
+    if prepend_bos is None and "bos_token" in loaded and loaded["bos_token"] is None:
+        return ()
     if prepend_bos and tokenizer.bos_token_id is None:
         raise InputError("prepend_bos=True: the tokenizer has no BOS token; leave prepend_bos out")
     if prepend_bos is False or tokenizer.bos_token_id is None:

@@ -25,9 +25,10 @@ from torch import Tensor
 from cdt_lens import rules as rule
 from cdt_lens.baselines import BaselineAt
 from cdt_lens.errors import UnsupportedModelError
-from cdt_lens.model import Hook, ModelView, Site, Trace
+from cdt_lens.model import ModelView, Trace, at_least_float32
 from cdt_lens.rule_hooks import Resets, RuleHooks, Tap, norm_hooks
 from cdt_lens.rules import Rules
+from cdt_lens.sites import Hook, Site
 from cdt_lens.support import Support, check_supported, output_site
 
 
@@ -56,7 +57,7 @@ class Propagator:
         self.final: dict[Site, Tensor] = {}
         names = [(f"{n}.{p}", view.n_layers) for n in view.norms(view.n_layers) for p in _PARTS]
         hooks: dict[Site, Hook] = {site: _keep(self.final, site) for site in names}
-        self.normed = view.final_norm(answer, hooks)
+        self.normed = at_least_float32(view.final_norm(answer, hooks))
 
     # ------------------------------------------------------------------ what the rules need
 
@@ -139,7 +140,7 @@ class Propagator:
         if rules.norm == "frozen":
             for norm in view.norms(layer):
                 hooks |= norm_hooks(self, norm, layer, n_sources, self.final)
-        normed = view.final_norm(rows, hooks).reshape(n_sources, batch, -1)
+        normed = at_least_float32(view.final_norm(rows, hooks)).reshape(n_sources, batch, -1)
         columns, bias = view.unembedding(candidates)
         irrel = torch.einsum("sbd,bkd->sbk", normed, columns) + bias
         full = torch.einsum("bd,bkd->bk", self.normed[:, 0], columns) + bias

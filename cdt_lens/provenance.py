@@ -5,24 +5,28 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import platform
+import shlex
 import sys
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cdt_lens.errors import ArtifactError
 from cdt_lens.model import ModelView
+from cdt_lens.support import weights_state
 
 _BLOCK_WEIGHTS = (
     "attn.W_Q", "attn._W_K|attn.W_K", "attn._W_V|attn.W_V", "attn.W_O",
     "attn.b_Q", "attn._b_K|attn.b_K", "attn._b_V|attn.b_V", "attn.b_O",
     "attn.q_norm.w", "attn.k_norm.w",
     "mlp.W_in", "mlp.W_gate", "mlp.W_out", "mlp.b_in", "mlp.b_out",
-    "ln1.w", "ln1.b", "ln2.w", "ln2.b", "ln1_post.w", "ln2_post.w",
+    "ln1.w", "ln1.b", "ln2.w", "ln2.b", "ln1_post.w", "ln1_post.b", "ln2_post.w", "ln2_post.b",
+    "mlp.b_gate",
 )  # fmt: skip
 _END_WEIGHTS = (
     "embed.W_E",
@@ -116,16 +120,31 @@ def versions() -> dict[str, str]:
 
 def command_line() -> str:
     """The `cdt-lens` command being run, or "python" from a notebook or a script."""
-    program = sys.argv[0].replace("\\", "/").rsplit("/", 1)[-1] if sys.argv else ""
-    return " ".join([program, *sys.argv[1:]]) if program == "cdt-lens" else "python"
+    program = sys.argv[0].replace("\\", "/") if sys.argv else ""
+    if program.rsplit("/", 1)[-1] == "cdt-lens" or program.endswith("cdt_lens/cli.py"):
+        return shlex.join(["cdt-lens", *sys.argv[1:]])
+    return "python"
+
+
+_HASHES: weakref.WeakKeyDictionary[nn.Module, tuple[object, str]] = weakref.WeakKeyDictionary()
 
 
 def weight_hash(view: ModelView) -> str:
     """sha256 over the weights in TransformerLens layout, in a fixed order.
 
     The same weights in a `HookedTransformer` and in a `TransformerBridge` have the same hash;
-    weights folded or centred by TransformerLens have another one. Biases of zero do not count.
+    weights folded or centred by TransformerLens have another one. Biases of zero do not count,
+    nor does the configuration (such as a rotary base).
     """
+    state = weights_state(view)
+    before = _HASHES.get(view.tl)
+    if before is None or before[0] != state:
+        before = (state, _hash_weights(view))
+        _HASHES[view.tl] = before
+    return before[1]
+
+
+def _hash_weights(view: ModelView) -> str:
     digest = hashlib.sha256()
     parts = [(view.tl, "", name) for name in _END_WEIGHTS]
     for layer, block in enumerate(view.blocks):

@@ -99,7 +99,7 @@ def take_back_bias(
     bias: Float[Tensor, "*bias"],
     eps: float,
 ) -> Float[Tensor, source * dims]:
-    """Irrelevant part of W x + b under the proportional rule; overwrites and returns `irrel`.
+    """Irrelevant part of W x + b under the proportional rule.
 
     irrel: W irrel + b, with the whole bias; full: W x + b. The result is
     W irrel + (1 - s) b with s = |W rel| / (|W rel| + |W irrel| + eps), 0 where both vanish.
@@ -108,12 +108,10 @@ def take_back_bias(
     share.abs_()
     denominator = irrel - bias
     denominator.abs_().add_(share)
-    if eps:
-        denominator.add_(eps)
-    else:
-        denominator.clamp_(min=torch.finfo(irrel.dtype).tiny)
+    # Both parts may vanish, and eps may round to 0 in half precision.
+    denominator.add_(eps).clamp_(min=torch.finfo(irrel.dtype).tiny)
     share.div_(denominator)
-    return irrel.addcmul_(share, bias.expand_as(share), value=-1.0)
+    return torch.addcmul(irrel, share, bias.expand_as(share), value=-1.0)
 
 
 def norm_bias_share(
@@ -126,10 +124,7 @@ def norm_bias_share(
     share = full - irrel
     share.abs_()
     denominator = irrel.abs().add_(share)
-    if eps:
-        denominator.add_(eps)
-    else:
-        denominator.clamp_(min=torch.finfo(irrel.dtype).tiny)
+    denominator.add_(eps).clamp_(min=torch.finfo(irrel.dtype).tiny)
     return share.div_(denominator).mul_(bias)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -25,7 +25,7 @@ from cdt_lens.artifacts import content_hash, load_artifact, save_artifact
 from cdt_lens.baselines import Baseline
 from cdt_lens.decompose import irrelevant_logits
 from cdt_lens.distributed import gather_items, is_main, shard
-from cdt_lens.errors import ArtifactError, InputError
+from cdt_lens.errors import InputError
 from cdt_lens.head_scores import HeadScores, label_index
 from cdt_lens.heads import Head, all_heads, check_heads
 from cdt_lens.metrics import (
@@ -49,7 +49,7 @@ def score_heads(
     baseline: Baseline,
     *,
     rules: str | Rules = "stable",
-    heads: Sequence[Head] | None = None,
+    heads: Sequence[Head | str] | None = None,
     direction: Direction = "mean",
     batch_size: int = 16,
     rows: int | None = None,
@@ -62,7 +62,8 @@ def score_heads(
     Args:
         rules: a preset's name or `Rules`; heads: the ones to score, all if None.
         direction: "mean", or "strongest" for the competitor that the full model rates highest.
-        rows: (source x example) rows per forward pass; halved when memory runs out.
+        rows: (source x example) rows per forward pass, at least batch_size; the sources are
+            halved when memory runs out.
         checkpoint: a file that keeps finished batches, so that an interrupted call resumes.
 
     Under `accelerate launch` each process scores its share of the examples.
@@ -75,14 +76,20 @@ def score_heads(
     examples.require_some()
     view = view_of(model)
     rules = resolve_rules(rules)
-    chosen = check_heads(heads, view.n_layers, view.n_heads) if heads is not None else None
-    sources = chosen or all_heads(view.n_layers, view.n_heads)
+    if direction not in get_args(Direction):
+        raise InputError(f"direction={direction!r}: expected {' or '.join(get_args(Direction))}")
+    baseline.check_model(view)
+    chosen = None if heads is None else check_heads(heads, view.n_layers, view.n_heads)
+    if chosen == ():
+        raise InputError("score_heads: heads=[]: expected at least one head, or None for all")
+    sources = all_heads(view.n_layers, view.n_heads) if chosen is None else chosen
     options = {
         "method": method,
         "rules": rules.to_dict(),
         "direction": direction,
         "baseline": baseline.kind,
         "baseline_task": baseline.provenance.task_hash,
+        "baseline_hash": baseline.hash,
         "heads": "all" if chosen is None else [str(h) for h in chosen],
     }
     provenance = provenance_of(view, examples, options=options)
@@ -174,13 +181,14 @@ class _Store:
     key: str
 
     def read(self) -> dict[int, Tensor]:
-        """What an interrupted call with the same key had finished; nothing otherwise."""
+        """What an interrupted call with the same key had finished; nothing if it is new.
+
+        Raises:
+            InputError: of another run. ArtifactError: damaged, or no checkpoint at all.
+        """
         if not self.path.exists():
             return {}
-        try:
-            body, tensors = load_artifact(self.path, format="cdt_lens.sweep", version=1)
-        except ArtifactError:
-            return {}  # cut off between its two files: the batches are simply done again
+        body, tensors = load_artifact(self.path, format="cdt_lens.sweep", version=1)
         if body["key"] != self.key:
             raise InputError(
                 f"{self.path}: a checkpoint of another run (model, task or options differ); "

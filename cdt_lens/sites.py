@@ -41,6 +41,9 @@ NORMS = {
 }
 
 
+_OF_THE_MLP = frozenset({"pre", "pre_linear", "post", "mlp_out", "ln2", "ln2_post"})
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a site is: a module, seen as a hook point, by its input or by its output."""
@@ -68,11 +71,17 @@ def find_sites(model: Any, n_layers: int) -> dict[Site, Place]:
     """Every site of a TransformerLens model; the final norm's layer is `n_layers`."""
     found: dict[Site, Place] = {}
     for layer, block in enumerate(model.blocks):
+        # HookedTransformer keeps some points of the MLP in attention-only blocks; none fires.
+        absent = _OF_THE_MLP if getattr(block, "mlp", None) is None else frozenset()
         for name, path in _HOOK_POINTS.items():
+            if name in absent:
+                continue
             point = _resolve(block, path)
             if point is not None:
                 found[name, layer] = Place(point, "point")
         for name, path in NORMS.items():
+            if name in absent:
+                continue
             _add_norm(found, name, layer, _resolve(block, path))
     _add_norm(found, "ln_final", n_layers, getattr(model, "ln_final", None))
     return found

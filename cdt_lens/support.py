@@ -59,7 +59,8 @@ def check_supported(view: ModelView) -> Support:
         UnsupportedModelError: a component has no rule; the message names it.
         InputError: a weight is not finite.
     """
-    state = _weights_state(view)
+    _refuse_flags(view)
+    state = weights_state(view)
     before = _CHECKED.get(view.tl)
     if before is not None and before[0] == state:
         return before[1]
@@ -68,16 +69,17 @@ def check_supported(view: ModelView) -> Support:
     return found
 
 
-def _weights_state(view: ModelView) -> object:
+def weights_state(view: ModelView) -> object:
     """Something that changes when the weights do: training must not leave old biases behind.
 
     Version counters miss edits through `.data`, so the values of small parameters, which hold
     the biases and the norms, count as well.
     """
-    return [
-        (p.data_ptr(), p._version, float(p.detach().float().sum()) if p.numel() < 65536 else 0.0)
-        for p in view.tl.parameters()
-    ]
+    parameters = list(view.tl.parameters())
+    small = [p.detach().float().sum().to("cpu") for p in parameters if p.numel() < 65536]
+    # Inference tensors have no version.
+    where = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+    return where, torch.stack(small).tolist() if small else []
 
 
 def _check(view: ModelView) -> Support:
@@ -109,9 +111,21 @@ def _refuse(view: ModelView, component: str) -> None:
     )
 
 
+def _refuse_flags(view: ModelView) -> None:
+    """Switches that a caller may turn at any time and that change the shape of grouped heads."""
+    if view.n_kv_heads == view.n_heads:
+        return
+    for flag in ("ungroup_grouped_query_attention", "use_split_qkv_input", "use_attn_in"):
+        if getattr(view.tl.cfg, flag, False):
+            raise UnsupportedModelError(
+                f"{view.name}: cfg.{flag} is on, which gives grouped heads another shape; "
+                f"turn it off (model.set_{flag.removeprefix('set_')}(False))"
+            )
+
+
 def _refuse_by_name(view: ModelView) -> None:
     cfg = view.tl.cfg
-    config = view.tl.original_model.config if view.is_bridge else None
+    config = view.hf_config
 
     def flag(name: str) -> object:
         return getattr(cfg, name, None) or getattr(config, name, None)
@@ -123,6 +137,8 @@ def _refuse_by_name(view: ModelView) -> None:
     for name in ("clip_qkv", "use_logn_attn", "use_attention_sinks", "gated_q_proj"):
         if flag(name):
             _refuse(view, f"{name} in attention")
+    if int(getattr(cfg, "n_devices", None) or 1) > 1:
+        _refuse(view, "a model spread over several devices")
     if getattr(cfg, "attention_dir", "causal") != "causal":
         _refuse(view, "bidirectional attention")
     for layer, block in enumerate(view.blocks):

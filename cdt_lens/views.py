@@ -18,6 +18,7 @@ from cdt_lens.baselines import Baseline
 from cdt_lens.decompose import Node, decompose
 from cdt_lens.errors import InputError
 from cdt_lens.heads import Head, check_heads
+from cdt_lens.metrics import task_direction
 from cdt_lens.model import ModelView, view_of
 from cdt_lens.rules import Rules
 from cdt_lens.tasks import Examples
@@ -110,7 +111,7 @@ def token_relevance(
         ]
         parts = decompose(view, examples[i : i + 1], sources, baseline, rules=rules, rows=rows)
         relevance.append(rearrange(parts.relevant_direction, "pos 1 -> pos").float().cpu())
-        directions.append(float((parts.logits * parts.direction).sum()))
+        directions.append(float(task_direction(parts.logits, parts.direction)))
     prompts = tuple(token_strings(view, example.tokens) for example in examples)
     labels = tuple(example.label for example in examples)
     return TokenRelevance(prompts, tuple(relevance), labels, tuple(directions))
