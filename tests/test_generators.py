@@ -137,7 +137,7 @@ def test_no_name_is_on_both_lists() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("ioi", r"ioi: only 2 of 61 names are single tokens of this tokenizer, at least 6"),
+        ("ioi", r"ioi: only 2 of 61 names are single tokens here; at least 6"),
         ("greater-than", r"greater-than: only 0 of 18 events"),
         ("gendered-pronoun", r"gendered-pronoun: only 1 of 30 men's names"),
     ],

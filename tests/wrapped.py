@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from typing import Any
@@ -39,7 +40,8 @@ def wrap(family: str, backend: str, folder: str, dtype: torch.dtype = torch.floa
     hf_model = build(family, dtype)
     if backend == "hooked" and type(hf_model).__name__ not in _HOOKED_FAMILIES:
         pytest.skip(f"{family} is read through the bridge only")
-    with warnings.catch_warnings(), Float64Throughout():
+    widened = Float64Throughout() if dtype is torch.float64 else contextlib.nullcontext()
+    with warnings.catch_warnings(), widened:
         warnings.simplefilter("ignore")
         words = tokenizer(folder)
         if backend == "hooked":

@@ -1,0 +1,211 @@
+"""The measures against their definitions, written out as loops."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+
+import pytest
+import torch
+from checks import assert_close
+from tiny_tasks import examples
+from torch import Tensor
+
+from cdt_lens import metrics
+from cdt_lens.errors import InputError
+from cdt_lens.metrics import MIB_FRACTIONS
+from cdt_lens.tasks import Example, Examples, Batch
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def batch_of_unequal_candidates() -> Batch:
+    """Two, three and four candidates; one or two answers."""
+    items = (
+        Example("a", (3, 4), "x", (10,), (11,)),
+        Example("b", (3, 4, 5), "y", (12, 13), (14, 15)),
+        Example("c", (3,), "x", (16,), (17, 18)),
+    )
+    (batch,) = Examples(items, ("x", "y"), "mixed").batches(3, sort_by_length=False)
+    return batch
+
+
+def test_the_direction_is_the_answers_mean_minus_the_others_mean():
+    batch = batch_of_unequal_candidates()
+    vocabulary = randn(5, 3, 20)
+    logits = vocabulary.gather(-1, batch.candidates.expand(5, -1, -1))
+    actual = metrics.task_direction(logits, batch.direction)
+    for row in range(5):
+        l = vocabulary[row]
+        assert_close(actual[row, 0], l[0, 10] - l[0, 11], atol=1e-12)
+        by_hand = (l[1, 12] + l[1, 13]) / 2 - (l[1, 14] + l[1, 15]) / 2
+        assert_close(actual[row, 1], by_hand, atol=1e-12)
+        assert_close(actual[row, 2], l[2, 16] - (l[2, 17] + l[2, 18]) / 2, atol=1e-7)
+
+
+def test_padding_candidates_never_count():
+    batch = batch_of_unequal_candidates()
+    logits = randn(3, 4)
+    spoiled = torch.where(batch.is_candidate, logits, torch.inf)
+    same = metrics.task_direction(logits, batch.direction)
+    assert torch.equal(metrics.task_direction(spoiled, batch.direction), same)
+    right = metrics.correct(logits, batch.is_answer, batch.is_candidate)
+    assert torch.equal(metrics.correct(spoiled, batch.is_answer, batch.is_candidate), right)
+    weights = metrics.strongest_competitor(spoiled, batch.is_answer, batch.is_candidate)
+    expected = metrics.strongest_competitor(logits, batch.is_answer, batch.is_candidate)
+    assert torch.equal(weights, expected)
+
+
+def test_the_strongest_competitor_is_the_others_largest():
+    batch = batch_of_unequal_candidates()
+    logits = torch.tensor([[1.0, 5, 0, 0], [1, 3, -2, 7], [0, -4, -3, 9]])
+    weights = metrics.strongest_competitor(logits, batch.is_answer, batch.is_candidate)
+    assert weights.tolist() == [[1, -1, 0, 0], [0.5, 0.5, 0, -1], [1, 0, -1, 0]]
+
+
+def test_correct_compares_candidates_only_and_can_take_a_prior_away():
+    is_answer = torch.tensor([[True, False, False], [True, True, False]])
+    is_candidate = torch.tensor([[True, True, False], [True, True, True]])
+    logits = torch.tensor([[1.0, 0.5, 9.0], [0.0, 3.0, 2.0]])
+    assert metrics.correct(logits, is_answer, is_candidate).tolist() == [True, True]
+    prior = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+    assert metrics.correct(logits, is_answer, is_candidate, prior).tolist() == [False, False]
+    rows = metrics.correct(logits.expand(4, 2, 3), is_answer, is_candidate)
+    assert rows.tolist() == [[True, True]] * 4
+
+
+@pytest.mark.parametrize("counts", [(4, 1, 2), (3, 3), (5,)])
+def test_the_balanced_mean_is_the_mean_of_means(counts: tuple[int, ...]):
+    labels = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)])
+    order = torch.randperm(len(labels), generator=seeded(1))
+    values = randn(2, 3, len(labels))
+    groups = [values[..., labels == i] for i in range(len(counts))]
+    expected = sum(group.mean(-1) for group in groups) / len(groups)
+    assert_close(metrics.balanced_mean(values, labels), expected, atol=1e-12)
+    shuffled = metrics.balanced_mean(values[..., order], labels[order])
+    assert_close(shuffled, expected, atol=1e-12)
+
+
+def test_a_label_with_more_examples_does_not_pull_the_mean():
+    labels = torch.tensor([0] * 99 + [1])
+    values = torch.tensor([1.0] * 99 + [3.0])
+    assert metrics.balanced_mean(values, labels) == 2.0
+
+
+def test_the_standard_error_is_that_of_a_stratified_mean():
+    labels = torch.tensor([0, 1, 0, 1, 0, 1, 1])
+    values = randn(7)
+    terms = []
+    for label in (0, 1):
+        group = values[labels == label].tolist()
+        terms.append(statistics.variance(group) / len(group))
+    expected = math.sqrt(sum(terms)) / 2
+    assert metrics.balanced_stderr(values, labels).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_one_example_of_a_label_has_no_standard_error():
+    assert metrics.balanced_stderr(randn(2, 3), torch.tensor([0, 0, 1])).isnan().all()
+
+
+def test_the_standard_error_is_the_spread_of_the_mean():
+    labels = torch.tensor([0] * 8 + [1] * 24)
+    draws = randn(4000, 32) * torch.where(labels == 0, 1.0, 3.0)
+    spread = metrics.balanced_mean(draws, labels).std()
+    expected = metrics.balanced_stderr(draws, labels).square().mean().sqrt()
+    assert float(expected / spread) == pytest.approx(1, abs=0.05)
+
+
+def test_macro_f1_by_hand():
+    gold = ["a", "a", "a", "b", "b", "c"]
+    predicted = ["a", "a", "b", "b", "c", "a"]
+    # a: TP 2, FP 1, FN 1; b: TP 1, FP 1, FN 1; c: TP 0; d: neither present nor predicted
+    expected = (2 * 2 / 6 + 2 * 1 / 4 + 0 + 0) / 4
+    assert metrics.macro_f1(predicted, gold, ["a", "b", "c", "d"]) == pytest.approx(expected)
+    assert metrics.macro_f1(gold, gold, ["a", "b", "c"]) == 1.0
+
+
+def test_faithfulness_is_1_for_all_and_0_for_none():
+    values = torch.tensor([2.0, -1.0, 0.5, 5.0, -4.0])
+    f = metrics.faithfulness(values, 2.0, -1.0)
+    assert f.tolist() == [1.0, 0.0, 0.5, 2.0, -1.0]
+    below = metrics.faithfulness(torch.tensor([-3.0, 1.0]), -3.0, 1.0)  # heads that hurt
+    assert below.tolist() == [1.0, 0.0]
+
+
+def test_faithfulness_without_a_gap_is_refused():
+    with pytest.raises(InputError, match="nothing to explain"):
+        metrics.faithfulness(torch.tensor([1.0]), 1.5, 1.5)
+
+
+def test_cpr_and_cmd_are_trapezoids():
+    fractions = (0.0, 0.1, 0.5, 1.0)
+    f = torch.tensor([[0.0, 0.5, 2.0, 1.0], [0.2, 0.2, 0.2, 0.2]])
+    cpr = [0.1 * 0.25 + 0.4 * 1.25 + 0.5 * 1.5, 0.2]
+    cmd = [0.1 * 0.75 + 0.4 * 0.75 + 0.5 * 0.5, 0.8]
+    assert metrics.cpr(fractions, f).tolist() == pytest.approx(cpr)
+    assert metrics.cmd(fractions, f).tolist() == pytest.approx(cmd)
+
+
+def test_the_areas_of_a_perfect_and_of_an_empty_curve():
+    width = MIB_FRACTIONS[-1] - MIB_FRACTIONS[0]
+    perfect, nothing = torch.ones(10), torch.zeros(10)
+    assert float(metrics.cpr(MIB_FRACTIONS, perfect)) == pytest.approx(width)
+    assert float(metrics.cmd(MIB_FRACTIONS, perfect)) == 0.0
+    assert float(metrics.cmd(MIB_FRACTIONS, nothing)) == pytest.approx(width)
+
+
+def test_the_fractions_are_those_of_mib():
+    assert MIB_FRACTIONS == (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+def test_correlations_by_hand():
+    a = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert metrics.spearman(a, a.exp()) == pytest.approx(1.0)
+    assert metrics.spearman(a, -(a**3)) == pytest.approx(-1.0)
+    assert metrics.pearson(a, 2 - 3 * a) == pytest.approx(-1.0)
+    b = torch.tensor([[2.0, 1.0], [4.0, 3.0]])
+    # ranks 1 2 3 4 against 2 1 4 3: 1 - 6 * 4 / (4 * 15)
+    assert metrics.spearman(a, b) == pytest.approx(1 - 6 * 4 / 60)
+    assert metrics.pearson(a, b) == pytest.approx(0.6)
+    ties = torch.tensor([1.0, 1.0, 2.0, 3.0])
+    assert metrics.spearman(ties, torch.tensor([1.5, 1.5, 3.0, 4.0])) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("measure", [metrics.spearman, metrics.pearson])
+def test_a_constant_has_no_correlation(measure):
+    assert math.isnan(measure(torch.ones(4), torch.arange(4.0)))
+
+
+def test_auroc_counts_the_pairs_in_order():
+    scores = torch.tensor([[0.1, 0.4, 0.4], [0.35, 0.8, 0.4]])
+    truth = torch.tensor([[False, False, True], [True, True, False]])
+    pairs = itertools.product(scores[truth].tolist(), scores[~truth].tolist())
+    counted = [1.0 if t > f else 0.5 if t == f else 0.0 for t, f in pairs]
+    assert metrics.auroc(scores, truth) == pytest.approx(sum(counted) / len(counted))
+    assert metrics.auroc(truth.float(), truth) == 1.0
+    assert metrics.auroc(-truth.float(), truth) == 0.0
+    assert metrics.auroc(torch.zeros(2, 3), truth) == 0.5
+
+
+@pytest.mark.parametrize("truth", [torch.ones(3).bool(), torch.zeros(3).bool()])
+def test_auroc_of_one_kind_is_refused(truth: Tensor):
+    with pytest.raises(InputError, match="both kinds"):
+        metrics.auroc(torch.arange(3.0), truth)
+
+
+def test_the_direction_of_a_whole_split_is_what_its_examples_say():
+    data = examples()
+    logits = randn(len(data), 128)
+    (batch,) = data.batches(len(data), sort_by_length=False)
+    actual = metrics.task_direction(logits.gather(-1, batch.candidates), batch.direction)
+    for row, item in enumerate(data):
+        others = [float(logits[row, token]) for token in item.others]
+        expected = float(logits[row, item.answers[0]]) - sum(others) / len(others)
+        assert float(actual[row]) == pytest.approx(expected, abs=1e-6)
