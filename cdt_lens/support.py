@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cdt_lens.errors import InputError, UnsupportedModelError
-from cdt_lens.model import Hook, ModelView, Site, Trace
+from cdt_lens.model import ModelView, Trace, at_least_float32
 
 _PROBE_LENGTH = 7
 
@@ -91,7 +91,8 @@ def _check(view: ModelView) -> Support:
     length = min(_PROBE_LENGTH, view.n_ctx)
     vocabulary = view.tl.unembed.W_U.shape[-1]
     tokens = torch.randint(vocabulary, (2, length), generator=generator)
-    record = [s for s in view.sites if not s[0].endswith((".in", ".out"))]
+    unseen = (".in", ".out")
+    record = [s for s in view.sites if not s[0].endswith(unseen) or s[0] == "ln1.out"]
     trace = view.run(tokens, record)
     for site in record:
         if site not in trace and site[1] < view.n_layers:
@@ -112,14 +113,14 @@ def _refuse(view: ModelView, component: str) -> None:
 
 
 def _refuse_flags(view: ModelView) -> None:
-    """Switches that a caller may turn at any time and that change the shape of grouped heads."""
-    if view.n_kv_heads == view.n_heads:
+    """Switches that a caller may turn at any time and that the rules do not see through."""
+    if view.n_kv_heads == view.n_heads and not view.is_bridge:
         return
     for flag in ("ungroup_grouped_query_attention", "use_split_qkv_input", "use_attn_in"):
         if getattr(view.tl.cfg, flag, False):
             raise UnsupportedModelError(
-                f"{view.name}: cfg.{flag} is on, which gives grouped heads another shape; "
-                f"turn it off (model.set_{flag.removeprefix('set_')}(False))"
+                f"{view.name}: cfg.{flag} is on, which takes grouped heads or norms past their "
+                f"hook points; turn it off (model.set_{flag}(False))"
             )
 
 
@@ -159,6 +160,10 @@ def _differ(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
 
 def _check_residual(view: ModelView, trace: Trace) -> None:
     for layer in range(view.n_layers):
+        seen = trace.activations.get(("ln1.out", layer))
+        if seen is not None and torch.equal(seen, trace["attn_out", layer]):
+            _refuse(view, f"layer {layer}'s norm behind attention under the name ln1 (OLMo 2 here)")
+    for layer in range(view.n_layers):
         total = trace.resid[layer] + trace["attn_out", layer]
         if ("mlp_out", layer) in trace:
             total = total + trace["mlp_out", layer]
@@ -181,7 +186,7 @@ def _check_attention(view: ModelView, trace: Trace) -> None:
 def _check_logits(view: ModelView, trace: Trace, tokens: Tensor) -> None:
     candidates = torch.arange(min(64, view.tl.unembed.W_U.shape[-1])).expand(tokens.shape[0], -1)
     columns, offsets = view.unembedding(candidates)
-    normed = view.final_norm(trace.resid[-1][:, -1:])[:, 0]
+    normed = at_least_float32(view.final_norm(trace.resid[-1][:, -1:])[:, 0])
     logits = torch.einsum("bd,bkd->bk", normed, columns) + offsets
     cap = view.logit_softcap
     if cap is not None:

@@ -1,53 +1,61 @@
-"""Exact mean-ablation against interventions made with TransformerLens' own hooks."""
+"""Exact ablation is what TransformerLens' own hooks give, prompt by prompt."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import by_hand
 import pytest
-import torch
-from saved import TEMPLATE, VERBALIZER, save_model, write_task
-from wrapped import BACKENDS
+from checks import assert_same_bits
+from shared import models, shared
+from tiny_models import Float64Throughout
+from tiny_tasks import GOLD, examples
+from wrapped import wrap
 
 from cdt_lens.attribution import exact_ablation
-from cdt_lens.baselines import mean_activations
-from cdt_lens.datasets import task_from_files
-from cdt_lens.heads import Head
-from cdt_lens.loading import load_model
+from cdt_lens.baselines import mean_activations, zero_baseline
+from cdt_lens.heads import Head, all_heads
+from cdt_lens.model import ModelView
+from cdt_lens.scores import score_heads
 
 
-def by_hand(model, example, head, values):
-    """The task direction with one head's z set to `values` [pos, d_head], one prompt at a time."""
+@models()
+def test_it_equals_an_ablation_by_hand(family, backend, tokenizer_folder):
+    """Prompts of five lengths, batched and padded here, alone there."""
+    with Float64Throughout():
+        view, data = shared(family, backend, tokenizer_folder), examples()
+        baseline = mean_activations(view, data, progress=False)
+        found = exact_ablation(view, data, baseline, batch_size=4, progress=False)
+        for number, item in enumerate(data):
+            full = by_hand.direction(by_hand.ablated_logits(view, item, (), baseline), item)
+            for head in all_heads(view.n_layers, view.n_heads):
+                logits = by_hand.ablated_logits(view, item, [head], baseline)
+                expected = full - by_hand.direction(logits, item)
+                actual = float(found.per_example[number, head.layer, head.head])
+                assert actual == pytest.approx(expected, abs=2e-6)  # kept as float32
+    by_example = found.per_example[:, 1, 2].tolist()
+    assert float(found.values[1, 2]) == pytest.approx(by_hand.balanced(by_example, data), abs=1e-6)
 
-    def ablate(z, hook):
-        z = z.clone()
-        z[:, :, head.head] = values
-        return z
 
-    tokens = torch.tensor([example.tokens])
-    name = f"blocks.{head.layer}.attn.hook_z"
-    logits = model.run_with_hooks(tokens, fwd_hooks=[(name, ablate)])[0, -1]
-    return logits[list(example.answers)].mean() - logits[list(example.others)].mean()
+def test_it_is_the_ablation_preset_under_its_own_name(tmp_path: Path, tokenizer_folder):
+    view, data = shared("gpt2", "bridge", tokenizer_folder), examples()
+    baseline = zero_baseline(view, data)
+    options = {"heads": [Head(0, 1), Head(1, 3)], "batch_size": 2, "rows": 4, "progress": False}
+    found = exact_ablation(view, data, baseline, checkpoint=tmp_path / "c.json", **options)
+    swept = score_heads(view, data, baseline, rules="ablation", **options)
+    assert_same_bits(found.values, swept.values)
+    assert found.method == "mean-ablation"
+    assert swept.method == "cdt"
+    assert found.provenance.options["rules"]["preset"] == "ablation"
+    assert (tmp_path / "c.json").exists()
+    assert found.example_labels == GOLD
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_equals_an_intervention_by_hand(family, backend, tmp_path):
-    model = load_model(save_model(tmp_path / "tiny", family), backend=backend)
-    task = task_from_files(
-        write_task(tmp_path / "data"), tokenizer=model.tokenizer, template=TEMPLATE,
-        verbalizer=VERBALIZER,
-    )  # fmt: skip
-    data = task.valid[:6]
-    baseline = mean_activations(model, task.train, progress=False)
-    scores = exact_ablation(model, data, baseline, batch_size=4, rows=5, progress=False)
-    for i, example in enumerate(data):
-        plain = model(torch.tensor([example.tokens]))[0, -1]
-        full = plain[list(example.answers)].mean() - plain[list(example.others)].mean()
-        for head in (Head(0, 0), Head(0, 3), Head(1, 1), Head(1, 2)):
-            rest, answer = baseline.means[head.layer, :, head.head]
-            values = rest.repeat(len(example.tokens), 1)
-            values[-1] = answer
-            with torch.no_grad():
-                expected = full - by_hand(model, example, head, values)
-            found = scores.per_example[i, head.layer, head.head]
-            torch.testing.assert_close(found, expected.detach(), rtol=0, atol=2e-5)
-    assert scores.method == "mean-ablation"
+@models(("gpt2", "llama"))
+def test_a_head_that_writes_nothing_scores_0(family, backend, tokenizer_folder):
+    model = wrap(family, backend, tokenizer_folder)
+    model.blocks[1].attn.W_O.detach()[2] = 0.0
+    view, data = ModelView(model), examples()
+    found = exact_ablation(view, data, zero_baseline(view, data), progress=False)
+    silent = found.values.abs() < 1e-12
+    assert silent.nonzero().tolist() == [[1, 2]]
