@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cdt_lens.errors import InputError, UnsupportedModelError
 from cdt_lens.model import ModelView, Trace, at_least_float32
+from cdt_lens.sites import Hook, Site
 
 _PROBE_LENGTH = 7
 
