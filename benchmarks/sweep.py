@@ -11,12 +11,15 @@ the first layer on. Each source propagated from its own layer on gives 78 for 12
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +34,7 @@ from cdt_lens.loading import _bridge, _hooked, has_hooked_transformer
 from cdt_lens.model import ModelView
 from cdt_lens.propagate import Propagator
 from cdt_lens.rules import PRESETS
+from cdt_lens.support import check_supported
 from cdt_lens.tasks import Example, Examples
 
 N_PROMPTS, N_TOKENS = 4, 16
@@ -117,21 +121,32 @@ def report_cost(backend: str, names: list[str], repeats: int) -> None:
 
 
 def memory_of(d_vocab: int) -> None:
-    """In a fresh process: how much the peak grows from before to after a sweep."""
-    import resource
-
+    """In a fresh process: how much resident memory grows during a sweep (Linux)."""
     view = gpt2_small(d_vocab, "bridge")
     examples = prompts(d_vocab)
     batch = next(examples.batches(N_PROMPTS))
     baseline = zero_baseline(view, examples).for_batch(view, batch)
     # The architecture check unembeds one small batch; it is not part of a sweep.
-    Propagator(view, batch.tokens[:1, :2], batch.lengths[:1] * 0 + 2, baseline, PRESETS["stable"])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    engine = Propagator(view, batch.tokens, batch.lengths, baseline, PRESETS["official"])
+    check_supported(view)
     heads = [(head,) for head in all_heads(view.n_layers, view.n_heads)]
+    before, seen, done = resident(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            seen[0] = max(seen[0], resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    engine = Propagator(view, batch.tokens, batch.lengths, baseline, PRESETS["official"])
     irrelevant_logits(engine, heads, batch, rows=48)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"vocabulary {d_vocab}: peak grows by {(after - before) / 1024:.0f} MiB during a sweep")
+    done.set()
+    watcher.join()
+    print(f"vocabulary {d_vocab}: memory grows by up to {seen[0] - before:.0f} MiB during a sweep")
+
+
+def resident() -> float:
+    """Resident memory of this process in MiB."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
 
 
 def main() -> None:

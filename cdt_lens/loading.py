@@ -237,9 +237,14 @@ def _bridge(hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype) -> A
     from transformer_lens.model_bridge import TransformerBridge
 
     hf_model.config.architectures = [type(hf_model).__name__]
-    model = TransformerBridge.boot_transformers(
-        "model", hf_model=hf_model.to(device), tokenizer=tokenizer, device=device, dtype=dtype
-    )
+    with tempfile.TemporaryDirectory(prefix="cdt-lens-") as folder:
+        # As above: the tokenizer may be read again from its path.
+        tokenizer.save_pretrained(folder)
+        model = TransformerBridge.boot_transformers(
+            "model", hf_model=hf_model.to(device), tokenizer=AutoTokenizer.from_pretrained(folder),
+            device=device, dtype=dtype,
+        )  # fmt: skip
+    model.tokenizer.name_or_path = tokenizer.name_or_path
     return model
 
 

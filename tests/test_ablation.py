@@ -10,7 +10,7 @@ import torch
 from checks import assert_close, unchecked_types
 from shared import models, shared
 from tiny_models import Float64Throughout
-from tiny_tasks import ANSWERS, LABELS, examples
+from tiny_tasks import ANSWERS, LABELS, examples, many
 
 from cdt_lens.ablation import circuit_metric, measure_circuits
 from cdt_lens.baselines import Baseline, mean_activations
@@ -25,13 +25,6 @@ CIRCUITS = ((), (Head(0, 1),), (Head(0, 0), Head(1, 3)), tuple(all_heads(2, 4)))
 
 def means(view: ModelView, data: Examples) -> Baseline:
     return mean_activations(view, data, progress=False)
-
-
-def many(n: int = 24) -> Examples:
-    """Enough examples for an accuracy with some variety."""
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(3, 10, (n,), generator=generator).tolist()
-    return examples(lengths, [LABELS[i % 5 % 3] for i in range(n)], seed=2)
 
 
 @models(("gpt2", "llama", "gemma2"))
@@ -93,7 +86,8 @@ def test_the_direction_takes_no_prior(tokenizer_folder):
                 data, none, none, none)  # fmt: skip
     prior = task.with_prior({"positive": 5.0, "neutral": 0.0, "negative": -5.0})
     found = [
-        circuit_metric(view, CIRCUITS, data, baseline, task=t, progress=False) for t in (task, prior)
+        circuit_metric(view, CIRCUITS, data, baseline, task=t, progress=False)
+        for t in (task, prior)
     ]
     assert torch.equal(*found)
 
@@ -119,7 +113,13 @@ def test_each_circuit_is_measured_once(tokenizer_folder, monkeypatch):
     monkeypatch.setattr(
         module, "circuit_metric", lambda v, c, *a, **k: (seen.extend(c), true(v, c, *a, **k))[1]
     )
-    options = {"metric": "direction", "task": None, "batch_size": 8, "rows": None, "progress": False}
+    options = {
+        "metric": "direction",
+        "task": None,
+        "batch_size": 8,
+        "rows": None,
+        "progress": False,
+    }
     found = measure_circuits(view, [*CIRCUITS, *CIRCUITS], data, means(view, data), **options)
     assert seen == list(CIRCUITS)
     assert set(found) == set(CIRCUITS)

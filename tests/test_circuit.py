@@ -77,7 +77,9 @@ def test_the_table_has_a_row_for_each_head():
     assert made.scores is not None
     table = made.to_dataframe()
     assert table["head"].tolist() == ["L0H1", "L2H3"]
-    assert table["score"].tolist() == pytest.approx([float(made.scores[0, 1]), float(made.scores[2, 3])])
+    assert table["score"].tolist() == pytest.approx(
+        [float(made.scores[0, 1]), float(made.scores[2, 3])]
+    )
     empty = Circuit((), 3, 4)
     assert list(empty.to_dataframe().columns) == list(table.columns)
     assert len(empty.to_dataframe()) == 0
@@ -125,7 +127,13 @@ def test_random_heads_like_keep_the_number_in_each_layer():
 
 
 @pytest.mark.parametrize(
-    "made", [circuit(), Circuit((), 1, 1), replace(circuit(), scores=None), replace(circuit(), provenance=None)]
+    "made",
+    [
+        circuit(),
+        Circuit((), 1, 1),
+        replace(circuit(), scores=None),
+        replace(circuit(), provenance=None),
+    ],
 )
 def test_round_trip_is_bit_equal(made: Circuit, tmp_path: Path):
     assert_equal(Circuit.load(made.save(tmp_path / "c.json")), made)

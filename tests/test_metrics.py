@@ -15,7 +15,7 @@ from torch import Tensor
 from cdt_lens import metrics
 from cdt_lens.errors import InputError
 from cdt_lens.metrics import MIB_FRACTIONS
-from cdt_lens.tasks import Example, Examples, Batch
+from cdt_lens.tasks import Batch, Example, Examples
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -43,11 +43,11 @@ def test_the_direction_is_the_answers_mean_minus_the_others_mean():
     logits = vocabulary.gather(-1, batch.candidates.expand(5, -1, -1))
     actual = metrics.task_direction(logits, batch.direction)
     for row in range(5):
-        l = vocabulary[row]
-        assert_close(actual[row, 0], l[0, 10] - l[0, 11], atol=1e-12)
-        by_hand = (l[1, 12] + l[1, 13]) / 2 - (l[1, 14] + l[1, 15]) / 2
+        own = vocabulary[row]
+        assert_close(actual[row, 0], own[0, 10] - own[0, 11], atol=1e-12)
+        by_hand = (own[1, 12] + own[1, 13]) / 2 - (own[1, 14] + own[1, 15]) / 2
         assert_close(actual[row, 1], by_hand, atol=1e-12)
-        assert_close(actual[row, 2], l[2, 16] - (l[2, 17] + l[2, 18]) / 2, atol=1e-7)
+        assert_close(actual[row, 2], own[2, 16] - (own[2, 17] + own[2, 18]) / 2, atol=1e-7)
 
 
 def test_padding_candidates_never_count():

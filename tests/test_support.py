@@ -11,7 +11,7 @@ import torch
 import transformers
 from checks import assert_close, relative, unchecked_types
 from shared import models, shared
-from tiny_models import D_VOCAB, Float64Throughout, build, prompts
+from tiny_models import D_VOCAB, Float64Throughout, prompts
 from tiny_models import _randomise as randomise
 from torch import Tensor
 from wrapped import needs_hooked, tokenizer, wrap

@@ -35,6 +35,13 @@ def examples(
     return Examples(tuple(items), LABELS, name)
 
 
+def many(n: int = 24) -> Examples:
+    """Enough examples for an accuracy with some variety; counts of the labels 2 : 2 : 1."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(3, 10, (n,), generator=generator).tolist()
+    return examples(lengths, [LABELS[i % 5 % 3] for i in range(n)], seed=2)
+
+
 def example(prompt: str, tokens: Sequence[int], label: str) -> Example:
     others = tuple(token for name, token in ANSWERS.items() if name != label)
     return Example(prompt, tuple(tokens), label, (ANSWERS[label],), others)
