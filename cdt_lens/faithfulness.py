@@ -192,6 +192,7 @@ def faithfulness_curve(
     """
     view = view_of(model)
     scores.provenance.check_model(view, "these scores")
+    _check_draws(draws)
     fractions = _checked_fractions(fractions)
     everyone = all_heads(view.n_layers, view.n_heads)
     ranking = scores.ranking(by)
@@ -266,6 +267,7 @@ def circuit_faithfulness(
     """
     view = view_of(model)
     circuit.check_model(view)
+    _check_draws(draws)
     everyone = all_heads(view.n_layers, view.n_heads)
     family = _family(circuit.heads, view, draws, seed)
     options = {
@@ -323,6 +325,11 @@ def _family(
     free = [random_heads(len(heads), *shape, seed=seed + i) for i in range(draws)]
     layered = [random_heads_like(heads, *shape, seed=seed + i) for i in range(draws)]
     return [heads, complement, *free, *layered]
+
+
+def _check_draws(draws: int) -> None:
+    if draws < 1:
+        raise InputError(f"draws={draws}: expected at least 1 random circuit of each kind")
 
 
 def _checked_fractions(fractions: Sequence[float]) -> tuple[float, ...]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as hf_logging
 
@@ -32,6 +32,12 @@ _HOOKED_FAMILIES = frozenset(
         "GPT2LMHeadModel", "GPTNeoXForCausalLM", "LlamaForCausalLM", "MistralForCausalLM",
         "Qwen2ForCausalLM", "Qwen3ForCausalLM",
     }
+)  # fmt: skip
+
+
+# What transformer-lens raises on a configuration that it did not expect has no common class.
+_READING_FAILED = (
+    AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
 
 
@@ -70,15 +76,72 @@ def load_model(
     with third_party_noise_off():
         hf_model, tokenizer = load_hugging_face(source, dtype=dtype)
         name = _name_of(source)
-        family = type(hf_model).__name__
-        if _use_hooked(backend, family):
-            model = _hooked(hf_model, tokenizer, where, dtype, n_ctx)
-        else:
-            model = _bridge(hf_model, tokenizer, where, dtype)
+        model = _wrapped(hf_model, tokenizer, backend, where, dtype, n_ctx)
     model.cfg.model_name = name
     model.eval()
     check_supported(view_of(model))
     return model
+
+
+def _wrapped(
+    hf_model: Any, tokenizer: Any, backend: Backend, device: str, dtype: torch.dtype,
+    n_ctx: int | None,
+) -> Any:  # fmt: skip
+    """The TransformerLens model of `hf_model`, once its logits equal those of Hugging Face.
+
+    transformer-lens reads some options of a family and passes over others, such as a rotary
+    scaling or a projection's bias, without a word; only the numbers tell.
+    """
+    family = type(hf_model).__name__
+    tokens, expected = _sample(hf_model)
+    if _use_hooked(backend, family):
+        try:
+            model = _hooked(hf_model, tokenizer, device, dtype, n_ctx)
+            if _agrees(model, tokens, expected, dtype):
+                return model
+        except _READING_FAILED as error:
+            reason = _first_line(error)
+        else:
+            reason = "its logits differ from Hugging Face's"
+        if backend == "hooked":
+            raise UnsupportedModelError(
+                f"{family}: HookedTransformer does not read this configuration right ({reason}); "
+                "use backend='bridge'"
+            )
+    try:
+        model = _bridge(hf_model, tokenizer, device, dtype)
+        if _agrees(model, tokens, expected, dtype):
+            return model
+    except _READING_FAILED as error:
+        reason = _first_line(error)
+    else:
+        reason = "its logits differ from Hugging Face's"
+    raise UnsupportedModelError(
+        f"{family}: TransformerBridge does not read this configuration right ({reason}); no score "
+        "would be right"
+    )
+
+
+def _sample(hf_model: Any) -> tuple[Tensor, Tensor]:
+    """A few random tokens, and the logits that Hugging Face's own model gives for them."""
+    config = hf_model.config
+    limit = getattr(config, "max_position_embeddings", None) or 64
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (2, min(64, limit)), generator=generator)
+    with torch.no_grad():
+        return tokens, hf_model.eval()(tokens).logits.float()
+
+
+def _agrees(model: Any, tokens: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    view = view_of(model)
+    tokens = tokens[:, : view.n_ctx]
+    found = view.logits(tokens).float().cpu()
+    expected = expected[:, : view.n_ctx]
+    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+    # Weights that are not finite are named by the check that follows.
+    if not bool(torch.isfinite(expected).all()):
+        return True
+    return bool((found - expected).norm() <= tolerance * expected.norm())
 
 
 def default_device() -> str:
@@ -106,8 +169,8 @@ def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32)
         )
     try:
         # Eager attention: the bridge reads and edits its pattern.
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation="eager"
+        model, told = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation="eager", output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # what transformers and safetensors raise here has no common class
@@ -120,6 +183,12 @@ def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32)
             )
         )
         raise InputError(f"{source}: cannot be loaded: {what} ({_first_line(error)})") from error
+    missing = [*told["missing_keys"], *(key[0] for key in told["mismatched_keys"])]
+    if missing:
+        raise InputError(
+            f"{source}: {len(missing)} weights are missing or of another shape, the first is "
+            f"{missing[0]}; they would be random. Save the model again"
+        )
     return model, tokenizer
 
 

@@ -7,18 +7,16 @@ import importlib.metadata
 import platform
 import shlex
 import sys
-import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cdt_lens.errors import ArtifactError
 from cdt_lens.model import ModelView
-from cdt_lens.support import weights_state
 
 _BLOCK_WEIGHTS = (
     "attn.W_Q", "attn._W_K|attn.W_K", "attn._W_V|attn.W_V", "attn.W_O",
@@ -126,9 +124,6 @@ def command_line() -> str:
     return "python"
 
 
-_HASHES: weakref.WeakKeyDictionary[nn.Module, tuple[object, str]] = weakref.WeakKeyDictionary()
-
-
 def weight_hash(view: ModelView) -> str:
     """sha256 over the weights in TransformerLens layout, in a fixed order.
 
@@ -136,15 +131,6 @@ def weight_hash(view: ModelView) -> str:
     weights folded or centred by TransformerLens have another one. Biases of zero do not count,
     nor does the configuration (such as a rotary base).
     """
-    state = weights_state(view)
-    before = _HASHES.get(view.tl)
-    if before is None or before[0] != state:
-        before = (state, _hash_weights(view))
-        _HASHES[view.tl] = before
-    return before[1]
-
-
-def _hash_weights(view: ModelView) -> str:
     digest = hashlib.sha256()
     parts = [(view.tl, "", name) for name in _END_WEIGHTS]
     for layer, block in enumerate(view.blocks):

@@ -11,6 +11,7 @@ What fails is refused with the component's name; a number is never silently wron
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ def check_supported(view: ModelView) -> Support:
         InputError: a weight is not finite.
     """
     _refuse_flags(view)
-    state = weights_state(view)
+    state = _weights_state(view)
     before = _CHECKED.get(view.tl)
     if before is not None and before[0] == state:
         return before[1]
@@ -70,17 +71,18 @@ def check_supported(view: ModelView) -> Support:
     return found
 
 
-def weights_state(view: ModelView) -> object:
+def _weights_state(view: ModelView) -> object:
     """Something that changes when the weights do: training must not leave old biases behind.
 
     Version counters miss edits through `.data`, so the values of small parameters, which hold
     the biases and the norms, count as well.
     """
     parameters = list(view.tl.parameters())
-    small = [p.detach().float().sum().to("cpu") for p in parameters if p.numel() < 65536]
+    small = [p.detach().float().flatten() for p in parameters if p.numel() < 65536]
+    values = torch.cat(small).cpu().numpy().tobytes() if small else b""
     # Inference tensors have no version.
     where = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
-    return where, torch.stack(small).tolist() if small else []
+    return where, hashlib.sha256(values).hexdigest()
 
 
 def _check(view: ModelView) -> Support:

@@ -1,82 +1,121 @@
-"""Two CPU processes under a launcher give the numbers of one, and share one run directory."""
+"""Two processes, as `accelerate launch` starts them, give what one gives."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from saved import TEMPLATE, VERBALIZER, save_model, write_task
+from checks import assert_close
+from tiny_models import build, prompts
+from tiny_tasks import examples
+from wrapped import wrap
 
-from cdt_lens.baselines import Baseline
-from cdt_lens.distributed import gather_items, is_main, shard, sum_over_processes, wait_for_all
-from cdt_lens.faithfulness import FaithfulnessCurve
+import cdt_lens.distributed as distributed
+from cdt_lens.ablation import circuit_metric
+from cdt_lens.baselines import Baseline, mean_activations
 from cdt_lens.head_scores import HeadScores
+from cdt_lens.heads import Head
+from cdt_lens.scores import score_heads
+from cdt_lens.tasks import Examples
+
+TESTS = Path(__file__).parent
+CIRCUITS = ((), (Head(0, 1),), (Head(0, 0), Head(1, 3)))
 
 
-def discover(place: Path, out: Path) -> list[str]:
-    files = [x for s in ("train", "valid") for x in (f"--{s}", str(place / "data" / f"{s}.csv"))]
-    words = [x for label, word in VERBALIZER.items() for x in ("--verbalizer", f"{label}={word}")]
-    return [
-        "discover", "--model", str(place / "tiny"), "--out", str(out), "--task", "files", *files,
-        "--template", TEMPLATE, *words, "--examples", "9", "--k", "2", "--ablation",
-        "--batch-size", "2", "--backend", "bridge",
-    ]  # fmt: skip
+def work(out: Path, data: Examples, *, checkpoint: Path | None = None) -> None:
+    """What both the single process and the launched ones do; each writes its own results."""
+    rank, world = distributed.shard()
+    folder = out / f"{rank}of{world}"
+    words = out / f"words-{rank}of{world}"
+    model = wrap("llama", "bridge", str(words), torch.float32)
+    baseline = mean_activations(model, data, batch_size=2, progress=False)
+    baseline.save(folder / "baseline.json")
+    scores = score_heads(model, data, baseline, batch_size=2, checkpoint=checkpoint, progress=False)
+    scores.save(folder / "scores.json")
+    metric = circuit_metric(model, CIRCUITS, data, baseline, batch_size=2, progress=False)
+    (folder / "metric.json").write_text(json.dumps(metric.tolist()))
 
 
-def launch(processes: int, arguments: list[str]) -> str:
-    """Run the command line under accelerate's launcher, on the CPU."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment |= {"PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": "lo"}
-    launcher = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc_per_node={processes}", "-m", "cdt_lens.cli",
-    ]  # fmt: skip
-    result = subprocess.run(
-        [*launcher, *arguments], capture_output=True, text=True, timeout=300, env=environment,
-        check=False,
+def one_example() -> Examples:
+    return examples((6,), ("positive",))
+
+
+SCRIPT = """
+import sys, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from test_distributed import one_example, work
+from tiny_tasks import examples
+out = Path(sys.argv[2])
+work(out, examples(), checkpoint=out / "sweep.json")
+work(out, examples(), checkpoint=out / "sweep.json")
+work(out / "single", one_example())
+"""
+
+
+def launch(command: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    arguments = [str(script), str(TESTS), str(tmp_path)]
+    return subprocess.run(
+        [sys.executable, "-m", *command, *arguments],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    place = tmp_path_factory.mktemp("distributed")
-    save_model(place / "tiny")
-    write_task(place / "data")
-    for processes in (1, 2):
-        launch(processes, discover(place, place / f"run{processes}"))
-        launch(processes, ["faithfulness", str(place / f"run{processes}"), "--examples", "6"])
-    return place / "run1", place / "run2"
+# With --cpu accelerate starts a single process, whatever the number asked for.
+ACCELERATE = [
+    "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+]  # fmt: skip
 
 
-def test_two_processes_give_the_numbers_of_one(runs: tuple[Path, Path]):
-    one, two = runs
-    close = {"rtol": 0, "atol": 1e-6}
-    a, b = (Baseline.load(run / "baseline.json") for run in (one, two))
-    torch.testing.assert_close(b.means, a.means, **close)
-    for name in ("scores.json", "ablation.json"):
-        a, b = (HeadScores.load(run / name) for run in (one, two))
-        torch.testing.assert_close(b.per_example, a.per_example, **close)
-        torch.testing.assert_close(b.stderr, a.stderr, **close)
-        assert b.example_labels == a.example_labels
-    a, b = (FaithfulnessCurve.load(run / "faithfulness.json") for run in (one, two))
-    torch.testing.assert_close(b.faithfulness, a.faithfulness, rtol=0, atol=1e-4)
+def test_two_processes_give_what_one_gives(tmp_path: Path):
+    """Means, scores and circuits; with fewer examples than processes, too; and from a checkpoint."""
+    finished = launch(ACCELERATE, tmp_path)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    for folder, data in ((tmp_path, examples()), (tmp_path / "single", one_example())):
+        work(folder, data)
+        alone = folder / "0of1"
+        for rank in (0, 1):
+            theirs = folder / f"{rank}of2"
+            found, expected = (Baseline.load(x / "baseline.json") for x in (theirs, alone))
+            assert_close(found.means, expected.means, atol=1e-6)
+            scored, alone_scored = (HeadScores.load(x / "scores.json") for x in (theirs, alone))
+            assert_close(scored.per_example, alone_scored.per_example, atol=1e-6)
+            assert_close(scored.values, alone_scored.values, atol=1e-6)
+            assert scored.direction == pytest.approx(alone_scored.direction, abs=1e-6)
+            assert scored.example_labels == alone_scored.example_labels
+            assert scored.provenance.task_hash == alone_scored.provenance.task_hash
+            metric, one = (json.loads((x / "metric.json").read_text()) for x in (theirs, alone))
+            assert metric == pytest.approx(one, abs=1e-6)
+    # Each process keeps its own share of the sweep.
+    assert len(list(tmp_path.glob("sweep*of2*.json"))) == 2
 
 
-def test_one_set_of_files(runs: tuple[Path, Path]):
-    names = [sorted(p.name.split(".")[0] for p in run.iterdir()) for run in runs]
-    assert names[0] == names[1]
-    assert not list(runs[1].glob("*partial*"))
-
-
-def test_alone_everything_is_a_no_op():
-    assert shard() == (0, 1) and is_main()
-    value = torch.ones(2)
-    assert sum_over_processes(value) is value
-    assert gather_items([1, 2]) == [1, 2]
-    wait_for_all()
+def test_alone_nothing_is_started(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    value: Any = torch.arange(3.0)
+    assert distributed.shard() == (0, 1)
+    assert distributed.is_main()
+    assert distributed.sum_over_processes(value) is value
+    assert distributed.gather_items([1, 2]) == [1, 2]
+    assert not torch.distributed.is_initialized()
+    assert build("gpt2")(prompts(1, 3)).logits.shape == (1, 3, 128)

@@ -275,18 +275,17 @@ def test_a_call_that_raises_in_the_middle_leaves_the_model_as_it_was(
         if countdown[0] == 0:
             raise Stop
 
-    for firing in (1, 2, 4):  # in the ordinary run, and in the replays after it
-        for place in (model.blocks[0].attn, model.blocks[1]):
-            handle = place.register_forward_hook(bomb)
-            for name, call in calls.items():
-                countdown[0] = firing
-                with left_untouched(model):
-                    try:
-                        call()
-                    except Stop:
-                        continue
-                assert firing > 1 or name in ("load_model", "zero_baseline"), name
-            handle.remove()
+    for firing in (1, 3):  # in the first ordinary run, and later, mostly in a replay
+        handle = model.blocks[1].attn.register_forward_hook(bomb)
+        for name, call in calls.items():
+            countdown[0] = firing
+            with left_untouched(model):
+                try:
+                    call()
+                except Stop:
+                    continue
+            assert firing > 1 or name in ("load_model", "zero_baseline"), f"{name} ran no model"
+        handle.remove()
 
 
 @models(("gpt2", "llama"))

@@ -267,28 +267,26 @@ SWITCHES = (
 
 @models(("gpt2", "llama"))
 @pytest.mark.parametrize("switch", SWITCHES)
-@pytest.mark.parametrize("when", ["before the check", "after it"])
-def test_transformer_lens_switches_change_no_number(
-    family, backend, switch, when, tokenizer_folder
-):
+def test_transformer_lens_switches_change_no_number(family, backend, switch, tokenizer_folder):
+    """Turned before the model is first checked, and turned after."""
     with Float64Throughout():
-        model = wrap(family, backend, tokenizer_folder)
-        if not hasattr(model, switch):
-            pytest.skip(f"{backend} has no {switch}")
         expected = Experiment(shared(family, backend, tokenizer_folder))
-        if when == "after it":
-            check_supported(ModelView(model))
-        try:
-            getattr(model, switch)(True)
-        except AssertionError:
-            pytest.skip(f"transformer-lens does not allow {switch} for {family}")
-        for rules in PRESETS.values():
+        for check_first in (True, False):
+            model = wrap(family, backend, tokenizer_folder)
+            if not hasattr(model, switch):
+                pytest.skip(f"{backend} has no {switch}")
+            if check_first:
+                check_supported(ModelView(model))
             try:
-                actual = Experiment(ModelView(model)).relevant(rules, 0, [1])
-            except CdtLensError:
-                continue  # refused is right too; a wrong number is not
-            reference = expected.relevant(rules, 0, [1])
-            assert_close(actual, reference, atol=1e-10)
+                getattr(model, switch)(True)
+            except AssertionError:
+                pytest.skip(f"transformer-lens does not allow {switch} for {family}")
+            for name in ("official", "stable"):
+                try:
+                    actual = Experiment(ModelView(model)).relevant(PRESETS[name], 0, [1])
+                except CdtLensError:
+                    continue  # refused is right too; a wrong number is not
+                assert_close(actual, expected.relevant(PRESETS[name], 0, [1]), atol=1e-10)
 
 
 def processed(model: Any, is_bridge: bool) -> Any:
