@@ -25,6 +25,8 @@ from cdt_lens.scores import score_heads
 from cdt_lens.tasks import Examples
 
 TESTS = Path(__file__).parent
+# float32 activations in batches of another composition: logits of order 1 differ in the last bits.
+ROUNDING = 1e-5
 CIRCUITS = ((), (Head(0, 1),), (Head(0, 0), Head(1, 3)))
 
 
@@ -96,15 +98,15 @@ def test_two_processes_give_what_one_gives(tmp_path: Path):
         for rank in (0, 1):
             theirs = folder / f"{rank}of2"
             found, expected = (Baseline.load(x / "baseline.json") for x in (theirs, alone))
-            assert_close(found.means, expected.means, atol=1e-6)
+            assert_close(found.means, expected.means, atol=ROUNDING)
             scored, alone_scored = (HeadScores.load(x / "scores.json") for x in (theirs, alone))
-            assert_close(scored.per_example, alone_scored.per_example, atol=1e-6)
-            assert_close(scored.values, alone_scored.values, atol=1e-6)
-            assert scored.direction == pytest.approx(alone_scored.direction, abs=1e-6)
+            assert_close(scored.per_example, alone_scored.per_example, atol=ROUNDING)
+            assert_close(scored.values, alone_scored.values, atol=ROUNDING)
+            assert scored.direction == pytest.approx(alone_scored.direction, abs=ROUNDING)
             assert scored.example_labels == alone_scored.example_labels
             assert scored.provenance.task_hash == alone_scored.provenance.task_hash
             metric, one = (json.loads((x / "metric.json").read_text()) for x in (theirs, alone))
-            assert metric == pytest.approx(one, abs=1e-6)
+            assert metric == pytest.approx(one, abs=ROUNDING)
     # Each process keeps its own share of the sweep.
     assert len(list(tmp_path.glob("sweep*of2*.json"))) == 2
 

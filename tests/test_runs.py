@@ -56,7 +56,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_two_processes_give_the_numbers_of_one(runs: tuple[Path, Path]):
     one, two = runs
-    close = {"rtol": 0, "atol": 1e-6}
+    # float32 in batches of another composition: logits of order 1 differ in the last bits.
+    close = {"rtol": 0, "atol": 1e-5}
     a, b = (Baseline.load(run / "baseline.json") for run in (one, two))
     torch.testing.assert_close(b.means, a.means, **close)
     for name in ("scores.json", "ablation.json"):
