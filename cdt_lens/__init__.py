@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as _version
 
 from cdt_lens.ablation import circuit_metric
+from cdt_lens.adapter import Adapter
 from cdt_lens.attribution import exact_ablation
 from cdt_lens.baselines import (
     Baseline,
@@ -28,6 +29,7 @@ from cdt_lens.errors import (
     UnsupportedModelError,
 )
 from cdt_lens.evaluate import Evaluation, calibrate, evaluate, label_prior
+from cdt_lens.export import export
 from cdt_lens.faithfulness import (
     CircuitFaithfulness,
     FaithfulnessCurve,
@@ -35,14 +37,20 @@ from cdt_lens.faithfulness import (
     faithfulness_curve,
 )
 from cdt_lens.fetch import fetch
+from cdt_lens.finetune import FineTuneResult, finetune
 from cdt_lens.greedy import greedy_circuit
 from cdt_lens.head_scores import HeadScores, MethodAgreement, compare_scores
 from cdt_lens.heads import Head
 from cdt_lens.loading import load_model
+from cdt_lens.options import TrainingOptions
 from cdt_lens.report import render_report
 from cdt_lens.rules import PRESETS, Rules
+from cdt_lens.scopes import scope_heads
 from cdt_lens.scores import score_heads
 from cdt_lens.tasks import Example, Examples, Task
+from cdt_lens.transfer import run_transfer
+from cdt_lens.transfer_config import TransferConfig, read_config
+from cdt_lens.transfer_result import TransferResult
 from cdt_lens.views import AttentionView, TokenRelevance, attention_view, token_relevance
 
 try:
@@ -52,6 +60,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 
 __all__ = [
     "PRESETS",
+    "Adapter",
     "ArtifactError",
     "AttentionView",
     "Baseline",
@@ -63,6 +72,7 @@ __all__ = [
     "Example",
     "Examples",
     "FaithfulnessCurve",
+    "FineTuneResult",
     "Head",
     "HeadScores",
     "InputError",
@@ -72,6 +82,9 @@ __all__ = [
     "Rules",
     "Task",
     "TokenRelevance",
+    "TrainingOptions",
+    "TransferConfig",
+    "TransferResult",
     "UnsupportedModelError",
     "attention_view",
     "calibrate",
@@ -82,8 +95,10 @@ __all__ = [
     "decompose",
     "evaluate",
     "exact_ablation",
+    "export",
     "faithfulness_curve",
     "fetch",
+    "finetune",
     "greedy_circuit",
     "label_prior",
     "load_model",
@@ -91,7 +106,10 @@ __all__ = [
     "mean_activations",
     "random_heads",
     "random_heads_like",
+    "read_config",
     "render_report",
+    "run_transfer",
+    "scope_heads",
     "score_heads",
     "task_from_files",
     "task_from_hub",

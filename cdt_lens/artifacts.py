@@ -157,6 +157,15 @@ def load_artifact(
     return document, _read_tensors(path, document.pop("tensors", None))
 
 
+def artifact_format(path: str | Path) -> str:
+    """What kind of artefact a file is, such as "cdt_lens.circuit".
+
+    Raises:
+        InputError: no such file. ArtifactError: not an artefact.
+    """
+    return str(_read_json(Path(path)).get("format"))
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text("utf-8"))

@@ -6,15 +6,15 @@ Exit codes: 0 done, 1 an error of a person's making (one line on standard error,
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from cdt_lens import commands
+from cdt_lens.console import err, out, say
 from cdt_lens.errors import CdtLensError
 
 app = typer.Typer(
@@ -25,17 +25,13 @@ app = typer.Typer(
     help=(
         "Find the attention heads that carry a task (contextual decomposition), prove the circuit "
         "faithful, and look at it.\n\n"
-        "Start with `cdt-lens fetch smollm2-135m`, then `cdt-lens discover`."
+        "Adapt it to another language by training its heads alone.\n\n"
+        "Start with `cdt-lens demo --out runs/demo`, which needs no download."
     ),
 )
-_err = Console(stderr=True, highlight=False)
-_out = Console(highlight=False)
 
-
-def say(text: str) -> None:
-    """One line of progress, on standard error, from one process."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        _err.print(text, markup=False, soft_wrap=True)
+for _command in (commands.finetune, commands.export, commands.transfer, commands.demo):
+    app.command()(_command)
 
 
 @app.command()
@@ -130,7 +126,7 @@ def discover(
         model=model, task=task, language=language, data=None if data is None else str(data),
         files={name: str(path) for name, path in paths.items() if path is not None},
         template=None if template is None else template.replace(r"\n", "\n"),
-        verbalizer=_verbalizer(verbalizer or []), label_column=label_column, shots=shots,
+        verbalizer=commands.words_of(verbalizer or []), label_column=label_column, shots=shots,
         calibrate=calibrate, backend=backend, device=device, dtype=dtype, rules=rules,
         positions=positions, direction=direction, examples=examples,
         baseline_examples=baseline_examples, k=k, fraction=fraction, by=by,
@@ -172,7 +168,7 @@ def faithfulness(
             str(row["heads"]), f"{row['fraction']:g}", f"{row['faithfulness']:.2f}",
             f"{row['completeness']:.2f}", *medians,
         )  # fmt: skip
-    _out.print(table)
+    out.print(table)
     print(f"metric {curve.metric}: {curve.full:.3f} with all heads, {curve.empty:.3f} with none")
     controls = "; ".join(
         f"{name} {float(curve.random_cpr[name].mean()):.3f} and "
@@ -197,18 +193,36 @@ def report(
 
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(help="A circuit file.")],
+    file: Annotated[Path, typer.Argument(help="A circuit, an adapter, or a transfer result.")],
 ) -> None:
-    """What a circuit file holds, and where it came from."""
+    """What a file holds, and where it came from."""
+    from cdt_lens.adapter import Adapter
+    from cdt_lens.artifacts import artifact_format
     from cdt_lens.circuit import Circuit
+    from cdt_lens.transfer_result import TransferResult
 
-    circuit = Circuit.load(file)
-    print(
-        f"{len(circuit)} of {circuit.n_layers * circuit.n_heads} heads, {dict(circuit.selection)}"
-    )
-    _table(circuit.to_dataframe().to_dict("records"))
-    if circuit.provenance is not None:
-        for name, value in circuit.provenance.to_dict().items():
+    path = file / "adapter.json" if file.is_dir() else file
+    kind = artifact_format(path)
+    provenance: Any
+    if kind == "cdt_lens.adapter":
+        adapter = Adapter.load(path)
+        print(f"adapter, scope {adapter.scope}: {adapter.elements:,} trained elements")
+        rows = adapter.to_dataframe().to_dict("records")
+        columns = ["weight", "heads", "elements"]
+        commands.tell_table(columns, [[row[c] or "all" for c in columns] for row in rows])
+        provenance = adapter.provenance
+    elif kind == "cdt_lens.transfer":
+        result = TransferResult.load(path)
+        commands.show_transfer(result)
+        provenance = result.provenance
+    else:
+        circuit = Circuit.load(path)
+        heads = circuit.n_layers * circuit.n_heads
+        print(f"{len(circuit)} of {heads} heads, {dict(circuit.selection)}")
+        _table(circuit.to_dataframe().to_dict("records"))
+        provenance = circuit.provenance
+    if provenance is not None:
+        for name, value in provenance.to_dict().items():
             print(f"{name}: {value}")
 
 
@@ -232,15 +246,7 @@ def _table(rows: list[Any]) -> None:
     for row in rows:
         values = [row["score"], row["stderr"]]
         table.add_row(str(row["head"]), *("" if v is None else f"{v:+.4f}" for v in values))
-    _out.print(table)
-
-
-def _verbalizer(words: list[str]) -> dict[str, str]:
-    pairs = [word.partition("=") for word in words]
-    wrong = [word for word, (_, equals, _) in zip(words, pairs, strict=True) if not equals]
-    if wrong:
-        raise typer.BadParameter(f'verbalizer {wrong[0]!r}: expected label=" word"')
-    return {label: word for label, _, word in pairs}
+    out.print(table)
 
 
 def main() -> None:
@@ -248,10 +254,10 @@ def main() -> None:
     try:
         app()
     except CdtLensError as error:
-        _err.print(f"cdt-lens: {error}", markup=False, soft_wrap=True)
+        err.print(f"cdt-lens: {error}", markup=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        _err.print("cdt-lens: interrupted; the same command goes on where it stopped")
+        err.print("cdt-lens: interrupted; the same command goes on where it stopped")
         sys.exit(130)
 
 

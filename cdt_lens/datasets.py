@@ -22,6 +22,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from cdt_lens import pseudo
 from cdt_lens.errors import InputError
 from cdt_lens.generators import DEFAULT_SIZES, GENERATORS
 from cdt_lens.prompts import PromptFormat, did_you_mean
@@ -47,6 +48,11 @@ class KnownDataset:
     divided: str | None = None
 
 
+_NUSAX_NAMES = (
+    "acehnese balinese banjarese buginese english indonesian javanese madurese minangkabau ngaju "
+    "sundanese toba_batak"
+)
+_NUSAX_CODES = "ace ban bjn bug eng ind jav mad min nij sun bbc"
 _XNLI_LANGUAGES = "ar bg de el en es fr hi ru sw th tr ur vi zh"
 KNOWN: Mapping[str, KnownDataset] = MappingProxyType(
     {
@@ -54,20 +60,7 @@ KNOWN: Mapping[str, KnownDataset] = MappingProxyType(
             template="{text}\nSentiment:",
             verbalizer={"negative": " negative", "neutral": " neutral", "positive": " positive"},
             repo="mteb/NusaX-senti",
-            languages={
-                "acehnese": "ace",
-                "balinese": "ban",
-                "banjarese": "bjn",
-                "buginese": "bug",
-                "english": "eng",
-                "indonesian": "ind",
-                "javanese": "jav",
-                "madurese": "mad",
-                "minangkabau": "min",
-                "ngaju": "nij",
-                "sundanese": "sun",
-                "toba_batak": "bbc",
-            },
+            languages=dict(zip(_NUSAX_NAMES.split(), _NUSAX_CODES.split(), strict=True)),
             files={split: "{language}/" + split + ".csv" for split in SPLITS},
             counts={"train": 500, "valid": 100, "test": 400},
             label_names=("negative", "neutral", "positive"),
@@ -84,7 +77,7 @@ KNOWN: Mapping[str, KnownDataset] = MappingProxyType(
         ),
     }
 )
-TASK_NAMES = (*KNOWN, *GENERATORS)
+TASK_NAMES = (*KNOWN, *GENERATORS, pseudo.PSEUDO_TASK)
 
 
 def load_task(
@@ -110,7 +103,8 @@ def load_task(
     Without `folder` the data come from the Hugging Face hub (`revision` pins them). `shots`
     balanced train examples stand before every prompt and leave train; `limit` draws that many rows
     of each split. Generated tasks ("ioi", "greater-than", "gendered-pronoun") take `n`, the sizes
-    of train, valid and test. `seed` decides every draw.
+    of train, valid and test. `seed` decides every draw. "pseudo-sentiment" is generated too, with
+    `config` = "source" or the distance of the language from it, such as "0.6".
 
     Raises:
         InputError: an unknown name or language, data that cannot be read or are not whole, or an
@@ -127,17 +121,24 @@ def load_task(
         _refuse(name, "is generated", given)
         sizes = [_at_most(name, limit, size) for size in n or DEFAULT_SIZES]
         return GENERATORS[name](tokenizer, n=sizes, seed=seed, prepend_bos=prepend_bos)
-    _refuse(name, "has the sizes of its data (use limit)", {"n": n})
-    known = KNOWN[name]
-    language = _language(name, config)
+    known = KNOWN.get(name)
     format = PromptFormat(
         tokenizer,
-        known.template if template is None else template,
-        known.verbalizer if verbalizer is None else verbalizer,
+        (known.template if known else pseudo.TEMPLATE) if template is None else template,
+        (known.verbalizer if known else pseudo.VERBALIZER) if verbalizer is None else verbalizer,
         prepend_bos=prepend_bos,
         max_length=max_length,
         truncate=truncate,
     )
+    if known is None:
+        _refuse(name, "is generated", {"folder": folder, "revision": revision})
+        splits = pseudo.pseudo_splits(config, n or pseudo.SIZES, seed)
+        tables = {
+            s: Table(rows, [f"{name}, {r['text']!r}" for r in rows]) for s, rows in splits.items()
+        }
+        return _build(f"{name}/{config}", tables, format, shots=shots, seed=seed, limit=limit)
+    _refuse(name, "has the sizes of its data (use limit)", {"n": n})
+    language = _language(name, config)
     tables = _known_tables(name, language, folder, format=format, revision=revision)
     if check_counts:
         _check_counts(f"{name}/{language}", tables, known.counts)

@@ -7,15 +7,17 @@ accuracy compares logits minus priors.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cdt_lens.distributed import gather_items, shard
 from cdt_lens.errors import InputError
-from cdt_lens.metrics import balanced_mean, correct, macro_f1, task_direction
+from cdt_lens.metrics import answer_loss, balanced_mean, correct, macro_f1, task_direction
 from cdt_lens.model import ModelView, view_of
 from cdt_lens.propagate import Propagator
 from cdt_lens.rules import PRESETS
@@ -26,14 +28,16 @@ from cdt_lens.tasks import Batch, Examples, Task
 class Evaluation:
     """Results on one split: shares from 0 to 1, and the label-balanced mean direction in logits.
 
-    macro_f1 is None where the labels do not name the answers (generated tasks); confusion counts
-    examples by gold and predicted label.
+    loss is the mean cross-entropy over the candidates, in nats; macro_f1 is None where the labels
+    do not name the answers (generated tasks); confusion counts examples by gold and predicted
+    label.
     """
 
     split: str
     accuracy: float
     macro_f1: float | None
     direction: float
+    loss: float
     examples: int
     confusion: pd.DataFrame | None = field(default=None, repr=False)
 
@@ -44,20 +48,23 @@ def evaluate(
     task: Task | None = None,
     *,
     batch_size: int = 32,
+    logits_of: Callable[[Batch], Tensor] | None = None,
 ) -> Evaluation:
-    """Accuracy, macro-F1 and mean task direction on `examples`.
+    """Accuracy, macro-F1, mean task direction and loss on `examples`.
 
-    task: supplies the verbalizer (for macro-F1) and the label prior, if it has one.
+    task: supplies the verbalizer (for macro-F1) and the label prior, if it has one; logits_of:
+    gives the candidates' logits `[batch, k]` in another way than the model's ordinary run.
 
     Raises:
         InputError: no examples.
     """
     examples.require_some()
     view = view_of(model)
-    items: list[tuple[int, tuple[bool, float, int]]] = []
+    items: list[tuple[int, tuple[bool, float, float, int]]] = []
     for batch in examples.batches(batch_size, shard=shard()):
-        logits = candidate_logits(view, batch)
+        logits = candidate_logits(view, batch) if logits_of is None else logits_of(batch)
         direction = task_direction(logits, batch.direction)
+        losses = answer_loss(logits, batch.is_answer, batch.is_candidate)
         prior = None if task is None else task.candidate_prior(batch).to(logits)
         right = correct(logits, batch.is_answer, batch.is_candidate, prior)
         shifted = logits if prior is None else logits - prior
@@ -70,22 +77,24 @@ def evaluate(
         )
         for row, index in enumerate(batch.index):
             token = int(batch.candidates[row, best[row]])
-            items.append((index, (bool(right[row]), float(direction[row]), token)))
+            values = (bool(right[row]), float(direction[row]), float(losses[row]), token)
+            items.append((index, values))
     found = dict(gather_items(items))
     rows = [found[i] for i in range(len(examples))]
     labels = torch.tensor([examples.labels.index(e.label) for e in examples])
-    f1, confusion = _by_label(examples, [token for _, _, token in rows], task)
+    f1, confusion = _by_label(examples, [row[-1] for row in rows], task)
     return Evaluation(
         split=examples.name,
-        accuracy=sum(right for right, _, _ in rows) / len(rows),
+        accuracy=sum(row[0] for row in rows) / len(rows),
         macro_f1=f1,
-        direction=float(balanced_mean(torch.tensor([d for _, d, _ in rows]), labels)),
+        direction=float(balanced_mean(torch.tensor([row[1] for row in rows]), labels)),
+        loss=math.fsum(row[2] for row in rows) / len(rows),
         examples=len(rows),
         confusion=confusion,
     )
 
 
-def candidate_logits(view: ModelView, batch: Batch) -> torch.Tensor:
+def candidate_logits(view: ModelView, batch: Batch) -> Tensor:
     """The model's logits of the candidates at the answer position, `[batch, k]`, on the CPU."""
     zero = torch.zeros((), device=view.device, dtype=view.dtype)
     run = Propagator(

@@ -317,6 +317,22 @@ def _bridge(hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype) -> A
     return model
 
 
+def bridge_of(hf_model: Any, tokenizer: Any, *, dtype: torch.dtype = torch.float32) -> Any:
+    """A bridge over a Hugging Face model on the CPU, which shares its memory.
+
+    Raises:
+        UnsupportedModelError: the bridge's logits are not the model's.
+    """
+    tokens, expected = _sample(hf_model)
+    model = _bridge(hf_model, tokenizer, "cpu", dtype).eval()
+    if not _agrees(model, tokens, expected, dtype):
+        raise UnsupportedModelError(
+            f"{type(hf_model).__name__}: TransformerBridge does not read this configuration right "
+            "(its logits differ from Hugging Face's)"
+        )
+    return model
+
+
 def _name_of(source: str | Path) -> str:
     path = Path(source)
     return path.stem if path.suffix == ".gguf" else (path.name if path.exists() else str(source))

@@ -43,6 +43,16 @@ def strongest_competitor(
     )
 
 
+def answer_loss(
+    logits: Float[Tensor, "batch k"],
+    is_answer: Bool[Tensor, "batch k"],
+    is_candidate: Bool[Tensor, "batch k"],
+) -> Float[Tensor, " batch"]:
+    """-log of the probability of the answers among the candidates, in nats."""
+    answers = logits.masked_fill(~is_answer, -torch.inf).logsumexp(-1)
+    return logits.masked_fill(~is_candidate, -torch.inf).logsumexp(-1) - answers
+
+
 def correct(
     logits: Float[Tensor, "*rows batch k"],
     is_answer: Bool[Tensor, "batch k"],

@@ -156,18 +156,19 @@ class ModelView:
                 handle.remove()
 
     @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Evaluation mode and no gradients inside; both as before afterwards."""
+    def quiet(self, *, gradients: bool = False) -> Iterator[None]:
+        """Evaluation mode, and gradients only if asked for; both as before afterwards."""
         # A bridge's own modules leave out some of the Hugging Face model's, such as its dropout.
         roots = [self.tl, self.tl.original_model] if self.is_bridge else [self.tl]
         training = list({m: None for root in roots for m in root.modules() if m.training})
         try:
             for module in training:
                 module.training = False
-            with torch.no_grad(), warnings.catch_warnings():
+            with warnings.catch_warnings():
                 # The bridge warns each time a norm's scale is edited, as some rules mean to do.
                 warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
-                yield
+                with torch.set_grad_enabled(gradients):
+                    yield
         finally:
             for module in training:
                 module.training = True
@@ -186,32 +187,43 @@ class ModelView:
                 "shorten or truncate the prompts"
             )
         activations: dict[Site, Tensor] = {}
+        hooks = {site: _recorder(activations, site) for site in record}
+        with self.quiet(), self.hooked(hooks):
+            resid, calls = self.stream(tokens)
+        return Trace(resid, calls, activations)
+
+    def stream(
+        self, tokens: Int[Tensor, "batch pos"], stop: int | None = None
+    ) -> tuple[tuple[Float[Tensor, "batch pos d_model"], ...], tuple[BlockCall, ...]]:
+        """Residual streams before each block up to `stop` (default: to the end), and the calls.
+
+        Runs the model's own forward pass in the caller's mode and stops it there.
+        """
         resid: list[Tensor] = []
         calls: list[BlockCall] = []
 
         def note_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             rest = dict(kwargs)
-            stream = args[0] if args else rest.pop("hidden_states")
-            resid.append(stream)
+            resid.append(args[0] if args else rest.pop("hidden_states"))
             calls.append(BlockCall(args[1:], rest))
+            if len(resid) - 1 == stop:
+                raise _StopBeforeUnembedding
 
-        def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        def end(_module: nn.Module, args: tuple[Any, ...]) -> None:
             resid.append(args[0])
             raise _StopBeforeUnembedding
 
-        hooks = {site: _recorder(activations, site) for site in record}
         ends = [m for m in (getattr(self.tl, "ln_final", None), self.tl.unembed) if m is not None]
         handles = [b.register_forward_pre_hook(note_call, with_kwargs=True) for b in self.blocks]
-        handles += [module.register_forward_pre_hook(stop) for module in ends]
+        handles += [module.register_forward_pre_hook(end) for module in ends]
         try:
-            with self.quiet(), self.hooked(hooks):
-                self._forward(tokens.to(self.device))
+            self._forward(tokens.to(self.device))
         except _StopBeforeUnembedding:
             pass
         finally:
             for handle in handles:
                 handle.remove()
-        return Trace(tuple(resid), _shared_calls(calls, tokens.shape[0]), activations)
+        return tuple(resid), _shared_calls(calls, tokens.shape[0])
 
     def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
         """The model's own logits, by its own whole forward pass."""
@@ -239,12 +251,25 @@ class ModelView:
         `row` is any number of copies of the trace's batch; returns the stream after the last block.
         """
         with self.quiet(), self.hooked(hooks):
-            for block, call in zip(
-                list(self.blocks)[start:stop], trace.calls[start:stop], strict=True
-            ):
-                out = block(resid, *call.args, **call.kwargs)
-                resid = out[0] if isinstance(out, tuple) else out
+            return self.through(resid, trace.calls[start:stop], start)
+
+    def through(
+        self, resid: Float[Tensor, "row pos d_model"], calls: Iterable[BlockCall], start: int
+    ) -> Float[Tensor, "row pos d_model"]:
+        """Send `resid` through one block a call, from block `start` on, in the caller's mode."""
+        for block, call in zip(list(self.blocks)[start:], calls, strict=False):
+            out = block(resid, *call.args, **call.kwargs)
+            resid = out[0] if isinstance(out, tuple) else out
         return resid
+
+    def read_out(self, resid: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_vocab"]:
+        """Logits of a few residual vectors at the end, in the caller's mode, soft-capped."""
+        normed = resid.unsqueeze(1)
+        if ("ln_final.in", self.n_layers) in self._places:
+            normed = self.tl.ln_final(normed)
+        logits = at_least_float32(self.tl.unembed(normed)[:, 0])
+        cap = self.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def final_norm(
         self, resid: Float[Tensor, "row pos d_model"], hooks: Mapping[Site, Hook] | None = None

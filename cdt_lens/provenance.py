@@ -13,27 +13,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cdt_lens.errors import ArtifactError
 from cdt_lens.model import ModelView
+from cdt_lens.weights import BLOCK_WEIGHTS, END_WEIGHTS, canonical, first_tensor, is_bias
 
-_BLOCK_WEIGHTS = (
-    "attn.W_Q", "attn._W_K|attn.W_K", "attn._W_V|attn.W_V", "attn.W_O",
-    "attn.b_Q", "attn._b_K|attn.b_K", "attn._b_V|attn.b_V", "attn.b_O",
-    "attn.q_norm.w", "attn.k_norm.w",
-    "mlp.W_in", "mlp.W_gate", "mlp.W_out", "mlp.b_in", "mlp.b_out",
-    "ln1.w", "ln1.b", "ln2.w", "ln2.b", "ln1_post.w", "ln1_post.b", "ln2_post.w", "ln2_post.b",
-    "mlp.b_gate",
-)  # fmt: skip
-_END_WEIGHTS = (
-    "embed.W_E",
-    "pos_embed.W_pos",
-    "ln_final.w",
-    "ln_final.b",
-    "unembed.W_U",
-    "unembed.b_U",
-)
 _PACKAGES = ("cdt_lens", "torch", "transformer_lens", "transformers")
 
 
@@ -132,28 +116,15 @@ def weight_hash(view: ModelView) -> str:
     nor does the configuration (such as a rotary base).
     """
     digest = hashlib.sha256()
-    parts = [(view.tl, "", name) for name in _END_WEIGHTS]
+    parts = [(view.tl, "", name) for name in END_WEIGHTS]
     for layer, block in enumerate(view.blocks):
-        parts += [(block, f"{layer}.", name) for name in _BLOCK_WEIGHTS]
+        parts += [(block, f"{layer}.", name) for name in BLOCK_WEIGHTS]
     for module, prefix, names in parts:
-        tensor = _first_tensor(module, names)
-        is_bias = names.rsplit(".", 1)[-1].startswith(("b", "_b"))
-        if tensor is None or (is_bias and not bool(tensor.any())):
+        tensor = first_tensor(module, names)
+        if tensor is None or (is_bias(names) and not bool(tensor.any())):
             continue
-        canonical = names.rsplit("|", 1)[-1]
-        digest.update(f"{prefix}{canonical}:{tuple(tensor.shape)}:{tensor.dtype}\n".encode())
+        shape = f"{tuple(tensor.shape)}:{tensor.dtype}"
+        digest.update(f"{prefix}{canonical(names)}:{shape}\n".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _first_tensor(module: Any, names: str) -> Tensor | None:
-    """The tensor at the first of `a.b|c.d` that exists."""
-    for path in names.split("|"):
-        value: Any = module
-        for name in path.split("."):
-            # A bridge raises for a bias that its family does not have.
-            value = getattr(value, name, None)
-        if isinstance(value, Tensor):
-            return value
-    return None

@@ -158,14 +158,21 @@ def open_run(folder: str | Path, say: Say) -> Run:
     return _open(Path(folder), Settings.from_dict(body["settings"]), say)
 
 
-def _open(folder: Path, settings: Settings, say: Say) -> Run:
+def load_for(settings: Settings, say: Say) -> Any:
+    """The model that `settings` name.
+
+    Raises:
+        InputError: an unknown dtype, or a model that cannot be loaded.
+    """
     dtype = getattr(torch, settings.dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InputError(f"dtype={settings.dtype!r}: expected float32, bfloat16 or float64")
     say(f"loading {settings.model}")
-    model = load_model(
-        settings.model, backend=settings.backend, device=settings.device, dtype=dtype
-    )
+    return load_model(settings.model, backend=settings.backend, device=settings.device, dtype=dtype)
+
+
+def _open(folder: Path, settings: Settings, say: Say) -> Run:
+    model = load_for(settings, say)
     task = make_task(settings, model.tokenizer)
     if settings.calibrate:
         task = calibrate(model, task)

@@ -1,7 +1,8 @@
 """Sites: the activations that rules and recordings need, under one name in both model classes.
 
 A site is (name, layer). Most are TransformerLens hook points; norms are also seen at their input
-and output, because the point of a norm lies before its weight and bias.
+and output, because the point of a norm lies before its weight and bias. The input of attention,
+"attn.in", is to look at only: `HookedTransformer` hands it over three times.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class Place:
     def attach(self, hook: Hook) -> Any:
         """Register `hook` and return the handle that removes it."""
         if self.kind == "input":
-            return self.module.register_forward_pre_hook(lambda _, args: _first(hook, args))
+            return self.module.register_forward_pre_hook(
+                lambda _, args, kwargs: _first(hook, args, kwargs), with_kwargs=True
+            )
         # The bridge keeps heads flat and shows them split; raw hooks must convert by themselves.
         conversion = getattr(self.module, "hook_conversion", None)
         if self.kind == "output" or conversion is None:
@@ -79,6 +82,9 @@ def find_sites(model: Any, n_layers: int) -> dict[Site, Place]:
             point = _resolve(block, path)
             if point is not None:
                 found[name, layer] = Place(point, "point")
+        attention = _resolve(block, "attn")
+        if attention is not None:
+            found["attn.in", layer] = Place(attention, "input")
         for name, path in NORMS.items():
             if name in absent:
                 continue
@@ -103,6 +109,13 @@ def _add_norm(found: dict[Site, Place], name: str, layer: int, norm: nn.Module |
     found[f"{name}.out", layer] = Place(norm, "output")
 
 
-def _first(hook: Hook, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    result = hook(args[0])
-    return None if result is None else (result, *args[1:])
+def _first(
+    hook: Hook, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Show `hook` the first argument, which some callers pass by name."""
+    if args:
+        result = hook(args[0])
+        return None if result is None else ((result, *args[1:]), kwargs)
+    name = next(iter(kwargs))
+    result = hook(kwargs[name])
+    return None if result is None else (args, {**kwargs, name: result})

@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 
+from cdt_lens.adapter import Adapter
 from cdt_lens.circuit import Circuit
 from cdt_lens.faithfulness import FaithfulnessCurve
+from cdt_lens.finetune import FineTuneResult
 from cdt_lens.head_scores import HeadScores, MethodAgreement, compare_scores
+from cdt_lens.heads import Head
 from cdt_lens.metrics import MIB_FRACTIONS
 from cdt_lens.provenance import Provenance
+from cdt_lens.transfer_result import (
+    AUTO_COLUMNS,
+    BEFORE_COLUMNS,
+    CELL_COLUMNS,
+    TransferResult,
+    table,
+)
 from cdt_lens.views import AttentionView, TokenRelevance
 
 LABELS = ("positive", "neutral", "negative")
@@ -124,6 +136,109 @@ def token_relevance(prompts: tuple[tuple[str, ...], ...] = PROMPTS) -> TokenRele
     )
 
 
+def fine_tuning(scope: str = "decision", *, source: bool = True) -> FineTuneResult:
+    epochs = np.arange(7)
+    rise = 1 - np.exp(-epochs / 2)
+    history = pd.DataFrame(
+        {
+            "epoch": epochs,
+            "step": 25 * epochs,
+            "train_loss": [np.nan, *(1.05 - 0.8 * rise[1:])],
+            "learning_rate": 1e-4 * (1 - epochs / 8),
+            "target_loss": 1.04 - 0.55 * rise + 0.03 * np.maximum(epochs - 4, 0) ** 2,
+            "target_accuracy": [0.49, 0.58, 0.66, 0.69, 0.72, 0.7, 0.69],
+            "target_macro_f1": [0.41, 0.52, 0.61, 0.66, 0.7, 0.68, 0.66],
+            "source_accuracy": [0.79, 0.785, 0.78, 0.77, 0.765, 0.75, 0.74] if source else np.nan,
+            "seconds": 11.5 * epochs,
+        }
+    )
+    kept = circuit().heads if scope == "decision" else ()
+    origin = provenance({"scope": scope})
+    siblings = {Head(h.layer, 3 * (h.head // 3) + i) for h in kept for i in range(3)} - set(kept)
+    return FineTuneResult(
+        scope=scope,
+        heads=kept,
+        siblings=tuple(sorted(siblings)),
+        n_layers=30,
+        n_heads=9,
+        trained_parameters=1_343_808,
+        total_parameters=134_515_008,
+        options={"epochs": 10, "batch_size": 16, "learning_rate": None, "seed": 0},
+        history=history,
+        best_epoch=4,
+        stopped="early: no better for 2 evaluations",
+        seconds=93.4,
+        provenance=origin,
+        adapter=Adapter(scope, kept, {}, {}, origin),
+    )
+
+
+SCOPES = ("decision", "near-zero", "random", "norms", "full", "lora")
+TARGETS = ("javanese", "sundanese", "minangkabau")
+
+
+def transfer(
+    targets: tuple[str, ...] = TARGETS,
+    scopes: tuple[str, ...] = SCOPES,
+    seeds: tuple[int, ...] = (0, 1, 2),
+) -> TransferResult:
+    draw = np.random.default_rng(5)
+    shares = {"decision": 0.01, "near-zero": 0.01, "random": 0.01, "norms": 0.0003, "lora": 0.004}
+    forgets = {"norms": 0.01, "full": 0.16, "lora": 0.07}
+    cells, before = [], [("english", 0.79, 0.78, 0.8, 400)]
+    for place, target in enumerate(targets):
+        start = 0.5 - 0.03 * (place % 4)
+        before.append((target, start, start - 0.05, start + 0.02, 400))
+        for index, scope in enumerate(scopes):
+            share = shares.get(scope, 1.0)
+            for seed in seeds:
+                kept = 1 - forgets.get(scope, 0.03) + 0.01 * draw.standard_normal()
+                accuracy = start + 0.2 - 0.025 * index + 0.012 * draw.standard_normal()
+                cell = {
+                    "target": target, "scope": scope, "seed": seed, "accuracy": accuracy,
+                    "macro_f1": accuracy - 0.03, "source_accuracy": 0.79 * kept,
+                    "source_macro_f1": 0.78 * kept, "retention": kept,
+                    "valid_accuracy": accuracy + 0.02, "valid_loss": 1.4 - accuracy,
+                    "best_epoch": 3 + seed, "heads": 27, "share": share,
+                    "trained_parameters": round(share * 134_515_008),
+                    "seconds": 80.0 + 40 * share + seed, "learning_rate": 1e-4,
+                    "stopped": "all epochs",
+                }  # fmt: skip
+                cells.append(cell)
+    return TransferResult(
+        task="nusax-senti",
+        proxy="english",
+        targets=targets,
+        scopes=scopes,
+        cells=table(cells, CELL_COLUMNS),
+        before=pd.DataFrame(before, columns=list(BEFORE_COLUMNS)),
+        chance=0.3825,
+        auto=choices(targets, seeds),
+        discovery={"heads in circuit": 27, "f(C), proxy validation": 0.83, "rule": "magnitude"},
+        settings={"examples": 24, "training": {"epochs": 10, "batch_size": 16}, "kv": "share"},
+        provenance=provenance({"scopes": list(scopes)}),
+    )
+
+
+def choices(targets: tuple[str, ...], seeds: tuple[int, ...]) -> pd.DataFrame:
+    """Of each three choices of a rule one is wrong, and the first one of all is a tie."""
+    rows = []
+    for rule in ("gap", "race"):
+        for place, target in enumerate(targets):
+            for seed in seeds:
+                chosen = "decision" if place % 2 == 0 else "near-zero"
+                other = "near-zero" if chosen == "decision" else "decision"
+                right = (place + seed) % 3 != 2
+                tie = place == seed == 0
+                better = "tie" if tie else chosen if right else other
+                inputs = f"gap {0.29 + 0.01 * place:.2f}, threshold 0.25"
+                rows.append((target, seed, rule, chosen, better, right, inputs))
+    return pd.DataFrame(rows, columns=list(AUTO_COLUMNS))
+
+
 def everything() -> list[object]:
     """One result of each kind, in no order."""
-    return [token_relevance(), agreement(), circuit(), attention_view(), curve(), scores()]
+    return [
+        token_relevance(), transfer(), agreement(), circuit(), fine_tuning(), attention_view(),
+        curve(), scores(),
+    ]  # fmt: skip

@@ -45,7 +45,18 @@ def hostile_results() -> list[object]:
     agreement = replace(sample.agreement(), scores=scores)
     attention = replace(sample.attention_view((HOSTILE,)), labels=(SCRIPT,))
     relevance = replace(sample.token_relevance((HOSTILE,)), labels=(BREAKOUT,))
-    return [scores, circuit, agreement, attention, relevance]
+    tuned = sample.fine_tuning(SCRIPT)
+    tuned = replace(tuned, options={BREAKOUT: SCRIPT}, stopped=ATTRIBUTE, provenance=origin)
+    moved = sample.transfer((SCRIPT, BREAKOUT, ATTRIBUTE), (BREAKOUT, "decision"))
+    moved = replace(
+        moved,
+        task=SCRIPT,
+        proxy=BREAKOUT,
+        auto=moved.auto.assign(rule=SCRIPT, inputs=BREAKOUT),
+        discovery={SCRIPT: BREAKOUT},
+        settings={BREAKOUT: {ATTRIBUTE: SCRIPT}},
+    )
+    return [scores, circuit, agreement, attention, relevance, tuned, moved]
 
 
 def mount_all(browser: Browser) -> None:
@@ -65,7 +76,7 @@ def sections(path: Path) -> list[str]:
 def test_sections_stand_in_the_order_of_the_method(report: Path):
     assert sections(report) == [
         "HeadScores", "Circuit", "FaithfulnessCurve", "MethodAgreement", "AttentionView",
-        "TokenRelevance", "provenance",
+        "TokenRelevance", "FineTuneResult", "TransferResult", "provenance",
     ]  # fmt: skip
 
 
@@ -218,6 +229,9 @@ def test_hostile_text_stays_text(browser: Browser, tmp_path: Path):
         "h1", "section.HeadScores > h2", "section.Circuit > .facts", ".AttentionView .facts",
         ".AttentionView blockquote", ".TokenRelevance .facts", ".TokenRelevance tbody",
         ".colored-tokens", "#provenance", "svg text", ".TokenRelevance .example",
+        ".FineTuneResult > h2", ".FineTuneResult table", ".FineTuneResult svg text",
+        ".TransferResult > h2", ".TransferResult .facts", ".TransferResult th[rowspan]",
+        ".TransferResult caption", ".TransferResult .settings", ".TransferResult svg text",
     ):  # fmt: skip
         shown = browser.run(
             "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent).join(' ')",
@@ -258,6 +272,33 @@ def test_the_page_fits_its_window(report: Path, browser: Browser, width: int):
     browser.open(report, width=width)
     mount_all(browser)
     assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_the_comparison_of_scopes_is_seen_whole_on_a_desk_and_panels_stay_legible_on_a_phone(
+    report: Path, browser: Browser
+):
+    browser.open(report, width=1400)
+    cut = "const box = document.querySelector('.TransferResult .scroll');"
+    assert browser.run(f"{cut} return box.scrollWidth <= box.clientWidth") is True
+    assert browser.run(f"{cut} return box.scrollHeight <= box.clientHeight") is True
+    browser.open(report, width=420)
+    # The smallest words of the panels, in pixels of the window.
+    heights = browser.run(
+        "return [...document.querySelectorAll('.TransferResult svg text')].map(t => "
+        "t.getBoundingClientRect().height)"
+    )
+    assert len(heights) > 50 and min(heights) > 7
+    assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_pointing_at_a_dot_of_a_transfer_names_its_run(report: Path, browser: Browser):
+    browser.open(report)
+    titles = browser.run(
+        "return [...document.querySelectorAll('.TransferResult svg [id*=-seeds-] title')].map(t =>"
+        " t.textContent)"
+    )
+    assert len(titles) == 2 * 54  # two figures, 54 runs
+    assert titles[0].startswith("javanese, decision, seed 0: accuracy ")
 
 
 def test_the_page_can_be_read_without_seeing_it(report: Path, browser: Browser):

@@ -51,7 +51,8 @@ def test_both_classes_have_the_same_sites_with_the_same_meaning(family, tokenize
             one, other = (trace[site] for trace in traces)
             if not site[0].startswith(("q_norm", "k_norm")):  # HookedTransformer flattens these
                 assert_close(one, other, atol=1e-10)
-            assert_close(edited(hooked, site), edited(bridge, site), atol=1e-9)
+            if site[0] != "attn.in":  # to look at only: HookedTransformer passes it three times
+                assert_close(edited(hooked, site), edited(bridge, site), atol=1e-9)
 
 
 @models(("gpt2", "llama"))

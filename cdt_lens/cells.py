@@ -1,0 +1,184 @@
+"""Cells of a transfer experiment: one target, one scope, one seed, trained and judged once.
+
+Each cell is a file with its row of the table, its history and the key of what it was made from
+(model, data, heads, options); an interrupted one goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cdt_lens.artifacts import load_artifact, remove_artifact, save_artifact
+from cdt_lens.circuit import Circuit
+from cdt_lens.distributed import is_main, wait_for_all
+from cdt_lens.errors import ArtifactError, NonFiniteError
+from cdt_lens.evaluate import Evaluation, evaluate
+from cdt_lens.finetune import FineTuneResult, finetune
+from cdt_lens.languages import drawn, with_train
+from cdt_lens.model import view_of
+from cdt_lens.options import DEFAULT_RATES, TrainingOptions
+from cdt_lens.provenance import weight_hash
+from cdt_lens.scopes import scope_heads
+from cdt_lens.tasks import Task
+from cdt_lens.transfer_config import TransferConfig
+from cdt_lens.transfer_result import CELL_COLUMNS
+
+Say = Callable[[str], None]
+_CELL, _BEFORE = "cdt_lens.transfer_cell", "cdt_lens.transfer_before"
+
+
+@dataclass
+class Cells:
+    """The cells of one run directory.
+
+    model: the proxy checkpoint; tasks: by language; faithfulness: f(circuit) on a task's
+    validation prompts.
+    """
+
+    config: TransferConfig
+    folder: Path
+    model: Any
+    tasks: Mapping[str, Task]
+    circuit: Circuit
+    faithfulness: Callable[[Task], float]
+    say: Say
+    progress: bool = True
+
+    @cached_property
+    def _hash(self) -> str:
+        return weight_hash(view_of(self.model))
+
+    @property
+    def _source(self) -> Task:
+        return self.tasks[self.config.task.source]
+
+    def before(self, language: str) -> dict[str, Any]:
+        """The untouched proxy model on a language."""
+        path = self.folder / "before" / f"{_file_name(language)}.json"
+        task = self.tasks[language]
+        key = {"model": self._hash, "task": task.hash}
+        found = _kept(path, _BEFORE, key, self.say)
+        if found is not None:
+            return found["row"]
+        self.say(f"the proxy model as it is on {task.name}")
+        test = self._on_test(task)
+        row = {
+            "language": language, "accuracy": test.accuracy, "macro_f1": test.macro_f1,
+            "valid_accuracy": evaluate(self.model, task.valid, task).accuracy,
+            "examples": test.examples, "faithfulness": self.faithfulness(task),
+        }  # fmt: skip
+        _keep(path, _BEFORE, {"key": key, "row": row})
+        return row
+
+    def cell(self, target: str, scope: str, seed: int) -> dict[str, Any]:
+        """One target, scope and seed: train, then judge on the test splits."""
+        place = self.folder / "cells" / _file_name(target) / f"{scope}-{seed}"
+        path = place.with_name(f"{place.name}.json")
+        options = self._options(scope, seed)
+        task = with_train(self.tasks[target], self.config.transfer.examples, seed)
+        heads = scope_heads(scope, self.circuit, seed=seed)
+        key = as_json(
+            {
+                "model": self._hash, "task": task.hash, "source": self._source.hash,
+                "heads": [str(head) for head in heads], "options": asdict(options),
+            }
+        )  # fmt: skip
+        found = _kept(path, _CELL, key, self.say)
+        if found is not None:
+            return found
+        self.say(f"{target}, {scope}, seed {seed}")
+        cell: dict[str, Any] = {"key": key, "history": []}
+        common = {"target": target, "scope": scope, "seed": seed, "heads": len(heads)}
+        common |= {"learning_rate": options.learning_rate}
+        try:
+            result = finetune(
+                self.model, task, heads=self.circuit, scope=scope, source=self._source,
+                options=options, checkpoint=place.with_name(f"{place.name}.checkpoint.json"),
+                log=place.with_name(f"{place.name}.log.jsonl"), progress=self.progress,
+            )  # fmt: skip
+        except NonFiniteError as error:
+            self.say(str(error))
+            nothing = dict.fromkeys(CELL_COLUMNS, float("nan"))
+            cell["row"] = nothing | common | {"stopped": f"diverged: {error}"}
+            if is_main():
+                remove_artifact(place.with_name(f"{place.name}.checkpoint.json"))
+        else:
+            cell["row"] = common | self._judged(result, target)
+            cell["history"] = result.history.to_dict("records")
+            self._save_adapter(result, target, seed)
+        _keep(path, _CELL, cell)
+        return cell
+
+    def _options(self, scope: str, seed: int) -> TrainingOptions:
+        transfer = self.config.transfer
+        rate = transfer.learning_rates.get(scope) or transfer.training.learning_rate
+        return replace(transfer.training, seed=seed, learning_rate=rate or DEFAULT_RATES[scope])
+
+    def _judged(self, result: FineTuneResult, target: str) -> dict[str, Any]:
+        """The row of a finished cell; here, and only here, a trained model meets test data."""
+        with result.adapter.applied(self.model):
+            on_target = self._on_test(self.tasks[target])
+            on_source = self._on_test(self._source)
+        before = self.before(self.config.task.source)["accuracy"]
+        self.say(
+            f"  test accuracy {on_target.accuracy:.3f}, source {on_source.accuracy:.3f} "
+            f"(was {before:.3f}), {result.seconds:.0f} s"
+        )
+        return {
+            "accuracy": on_target.accuracy, "macro_f1": on_target.macro_f1,
+            "source_accuracy": on_source.accuracy, "source_macro_f1": on_source.macro_f1,
+            "retention": on_source.accuracy / before if before else float("nan"),
+            "valid_accuracy": float(result.after["target_accuracy"]),
+            "valid_loss": float(result.after["target_loss"]), "best_epoch": result.best_epoch,
+            "trained_parameters": result.trained_parameters, "share": result.share,
+            "seconds": result.seconds, "stopped": result.stopped,
+        }  # fmt: skip
+
+    def _on_test(self, task: Task) -> Evaluation:
+        test = task.test
+        n = self.config.task.test_examples
+        if n is not None:
+            test = drawn(test, n, self.config.task.seed)
+        return evaluate(self.model, test, task)
+
+    def _save_adapter(self, result: FineTuneResult, target: str, seed: int) -> None:
+        small = result.scope not in ("full", "lora")
+        if self.config.transfer.save_adapters and small and is_main():
+            name = f"{result.scope}-{seed}"
+            result.adapter.save(self.folder / "adapters" / _file_name(target) / name)
+
+
+def _kept(path: Path, format: str, key: Mapping[str, Any], say: Say) -> dict[str, Any] | None:
+    """What an earlier call has saved for the same key."""
+    if not path.exists():
+        return None
+    try:
+        body, _ = load_artifact(path, format=format, version=1)
+    except ArtifactError as error:
+        say(f"{error}; making it again")
+        return None
+    if body["key"] != as_json(dict(key)):
+        say(f"{path} was made with other settings or data; making it again")
+        return None
+    return body
+
+
+def _keep(path: Path, format: str, body: Mapping[str, Any]) -> None:
+    if is_main():
+        save_artifact(path, body, format=format, version=1)
+    wait_for_all()
+
+
+def as_json(value: Any) -> Any:
+    """As it is read back from JSON: tuples become lists."""
+    return json.loads(json.dumps(value))
+
+
+def _file_name(language: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", language)

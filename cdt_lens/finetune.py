@@ -1,0 +1,342 @@
+"""`finetune`: circuit-targeted supervised fine-tuning (CT-SFT, arXiv 2601.08146), and its controls.
+
+1. The scope names what is trained: the circuit's slices and the norms (`decision`), the same number
+   of other heads (`near-zero`, `random`, `random-per-layer`), `norms`, `full` or `lora`.
+2. One loop trains it on the target language's examples and judges it on the validation split, of
+   the source language too: accuracy after / before there is the retention.
+3. The result carries an adapter. The caller's model is put back as it was, unless `keep=True`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pandas as pd
+from torch import nn
+
+from cdt_lens.adapter import Adapter
+from cdt_lens.answers import AnswerPass
+from cdt_lens.checkpoints import Checkpoint, Log
+from cdt_lens.circuit import Circuit
+from cdt_lens.errors import InputError
+from cdt_lens.evaluate import evaluate
+from cdt_lens.heads import Head
+from cdt_lens.lora import LowRank
+from cdt_lens.model import ModelView, view_of
+from cdt_lens.options import DEFAULT_RATES, TrainingOptions
+from cdt_lens.provenance import Provenance, provenance_of, weight_hash
+from cdt_lens.scopes import (
+    HEAD_SCOPES,
+    ScopeChoice,
+    check_scope,
+    choose_by_gap,
+    choose_by_race,
+    scope_heads,
+)
+from cdt_lens.slices import (
+    check_slices,
+    head_slices,
+    norm_weights,
+    selected_heads,
+    siblings,
+)
+from cdt_lens.support import check_supported
+from cdt_lens.tasks import Task
+from cdt_lens.trainable import SlicesAndWholes, Trainable
+from cdt_lens.training import Trained, Trainer
+from cdt_lens.weights import check_trainable, own_weights, place, sync_fused
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class FineTuneResult:
+    """What one fine-tuning run did.
+
+    heads: whose slices were trained; siblings: unselected query heads that share a trained
+    key/value slice; history: one row a look at validation data, row 0 before the first step
+    (losses in nats, shares 0 to 1); best_epoch: the epoch whose values the adapter holds.
+    """
+
+    scope: str
+    heads: tuple[Head, ...]
+    siblings: tuple[Head, ...]
+    n_layers: int
+    n_heads: int
+    trained_parameters: int
+    total_parameters: int
+    options: Mapping[str, Any] = field(repr=False)
+    history: pd.DataFrame = field(repr=False)
+    best_epoch: int
+    stopped: str
+    seconds: float
+    provenance: Provenance = field(repr=False)
+    adapter: Adapter = field(repr=False)
+
+    @property
+    def before(self) -> pd.Series:
+        """The row of the history before the first step."""
+        return self.history.iloc[0]
+
+    @property
+    def after(self) -> pd.Series:
+        """The row of the history whose values the adapter holds."""
+        return self.history[self.history["epoch"] == self.best_epoch].iloc[0]
+
+    @property
+    def retention(self) -> float:
+        """Source accuracy after / before; NaN without a source task."""
+        before = float(self.before["source_accuracy"])
+        return float(self.after["source_accuracy"]) / before if before else float("nan")
+
+    @property
+    def share(self) -> float:
+        """Trained parameters as a share of all, 0 to 1."""
+        return self.trained_parameters / self.total_parameters
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """The history."""
+        return self.history.copy()
+
+    def plot(self) -> Figure:
+        """Target and source accuracy over the epochs."""
+        from cdt_lens.transfer_figures import learning_curve
+
+        return learning_curve(self)
+
+    def _repr_html_(self) -> str:
+        title = (
+            f"<p>Scope {self.scope}: {self.trained_parameters:,} of {self.total_parameters:,} "
+            f"parameters trained ({self.share:.2%}); best epoch {self.best_epoch}</p>"
+        )
+        return title + self.history.to_html(index=False, float_format="{:.4f}".format)
+
+
+def finetune(
+    model: nn.Module | ModelView,
+    task: Task,
+    *,
+    heads: Circuit | Iterable[Head | str] | None = None,
+    scope: str | None = None,
+    source: Task | None = None,
+    options: TrainingOptions | None = None,
+    rule: Literal["gap", "race"] = "gap",
+    checkpoint: str | Path | None = None,
+    log: str | Path | None = None,
+    keep: bool = False,
+    progress: bool = True,
+    **changes: Any,
+) -> FineTuneResult:
+    """Train `scope` of a model on `task.train`, judged on `task.valid` after each epoch.
+
+    heads: the circuit, or its heads (default scope `decision`); `near-zero` needs a circuit with
+        scores; `norms`, `full` and `lora` need no heads.
+    scope: one of `options.SCOPES`, or "auto": `decision` or `near-zero`, chosen by `rule` before
+        training from validation data only; the choice and its inputs are kept in the result.
+    rule: "gap" (see `scopes.choose_by_gap`; needs `source`) or "race": one epoch of each.
+    source: the task in the language that the model already does, to follow forgetting; never
+        trained on, and only its validation split is looked at.
+    checkpoint: a file to go on from after an interruption; it is removed when the run is done.
+    log: a JSON-lines file with a line a step and a line a look.
+    keep: leave the trained values in the model.
+    changes: training options by name, such as `epochs=5`, `learning_rate=1e-4`.
+
+    Raises:
+        InputError: an option, scope, head or split that cannot be trained with.
+        ArtifactError: a circuit of another model (both hashes are shown).
+        UnsupportedModelError: folded norms, or a weight that is missing or tied.
+        NonFiniteError: a loss or gradient became NaN or infinite; the step is named.
+    """
+    view = view_of(model)
+    scope = scope or ("decision" if heads is not None else "full")
+    options = (options or TrainingOptions()).changed(**changes)
+    if scope == "auto":
+        choice = _choose(view, task, heads, source, options, rule, progress)
+        found = finetune(
+            view, task, heads=heads, scope=choice.scope, source=source, options=options,
+            checkpoint=checkpoint, log=log, keep=keep, progress=progress,
+        )  # fmt: skip
+        return replace(found, options={**found.options, "chosen_by": asdict(choice)})
+    check_scope(scope)
+    if options.learning_rate is None:
+        options = options.changed(learning_rate=DEFAULT_RATES[scope])
+    check_splits(task, source, options)
+    _check_lengths(view, task, source)
+    circuit = _circuit(view, heads)
+    # With kv="groups" whole groups are trained, and reported as the heads.
+    chosen = selected_heads(view, scope_heads(scope, circuit, seed=options.seed), kv=options.kv)
+    check_trainable(view)
+    check_supported(view)
+    base = weight_hash(view)
+    key = {
+        "scope": scope, "heads": [str(head) for head in chosen], "options": asdict(options),
+        "model": base, "task": task.hash, "source": None if source is None else source.hash,
+    }  # fmt: skip
+    told: dict[str, Any] = {"scope": scope, **asdict(options)}
+    provenance = provenance_of(view, task.train, options=told, seed=options.seed)
+    trainable = make_trainable(view, scope, chosen, options)
+    first = _lowest_trained(view, trainable) if options.keep_frozen else 0
+    stored = None if checkpoint is None else Checkpoint(checkpoint, key)
+    done = False
+    try:
+        with trainable.attached():
+            trained = Trainer(
+                AnswerPass(view, first_layer=first), trainable, task, options, source, stored,
+                None if log is None else Log(log), progress, f"{task.name} {scope}",
+            ).run()  # fmt: skip
+        sync_fused(view)
+        learnt = trainable.learnt()
+        adapter = Adapter(scope, chosen, learnt.slices, learnt.whole, provenance)
+        done = True
+    finally:
+        if not (keep and done):
+            trainable.restore()
+    if keep:
+        _keep(view, trainable, adapter)
+    if stored is not None:
+        stored.remove()
+    return _result(view, scope, chosen, options, trainable, trained, adapter)
+
+
+def _choose(
+    view: ModelView, task: Task, heads: Circuit | Iterable[Head | str] | None,
+    source: Task | None, options: TrainingOptions, rule: str, progress: bool,
+) -> ScopeChoice:  # fmt: skip
+    """Decide between `decision` and `near-zero` before the run, on validation data only."""
+    if not len(task.valid):
+        raise InputError(f"scope 'auto': {task.name} has no validation split to choose by")
+    if rule == "gap":
+        if source is None:
+            raise InputError("scope 'auto' by the gap rule: pass source=, the task it came from")
+        source.valid.require_some()
+        before = evaluate(view, source.valid, source).accuracy
+        now = evaluate(view, task.valid, task).accuracy
+        chance = max(task.valid.counts.values()) / len(task.valid)
+        return choose_by_gap(before, now, chance)
+    if rule != "race":
+        raise InputError(f"rule={rule!r}: expected gap or race")
+    short = options.changed(epochs=1, patience=None, evaluate_every=1)
+    raced: dict[str, dict[str, Any]] = {}
+    for scope in ("decision", "near-zero"):
+        found = finetune(view, task, heads=heads, scope=scope, options=short, progress=progress)
+        raced[scope] = found.to_dataframe().to_dict("records")[-1]  # type: ignore[assignment]
+    return choose_by_race(raced)
+
+
+def check_splits(task: Task, source: Task | None, options: TrainingOptions) -> None:
+    """Refuse data that cannot be learnt from, or not judged as asked.
+
+    Raises:
+        InputError: an empty split, one with a single label, or no labels for macro-F1.
+    """
+    task.train.require_some()
+    present = [label for label, n in task.train.counts.items() if n]
+    if len(present) < 2:
+        raise InputError(
+            f"{task.train.name}: all {len(task.train)} examples have the label {present[0]!r}; "
+            "there is nothing to tell apart. Add examples of another label"
+        )
+    if options.patience is not None and not len(task.valid):
+        raise InputError(
+            f"patience={options.patience}: {task.name} has no validation split to judge by"
+        )
+    if options.metric == "macro_f1" and not task.verbalizer_ids:
+        raise InputError(f"metric='macro_f1': {task.name} has no verbalizer; use accuracy")
+    if source is not None:
+        source.valid.require_some()
+
+
+def _check_lengths(view: ModelView, task: Task, source: Task | None) -> None:
+    """Refuse before training what would fail in the middle, or read past the learned positions."""
+    for examples in (task.train, task.valid, *(() if source is None else (source.valid,))):
+        longest = max((len(example.tokens) for example in examples), default=0)
+        if longest > view.n_ctx:
+            raise InputError(
+                f"{examples.name}: a prompt of {longest} tokens: {view.name} reads at most "
+                f"{view.n_ctx}; shorten or truncate the prompts"
+            )
+
+
+def make_trainable(
+    view: ModelView, scope: str, heads: tuple[Head, ...], options: TrainingOptions
+) -> Trainable:
+    """What `scope` trains.
+
+    Raises:
+        UnsupportedModelError: a weight is missing, tied, or not what the model runs.
+    """
+    if scope == "lora":
+        return LowRank(view, rank=options.lora_rank, alpha=options.lora_alpha, seed=options.seed)
+    if scope == "full":
+        return SlicesAndWholes(view, (), tuple(own_weights(view)))
+    if scope == "norms":
+        return SlicesAndWholes(view, (), tuple(norm_weights(view, "all")))
+    slices = head_slices(view, heads, kv=options.kv)
+    check_slices(view, slices)
+    return SlicesAndWholes(view, slices, tuple(norm_weights(view, options.norms, heads)))
+
+
+def _circuit(view: ModelView, heads: Circuit | Iterable[Head | str] | None) -> Circuit | None:
+    if heads is None:
+        return None
+    if isinstance(heads, Circuit):
+        heads.check_model(view)
+        return heads
+    read = tuple(Head.parse(h) if isinstance(h, str) else h for h in heads)
+    return Circuit(read, view.n_layers, view.n_heads)
+
+
+def _lowest_trained(view: ModelView, trainable: Trainable) -> int:
+    """The first layer with something to train; 0 where the embedding is trained too."""
+    learnt = getattr(trainable, "slices", ())
+    layers = [part.layer for part in learnt]
+    for name in getattr(trainable, "wholes", ()):
+        if name.startswith("blocks."):
+            layers.append(int(name.split(".")[1]))
+        elif not name.startswith(("ln_final", "unembed")):
+            return 0
+    return min(layers, default=0)
+
+
+def _keep(view: ModelView, trainable: Trainable, adapter: Adapter) -> None:
+    """Leave the learnt values in the model, without anything of the training around them."""
+    trainable.restore()
+    adapter.apply(view, check=False)
+
+
+def _result(
+    view: ModelView, scope: str, heads: tuple[Head, ...], options: TrainingOptions,
+    trainable: Trainable, trained: Trained, adapter: Adapter,
+) -> FineTuneResult:  # fmt: skip
+    return FineTuneResult(
+        scope=scope,
+        heads=heads,
+        siblings=siblings(view, heads, kv=options.kv) if scope in HEAD_SCOPES else (),
+        n_layers=view.n_layers,
+        n_heads=view.n_heads,
+        trained_parameters=sum(master.value.numel() for master in trainable.masters),
+        total_parameters=count_parameters(view),
+        options=asdict(options),
+        history=pd.DataFrame(trained.history),
+        best_epoch=trained.best_epoch,
+        stopped=trained.stopped,
+        seconds=trained.seconds,
+        provenance=adapter.provenance,
+        adapter=adapter,
+    )
+
+
+def count_parameters(view: ModelView) -> int:
+    """Parameters of the model, a tied embedding counted once."""
+    own = own_weights(view)
+    seen = {place(value): value.numel() for value in own.values()}
+    total = sum(seen.values())
+    embedding, end = own["embed.W_E"], own["unembed.W_U"]
+    separate = place(embedding) != place(end) and embedding.shape == end.T.shape
+    if separate and not view.is_bridge and bool((embedding == end.T).all()):
+        total -= end.numel()
+    return total

@@ -1,0 +1,331 @@
+"""The transfer experiment (CT-SFT, arXiv 2601.08146): every scope on every target, side by side.
+
+1. Proxy stage: full fine-tuning on the source language, exported as a Hugging Face folder.
+2. Discovery: the circuit in that checkpoint on source data, its faithfulness on validation prompts.
+3. Cells: for each target, seed and scope the proxy checkpoint is fine-tuned anew and judged. Every
+   choice (epoch, scope) is made on validation data; the test split is read by the last act of a
+   cell, once.
+4. Result: tables, figures and one HTML report.
+
+Each finished piece lies in the run directory with what it was made from, and is not made again; an
+interrupted cell goes on from its last checkpoint. Targets, scopes and seeds may be added later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cdt_lens.ablation import circuit_metric
+from cdt_lens.artifacts import atomic_write, load_artifact, save_artifact
+from cdt_lens.cells import Cells, as_json
+from cdt_lens.circuit import Circuit
+from cdt_lens.distributed import is_main, wait_for_all
+from cdt_lens.errors import InputError
+from cdt_lens.experiment import discover, load_baseline, measure
+from cdt_lens.export import export
+from cdt_lens.faithfulness import FaithfulnessCurve
+from cdt_lens.finetune import finetune
+from cdt_lens.head_scores import HeadScores
+from cdt_lens.languages import make_language, with_train
+from cdt_lens.loading import load_model
+from cdt_lens.model import view_of
+from cdt_lens.provenance import provenance_of
+from cdt_lens.report import render_report
+from cdt_lens.runs import Run, Settings, most_balanced
+from cdt_lens.scopes import choose_by_gap, choose_by_race
+from cdt_lens.tasks import Task
+from cdt_lens.transfer_config import TransferConfig
+from cdt_lens.transfer_result import (
+    AUTO_COLUMNS,
+    BEFORE_COLUMNS,
+    CELL_COLUMNS,
+    TransferResult,
+    table,
+)
+
+Say = Callable[[str], None]
+_RUN, _PROXY = "cdt_lens.transfer_run", "cdt_lens.transfer_proxy"
+_RACERS = ("decision", "near-zero")
+
+
+def run_transfer(
+    config: TransferConfig, folder: str | Path, say: Say, *, progress: bool = True
+) -> TransferResult:
+    """Run what is left of an experiment and write its result, figures and report.
+
+    The folder then holds `result.json`, `cells.csv`, `summary.csv`, two PNG figures and
+    `report.html`.
+
+    Raises:
+        InputError: settings that cannot be run, or a folder of another experiment.
+    """
+    experiment = Transfer(config, Path(folder), say, progress)
+    result = experiment.run()
+    if is_main():
+        _write(experiment, result)
+    wait_for_all()
+    return result
+
+
+def _write(experiment: Transfer, result: TransferResult) -> None:
+    import io
+
+    from cdt_lens.transfer_figures import accuracies, trade_off
+
+    folder = experiment.folder
+    result.save(folder / "result.json")
+    atomic_write(folder / "cells.csv", result.cells.to_csv(index=False))
+    atomic_write(folder / "summary.csv", result.summary().to_csv(index=False))
+    for name, draw in (("trade_off", trade_off), ("accuracies", accuracies)):
+        picture = io.BytesIO()
+        draw(result).savefig(picture, format="png", dpi=150, bbox_inches="tight")
+        atomic_write(folder / f"{name}.png", picture.getvalue())
+    curve = experiment.curve()
+    scores = HeadScores.load(experiment.discovery.path("scores.json"))
+    parts: list[object] = [result, experiment.circuit, scores]
+    parts += [] if curve is None else [curve]
+    title = f"{result.task}: {result.proxy} to {', '.join(result.targets)}"
+    render_report(*parts, path=folder / "report.html", title=title)
+
+
+@dataclass
+class Transfer:
+    """A run directory of a transfer experiment; `run` does what is left to do."""
+
+    config: TransferConfig
+    folder: Path
+    say: Say
+    progress: bool = True
+
+    def run(self) -> TransferResult:
+        """All stages, each once.
+
+        Raises:
+            InputError: the folder holds an experiment with another model, task or proxy.
+        """
+        self._settle()
+        self._train_proxy()
+        self._discover()
+        before = [self.cells.before(language) for language in self.languages]
+        transfer = self.config.transfer
+        cells = [
+            self.cells.cell(target, scope, seed)
+            for target in self.config.task.targets
+            for seed in transfer.seeds
+            for scope in transfer.scopes
+        ]
+        return self._result(before, cells)
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """The source and the targets."""
+        return (self.config.task.source, *self.config.task.targets)
+
+    def _settle(self) -> None:
+        """Keep the settings in the folder, or check that they are the ones kept there."""
+        path = self.folder / "transfer.json"
+        wanted = self.config.to_dict()
+        wanted = {**wanted, "task": {**wanted["task"], "targets": ()}}
+        for free in ("transfer", "device"):
+            wanted.pop(free)
+        wanted = as_json(wanted)
+        if path.exists():
+            kept = load_artifact(path, format=_RUN, version=1)[0]["settings"]
+            different = [name for name in wanted if kept.get(name) != wanted[name]]
+            if different:
+                raise InputError(
+                    f"{self.folder}: holds an experiment with other settings "
+                    f"({', '.join(different)}); name another folder, or remove it"
+                )
+        if is_main():
+            save_artifact(path, {"settings": wanted}, format=_RUN, version=1)
+        wait_for_all()
+
+    # ------------------------------------------------------------------ proxy
+
+    @property
+    def proxy(self) -> str:
+        """Where the proxy checkpoint is."""
+        return self.config.proxy.checkpoint or str(self.folder / "proxy")
+
+    def _train_proxy(self) -> None:
+        if self.config.proxy.checkpoint is not None:
+            return
+        if (self.folder / "proxy.json").exists() and Path(self.proxy).exists():
+            self.say(f"{self.proxy} is there already")
+            return
+        config = self.config
+        self.say(f"proxy stage: {config.model} on {config.task.source}")
+        model = self._load(config.model)
+        task = with_train(
+            make_language(config.task, config.task.source, model.tokenizer),
+            config.proxy.examples, config.proxy.training.seed,
+        )  # fmt: skip
+        found = finetune(
+            model, task, scope="full", options=config.proxy.training,
+            checkpoint=self.folder / "proxy.checkpoint.json", log=self.folder / "proxy.log.jsonl",
+            progress=self.progress,
+        )  # fmt: skip
+        last = found.after
+        self.say(
+            f"{task.name}: validation accuracy {found.before['target_accuracy']:.3f} before, "
+            f"{last['target_accuracy']:.3f} after {found.best_epoch} epochs"
+        )
+        if is_main():
+            if not Path(self.proxy).exists():
+                export(found.adapter, config.model, self.proxy)
+            body = {"history": found.history.to_dict("records"), "options": dict(found.options)}
+            save_artifact(self.folder / "proxy.json", body, format=_PROXY, version=1)
+        wait_for_all()
+
+    def _load(self, source: str) -> Any:
+        config = self.config
+        dtype = getattr(torch, config.dtype)
+        return load_model(source, backend=config.backend, device=config.device, dtype=dtype)
+
+    @cached_property
+    def model(self) -> Any:
+        """The proxy model."""
+        return self._load(self.proxy)
+
+    @cached_property
+    def tasks(self) -> Mapping[str, Task]:
+        """The task in every language."""
+        return {
+            language: make_language(self.config.task, language, self.model.tokenizer)
+            for language in self.languages
+        }
+
+    @property
+    def source(self) -> Task:
+        return self.tasks[self.config.task.source]
+
+    # ------------------------------------------------------------------ discovery
+
+    @cached_property
+    def discovery(self) -> Run:
+        """The discovery run of the proxy model on the source language."""
+        d, task = self.config.discovery, self.config.task
+        settings = Settings(
+            model=self.proxy, task=task.name, language=task.source, data=task.data,
+            examples=d.examples, baseline_examples=d.baseline_examples, k=d.k,
+            fraction=d.fraction, by=d.by, rules=d.rules, positions=d.positions,
+            batch_size=d.batch_size, rows=d.rows, seed=task.seed, dtype=self.config.dtype,
+        )  # fmt: skip
+        return Run(self.folder / "discovery", settings, self.model, self.source)
+
+    @property
+    def circuit(self) -> Circuit:
+        """The circuit that discovery saved."""
+        return Circuit.load(self.discovery.path("circuit.json"))
+
+    def _discover(self) -> None:
+        """Baseline, scores, circuit and faithfulness; whatever is there already is kept."""
+        _, scores, _ = discover(self.discovery, self.say)
+        curve = self.curve()
+        if curve is None or curve.provenance.options.get("scores") != scores.provenance.options:
+            d = self.config.discovery
+            measure(self.discovery, self.say, examples=d.faithfulness_examples, draws=d.draws)
+
+    def curve(self) -> FaithfulnessCurve | None:
+        """The faithfulness curve on the source's validation split, if measured."""
+        path = self.discovery.path("faithfulness.json")
+        return FaithfulnessCurve.load(path) if path.exists() else None
+
+    @cached_property
+    def cells(self) -> Cells:
+        """What trains and judges, or finds what was judged."""
+        return Cells(
+            self.config, self.folder, self.model, self.tasks, self.circuit, self._faithfulness,
+            self.say, self.progress,
+        )  # fmt: skip
+
+    def _faithfulness(self, task: Task) -> float:
+        """f(C) of the proxy circuit on validation prompts of `task`, with the source's means."""
+        n = min(self.config.discovery.faithfulness_examples, most_balanced(task.valid))
+        data = task.valid.balanced(n, seed=self.config.task.seed)
+        circuit, baseline = self.circuit, load_baseline(self.discovery)
+        sets = [circuit.heads + circuit.complement, circuit.heads, ()]
+        full, kept, empty = circuit_metric(
+            self.model, sets, data, baseline, batch_size=self.config.discovery.batch_size,
+            progress=self.progress,
+        ).tolist()  # fmt: skip
+        return (kept - empty) / (full - empty) if full != empty else float("nan")
+
+    # ------------------------------------------------------------------ result
+
+    def _result(self, before: list[dict[str, Any]], cells: list[dict[str, Any]]) -> TransferResult:
+        """What is finished, as tables."""
+        config = self.config
+        scores = HeadScores.load(self.discovery.path("scores.json"))
+        curve = self.curve()
+        facts: dict[str, Any] = {
+            "heads in the circuit": len(self.circuit),
+            "heads of the model": scores.n_layers * scores.n_heads,
+            "proxy direction (logits)": scores.direction,
+        }
+        facts |= {f"f(circuit) on {row['language']}": row["faithfulness"] for row in before}
+        if curve is not None:
+            facts |= {"CPR": curve.cpr, "CMD": curve.cmd}
+        test = self.tasks[config.task.targets[0]].test
+        return TransferResult(
+            task=config.task.name,
+            proxy=config.task.source,
+            targets=config.task.targets,
+            scopes=config.transfer.scopes,
+            cells=table([cell["row"] for cell in cells], CELL_COLUMNS),
+            before=table(before, BEFORE_COLUMNS),
+            chance=max(test.counts.values()) / len(test),
+            auto=table(self._choices(before, cells), AUTO_COLUMNS),
+            discovery=facts,
+            settings=as_json(config.to_dict()),
+            provenance=provenance_of(
+                view_of(self.model), self.source.train, options={"proxy": self.proxy}
+            ),
+        )
+
+    def _choices(
+        self, before: list[dict[str, Any]], cells: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """What each rule would have chosen, and whether the test split agrees afterwards."""
+        by_place = {(c["row"]["target"], c["row"]["seed"], c["row"]["scope"]): c for c in cells}
+        judged = {row["language"]: row["valid_accuracy"] for row in before}
+        rows = []
+        for target in self.config.task.targets:
+            for seed in self.config.transfer.seeds:
+                racers = {s: by_place.get((target, seed, s)) for s in _RACERS}
+                if any(cell is None or not cell["history"] for cell in racers.values()):
+                    continue
+                ran = {scope: cell for scope, cell in racers.items() if cell is not None}
+                rows += self._chosen(target, seed, ran, judged)
+        return rows
+
+    def _chosen(
+        self, target: str, seed: int, racers: Mapping[str, Any], judged: Mapping[str, float]
+    ) -> list[dict[str, Any]]:
+        valid = self.tasks[target].valid
+        chance = max(valid.counts.values()) / len(valid)
+        last = self.config.transfer.race_epochs
+        choices = [choose_by_gap(judged[self.config.task.source], judged[target], chance)]
+        raced = {
+            scope: next((r for r in cell["history"] if r["epoch"] >= last), cell["history"][-1])
+            for scope, cell in racers.items()
+        }
+        choices.append(choose_by_race(raced))
+        accuracy = {scope: cell["row"]["accuracy"] for scope, cell in racers.items()}
+        tie = len(set(accuracy.values())) == 1
+        better = "tie" if tie else max(accuracy, key=lambda scope: accuracy[scope])
+        return [
+            {
+                "target": target, "seed": seed, "rule": choice.rule, "chosen": choice.scope,
+                "better": better, "right": tie or better == choice.scope,
+                "inputs": ", ".join(f"{k} {v:.3f}" for k, v in choice.inputs.items()),
+            }
+            for choice in choices
+        ]  # fmt: skip

@@ -1,0 +1,186 @@
+"""Every weight of a model by its TransformerLens name, as a view into the parameter that holds it.
+
+1. "blocks.3.attn.W_Q" is `[head, d_model, d_head]` in both model classes; grouped keys and values
+   have `n_kv_heads` heads. Writing into a view writes into the model.
+2. `own_weights` leaves out what a class adds to a family: the zero biases of `HookedTransformer`'s
+   Llama, the output bias of the bridge. They must not be trained: no checkpoint has a place for
+   them.
+3. The bridge runs some fused projections (GPT-NeoX) from split copies; `sync_fused` writes the
+   copies back into the fused parameter, which would otherwise keep the old weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from cdt_lens.errors import InputError, UnsupportedModelError
+from cdt_lens.model import ModelView
+
+# HookedTransformer keeps grouped keys and values under _W_K; W_K is then an expanded copy.
+BLOCK_WEIGHTS = (
+    "attn.W_Q", "attn._W_K|attn.W_K", "attn._W_V|attn.W_V", "attn.W_O",
+    "attn.b_Q", "attn._b_K|attn.b_K", "attn._b_V|attn.b_V", "attn.b_O",
+    "attn.q_norm.w", "attn.k_norm.w",
+    "mlp.W_in", "mlp.W_gate", "mlp.W_out", "mlp.b_in", "mlp.b_out",
+    "ln1.w", "ln1.b", "ln2.w", "ln2.b", "ln1_post.w", "ln1_post.b", "ln2_post.w", "ln2_post.b",
+    "mlp.b_gate",
+)  # fmt: skip
+END_WEIGHTS = (
+    "embed.W_E",
+    "pos_embed.W_pos",
+    "ln_final.w",
+    "ln_final.b",
+    "unembed.W_U",
+    "unembed.b_U",
+)
+_NORMS = ("q_norm", "k_norm", "ln1", "ln2", "ln1_post", "ln2_post", "ln_final")
+_QKV_BIASES = frozenset({"attn.b_Q", "attn.b_K", "attn.b_V"})
+# HookedTransformer has a zero bias everywhere; these families have only those named here.
+_BIASES_IN_HOOKED = {
+    "LlamaForCausalLM": frozenset(),
+    "MistralForCausalLM": frozenset(),
+    "Qwen2ForCausalLM": _QKV_BIASES,
+    "Qwen3ForCausalLM": frozenset(),
+}
+
+
+def canonical(names: str) -> str:
+    """The name that both model classes share, of `a.b|c.d`."""
+    return names.rsplit("|", 1)[-1]
+
+
+def is_bias(name: str) -> bool:
+    """Whether a weight of this name is a bias."""
+    return name.rsplit(".", 1)[-1].startswith(("b", "_b"))
+
+
+def is_norm(name: str) -> bool:
+    """Whether a weight of this name belongs to a norm."""
+    return name.rsplit(".", 2)[-2] in _NORMS
+
+
+def named_weights(view: ModelView) -> dict[str, Tensor]:
+    """Every weight in TransformerLens layout by canonical name, from the embedding to the end."""
+    found = {name: first_tensor(view.tl, name) for name in END_WEIGHTS[:2]}
+    for layer, block in enumerate(view.blocks):
+        for names in BLOCK_WEIGHTS:
+            found[f"blocks.{layer}.{canonical(names)}"] = first_tensor(block, names)
+    found |= {name: first_tensor(view.tl, name) for name in END_WEIGHTS[2:]}
+    return {name: value.detach() for name, value in found.items() if value is not None}
+
+
+def own_weights(view: ModelView) -> dict[str, Tensor]:
+    """`named_weights` without the biases that the model class adds to the family."""
+    return {n: value for n, value in named_weights(view).items() if not _added(view, n, value)}
+
+
+def _added(view: ModelView, name: str, value: Tensor) -> bool:
+    if not is_bias(name) or is_norm(name):
+        return False
+    family = str(getattr(view.tl.cfg, "original_architecture", None))
+    if name == "unembed.b_U":
+        return (view.is_bridge or family != "None") and not bool(value.any())
+    kept = None if view.is_bridge else _BIASES_IN_HOOKED.get(family)
+    return kept is not None and name.split(".", 2)[-1] not in kept
+
+
+def holders(view: ModelView) -> dict[int, nn.Parameter]:
+    """The model's parameters by the address of their memory, each piece of memory once."""
+    found: dict[int, nn.Parameter] = {}
+    for parameter in view.tl.parameters():
+        found.setdefault(place(parameter)[0], parameter)
+    return found
+
+
+def check_trainable(view: ModelView) -> None:
+    """Refuse models whose weights are not the ones that were trained and can be exported.
+
+    Raises:
+        UnsupportedModelError: folded norms, a parameter on another device than the rest.
+    """
+    kind = str(getattr(view.tl.cfg, "normalization_type", None))
+    folded = kind.endswith("Pre") or bool(getattr(view.tl, "_weights_processed", False))
+    compatible = bool(getattr(view.tl, "compatibility_mode", False)) and _norms_are_ones(view)
+    if folded or compatible:
+        raise UnsupportedModelError(
+            f"{view.name}: its norms are folded into the next weights, so that there are no norm "
+            "parameters to train and nothing to export; load it unprocessed, with "
+            "cdt_lens.load_model(name) or HookedTransformer.from_pretrained_no_processing(name)"
+        )
+
+
+def _norms_are_ones(view: ModelView) -> bool:
+    norms = [v for n, v in named_weights(view).items() if is_norm(n) and n.endswith(".w")]
+    return bool(norms) and all(bool((value == 1).all()) for value in norms)
+
+
+def sync_fused(view: ModelView) -> None:
+    """Write split q, k, v of the bridge back into the fused projection that Hugging Face saves."""
+    if not view.is_bridge:
+        return
+    for block in view.blocks:
+        attn: Any = getattr(block, "attn", None)
+        fused = getattr(getattr(attn, "qkv", None), "original_component", None)
+        if fused is None:
+            continue
+        if place(attn.q.weight)[0] == place(fused.weight)[0]:  # GPT-2's are views of it
+            continue
+        with torch.no_grad():
+            _interleave(view, attn, fused)
+
+
+def _interleave(view: ModelView, attn: Any, fused: nn.Module) -> None:
+    """GPT-NeoX: rows in the order (head, q k v, d_head)."""
+    for name in ("weight", "bias"):
+        target = getattr(fused, name, None)
+        parts: list[Any] = [getattr(getattr(attn, part), name, None) for part in ("q", "k", "v")]
+        if target is None or any(part is None for part in parts):
+            continue
+        stacked = torch.stack([part.detach() for part in parts])
+        mixed = rearrange(stacked, "t (h d) ... -> (h t d) ...", h=view.n_heads)
+        if mixed.shape != target.shape:
+            raise UnsupportedModelError(
+                f"{view.name}: a fused projection of shape {tuple(target.shape)} where "
+                f"{tuple(mixed.shape)} was expected; it cannot be written back"
+            )
+        target.copy_(mixed)
+
+
+def place(tensor: Tensor) -> tuple[int, int]:
+    """Where in memory a tensor begins: its storage, and the offset in it."""
+    return int(tensor.untyped_storage().data_ptr()), int(tensor.storage_offset())
+
+
+def first_tensor(module: Any, names: str) -> Tensor | None:
+    """The tensor at the first of `a.b|c.d` that exists."""
+    for path in names.split("|"):
+        value: Any = module
+        for name in path.split("."):
+            # A bridge raises for a bias that its family does not have.
+            value = getattr(value, name, None)
+        if isinstance(value, Tensor):
+            return value
+    return None
+
+
+def write_weights(view: ModelView, values: dict[str, Tensor]) -> None:
+    """Write whole weights by canonical name.
+
+    Raises:
+        InputError: the model has no weight of a name, or one of another shape; nothing is written.
+    """
+    weights = named_weights(view)
+    for name, value in values.items():
+        if name not in weights or weights[name].shape != value.shape:
+            shape = tuple(weights[name].shape) if name in weights else "no such weight"
+            raise InputError(
+                f"weight {name}: expected shape {tuple(value.shape)}, {view.name} has {shape}"
+            )
+    with torch.no_grad():
+        for name, value in values.items():
+            weights[name].copy_(value)
+    sync_fused(view)

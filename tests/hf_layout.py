@@ -1,0 +1,144 @@
+"""Where a head's slices lie in Hugging Face's own parameters: indexed by hand, family by family.
+
+Written from transformers' modelling code and independent of TransformerLens, so that the package's
+views, gradients and exports can be compared with it element by element.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+ROLES = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V")
+SANDWICHED = ("gemma2", "gemma3")
+_NORMS = {
+    "input_layernorm": "ln1", "ln_1": "ln1", "post_attention_layernorm": "ln2", "ln_2": "ln2",
+    "q_norm": "attn.q_norm", "k_norm": "attn.k_norm",
+}  # fmt: skip
+_SANDWICH = {
+    "input_layernorm": "ln1", "post_attention_layernorm": "ln1_post",
+    "pre_feedforward_layernorm": "ln2", "post_feedforward_layernorm": "ln2_post",
+}  # fmt: skip
+_FINAL = ("model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm")
+
+
+@dataclass(frozen=True)
+class Home:
+    """Elements `[rows, columns]` (or `[rows]`) of the parameter `name`.
+
+    transposed: TransformerLens shows them the other way round.
+    """
+
+    name: str
+    index: tuple[slice, ...]
+    transposed: bool = False
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The slice, in TransformerLens layout."""
+        found = tensors[self.name][self.index]
+        return found.T if self.transposed else found
+
+
+def home(model: PreTrainedModel, role: str, layer: int, head: int) -> Home | None:
+    """Where slice `role` of `head` lies; a key/value head for W_K, W_V, b_K, b_V; None: nowhere."""
+    family = model.config.model_type
+    if family == "gpt2":
+        return _gpt2(model, role, layer, head)
+    if family == "gpt_neox":
+        return _gpt_neox(model, role, layer, head)
+    place = f"model.layers.{layer}.self_attn.{role[-1].lower()}_proj"
+    name = f"{place}.{'bias' if role.startswith('b') else 'weight'}"
+    if name not in model.state_dict():
+        return None
+    own = _span(head, _d_head(model))
+    if role.startswith("b"):
+        return Home(name, (own,))
+    return Home(name, (slice(None), own) if role == "W_O" else (own, slice(None)), True)
+
+
+def _gpt2(model: PreTrainedModel, role: str, layer: int, head: int) -> Home:
+    """Conv1D keeps `[in, out]`; c_attn's columns are all queries, then all keys, then all values."""
+    place, d_head = f"transformer.h.{layer}.attn", _d_head(model)
+    if role == "W_O":
+        return Home(f"{place}.c_proj.weight", (_span(head, d_head), slice(None)))
+    start = "QKV".index(role[-1]) * model.config.n_head + head
+    if role.startswith("b"):
+        return Home(f"{place}.c_attn.bias", (_span(start, d_head),))
+    return Home(f"{place}.c_attn.weight", (slice(None), _span(start, d_head)))
+
+
+def _gpt_neox(model: PreTrainedModel, role: str, layer: int, head: int) -> Home:
+    """Rows of query_key_value: for each head its queries, then its keys, then its values."""
+    place, d_head = f"gpt_neox.layers.{layer}.attention", _d_head(model)
+    if role == "W_O":
+        return Home(f"{place}.dense.weight", (slice(None), _span(head, d_head)), True)
+    rows = _span(3 * head + "QKV".index(role[-1]), d_head)
+    if role.startswith("b"):
+        return Home(f"{place}.query_key_value.bias", (rows,))
+    return Home(f"{place}.query_key_value.weight", (rows, slice(None)), True)
+
+
+def _span(number: int, width: int) -> slice:
+    return slice(number * width, (number + 1) * width)
+
+
+def _d_head(model: PreTrainedModel) -> int:
+    config = model.config
+    given = getattr(config, "head_dim", None)
+    return given or config.hidden_size // config.num_attention_heads
+
+
+def kv_heads(model: PreTrainedModel) -> int:
+    return getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+
+
+def kv_head_of(model: PreTrainedModel, head: int) -> int:
+    """The key/value head that a query head reads: the first group the first ones, and so on."""
+    return head * kv_heads(model) // model.config.num_attention_heads
+
+
+def norms(model: PreTrainedModel) -> dict[str, str]:
+    """Names of the norms' parameters: TransformerLens' by Hugging Face's."""
+    found = {}
+    table = {**_NORMS, **_SANDWICH} if "gemma" in model.config.model_type else _NORMS
+    for name, _ in model.named_parameters():
+        place, kind = name.rsplit(".", 1)
+        end = "w" if kind == "weight" else "b"
+        if place in _FINAL:
+            found[name] = f"ln_final.{end}"
+        elif place.rsplit(".", 1)[-1] in table:
+            layer = re.search(r"\.(\d+)\.", name)
+            assert layer is not None
+            found[name] = f"blocks.{layer[1]}.{table[place.rsplit('.', 1)[-1]]}.{end}"
+    return found
+
+
+def selected(
+    model: PreTrainedModel,
+    heads: Iterable[tuple[int, int]],
+    *,
+    norms_of: str = "all",
+    kv: str = "shared",
+) -> dict[str, Tensor]:
+    """For each parameter by Hugging Face name, True at the elements that CT-SFT trains.
+
+    norms_of: "all" or "none"; kv: "shared", or "skip" for none of the key/value slices.
+    """
+    masks = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
+    for layer, head in heads:
+        for role in ROLES:
+            is_kv = role[-1] in "KV"
+            if is_kv and kv == "skip":
+                continue
+            found = home(model, role, layer, kv_head_of(model, head) if is_kv else head)
+            if found is not None:
+                masks[found.name][found.index] = True
+    if norms_of == "all":
+        for name in norms(model):
+            masks[name][:] = True
+    return masks
