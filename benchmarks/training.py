@@ -22,12 +22,12 @@ import torch
 
 import cdt_lens as cdt
 from cdt_lens.answers import AnswerPass
+from cdt_lens.checkpoints import State
 from cdt_lens.finetune import make_trainable
 from cdt_lens.model import view_of
 from cdt_lens.options import TrainingOptions
 from cdt_lens.tasks import Example, Examples, Task
 from cdt_lens.training import Trainer, _optimizer
-from cdt_lens.checkpoints import State
 
 SCOPES = ("full", "lora", "decision", "decision-circuit-norms", "norms")
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,27 +33,39 @@ def atomic_write(path: str | Path, content: str | bytes) -> Path:
     """
     path = Path(path)
     payload = content.encode("utf-8") if isinstance(content, str) else content
-    temporary: str | None = None
+    with _temporary(path) as temporary:
+        temporary.write_bytes(payload)
+        _settle(temporary, path)
+    return path
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, gone afterwards; a full disk becomes one clear error."""
+    name: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        yield Path(name)
+    except (OSError, safetensors.SafetensorError) as error:
         raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}); "
+            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); "
             "choose another place or free the disk. Nothing was changed"
         ) from error
     finally:
         # After a successful replace the temporary name no longer exists.
-        if temporary is not None:
+        if name is not None:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-    return path
+                os.unlink(name)
+
+
+def _settle(temporary: Path, path: Path) -> None:
+    """Flush to the disk, then take the final name."""
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
 
 
 def content_hash(value: Any) -> str:
@@ -92,10 +104,12 @@ def save_artifact(
     old = _tensor_file(path)
     new = None
     if tensors:
-        payload = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
-        digest = hashlib.sha256(payload).hexdigest()
-        new = path.with_name(f"{path.name}.{digest[:12]}.safetensors")
-        atomic_write(new, payload)
+        # Straight to the disk: a checkpoint of a whole model should not be in memory twice.
+        with _temporary(path) as temporary:
+            safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+            digest = file_hash(temporary)
+            new = path.with_name(f"{path.name}.{digest[:12]}.safetensors")
+            _settle(temporary, new)
         document["tensors"] = {"file": new.name, "sha256": digest}
     document["sha256"] = content_hash(document)
     try:
@@ -187,13 +201,12 @@ def _read_tensors(path: Path, entry: Mapping[str, str] | None) -> dict[str, Tens
     tensor_path = path.parent / Path(entry["file"]).name
     if not tensor_path.exists():
         raise ArtifactError(f"{path}: its tensors {tensor_path.name} are missing beside it")
-    payload = tensor_path.read_bytes()
-    if hashlib.sha256(payload).hexdigest() != entry["sha256"]:
+    if file_hash(tensor_path) != entry["sha256"]:
         raise ArtifactError(
             f"{tensor_path}: damaged or from another save: its checksum is not the one in "
             f"{path.name}; make both again"
         )
     try:
-        return safetensors.torch.load(payload)
+        return safetensors.torch.load_file(tensor_path)
     except safetensors.SafetensorError as error:
         raise ArtifactError(f"{tensor_path}: damaged: {error}; make it again") from error

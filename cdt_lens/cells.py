@@ -80,6 +80,7 @@ class Cells:
         """One target, scope and seed: train, then judge on the test splits."""
         place = self.folder / "cells" / _file_name(target) / f"{scope}-{seed}"
         path = place.with_name(f"{place.name}.json")
+        checkpoint = place.with_name(f"{place.name}.checkpoint.json")
         options = self._options(scope, seed)
         task = with_train(self.tasks[target], self.config.transfer.examples, seed)
         heads = scope_heads(scope, self.circuit, seed=seed)
@@ -99,20 +100,20 @@ class Cells:
         try:
             result = finetune(
                 self.model, task, heads=self.circuit, scope=scope, source=self._source,
-                options=options, checkpoint=place.with_name(f"{place.name}.checkpoint.json"),
+                options=options, checkpoint=checkpoint, keep_checkpoint=True,
                 log=place.with_name(f"{place.name}.log.jsonl"), progress=self.progress,
             )  # fmt: skip
         except NonFiniteError as error:
             self.say(str(error))
             nothing = dict.fromkeys(CELL_COLUMNS, float("nan"))
             cell["row"] = nothing | common | {"stopped": f"diverged: {error}"}
-            if is_main():
-                remove_artifact(place.with_name(f"{place.name}.checkpoint.json"))
         else:
             cell["row"] = common | self._judged(result, target)
             cell["history"] = result.history.to_dict("records")
             self._save_adapter(result, target, seed)
         _keep(path, _CELL, cell)
+        if is_main():
+            remove_artifact(checkpoint)
         return cell
 
     def _options(self, scope: str, seed: int) -> TrainingOptions:

@@ -63,7 +63,7 @@ def finetune(
     interrupted run goes on where it stopped. `cdt-lens export` makes a checkpoint of it.
     """
     import cdt_lens as cdt
-    from cdt_lens.artifacts import atomic_write
+    from cdt_lens.artifacts import atomic_write, remove_artifact
     from cdt_lens.distributed import is_main
     from cdt_lens.runs import Settings, load_for, make_task
 
@@ -84,11 +84,13 @@ def finetune(
     result = cdt.finetune(
         loaded, target, heads=None if circuit is None else cdt.Circuit.load(circuit), scope=scope,
         source=None if told is None else make_task(told, loaded.tokenizer),
-        options=options, checkpoint=out / "checkpoint.json", log=out / "log.jsonl",
+        options=options, checkpoint=out / "checkpoint.json", keep_checkpoint=True,
+        log=out / "log.jsonl",
     )  # fmt: skip
     if is_main():
         result.adapter.save(out)
         atomic_write(out / "history.csv", result.history.to_csv(index=False))
+        remove_artifact(out / "checkpoint.json")
         cdt.render_report(result, path=out / "report.html", title=f"{target.name}: {result.scope}")
     columns = ["epoch", "train_loss", "target_loss", "target_accuracy", "source_accuracy"]
     rows = [[f"{row[c]:.3f}" for c in columns[1:]] for row in result.history.to_dict("records")]
@@ -162,19 +164,23 @@ def demo(
 def show_transfer(result: Any) -> None:
     """The tables of a transfer result."""
     before = result.before.set_index("language")
-    columns = ["target", "scope", "accuracy", "macro-F1", "retention", "trained", "seconds"]
+    columns = ["target", "scope", "accuracy", "macro-F1", "retention", "trained", "s"]
     rows: list[list[str]] = []
     for target in result.targets:
         if target in before.index:
             row = before.loc[target]
             rows.append(
-                [target, "(proxy, untouched)", f"{row['accuracy']:.3f}", f"{row['macro_f1']:.3f}",
-                 "1.000", "0", ""]
+                [target, "(none)", f"{row['accuracy']:.3f}", f"{row['macro_f1']:.3f}", "1.000",
+                 "0", ""]
             )  # fmt: skip
         for row in result.summary().to_dict("records"):
             if row["target"] == target:
                 rows.append(_cells_of(row))
     tell_table(columns, rows)
+    tell(
+        "accuracy and macro-F1 on the target's test split; retention: source accuracy after / "
+        "before; (none): the proxy checkpoint as it is"
+    )
     if len(result.auto):
         for rule, part in result.auto.groupby("rule"):
             tell(
@@ -186,11 +192,11 @@ def show_transfer(result: Any) -> None:
 def _cells_of(row: dict[str, Any]) -> list[str]:
     def spread(name: str) -> str:
         std = row[f"{name}_std"]
-        return f"{row[name]:.3f}" + ("" if std != std else f" ± {std:.3f}")
+        return f"{row[name]:.3f}" + ("" if std != std else f" ±{std:.3f}")
 
     return [
         row["target"], row["scope"], spread("accuracy"), spread("macro_f1"), spread("retention"),
-        f"{row['trained_parameters']:,} ({row['share']:.2%})", f"{row['seconds']:.0f}",
+        f"{row['share']:.2%}", f"{row['seconds']:.0f}",
     ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +29,7 @@ def tell_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None
     """A table of the result."""
     if not _first():
         return
-    table = Table(*columns)
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     out.print(table)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cdt_lens.adapter import Adapter
@@ -37,7 +38,7 @@ def export(adapter: Adapter, base: str | Path, folder: str | Path) -> Path:
             full; a folder is written whole or not at all.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not empty; name a new folder")
     with third_party_noise_off():
         hf_model, tokenizer = load_hugging_face(base, dtype=adapter.dtype)
@@ -72,9 +73,10 @@ def _tokens(view: ModelView) -> Tensor:
 
 
 def _save(model: Any, tokenizer: Any, folder: Path, logits: Tensor, tokens: Tensor) -> Path:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         again, _ = load_hugging_face(temporary, dtype=model.dtype)
@@ -90,10 +92,12 @@ def _save(model: Any, tokenizer: Any, folder: Path, logits: Tensor, tokens: Tens
             folder.rmdir()  # empty, as checked
         temporary.chmod(0o755)
         temporary.replace(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         raise InputError(
-            f"{folder}: cannot be written ({error.strerror or error}); nothing was changed"
+            f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error}); nothing "
+            "was changed"
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder

@@ -126,6 +126,7 @@ def finetune(
     options: TrainingOptions | None = None,
     rule: Literal["gap", "race"] = "gap",
     checkpoint: str | Path | None = None,
+    keep_checkpoint: bool = False,
     log: str | Path | None = None,
     keep: bool = False,
     progress: bool = True,
@@ -140,7 +141,8 @@ def finetune(
     rule: "gap" (see `scopes.choose_by_gap`; needs `source`) or "race": one epoch of each.
     source: the task in the language that the model already does, to follow forgetting; never
         trained on, and only its validation split is looked at.
-    checkpoint: a file to go on from after an interruption; it is removed when the run is done.
+    checkpoint: a file to go on from after an interruption; it is removed when the run is done,
+        unless `keep_checkpoint=True`: the same call then gives the same result again at once.
     log: a JSON-lines file with a line a step and a line a look.
     keep: leave the trained values in the model.
     changes: training options by name, such as `epochs=5`, `learning_rate=1e-4`.
@@ -158,7 +160,8 @@ def finetune(
         choice = _choose(view, task, heads, source, options, rule, progress)
         found = finetune(
             view, task, heads=heads, scope=choice.scope, source=source, options=options,
-            checkpoint=checkpoint, log=log, keep=keep, progress=progress,
+            checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, log=log, keep=keep,
+            progress=progress,
         )  # fmt: skip
         return replace(found, options={**found.options, "chosen_by": asdict(choice)})
     check_scope(scope)
@@ -197,7 +200,7 @@ def finetune(
             trainable.restore()
     if keep:
         _keep(view, trainable, adapter)
-    if stored is not None:
+    if stored is not None and not keep_checkpoint:
         stored.remove()
     return _result(view, scope, chosen, options, trainable, trained, adapter)
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from cdt_lens.errors import InputError, UnsupportedModelError
-from cdt_lens.model import ModelView
+from cdt_lens.model import ModelView, at_least_float32
 from cdt_lens.trainable import Learnt, Master
 from cdt_lens.weights import own_weights
 
@@ -62,7 +63,9 @@ class LowRank:
         from peft import inject_adapter_in_model
 
         flags = {p: p.requires_grad for p in self._root.parameters()}
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # GPT-2's projections are kept both ways round; peft sets its flag right by itself.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")
             torch.manual_seed(self._seed)
             inject_adapter_in_model(self._config, self._root)
         for parameter, flag in flags.items():
@@ -72,6 +75,8 @@ class LowRank:
         for name, layer in self._layers.items():
             for part in ("lora_A", "lora_B"):
                 weight = getattr(layer, part)["default"].weight
+                # peft takes the type of the layer below; steps would be lost in half precision.
+                weight.data = at_least_float32(weight.data)
                 masters.append(Master(f"{name}.{part}", weight, decay=True))
         self.masters = tuple(masters)
 
@@ -97,6 +102,8 @@ class LowRank:
         for name, layer in self._layers.items():
             parent, _, child = name.rpartition(".")
             setattr(self._root.get_submodule(parent), child, layer.base_layer)
+        if self._layers:  # peft also leaves its configuration there
+            del self._root.peft_config
         self._layers = {}
 
     def learnt(self) -> Learnt:
@@ -109,13 +116,14 @@ class LowRank:
             kept = [weight.clone() for weight, _ in merged.values()]
             # Out first: the bridge reads its weights through the modules in place.
             self.restore()
-            for weight, delta in merged.values():
-                weight += delta.to(weight.dtype)
-            own = own_weights(self.view)
-            learnt = Learnt({}, {name: own[name].clone().cpu() for name in self.names})
-            for (weight, _), before in zip(merged.values(), kept, strict=True):
-                weight.copy_(before)
-        return learnt
+            try:
+                for weight, delta in merged.values():
+                    weight.copy_(at_least_float32(weight) + delta)
+                own = own_weights(self.view)
+                return Learnt({}, {name: own[name].clone().cpu() for name in self.names})
+            finally:
+                for (weight, _), before in zip(merged.values(), kept, strict=True):
+                    weight.copy_(before)
 
 
 def _module_names(view: ModelView) -> list[str]:

@@ -98,8 +98,10 @@ class Trainer:
         return math.ceil(len(self.task.train) / self.options.batch_size)
 
     def _begin(self, optimizer: torch.optim.Optimizer) -> State:
+        # All of them before the first step: a resumed run must keep the same bits.
+        source = () if self.source is None else (self.source.valid,)
         with self.passes.view.quiet():
-            for examples in (self.task.train, self.task.valid):
+            for examples in (self.task.train, self.task.valid, *source):
                 if len(examples):
                     self.passes.prepare(examples, self.options.eval_batch_size)
         state = None if self.checkpoint is None else self.checkpoint.load()

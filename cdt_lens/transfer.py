@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from cdt_lens.ablation import circuit_metric
-from cdt_lens.artifacts import atomic_write, load_artifact, save_artifact
+from cdt_lens.artifacts import atomic_write, load_artifact, remove_artifact, save_artifact
 from cdt_lens.cells import Cells, as_json
 from cdt_lens.circuit import Circuit
 from cdt_lens.distributed import is_main, wait_for_all
@@ -167,9 +167,10 @@ class Transfer:
             make_language(config.task, config.task.source, model.tokenizer),
             config.proxy.examples, config.proxy.training.seed,
         )  # fmt: skip
+        checkpoint = self.folder / "proxy.checkpoint.json"
         found = finetune(
             model, task, scope="full", options=config.proxy.training,
-            checkpoint=self.folder / "proxy.checkpoint.json", log=self.folder / "proxy.log.jsonl",
+            checkpoint=checkpoint, keep_checkpoint=True, log=self.folder / "proxy.log.jsonl",
             progress=self.progress,
         )  # fmt: skip
         last = found.after
@@ -182,6 +183,7 @@ class Transfer:
                 export(found.adapter, config.model, self.proxy)
             body = {"history": found.history.to_dict("records"), "options": dict(found.options)}
             save_artifact(self.folder / "proxy.json", body, format=_PROXY, version=1)
+            remove_artifact(checkpoint)
         wait_for_all()
 
     def _load(self, source: str) -> Any:

@@ -47,9 +47,7 @@ def test_equals_the_models_own_logits(family, backend, first_layer, tokenizer_fo
 @models(("gemma2",))
 def test_the_logits_are_hugging_faces_soft_caps_included(family, backend, tokenizer_folder):
     data = examples()
-    expected = torch.stack(
-        [build(family)(torch.tensor([e.tokens])).logits[0, -1] for e in data]
-    )
+    expected = torch.stack([build(family)(torch.tensor([e.tokens])).logits[0, -1] for e in data])
     found = logits(AnswerPass(shared(family, backend, tokenizer_folder)), data, 3)
     assert_close(found, expected, atol=1e-6)
     assert float(found.abs().max()) < 3.0

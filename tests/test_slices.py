@@ -168,9 +168,15 @@ def test_a_head_outside_the_model_is_refused(family, backend, tokenizer_folder):
 
 def test_unknown_choices_are_refused(tokenizer_folder):
     seen = shared("llama", "bridge", tokenizer_folder)
-    with unchecked_types(), pytest.raises(InputError, match="kv='none': expected shared, skip or groups"):
+    with (
+        unchecked_types(),
+        pytest.raises(InputError, match="kv='none': expected shared, skip or groups"),
+    ):
         head_slices(seen, HEADS, kv="none")
-    with unchecked_types(), pytest.raises(InputError, match="norms='some': expected all, circuit or none"):
+    with (
+        unchecked_types(),
+        pytest.raises(InputError, match="norms='some': expected all, circuit or none"),
+    ):
         norm_weights(seen, "some")
 
 
@@ -230,9 +236,7 @@ def test_slices_that_make_the_models_activations_pass_the_check(family, backend,
 
 @models(("gpt2", "qwen2", "pythia"))
 @pytest.mark.parametrize("role", ["W_Q", "W_K", "W_V", "W_O"])
-def test_slices_of_weights_that_are_not_run_fail_the_check(
-    family, backend, role, tokenizer_folder
-):
+def test_slices_of_weights_that_are_not_run_fail_the_check(family, backend, role, tokenizer_folder):
     """The right numbers in the wrong order, as a misread fused layout would give them."""
     seen = shared(family, backend, tokenizer_folder)
     wrong = [

@@ -93,7 +93,7 @@ def reference(model: Any, data: Task, options: TrainingOptions, masks: dict[str,
         with torch.no_grad():
             for name, parameter in named.items():
                 parameter[~masks[name]] = frozen[name][~masks[name]]
-        rows.append((float(loss), norm, rate_at(step, len(plan), options)))
+        rows.append((float(loss.detach()), norm, rate_at(step, len(plan), options)))
     return rows
 
 
@@ -134,8 +134,24 @@ CASES = {
 
 
 @models(("gpt2", "pythia", "qwen2", "qwen3", "gemma2"))
-@pytest.mark.parametrize("scope", ["decision", "norms", "full"])
-def test_equals_the_literal_loop(family, backend, scope, tokenizer_folder, tmp_path):
+def test_equals_the_literal_loop(family, backend, tokenizer_folder, tmp_path):
+    check_against_the_literal_loop(family, backend, "decision", tokenizer_folder, tmp_path)
+
+
+@models(("gpt2", "pythia"))
+def test_full_fine_tuning_equals_the_literal_loop(family, backend, tokenizer_folder, tmp_path):
+    """Tied embeddings and fused projections."""
+    check_against_the_literal_loop(family, backend, "full", tokenizer_folder, tmp_path)
+
+
+@pytest.mark.parametrize(("family", "scope"), [("gemma2", "full"), ("qwen3", "norms")])
+def test_other_scopes_equal_the_literal_loop(family, scope, tokenizer_folder, tmp_path):
+    check_against_the_literal_loop(family, "bridge", scope, tokenizer_folder, tmp_path)
+
+
+def check_against_the_literal_loop(
+    family: str, backend: str, scope: str, tokenizer_folder: str, tmp_path: Path
+) -> None:
     """Weights, losses, norms and rates, in float64, after six steps, for every scope and class."""
     chosen = options(**CASES["harsh" if scope == "decision" else "plain"])
     data = task(valid=0)
