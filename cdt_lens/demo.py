@@ -32,6 +32,7 @@ def demo_config(model: str, seed: int = 0) -> TransferConfig:
             "transfer": {
                 "scopes": ["full", "decision", "near-zero", "random", "norms", "lora"],
                 "seeds": [0, 1], "examples": 300, "epochs": 10, "batch_size": 16,
+                "evaluate_every": 2,
                 "learning_rates": {
                     "full": 1e-3, "decision": 3e-3, "near-zero": 3e-3, "random": 3e-3,
                     "norms": 1e-2, "lora": 3e-3,

@@ -270,11 +270,12 @@ class Transfer:
         facts: dict[str, Any] = {
             "heads in the circuit": len(self.circuit),
             "heads of the model": scores.n_layers * scores.n_heads,
-            "proxy direction (logits)": scores.direction,
+            "proxy direction (logits)": round(scores.direction, 3),
         }
-        facts |= {f"f(circuit) on {row['language']}": row["faithfulness"] for row in before}
+        for row in before:
+            facts[f"f(circuit) on {row['language']}"] = round(row["faithfulness"], 3)
         if curve is not None:
-            facts |= {"CPR": curve.cpr, "CMD": curve.cmd}
+            facts |= {"CPR": round(curve.cpr, 3), "CMD": round(curve.cmd, 3)}
         test = self.tasks[config.task.targets[0]].test
         return TransferResult(
             task=config.task.name,

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 ROLES = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V")
-SANDWICHED = ("gemma2", "gemma3")
 _NORMS = {
     "input_layernorm": "ln1", "ln_1": "ln1", "post_attention_layernorm": "ln2", "ln_2": "ln2",
     "q_norm": "attn.q_norm", "k_norm": "attn.k_norm",
@@ -123,18 +122,15 @@ def selected(
     heads: Iterable[tuple[int, int]],
     *,
     norms_of: str = "all",
-    kv: str = "shared",
 ) -> dict[str, Tensor]:
     """For each parameter by Hugging Face name, True at the elements that CT-SFT trains.
 
-    norms_of: "all" or "none"; kv: "shared", or "skip" for none of the key/value slices.
+    norms_of: "all" or "none".
     """
     masks = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in model.named_parameters()}
     for layer, head in heads:
         for role in ROLES:
             is_kv = role[-1] in "KV"
-            if is_kv and kv == "skip":
-                continue
             found = home(model, role, layer, kv_head_of(model, head) if is_kv else head)
             if found is not None:
                 masks[found.name][found.index] = True

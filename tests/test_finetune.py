@@ -254,9 +254,8 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
 ):
     seen = view(family, backend, tokenizer_folder, torch.float32)
     heads = ["L1H2"] if changes.get("keep_frozen") else HEADS
-    for scope in ("decision", "full", "lora") if n == 5 else ("decision",):
-        if scope == "lora" and not seen.is_bridge:
-            continue
+    # Where the interruption falls is the same for every scope; two of them have their own state.
+    for scope in {"gpt2": ("decision", "lora"), "llama": ("full",)}.get(family, ("decision",)):
         log, place = tmp_path / scope / "log.jsonl", tmp_path / scope / "run.json"
 
         def run(log: Path, scope: str = scope, **more: Any) -> FineTuneResult:
@@ -424,7 +423,7 @@ def run_script(place: Path, kill_at: int, *launcher: str) -> int:
     (place / "script.py").write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {"PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["PYTHONPATH"] = str(TESTS)
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS, TESTS.parent)))
     arguments = [sys.executable, *launcher, str(place / "script.py"), str(place), str(kill_at)]
     result = subprocess.run(
         arguments, capture_output=True, text=True, timeout=300, env=environment, check=False

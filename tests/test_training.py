@@ -298,6 +298,18 @@ def test_several_right_answers_share_the_probability(tokenizer_folder, tmp_path)
         assert steps_of(log)[0]["loss"] == pytest.approx(sum(expected) / 6, abs=1e-6)
 
 
+def test_steps_below_half_precision_add_up(tokenizer_folder):
+    """Each step is a sixteenth of what bf16 can tell from 1; the masters are float32."""
+    seen = view("llama", "bridge", tokenizer_folder, torch.bfloat16)
+    start = named_weights(seen)["ln_final.w"].clone()
+    plain = options(learning_rate=2**-11, schedule="constant", warmup=0.0, epochs=12)
+    train(seen, task(valid=0), plain)
+    found = named_weights(seen)["ln_final.w"]
+    near_1 = (start > 1) & (start < 2)
+    assert found.dtype == torch.bfloat16 and int(near_1.sum()) > 10
+    assert float((found != start)[near_1].double().mean()) > 0.5
+
+
 # Looking at validation data ------------------------------------------------------------------------
 
 
