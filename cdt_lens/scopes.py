@@ -41,7 +41,7 @@ def check_scope(scope: str) -> str:
     if scope not in SCOPES:
         raise InputError(
             f"scope {scope!r}: unknown{did_you_mean(scope, SCOPES)}; expected one of "
-            f"{', '.join(SCOPES)}"
+            f"{', '.join(SCOPES)}, auto"
         )
     return scope
 

@@ -100,7 +100,7 @@ def check_trainable(view: ModelView) -> None:
     """Refuse models whose weights are not the ones that were trained and can be exported.
 
     Raises:
-        UnsupportedModelError: folded norms, a parameter on another device than the rest.
+        UnsupportedModelError: folded norms.
     """
     kind = str(getattr(view.tl.cfg, "normalization_type", None))
     folded = kind.endswith("Pre") or bool(getattr(view.tl, "_weights_processed", False))
