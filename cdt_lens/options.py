@@ -14,10 +14,10 @@ from cdt_lens.errors import InputError
 from cdt_lens.prompts import did_you_mean
 
 SCOPES = ("decision", "near-zero", "random", "random-per-layer", "norms", "full", "lora")
-# Peak rates that did best on validation data (README, "Which learning rate?").
+# Peak rates that did best of those tried on SmolLM2-135M, on validation data (benchmarks/rates.py).
 DEFAULT_RATES: Mapping[str, float] = MappingProxyType(
-    {"norms": 1e-3, "full": 3e-5, "lora": 3e-4}
-    | dict.fromkeys(("decision", "near-zero", "random", "random-per-layer"), 3e-4)
+    {"norms": 1e-3, "full": 1e-4, "lora": 1e-3}
+    | dict.fromkeys(("decision", "near-zero", "random", "random-per-layer"), 1e-3)
 )
 
 # Those of transformers' schedules that need no more than warm-up and the number of steps.

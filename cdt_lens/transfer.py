@@ -163,10 +163,11 @@ class Transfer:
         config = self.config
         self.say(f"proxy stage: {config.model} on {config.task.source}")
         model = self._load(config.model)
+        # All languages: a mistake in the last one should not wait for the first one's training.
+        tasks = {name: make_language(config.task, name, model.tokenizer) for name in self.languages}
         task = with_train(
-            make_language(config.task, config.task.source, model.tokenizer),
-            config.proxy.examples, config.proxy.training.seed,
-        )  # fmt: skip
+            tasks[config.task.source], config.proxy.examples, config.proxy.training.seed
+        )
         checkpoint = self.folder / "proxy.checkpoint.json"
         found = finetune(
             model, task, scope="full", options=config.proxy.training,

@@ -213,3 +213,4 @@ def test_files_without_a_language_are_named(place: Path, tmp_path: Path):
     task = {"targets": ["elsewhere"]}
     with pytest.raises(InputError, match=r"expected \[task\.files\.elsewhere\]"):
         run_transfer(settings(place, task=task), tmp_path / "run", quiet, progress=False)
+    assert not (tmp_path / "run" / "proxy").exists(), "told before anything is trained"
