@@ -9,11 +9,12 @@
 from __future__ import annotations
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from cdt_lens.model import BlockCall, ModelView
+from cdt_lens.model import BlockCall, ModelView, at_least_float32
 from cdt_lens.tasks import Batch, Examples
 
 
@@ -31,6 +32,22 @@ class AnswerPass:
         self._calls: dict[int, tuple[BlockCall, ...]] = {}
 
     def __call__(self, batch: Batch) -> Float[Tensor, "batch d_vocab"]:
+        return self.view.read_out(self._answers(batch))
+
+    def candidates(self, batch: Batch) -> Float[Tensor, "batch k"]:
+        """Logits of the candidate tokens, unembedded in at least float32, to judge a model by.
+
+        In half precision whole logits lie on a coarse grid and tie.
+        """
+        view = self.view
+        normed = view.normed(self._answers(batch))
+        columns, offsets = view.unembedding(batch.candidates)
+        logits = einsum(at_least_float32(normed), columns, "b d, b k d -> b k") + offsets
+        cap = view.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _answers(self, batch: Batch) -> Float[Tensor, "batch d_model"]:
+        """The residual stream at the answer position, after the last block."""
         view = self.view
         if self.first_layer:
             resid = view.through(
@@ -39,12 +56,7 @@ class AnswerPass:
         else:
             resid = view.stream(batch.tokens)[0][-1]
         rows = torch.arange(len(batch.index), device=resid.device)
-        return view.read_out(resid[rows, batch.lengths.to(resid.device) - 1])
-
-    def candidates(self, batch: Batch) -> Float[Tensor, "batch k"]:
-        """Logits of the candidate tokens."""
-        logits = self(batch)
-        return logits.gather(1, batch.candidates.to(logits.device))
+        return resid[rows, batch.lengths.to(resid.device) - 1]
 
     def prepare(self, examples: Examples, batch_size: int) -> None:
         """Run the layers below once for all `examples`, in batches that do not depend on chance.

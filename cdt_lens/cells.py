@@ -14,6 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from cdt_lens.answers import AnswerPass
 from cdt_lens.artifacts import load_artifact, remove_artifact, save_artifact
 from cdt_lens.circuit import Circuit
 from cdt_lens.distributed import is_main, wait_for_all
@@ -25,7 +28,7 @@ from cdt_lens.model import view_of
 from cdt_lens.options import DEFAULT_RATES, TrainingOptions
 from cdt_lens.provenance import weight_hash
 from cdt_lens.scopes import scope_heads
-from cdt_lens.tasks import Task
+from cdt_lens.tasks import Batch, Task
 from cdt_lens.transfer_config import TransferConfig
 from cdt_lens.transfer_result import CELL_COLUMNS
 
@@ -93,6 +96,7 @@ class Cells:
         found = _kept(path, _CELL, key, self.say)
         if found is not None:
             return found
+        self._drop_stale(checkpoint, asdict(options))
         self.say(f"{target}, {scope}, seed {seed}")
         cell: dict[str, Any] = {"key": key, "history": []}
         common = {"target": target, "scope": scope, "seed": seed, "heads": len(heads)}
@@ -101,6 +105,7 @@ class Cells:
             result = finetune(
                 self.model, task, heads=self.circuit, scope=scope, source=self._source,
                 options=options, checkpoint=checkpoint, keep_checkpoint=True,
+                judge=lambda: (self._on_test(self.tasks[target]), self._on_test(self._source)),
                 log=place.with_name(f"{place.name}.log.jsonl"), progress=self.progress,
             )  # fmt: skip
         except NonFiniteError as error:
@@ -116,16 +121,27 @@ class Cells:
             remove_artifact(checkpoint)
         return cell
 
+    def _drop_stale(self, checkpoint: Path, options: dict[str, Any]) -> None:
+        """Remove what an interrupted cell with other settings has left."""
+        if not checkpoint.exists():
+            return
+        body, _ = load_artifact(checkpoint, format="cdt_lens.checkpoint", version=1)
+        wait_for_all()
+        if body["key"]["options"] != as_json(options) or body["key"]["model"] != self._hash:
+            self.say(f"{checkpoint}: of a run with other settings; removed")
+            if is_main():
+                remove_artifact(checkpoint)
+        wait_for_all()
+
     def _options(self, scope: str, seed: int) -> TrainingOptions:
         transfer = self.config.transfer
-        rate = transfer.learning_rates.get(scope) or transfer.training.learning_rate
-        return replace(transfer.training, seed=seed, learning_rate=rate or DEFAULT_RATES[scope])
+        rate = transfer.learning_rates.get(scope, transfer.training.learning_rate)
+        rate = DEFAULT_RATES[scope] if rate is None else rate
+        return replace(transfer.training, seed=seed, learning_rate=rate)
 
     def _judged(self, result: FineTuneResult, target: str) -> dict[str, Any]:
-        """The row of a finished cell; here, and only here, a trained model meets test data."""
-        with result.adapter.applied(self.model):
-            on_target = self._on_test(self.tasks[target])
-            on_source = self._on_test(self._source)
+        """The row of a finished cell."""
+        on_target, on_source = result.judged
         before = self.before(self.config.task.source)["accuracy"]
         self.say(
             f"  test accuracy {on_target.accuracy:.3f}, source {on_source.accuracy:.3f} "
@@ -142,11 +158,18 @@ class Cells:
         }  # fmt: skip
 
     def _on_test(self, task: Task) -> Evaluation:
+        """The last word: the test split, once a cell and once for the untouched model."""
         test = task.test
         n = self.config.task.test_examples
         if n is not None:
             test = drawn(test, n, self.config.task.seed)
-        return evaluate(self.model, test, task)
+        view = view_of(self.model)
+
+        def logits(batch: Batch) -> Tensor:
+            with view.quiet():
+                return AnswerPass(view).candidates(batch).float().cpu()
+
+        return evaluate(view, test, task, logits_of=logits)
 
     def _save_adapter(self, result: FineTuneResult, target: str, seed: int) -> None:
         small = result.scope not in ("full", "lora")

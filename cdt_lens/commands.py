@@ -183,9 +183,12 @@ def show_transfer(result: Any) -> None:
     )
     if len(result.auto):
         for rule, part in result.auto.groupby("rule"):
+            ties = int((part["better"] == "tie").sum())
+            decided = part[part["better"] != "tie"]
             tell(
                 f"scope auto, {rule} rule: the better of decision and near-zero in "
-                f"{int(part['right'].sum())} of {len(part)}"
+                f"{int(decided['right'].sum())} of {len(decided)}"
+                + (f", {ties} ties" if ties else "")
             )
 
 

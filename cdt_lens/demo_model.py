@@ -117,7 +117,7 @@ def _new_model(d_vocab: int, seed: int) -> LlamaForCausalLM:
         # So small a model learns slowly from the usual 0.02.
         initializer_range=0.08,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
 

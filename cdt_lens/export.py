@@ -58,7 +58,7 @@ def export(adapter: Adapter, base: str | Path, folder: str | Path) -> Path:
 
 def _fresh(kind: Any, config: Any, state: dict[str, Tensor]) -> Any:
     # Drawing random weights only to overwrite them would also move the global generator.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         model = kind(config)
     model = model.to(next(iter(state.values())).dtype)
     model.load_state_dict(state)

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -59,7 +59,8 @@ class FineTuneResult:
 
     heads: whose slices were trained; siblings: unselected query heads that share a trained
     key/value slice; history: one row a look at validation data, row 0 before the first step
-    (losses in nats, shares 0 to 1); best_epoch: the epoch whose values the adapter holds.
+    (losses in nats, shares 0 to 1); best_epoch: the epoch whose values the adapter holds, 0 where
+    no epoch was better than the model as it was.
     """
 
     scope: str
@@ -76,6 +77,7 @@ class FineTuneResult:
     seconds: float
     provenance: Provenance = field(repr=False)
     adapter: Adapter = field(repr=False)
+    judged: Any = field(default=None, repr=False)
 
     @property
     def before(self) -> pd.Series:
@@ -129,6 +131,7 @@ def finetune(
     keep_checkpoint: bool = False,
     log: str | Path | None = None,
     keep: bool = False,
+    judge: Callable[[], Any] | None = None,
     progress: bool = True,
     **changes: Any,
 ) -> FineTuneResult:
@@ -145,6 +148,8 @@ def finetune(
         unless `keep_checkpoint=True`: the same call then gives the same result again at once.
     log: a JSON-lines file with a line a step and a line a look.
     keep: leave the trained values in the model.
+    judge: called once with the best values in the model; what it returns is `result.judged`. For
+        `lora` in half precision that is more exact than its merged, rounded adapter.
     changes: training options by name, such as `epochs=5`, `learning_rate=1e-4`.
 
     Raises:
@@ -161,7 +166,7 @@ def finetune(
         found = finetune(
             view, task, heads=heads, scope=choice.scope, source=source, options=options,
             checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, log=log, keep=keep,
-            progress=progress,
+            judge=judge, progress=progress,
         )  # fmt: skip
         return replace(found, options={**found.options, "chosen_by": asdict(choice)})
     check_scope(scope)
@@ -191,6 +196,7 @@ def finetune(
                 AnswerPass(view, first_layer=first), trainable, task, options, source, stored,
                 None if log is None else Log(log), progress, f"{task.name} {scope}",
             ).run()  # fmt: skip
+            judged = None if judge is None else judge()
         sync_fused(view)
         learnt = trainable.learnt()
         adapter = Adapter(scope, chosen, learnt.slices, learnt.whole, provenance)
@@ -202,7 +208,8 @@ def finetune(
         _keep(view, trainable, adapter)
     if stored is not None and not keep_checkpoint:
         stored.remove()
-    return _result(view, scope, chosen, options, trainable, trained, adapter)
+    result = _result(view, scope, chosen, options, trainable, trained, adapter)
+    return replace(result, judged=judged)
 
 
 def _choose(

@@ -72,7 +72,7 @@ def load_model(
             )
         check_supported(view_of(source))
         return source
-    where = str(device) if device is not None else default_device()
+    where = _checked_device(device) if device is not None else default_device()
     with third_party_noise_off():
         hf_model, tokenizer = load_hugging_face(source, dtype=dtype)
         name = _name_of(source)
@@ -142,6 +142,16 @@ def _agrees(model: Any, tokens: Tensor, expected: Tensor, dtype: torch.dtype) ->
     if not bool(torch.isfinite(expected).all()):
         return True
     return bool((found - expected).norm() <= tolerance * expected.norm())
+
+
+def _checked_device(device: str | torch.device) -> str:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise InputError(f"device={device!r}: expected cpu, cuda or cuda:0 and so on") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device={str(device)!r}: this torch sees no GPU; use cpu")
+    return str(device)
 
 
 def default_device() -> str:

@@ -63,7 +63,7 @@ class LowRank:
         from peft import inject_adapter_in_model
 
         flags = {p: p.requires_grad for p in self._root.parameters()}
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with torch.random.fork_rng(), warnings.catch_warnings():
             # GPT-2's projections are kept both ways round; peft sets its flag right by itself.
             warnings.filterwarnings("ignore", message="fan_in_fan_out")
             torch.manual_seed(self._seed)

@@ -262,12 +262,15 @@ class ModelView:
             resid = out[0] if isinstance(out, tuple) else out
         return resid
 
+    def normed(self, resid: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_model"]:
+        """A few residual vectors after the final norm, in the caller's mode."""
+        if ("ln_final.in", self.n_layers) not in self._places:
+            return resid
+        return self.tl.ln_final(resid.unsqueeze(1))[:, 0]
+
     def read_out(self, resid: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_vocab"]:
         """Logits of a few residual vectors at the end, in the caller's mode, soft-capped."""
-        normed = resid.unsqueeze(1)
-        if ("ln_final.in", self.n_layers) in self._places:
-            normed = self.tl.ln_final(normed)
-        logits = at_least_float32(self.tl.unembed(normed)[:, 0])
+        logits = at_least_float32(self.tl.unembed(self.normed(resid).unsqueeze(1))[:, 0])
         cap = self.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

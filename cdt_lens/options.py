@@ -44,7 +44,8 @@ class TrainingOptions:
         norms and biases; clip: largest norm of the selected gradients (0: none).
     loss: cross-entropy over the label tokens, or over the whole vocabulary.
     norms: which norms the head scopes train; kv: see `slices.head_slices`; keep_frozen: run the
-        layers below the lowest trained one once per example instead of in every epoch.
+        layers below the lowest trained one once per example instead of in every epoch; it needs
+        norms="circuit" or "none", as there is no such layer while every norm is trained.
     checkpoint_every: steps between checkpoints within an epoch (None: at its end only).
     """
 

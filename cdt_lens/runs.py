@@ -165,7 +165,7 @@ def load_for(settings: Settings, say: Say) -> Any:
         InputError: an unknown dtype, or a model that cannot be loaded.
     """
     dtype = getattr(torch, settings.dtype, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise InputError(f"dtype={settings.dtype!r}: expected float32, bfloat16 or float64")
     say(f"loading {settings.model}")
     return load_model(settings.model, backend=settings.backend, device=settings.device, dtype=dtype)

@@ -166,7 +166,10 @@ class Trainer:
     def _advice(self) -> str:
         kept = "the model is as it was before training"
         if self.checkpoint is not None and self.checkpoint.path.exists():
-            kept = f"the last good state is in {self.checkpoint.path}"
+            kept = (
+                f"the last good state is kept in {self.checkpoint.path}; to train with other "
+                "options, remove it or name another place"
+            )
         return (
             f"{kept}. Lower the learning rate ({self.options.learning_rate:g} now) or clip harder"
         )

@@ -131,12 +131,15 @@ class Transfer:
         """Keep the settings in the folder, or check that they are the ones kept there."""
         path = self.folder / "transfer.json"
         wanted = self.config.to_dict()
-        wanted = {**wanted, "task": {**wanted["task"], "targets": ()}}
+        # Cells know their own data, so that targets, and their files, may be added later.
+        wanted = {**wanted, "task": {**wanted["task"], "targets": (), "files": {}}}
         for free in ("transfer", "device"):
             wanted.pop(free)
         wanted = as_json(wanted)
         if path.exists():
             kept = load_artifact(path, format=_RUN, version=1)[0]["settings"]
+            if isinstance(kept.get("task"), dict):
+                kept["task"]["files"] = {}
             different = [name for name in wanted if kept.get(name) != wanted[name]]
             if different:
                 raise InputError(
@@ -165,6 +168,9 @@ class Transfer:
         model = self._load(config.model)
         # All languages: a mistake in the last one should not wait for the first one's training.
         tasks = {name: make_language(config.task, name, model.tokenizer) for name in self.languages}
+        for each in tasks.values():
+            each.valid.require_some()
+            each.test.require_some()
         task = with_train(
             tasks[config.task.source], config.proxy.examples, config.proxy.training.seed
         )

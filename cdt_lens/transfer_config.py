@@ -26,6 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 from cdt_lens.errors import InputError
 from cdt_lens.options import SCOPES, TrainingOptions
 from cdt_lens.prompts import did_you_mean
+from cdt_lens.rules import PRESETS
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class TaskSettings:
     test_examples: int | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _at_least(1, test_examples=self.test_examples)
+
 
 @dataclass(frozen=True)
 class ProxySettings:
@@ -56,6 +60,9 @@ class ProxySettings:
     checkpoint: str | None = None
     examples: int | None = None
     training: TrainingOptions = field(default_factory=lambda: TrainingOptions(epochs=2))
+
+    def __post_init__(self) -> None:
+        _at_least(1, examples=self.examples)
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,22 @@ class DiscoverySettings:
     batch_size: int = 16
     rows: int | None = None
 
+    def __post_init__(self) -> None:
+        _at_least(
+            1, examples=self.examples, baseline_examples=self.baseline_examples, k=self.k,
+            faithfulness_examples=self.faithfulness_examples, draws=self.draws,
+            batch_size=self.batch_size, rows=self.rows,
+        )  # fmt: skip
+        if self.k is not None and self.fraction is not None:
+            raise InputError("circuit size: expected k or fraction, got both")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise InputError(f"fraction={self.fraction}: expected more than 0 and at most 1")
+        if self.rules not in PRESETS:
+            raise InputError(
+                f"rules={self.rules!r}: expected one of {', '.join(PRESETS)}"
+                f"{did_you_mean(self.rules, PRESETS)}"
+            )
+
 
 @dataclass(frozen=True)
 class TransferSettings:
@@ -87,6 +110,14 @@ class TransferSettings:
     learning_rates: dict[str, float] = field(default_factory=dict)
     save_adapters: bool = True
     training: TrainingOptions = field(default_factory=TrainingOptions)
+
+    def __post_init__(self) -> None:
+        _at_least(1, examples=self.examples, race_epochs=self.race_epochs)
+        wrong = {s: r for s, r in self.learning_rates.items() if not r > 0}
+        if wrong:
+            raise InputError(f"learning_rates: expected numbers above 0, got {wrong}")
+        if self.training.seed:
+            raise InputError(f"seed={self.training.seed}: expected seeds = [{self.training.seed}]")
 
 
 @dataclass(frozen=True)
@@ -156,20 +187,33 @@ def config_of(values: Mapping[str, Any], *, where: str = "settings") -> Transfer
         section = filled.get(name, {})
         if not isinstance(section, Mapping):
             raise InputError(f"{where}: {name}: expected a section [{name}], got {section!r}")
-        filled[name] = _checked(kind, _with_training(kind, section), f"{where}: [{name}]")
+        place = f"{where}: [{name}]"
+        filled[name] = _checked(kind, _with_training(kind, section, place), place)
     return _checked(TransferConfig, filled, where)
 
 
-def _with_training(kind: type, section: Mapping[str, Any]) -> dict[str, Any]:
+def _with_training(kind: Any, section: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Keys of the section's own, and the rest as its training options."""
     own = {f.name for f in fields(kind)}
     if "training" not in own:
         return dict(section)
     options = {f.name for f in fields(TrainingOptions)}
-    given = dict(section.get("training", {}))
+    nested = section.get("training", {})
+    if not isinstance(nested, Mapping):
+        raise InputError(f"{where}: training: expected a section, got {nested!r}")
+    # What is not given keeps the section's own default.
+    given = asdict(kind().training) | dict(nested)
+    for name in nested:
+        TrainingOptions().changed(**{name: nested[name]})
     given |= {key: value for key, value in section.items() if key in options}
     kept = {k: v for k, v in section.items() if k not in options and k != "training"}
-    return kept | ({"training": given} if given else {})
+    return kept | {"training": given}
+
+
+def _at_least(low: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < low:
+            raise InputError(f"{name}={value}: expected at least {low}")
 
 
 def _checked(kind: Any, values: Mapping[str, Any], where: str) -> Any:

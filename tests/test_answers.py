@@ -60,7 +60,8 @@ def test_candidates_are_the_logits_of_their_tokens(family, backend, tokenizer_fo
     with passes.view.quiet():
         whole, found = passes(batch), passes.candidates(batch)
     for row, tokens in enumerate(batch.candidates.tolist()):
-        assert found[row].tolist() == [float(whole[row, token]) for token in tokens]
+        expected = [float(whole[row, token]) for token in tokens]
+        assert found[row].tolist() == pytest.approx(expected, abs=1e-12)
 
 
 @models(("llama",))

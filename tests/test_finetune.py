@@ -27,8 +27,10 @@ from wrapped import needs_hooked, view, wrap
 import cdt_lens as cdt
 from cdt_lens import training
 from cdt_lens.adapter import Adapter
+from cdt_lens.answers import AnswerPass
 from cdt_lens.circuit import Circuit
 from cdt_lens.errors import ArtifactError, InputError, NonFiniteError, UnsupportedModelError
+from cdt_lens.evaluate import evaluate
 from cdt_lens.finetune import FineTuneResult, finetune
 from cdt_lens.heads import Head
 from cdt_lens.model import ModelView
@@ -84,8 +86,7 @@ def test_nothing_outside_the_scope_moves(family, backend, tokenizer_folder):
     seen.logits(prompts())  # at its first run a bridge attaches hooks of its own, for good
     before, base = values(seen), weight_hash(seen)
     circuit, data = circuit_for(seen), task(valid=0)
-    # The other scopes differ in the choice of heads or are parts of these.
-    for scope in scopes_of(seen) if family == "gpt2" else ("decision", "full"):
+    for scope in scopes_of(seen):
         with left_untouched(seen.tl):
             result = finetune(seen, data, heads=circuit, scope=scope, **QUICK)
         masks = may_move(seen, own, scope, result.heads)
@@ -96,6 +97,24 @@ def test_nothing_outside_the_scope_moves(family, backend, tokenizer_folder):
         for name, value in values(seen).items():
             assert_same_bits(value, before[name])
         assert result.adapter.elements == sum(int(mask.sum()) for mask in masks.values())
+
+
+@models(("llama",))
+def test_a_judge_sees_the_best_values_in_the_model(family, backend, tokenizer_folder):
+    """Also LoRA's in bf16, whose merged adapter is rounded to what the model can hold."""
+    seen = view(family, backend, tokenizer_folder, torch.bfloat16)
+    circuit, data = circuit_for(seen), task()
+    for scope in scopes_of(seen):
+        passes = AnswerPass(seen)
+
+        def judge(passes: AnswerPass = passes) -> float:
+            with seen.quiet():
+                return evaluate(seen, data.valid, data, logits_of=passes.candidates).loss
+
+        result = finetune(
+            seen, data, heads=circuit, scope=scope, judge=judge, **{**QUICK, "metric": "loss"}
+        )
+        assert result.judged == pytest.approx(float(result.after["target_loss"]), abs=1e-12)
 
 
 @models(("gpt2", "pythia"))

@@ -86,3 +86,30 @@ def test_files_that_cannot_be_read(tmp_path: Path):
     broken.write_text("model = ")
     with pytest.raises(InputError, match=r"broken\.toml: not a TOML file: "):
         read_config(broken)
+
+
+def test_a_section_keeps_its_own_defaults():
+    config = config_of(LEAST | {"proxy": {"learning_rate": 3e-5}})
+    assert config.proxy.training.epochs == 2
+    assert config.proxy.training.learning_rate == 3e-5
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "told"),
+    [
+        ("discovery", {"k": 0}, "k=0: expected at least 1"),
+        ("discovery", {"k": 3, "fraction": 0.1}, "expected k or fraction, got both"),
+        ("discovery", {"fraction": 7}, "fraction=7.0: expected more than 0"),
+        ("discovery", {"rules": "stabel"}, "rules='stabel': .*did you mean 'stable'?"),
+        ("transfer", {"examples": -1}, "examples=-1: expected at least 1"),
+        ("transfer", {"seed": 3}, r"seed=3: expected seeds = \[3\]"),
+        ("transfer", {"learning_rates": {"full": 0}}, "learning_rates: expected numbers above 0"),
+        ("proxy", {"training": {"epohcs": 9}}, "'epohcs': unknown; did you mean 'epochs'?"),
+        ("proxy", {"training": 3}, "training: expected a section, got 3"),
+    ],
+)
+def test_values_out_of_range_are_told_before_anything_runs(
+    section: str, change: dict[str, object], told: str
+):
+    with pytest.raises(InputError, match=told):
+        config_of(LEAST | {section: change})
