@@ -37,7 +37,8 @@ class AnswerPass:
     def candidates(self, batch: Batch) -> Float[Tensor, "batch k"]:
         """Logits of the candidate tokens, unembedded in at least float32, to judge a model by.
 
-        In half precision whole logits lie on a coarse grid and tie.
+        In half precision whole logits lie on a coarse grid and tie. No gradient reaches the
+        unembedding this way: train on the whole logits.
         """
         view = self.view
         normed = view.normed(self._answers(batch))

@@ -50,7 +50,7 @@ def backward(
         for batch in batches:
             if look:
                 seen.logits(prompts())
-            logits = passes.candidates(batch)
+            logits = passes(batch).gather(1, batch.candidates)
             loss = answer_loss(logits, batch.is_answer, batch.is_candidate).sum()
             if look:
                 seen.logits(prompts(3, 4))
