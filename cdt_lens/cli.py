@@ -55,7 +55,8 @@ def discover(
     task: Annotated[
         str,
         typer.Option(
-            help="nusax-senti, xnli, ioi, greater-than, gendered-pronoun, or files (your own)."
+            help="nusax-senti, xnli, ioi, greater-than, gendered-pronoun, pseudo-sentiment, or "
+            "files (your own)."
         ),
     ] = "nusax-senti",
     language: Annotated[
