@@ -62,19 +62,13 @@ def discover(
     language: Annotated[
         str | None, typer.Option(help="Such as english, javanese; xnli: en.")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder with the data sets; default: the hub.")
-    ] = None,
-    train: Annotated[Path | None, typer.Option(help="Your CSV, TSV or JSONL for training.")] = None,
+    data: commands.Data = None,
+    train: commands.TrainFile = None,
     valid: Annotated[Path | None, typer.Option(help="Likewise, for faithfulness.")] = None,
     test: Annotated[Path | None, typer.Option(help="Likewise, for the last word.")] = None,
-    template: Annotated[
-        str | None, typer.Option(help=r'Prompt with columns in braces: "{text}\nSentiment:".')
-    ] = None,
-    verbalizer: Annotated[
-        list[str] | None, typer.Option(help='label=" word", once a label; one token each.')
-    ] = None,
-    label_column: Annotated[str, typer.Option(help="Column with the label.")] = "label",
+    template: commands.Template = None,
+    verbalizer: commands.Verbalizer = None,
+    label_column: commands.LabelColumn = "label",
     shots: Annotated[int, typer.Option(min=0, help="Solved examples before every prompt.")] = 0,
     calibrate: Annotated[
         bool, typer.Option(help="Take the label prior off before judging accuracy.")
@@ -103,11 +97,9 @@ def discover(
     ablation: Annotated[
         bool, typer.Option(help="Also ablate each head exactly, and compare.")
     ] = False,
-    backend: Annotated[
-        Literal["auto", "hooked", "bridge"], typer.Option(help="Model class.")
-    ] = "auto",
-    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    backend: commands.ModelClass = "auto",
+    device: commands.Device = None,
+    dtype: commands.Dtype = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 16,
     rows: Annotated[
         int | None,

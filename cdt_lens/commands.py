@@ -12,6 +12,20 @@ from cdt_lens.console import say, tell, tell_table
 from cdt_lens.errors import InputError
 from cdt_lens.options import SCOPES, TrainingOptions
 
+# Options that several commands have.
+TrainFile = Annotated[Path | None, typer.Option(help="Your CSV, TSV or JSONL for training.")]
+Data = Annotated[Path | None, typer.Option(help="Folder with the data sets; default: the hub.")]
+Template = Annotated[
+    str | None, typer.Option(help=r'Prompt with columns in braces: "{text}\nSentiment:".')
+]
+Verbalizer = Annotated[
+    list[str] | None, typer.Option(help='label=" word", once a label; one token each.')
+]
+LabelColumn = Annotated[str, typer.Option(help="Column with the label.")]
+ModelClass = Annotated[Literal["auto", "hooked", "bridge"], typer.Option(help="Model class.")]
+Device = Annotated[str | None, typer.Option(help="Such as cuda or cpu.")]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+
 
 def finetune(
     model: Annotated[str, typer.Option(help="The checkpoint that does the source language.")],
@@ -25,19 +39,15 @@ def finetune(
     source: Annotated[
         str | None, typer.Option(help="The source language, to follow forgetting.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder with the data sets.")] = None,
-    train: Annotated[Path | None, typer.Option(help="Your CSV, TSV or JSONL for training.")] = None,
+    data: Data = None,
+    train: TrainFile = None,
     valid: Annotated[Path | None, typer.Option(help="Likewise, to choose the epoch by.")] = None,
     source_valid: Annotated[
         Path | None, typer.Option(help="Your file in the source language, to follow forgetting.")
     ] = None,
-    template: Annotated[
-        str | None, typer.Option(help=r'Prompt with columns in braces: "{text}\nSentiment:".')
-    ] = None,
-    verbalizer: Annotated[
-        list[str] | None, typer.Option(help='label=" word", once a label; one token each.')
-    ] = None,
-    label_column: Annotated[str, typer.Option(help="Column with the label.")] = "label",
+    template: Template = None,
+    verbalizer: Verbalizer = None,
+    label_column: LabelColumn = "label",
     epochs: Annotated[int, typer.Option(min=0, help="The most.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 16,
     learning_rate: Annotated[
@@ -51,11 +61,9 @@ def finetune(
         list[str] | None,
         typer.Option(help="Any other training option as name=value, such as norms=circuit."),
     ] = None,
-    backend: Annotated[
-        Literal["auto", "hooked", "bridge"], typer.Option(help="Model class.")
-    ] = "auto",
-    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    backend: ModelClass = "auto",
+    device: Device = None,
+    dtype: Dtype = "float32",
 ) -> None:
     """Train a circuit's heads (or a control) on a target language; the model itself is kept.
 
@@ -134,7 +142,7 @@ def export(
 def transfer(
     config: Annotated[Path, typer.Argument(help="TOML file; see the README.")],
     out: Annotated[Path, typer.Option(help="Run directory; an interrupted run goes on there.")],
-    device: Annotated[str | None, typer.Option(help="Such as cuda or cpu.")] = None,
+    device: Device = None,
 ) -> None:
     """Proxy stage, discovery, every scope x target x seed, and one report.
 

@@ -47,7 +47,7 @@ from cdt_lens.support import check_supported
 from cdt_lens.tasks import Task
 from cdt_lens.trainable import SlicesAndWholes, Trainable
 from cdt_lens.training import Trained, Trainer
-from cdt_lens.weights import check_trainable, own_weights, place, sync_fused
+from cdt_lens.weights import check_trainable, own_weights, place
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -197,7 +197,6 @@ def finetune(
                 None if log is None else Log(log), progress, f"{task.name} {scope}",
             ).run()  # fmt: skip
             judged = None if judge is None else judge()
-        sync_fused(view)
         learnt = trainable.learnt()
         adapter = Adapter(scope, chosen, learnt.slices, learnt.whole, provenance)
         done = True

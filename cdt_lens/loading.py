@@ -11,7 +11,7 @@ import contextlib
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,32 +93,45 @@ def _wrapped(
     scaling or a projection's bias, without a word; only the numbers tell.
     """
     family = type(hf_model).__name__
-    tokens, expected = _sample(hf_model)
     if _use_hooked(backend, family):
         try:
-            model = _hooked(hf_model, tokenizer, device, dtype, n_ctx)
-            if _agrees(model, tokens, expected, dtype):
-                return model
-        except _READING_FAILED as error:
-            reason = _first_line(error)
-        else:
-            reason = "its logits differ from Hugging Face's"
-        if backend == "hooked":
-            raise UnsupportedModelError(
-                f"{family}: HookedTransformer does not read this configuration right ({reason}); "
-                "use backend='bridge'"
-            )
+            return _agreeing(
+                hf_model, "HookedTransformer", dtype,
+                lambda: _hooked(hf_model, tokenizer, device, dtype, n_ctx),
+            )  # fmt: skip
+        except UnsupportedModelError as error:
+            if backend == "hooked":
+                raise UnsupportedModelError(f"{error}; use backend='bridge'") from error
+    return bridge_of(hf_model, tokenizer, device=device, dtype=dtype)
+
+
+def bridge_of(
+    hf_model: Any, tokenizer: Any, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Any:
+    """A bridge over a Hugging Face model; on the CPU it shares the model's memory.
+
+    Raises:
+        UnsupportedModelError: the bridge's logits are not the model's.
+    """
+    return _agreeing(
+        hf_model, "TransformerBridge", dtype, lambda: _bridge(hf_model, tokenizer, device, dtype)
+    )
+
+
+def _agreeing(hf_model: Any, kind: str, dtype: torch.dtype, make: Callable[[], Any]) -> Any:
+    """What `make` wraps around `hf_model`, once its logits equal those of Hugging Face."""
+    # Before wrapping: the bridge takes the model's modules apart.
+    tokens, expected = _sample(hf_model)
     try:
-        model = _bridge(hf_model, tokenizer, device, dtype)
+        model = make()
         if _agrees(model, tokens, expected, dtype):
-            return model
+            return model.eval()
+        reason = "its logits differ from Hugging Face's"
     except _READING_FAILED as error:
         reason = _first_line(error)
-    else:
-        reason = "its logits differ from Hugging Face's"
     raise UnsupportedModelError(
-        f"{family}: TransformerBridge does not read this configuration right ({reason}); no score "
-        "would be right"
+        f"{type(hf_model).__name__}: {kind} does not read this configuration right ({reason}); no "
+        "score would be right"
     )
 
 
@@ -324,22 +337,6 @@ def _bridge(hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype) -> A
             device=device, dtype=dtype,
         )  # fmt: skip
     model.tokenizer.name_or_path = tokenizer.name_or_path
-    return model
-
-
-def bridge_of(hf_model: Any, tokenizer: Any, *, dtype: torch.dtype = torch.float32) -> Any:
-    """A bridge over a Hugging Face model on the CPU, which shares its memory.
-
-    Raises:
-        UnsupportedModelError: the bridge's logits are not the model's.
-    """
-    tokens, expected = _sample(hf_model)
-    model = _bridge(hf_model, tokenizer, "cpu", dtype).eval()
-    if not _agrees(model, tokens, expected, dtype):
-        raise UnsupportedModelError(
-            f"{type(hf_model).__name__}: TransformerBridge does not read this configuration right "
-            "(its logits differ from Hugging Face's)"
-        )
     return model
 
 

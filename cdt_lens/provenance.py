@@ -60,8 +60,8 @@ class Provenance:
         if found != self.model_hash:
             raise ArtifactError(
                 f"{what} was made with model {self.model} (weights {self.model_hash[:12]}), "
-                f"this model is {view.name} (weights {found[:12]}); load that model or make "
-                "it again with this one"
+                f"this model is {view.name} (weights {found[:12]}, in {str(view.dtype)[6:]}); load "
+                "that model, in the type it had then, or make it again with this one"
             )
 
 

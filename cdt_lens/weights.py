@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from cdt_lens.errors import InputError, UnsupportedModelError
+from cdt_lens.errors import UnsupportedModelError
 from cdt_lens.model import ModelView
 
 # HookedTransformer keeps grouped keys and values under _W_K; W_K is then an expanded copy.
@@ -165,22 +165,3 @@ def first_tensor(module: Any, names: str) -> Tensor | None:
         if isinstance(value, Tensor):
             return value
     return None
-
-
-def write_weights(view: ModelView, values: dict[str, Tensor]) -> None:
-    """Write whole weights by canonical name.
-
-    Raises:
-        InputError: the model has no weight of a name, or one of another shape; nothing is written.
-    """
-    weights = named_weights(view)
-    for name, value in values.items():
-        if name not in weights or weights[name].shape != value.shape:
-            shape = tuple(weights[name].shape) if name in weights else "no such weight"
-            raise InputError(
-                f"weight {name}: expected shape {tuple(value.shape)}, {view.name} has {shape}"
-            )
-    with torch.no_grad():
-        for name, value in values.items():
-            weights[name].copy_(value)
-    sync_fused(view)

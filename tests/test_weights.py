@@ -8,10 +8,9 @@ from checks import assert_same_bits
 from hf_layout import ROLES, home, kv_heads, norms
 from shared import BOTH_CLASSES, EVERY_FAMILY, models, shared
 from tiny_models import build, prompts
-from tiny_training import values
 from wrapped import needs_hooked, view, wrap
 
-from cdt_lens.errors import InputError, UnsupportedModelError
+from cdt_lens.errors import UnsupportedModelError
 from cdt_lens.model import ModelView
 from cdt_lens.weights import (
     canonical,
@@ -24,7 +23,6 @@ from cdt_lens.weights import (
     own_weights,
     place,
     sync_fused,
-    write_weights,
 )
 
 
@@ -167,26 +165,6 @@ def test_sync_changes_nothing_where_nothing_was_written(family, backend, tokeniz
     sync_fused(ModelView(model))
     for name, parameter in model.named_parameters():
         assert_same_bits(parameter.detach(), before[name])
-
-
-# Writing whole weights -----------------------------------------------------------------------------
-
-
-@models(("gpt2", "llama"))
-def test_whole_weights_are_written_or_refused_together(family, backend, tokenizer_folder):
-    seen = view(family, backend, tokenizer_folder)
-    new = torch.randn_like(named_weights(seen)["blocks.0.attn.W_K"])
-    write_weights(seen, {"blocks.0.attn.W_K": new})
-    assert torch.equal(named_weights(seen)["blocks.0.attn.W_K"], new)
-    before = values(seen)
-    for name, bad, told in (
-        ("blocks.0.attn.W_V", new[:1], r"blocks.0.attn.W_V: expected shape \(1, .* has \("),
-        ("blocks.9.attn.W_V", new, r"blocks.9.attn.W_V: expected .* no such weight"),
-    ):
-        with pytest.raises(InputError, match=told):
-            write_weights(seen, {"blocks.0.attn.W_K": torch.zeros_like(new), name: bad})
-        for key, value in values(seen).items():
-            assert torch.equal(value, before[key]), key
 
 
 # Models that cannot be trained ---------------------------------------------------------------------
