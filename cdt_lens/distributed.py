@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import Any
 
@@ -18,14 +19,23 @@ def _state() -> Any | None:
         return None
     from accelerate import PartialState
 
+    ours = not torch.distributed.is_initialized()
     # Without a GPU accelerate would take each process for one by itself unless told so.
     state = PartialState(cpu=not torch.cuda.is_available())
+    if ours and torch.distributed.is_initialized():
+        atexit.register(_leave_group)
     if state.num_processes != launched:
         raise InputError(
             f"{launched} processes were launched but {state.num_processes} found each other; "
             "launch them with accelerate launch or torchrun"
         )
     return state
+
+
+def _leave_group() -> None:
+    # Left to the end of the interpreter, a process group's threads now and then abort the process.
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def shard() -> tuple[int, int]:

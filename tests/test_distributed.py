@@ -49,7 +49,7 @@ def one_example() -> Examples:
 
 
 SCRIPT = """
-import sys, warnings
+import atexit, os, sys, warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
 sys.path.insert(0, sys.argv[1])
@@ -58,6 +58,9 @@ torch.set_num_threads(1)
 from test_distributed import one_example, work
 from tiny_tasks import examples
 out = Path(sys.argv[2])
+# Called last: what was registered first is.
+left = out / f"left-{os.environ['RANK']}"
+atexit.register(lambda: left.write_text(str(torch.distributed.is_initialized())))
 work(out, examples(), checkpoint=out / "sweep.json")
 work(out, examples(), checkpoint=out / "sweep.json")
 work(out / "single", one_example())
@@ -107,6 +110,8 @@ def test_two_processes_give_what_one_gives(tmp_path: Path):
             assert scored.provenance.task_hash == alone_scored.provenance.task_hash
             metric, one = (json.loads((x / "metric.json").read_text()) for x in (theirs, alone))
             assert metric == pytest.approx(one, abs=ROUNDING)
+    # No process goes into the interpreter's end with its group's threads alive.
+    assert [(tmp_path / f"left-{rank}").read_text() for rank in (0, 1)] == ["False", "False"]
     # Each process keeps its own share of the sweep.
     assert len(list(tmp_path.glob("sweep*of2*.json"))) == 2
 
