@@ -37,7 +37,8 @@ from cdt_lens.faithfulness import (
     faithfulness_curve,
 )
 from cdt_lens.fetch import fetch
-from cdt_lens.finetune import FineTuneResult, finetune
+from cdt_lens.finetune import finetune
+from cdt_lens.finetune_result import FineTuneResult
 from cdt_lens.greedy import greedy_circuit
 from cdt_lens.head_scores import HeadScores, MethodAgreement, compare_scores
 from cdt_lens.heads import Head

@@ -22,13 +22,14 @@ from cdt_lens.circuit import Circuit
 from cdt_lens.distributed import is_main, wait_for_all
 from cdt_lens.errors import ArtifactError, NonFiniteError
 from cdt_lens.evaluate import Evaluation, evaluate
-from cdt_lens.finetune import FineTuneResult, finetune
+from cdt_lens.finetune import finetune
+from cdt_lens.finetune_result import FineTuneResult
 from cdt_lens.languages import drawn, with_train
 from cdt_lens.model import view_of
 from cdt_lens.options import DEFAULT_RATES, TrainingOptions
 from cdt_lens.provenance import weight_hash
 from cdt_lens.scopes import scope_heads
-from cdt_lens.tasks import Batch, Task
+from cdt_lens.tasks import Batch, Examples, Task
 from cdt_lens.transfer_config import TransferConfig
 from cdt_lens.transfer_result import CELL_COLUMNS
 
@@ -157,12 +158,14 @@ class Cells:
             "seconds": result.seconds, "stopped": result.stopped,
         }  # fmt: skip
 
+    def judged(self, task: Task) -> Examples:
+        """The test examples that a task is judged on: all, or as many as set, always the same."""
+        n = self.config.task.test_examples
+        return task.test if n is None else drawn(task.test, n, self.config.task.seed)
+
     def _on_test(self, task: Task) -> Evaluation:
         """The last word: the test split, once a cell and once for the untouched model."""
-        test = task.test
-        n = self.config.task.test_examples
-        if n is not None:
-            test = drawn(test, n, self.config.task.seed)
+        test = self.judged(task)
         view = view_of(self.model)
 
         def logits(batch: Batch) -> Tensor:

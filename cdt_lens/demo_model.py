@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from cdt_lens.errors import InputError
-from cdt_lens.loading import third_party_noise_off
+from cdt_lens.hugging_face import third_party_noise_off
 from cdt_lens.pseudo import TEMPLATE, VERBALIZER, pseudo_sentences, pseudo_vocabulary
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")

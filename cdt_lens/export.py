@@ -22,7 +22,8 @@ from torch import Tensor
 
 from cdt_lens.adapter import Adapter
 from cdt_lens.errors import InputError
-from cdt_lens.loading import bridge_of, load_hugging_face, third_party_noise_off
+from cdt_lens.hugging_face import load_hugging_face, third_party_noise_off
+from cdt_lens.loading import bridge_of
 from cdt_lens.model import ModelView
 
 

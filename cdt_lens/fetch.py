@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cdt_lens.errors import InputError
-from cdt_lens.loading import load_hugging_face, third_party_noise_off
+from cdt_lens.hugging_face import load_hugging_face, third_party_noise_off
 
 
 @dataclass(frozen=True)

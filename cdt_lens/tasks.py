@@ -112,6 +112,11 @@ class Examples(Sequence[Example]):
         found = Counter(item.label for item in self.items)
         return {label: found[label] for label in self.labels}
 
+    @property
+    def chance(self) -> float:
+        """Accuracy of always giving the commonest label, a share from 0 to 1."""
+        return max(self.counts.values()) / len(self)
+
     @cached_property
     def hash(self) -> str:
         """sha256 over tokens, label, answers and others of every example, in order."""

@@ -24,6 +24,7 @@ import torch
 from cdt_lens.ablation import circuit_metric
 from cdt_lens.artifacts import atomic_write, load_artifact, remove_artifact, save_artifact
 from cdt_lens.cells import Cells, as_json
+from cdt_lens.choices import choices
 from cdt_lens.circuit import Circuit
 from cdt_lens.distributed import is_main, wait_for_all
 from cdt_lens.errors import InputError
@@ -38,7 +39,6 @@ from cdt_lens.model import view_of
 from cdt_lens.provenance import provenance_of
 from cdt_lens.report import render_report
 from cdt_lens.runs import Run, Settings, most_balanced
-from cdt_lens.scopes import choose_by_gap, choose_by_race
 from cdt_lens.tasks import Task
 from cdt_lens.transfer_config import TransferConfig
 from cdt_lens.transfer_result import (
@@ -51,7 +51,6 @@ from cdt_lens.transfer_result import (
 
 Say = Callable[[str], None]
 _RUN, _PROXY = "cdt_lens.transfer_run", "cdt_lens.transfer_proxy"
-_RACERS = ("decision", "near-zero")
 
 
 def run_transfer(
@@ -283,7 +282,6 @@ class Transfer:
             facts[f"f(circuit) on {row['language']}"] = round(row["faithfulness"], 3)
         if curve is not None:
             facts |= {"CPR": round(curve.cpr, 3), "CMD": round(curve.cmd, 3)}
-        test = self.tasks[config.task.targets[0]].test
         return TransferResult(
             task=config.task.name,
             proxy=config.task.source,
@@ -291,51 +289,11 @@ class Transfer:
             scopes=config.transfer.scopes,
             cells=table([cell["row"] for cell in cells], CELL_COLUMNS),
             before=table(before, BEFORE_COLUMNS),
-            chance=max(test.counts.values()) / len(test),
-            auto=table(self._choices(before, cells), AUTO_COLUMNS),
+            chance=self.cells.judged(self.tasks[config.task.targets[0]]).chance,
+            auto=table(choices(config, self.tasks, before, cells), AUTO_COLUMNS),
             discovery=facts,
             settings=as_json(config.to_dict()),
             provenance=provenance_of(
                 view_of(self.model), self.source.train, options={"proxy": self.proxy}
             ),
         )
-
-    def _choices(
-        self, before: list[dict[str, Any]], cells: list[dict[str, Any]]
-    ) -> list[dict[str, Any]]:
-        """What each rule would have chosen, and whether the test split agrees afterwards."""
-        by_place = {(c["row"]["target"], c["row"]["seed"], c["row"]["scope"]): c for c in cells}
-        judged = {row["language"]: row["valid_accuracy"] for row in before}
-        rows = []
-        for target in self.config.task.targets:
-            for seed in self.config.transfer.seeds:
-                racers = {s: by_place.get((target, seed, s)) for s in _RACERS}
-                if any(cell is None or not cell["history"] for cell in racers.values()):
-                    continue
-                ran = {scope: cell for scope, cell in racers.items() if cell is not None}
-                rows += self._chosen(target, seed, ran, judged)
-        return rows
-
-    def _chosen(
-        self, target: str, seed: int, racers: Mapping[str, Any], judged: Mapping[str, float]
-    ) -> list[dict[str, Any]]:
-        valid = self.tasks[target].valid
-        chance = max(valid.counts.values()) / len(valid)
-        last = self.config.transfer.race_epochs
-        choices = [choose_by_gap(judged[self.config.task.source], judged[target], chance)]
-        raced = {
-            scope: next((r for r in cell["history"] if r["epoch"] >= last), cell["history"][-1])
-            for scope, cell in racers.items()
-        }
-        choices.append(choose_by_race(raced))
-        accuracy = {scope: cell["row"]["accuracy"] for scope, cell in racers.items()}
-        tie = len(set(accuracy.values())) == 1
-        better = "tie" if tie else max(accuracy, key=lambda scope: accuracy[scope])
-        return [
-            {
-                "target": target, "seed": seed, "rule": choice.rule, "chosen": choice.scope,
-                "better": better, "right": tie or better == choice.scope,
-                "inputs": ", ".join(f"{k} {v:.3f}" for k, v in choice.inputs.items()),
-            }
-            for choice in choices
-        ]  # fmt: skip

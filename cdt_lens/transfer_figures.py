@@ -34,7 +34,7 @@ from cdt_lens.transfer_tables import (
 )
 
 if TYPE_CHECKING:
-    from cdt_lens.finetune import FineTuneResult
+    from cdt_lens.finetune_result import FineTuneResult
     from cdt_lens.transfer_result import TransferResult
 
 # Colour and marker of each scope; the controls' colours are those of the faithfulness curve.

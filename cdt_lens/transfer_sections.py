@@ -29,7 +29,7 @@ from cdt_lens.transfer_tables import (
 )
 
 if TYPE_CHECKING:
-    from cdt_lens.finetune import FineTuneResult
+    from cdt_lens.finetune_result import FineTuneResult
     from cdt_lens.transfer_result import TransferResult
 
 

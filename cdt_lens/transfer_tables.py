@@ -20,7 +20,7 @@ from cdt_lens import tables
 from cdt_lens.markup import table_html
 
 if TYPE_CHECKING:
-    from cdt_lens.finetune import FineTuneResult
+    from cdt_lens.finetune_result import FineTuneResult
     from cdt_lens.transfer_result import TransferResult
 
 BEST, BELOW = "\u2605", "\u25bd"

@@ -12,7 +12,7 @@ import torch
 from cdt_lens.adapter import Adapter
 from cdt_lens.circuit import Circuit
 from cdt_lens.faithfulness import FaithfulnessCurve
-from cdt_lens.finetune import FineTuneResult
+from cdt_lens.finetune_result import FineTuneResult
 from cdt_lens.head_scores import HeadScores, MethodAgreement, compare_scores
 from cdt_lens.heads import Head
 from cdt_lens.metrics import MIB_FRACTIONS

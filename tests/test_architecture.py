@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "cdt_lens"
 RANKS = [
     ["console", "errors", "markup"],
     ["artifacts", "distributed", "heads", "metrics", "rules", "sites", "widgets"],
-    ["artists", "checkpoints", "model", "tasks"],
+    ["artists", "checkpoints", "hugging_face", "model", "tasks"],
     ["answers", "tables"],
     ["figures", "transfer_tables"],
     ["prompts", "sections", "support", "transfer_figures", "weights"],
@@ -26,7 +26,7 @@ RANKS = [
         "transfer_sections",
     ],
     ["adapter", "datasets", "demo_model", "fetch", "head_scores", "lora", "rule_hooks", "scopes"],
-    ["export", "languages", "propagate"],
+    ["export", "choices", "finetune_result", "languages", "propagate"],
     ["decompose", "evaluate"],
     ["ablation", "scores", "training", "views"],
     ["attribution", "faithfulness", "finetune", "greedy"],

@@ -31,7 +31,8 @@ from cdt_lens.answers import AnswerPass
 from cdt_lens.circuit import Circuit
 from cdt_lens.errors import ArtifactError, InputError, NonFiniteError, UnsupportedModelError
 from cdt_lens.evaluate import evaluate
-from cdt_lens.finetune import FineTuneResult, finetune
+from cdt_lens.finetune import finetune
+from cdt_lens.finetune_result import FineTuneResult
 from cdt_lens.heads import Head
 from cdt_lens.model import ModelView
 from cdt_lens.options import DEFAULT_RATES, SCOPES, TrainingOptions

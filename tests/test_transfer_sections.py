@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import sample_results as sample
 
-from cdt_lens.finetune import FineTuneResult
+from cdt_lens.finetune_result import FineTuneResult
 from cdt_lens.sections import Section
 from cdt_lens.transfer_result import TransferResult
 from cdt_lens.transfer_sections import fine_tune_section, transfer_section
