@@ -42,25 +42,26 @@ BaselineAt = Callable[[int], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
-    """Reference values of z for every head.
+    """Reference values of z for every head, and of the outputs of MLPs if asked for.
 
     kind: one of the slots, "zero" or "counterfactual"; means: `[layer, slot, head, d_head]`, in
     the units of z (empty unless the kind is a slot); pairs: the tokens of each prompt's
-    counterfactual.
+    counterfactual; mlp_means: of what each MLP adds to the residual stream, or None.
     """
 
     kind: str
     means: Float[Tensor, "layer slot head d_head"] = field(repr=False)
     provenance: Provenance = field(repr=False)
     pairs: Mapping[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False)
+    mlp_means: Float[Tensor, "layer slot d_model"] | None = field(default=None, repr=False)
 
     @property
     def hash(self) -> str:
         """sha256 of everything that changes a number: kind, model, task and the means."""
-        means = hashlib.sha256(self.means.contiguous().numpy().tobytes()).hexdigest()
         told = self.provenance
         pairs = sorted([list(k), list(v)] for k, v in self.pairs.items())
-        return content_hash([self.kind, told.model_hash, told.task_hash, means, pairs])
+        what = [self.kind, told.model_hash, told.task_hash, _digest(self.means), pairs]
+        return content_hash(what + ([] if self.mlp_means is None else [_digest(self.mlp_means)]))
 
     def check_model(self, model: nn.Module | ModelView) -> None:
         """Refuse to use the baseline with a model whose weights are not those it was made with.
@@ -93,6 +94,26 @@ class Baseline:
         means = self.means.to(view.device, view.dtype)
         return lambda layer: means[layer][slots]
 
+    def mlps_for_batch(self, view: ModelView, batch: Batch) -> BaselineAt:
+        """The same for what MLPs add to the stream: of the layer, giving `[batch, pos, d_model]`.
+
+        Raises:
+            InputError: the baseline was made without MLPs, or for another model or prompts.
+        """
+        if self.kind == "zero":
+            return self.for_batch(view, batch)
+        if self.kind == "counterfactual":
+            return self._paired(view, batch, "mlp_out")
+        if self.mlp_means is None:
+            raise InputError(
+                "baseline: it holds no values for MLPs; make it with mean_activations(model, "
+                "examples, mlps=True)"
+            )
+        self.for_batch(view, batch)  # refuses another model
+        slots = self._slots(batch.lengths, batch.tokens.shape[1]).to(view.device)
+        means = self.mlp_means.to(view.device, view.dtype)
+        return lambda layer: means[layer][slots]
+
     def _slots(self, lengths: Int[Tensor, " batch"], n_pos: int) -> Int[Tensor, "batch pos"]:
         return _slot_of(self.kind, lengths, n_pos).clamp(max=self._last_slot(n_pos))
 
@@ -105,7 +126,7 @@ class Baseline:
             )
         return n_slots - 1
 
-    def _paired(self, view: ModelView, batch: Batch) -> BaselineAt:
+    def _paired(self, view: ModelView, batch: Batch, site: str = "z") -> BaselineAt:
         tokens = batch.tokens.clone()
         for row, length in enumerate(batch.lengths.tolist()):
             ids = self.pairs.get(tuple(batch.tokens[row, :length].tolist()))
@@ -115,8 +136,8 @@ class Baseline:
                     "baseline with the examples that are scored"
                 )
             tokens[row, :length] = torch.tensor(ids)
-        trace = view.run(tokens, [("z", layer) for layer in range(view.n_layers)])
-        return lambda layer: trace["z", layer]
+        trace = view.run(tokens, [s for s in view.sites if s[0] == site])
+        return lambda layer: trace[site, layer]
 
     def save(self, path: str | Path) -> Path:
         """Save as JSON beside safetensors, atomically; counterfactual baselines are not files.
@@ -128,6 +149,8 @@ class Baseline:
             raise InputError("a counterfactual baseline holds prompts, not means; save the task")
         body = {"kind": self.kind, "provenance": self.provenance.to_dict()}
         tensors = {"means": self.means} if self.means.numel() else {}
+        if self.mlp_means is not None:
+            tensors["mlp_means"] = self.mlp_means
         return save_artifact(path, body, format="cdt_lens.baseline", version=1, tensors=tensors)
 
     @classmethod
@@ -140,9 +163,14 @@ class Baseline:
         body, tensors = load_artifact(path, format="cdt_lens.baseline", version=1)
         try:
             told = Provenance.from_dict(body["provenance"])
-            return cls(body["kind"], tensors.get("means", torch.zeros(0, 0, 0, 0)), told)
+            means = tensors.get("means", torch.zeros(0, 0, 0, 0))
+            return cls(body["kind"], means, told, mlp_means=tensors.get("mlp_means"))
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"{path}: not a whole baseline file ({error})") from error
+
+
+def _digest(means: Tensor) -> str:
+    return hashlib.sha256(means.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _slot_of(kind: str, lengths: Int[Tensor, " batch"], n_pos: int) -> Int[Tensor, "batch pos"]:
@@ -163,11 +191,13 @@ def mean_activations(
     examples: Examples,
     *,
     positions: Slots = "answer",
+    mlps: bool = False,
     batch_size: int = 16,
     progress: bool = True,
 ) -> Baseline:
     """Label-balanced mean of every head's z over `examples` (method.md §2), in one pass.
 
+    mlps: of what every MLP adds to the residual stream as well, as graphs of circuits need.
     Under `accelerate launch` each process reads its share and the sums are added.
 
     Raises:
@@ -179,28 +209,49 @@ def mean_activations(
     examples.require_some()
     view = view_of(model)
     check_supported(view)
-    sums, counts = _streaming_sums(view, examples, positions, batch_size, progress)
+    sums, mlp_sums, counts = _streaming_sums(view, examples, positions, mlps, batch_size, progress)
     if positions == "answer" and not bool(counts[:, 0].any()):
         raise InputError(
             f"{examples.name}: no prompt has a position before the answer, so there is no mean for "
             "it; use positions='pooled'"
         )
-    per_label = sums / counts.clamp(min=1)[:, None, :, None, None]
-    # A slot that some label never reaches (its prompts are shorter) is a mean over the others.
-    present = (counts > 0).double()
-    weights = present / present.sum(0).clamp(min=1)
-    means = torch.einsum("ns,nlshd->lshd", weights, per_label)
+    means = _balanced(rearrange(sums, "n l s h d -> n l s (h d)"), counts)
+    means = rearrange(means, "l s (h d) -> l s h d", h=view.n_heads)
+    mlp_means = None if mlp_sums is None else _balanced(mlp_sums, counts)
     if not bool(torch.isfinite(means).all()):
         raise InputError(f"{view.name}: z is not finite on {examples.name}; check the weights")
     options = {"kind": positions}
     provenance = provenance_of(view, examples, options=options)
-    return Baseline(positions, means.to(torch.float32), provenance)
+    return Baseline(
+        positions, means.float(), provenance,
+        mlp_means=None if mlp_means is None else mlp_means.float(),
+    )  # fmt: skip
+
+
+def _balanced(
+    sums: Float[Tensor, "label layer slot d"], counts: Float[Tensor, "label slot"]
+) -> Float[Tensor, "layer slot d"]:
+    """The mean over labels of each label's mean."""
+    per_label = sums / counts.clamp(min=1)[:, None, :, None]
+    # A slot that some label never reaches (its prompts are shorter) is a mean over the others.
+    present = (counts > 0).double()
+    weights = present / present.sum(0).clamp(min=1)
+    return torch.einsum("ns,nlsd->lsd", weights, per_label)
 
 
 def _streaming_sums(
-    view: ModelView, examples: Examples, positions: Slots, batch_size: int, progress: bool
-) -> tuple[Float[Tensor, "label layer slot head d_head"], Float[Tensor, "label slot"]]:
-    """Sums of z and numbers of positions, per label and slot; added up over processes."""
+    view: ModelView,
+    examples: Examples,
+    positions: Slots,
+    mlps: bool,
+    batch_size: int,
+    progress: bool,
+) -> tuple[
+    Float[Tensor, "label layer slot head d_head"],
+    Float[Tensor, "label layer slot d_model"] | None,
+    Float[Tensor, "label slot"],
+]:
+    """Sums of z, of MLP outputs, and numbers of positions, per label and slot; of all processes."""
     longest = max(len(example.tokens) for example in examples)
     # "right" has one slot more, the mean of all positions, for longer prompts than these.
     n_slots = {"answer": 2, "pooled": 1, "right": longest + 1}.get(positions, longest)
@@ -210,10 +261,12 @@ def _streaming_sums(
         n_labels, view.n_layers, n_slots, view.n_heads, view.d_head, dtype=torch.float64
     )
     counts = torch.zeros(n_labels, n_slots, dtype=torch.float64)
+    mlp_sums = torch.zeros(n_labels, view.n_layers, n_slots, view.d_model, dtype=torch.float64)
     sites = [("z", layer) for layer in range(view.n_layers)]
+    mlp_sites = [s for s in view.sites if s[0] == "mlp_out"] if mlps else []
     batches = list(examples.batches(batch_size, shard=shard()))
     for batch in tqdm(batches, desc="baseline", disable=not (progress and is_main()), leave=False):
-        trace = view.run(batch.tokens, sites)
+        trace = view.run(batch.tokens, [*sites, *mlp_sites])
         n_pos = batch.tokens.shape[1]
         slots = _slot_of(positions, batch.lengths, n_pos)
         real = torch.arange(n_pos) < batch.lengths[:, None]
@@ -227,7 +280,11 @@ def _streaming_sums(
             z = trace["z", layer].cpu().double()
             per_example = torch.einsum("bps,bphd->bshd", member, z)
             sums[:, layer] += torch.einsum("bn,bshd->nshd", label, per_example)
-    return sum_over_processes(sums), sum_over_processes(counts)
+        for site in mlp_sites:
+            out = torch.einsum("bps,bpd->bsd", member, trace[site].cpu().double())
+            mlp_sums[:, site[1]] += torch.einsum("bn,bsd->nsd", label, out)
+    summed = sum_over_processes(mlp_sums) if mlps else None
+    return sum_over_processes(sums), summed, sum_over_processes(counts)
 
 
 def zero_baseline(model: nn.Module | ModelView, examples: Examples) -> Baseline:

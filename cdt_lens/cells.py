@@ -6,8 +6,6 @@ Each cell is a file with its row of the table, its history and the key of what i
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -17,10 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from cdt_lens.answers import AnswerPass
-from cdt_lens.artifacts import load_artifact, remove_artifact, save_artifact
+from cdt_lens.artifacts import load_artifact, remove_artifact
 from cdt_lens.circuit import Circuit
 from cdt_lens.distributed import is_main, wait_for_all
-from cdt_lens.errors import ArtifactError, NonFiniteError
+from cdt_lens.errors import NonFiniteError
 from cdt_lens.evaluate import Evaluation, evaluate
 from cdt_lens.finetune import finetune
 from cdt_lens.finetune_result import FineTuneResult
@@ -28,6 +26,7 @@ from cdt_lens.languages import drawn, with_train
 from cdt_lens.model import view_of
 from cdt_lens.options import DEFAULT_RATES, TrainingOptions
 from cdt_lens.provenance import weight_hash
+from cdt_lens.runs import as_json, file_name, keep, kept
 from cdt_lens.scopes import scope_heads
 from cdt_lens.tasks import Batch, Examples, Task
 from cdt_lens.transfer_config import TransferConfig
@@ -64,10 +63,10 @@ class Cells:
 
     def before(self, language: str) -> dict[str, Any]:
         """The untouched proxy model on a language."""
-        path = self.folder / "before" / f"{_file_name(language)}.json"
+        path = self.folder / "before" / f"{file_name(language)}.json"
         task = self.tasks[language]
         key = {"model": self._hash, "task": task.hash}
-        found = _kept(path, _BEFORE, key, self.say)
+        found = kept(path, _BEFORE, key, self.say)
         if found is not None:
             return found["row"]
         self.say(f"the proxy model as it is on {task.name}")
@@ -77,12 +76,12 @@ class Cells:
             "valid_accuracy": evaluate(self.model, task.valid, task).accuracy,
             "examples": test.examples, "faithfulness": self.faithfulness(task),
         }  # fmt: skip
-        _keep(path, _BEFORE, {"key": key, "row": row})
+        keep(path, _BEFORE, {"key": key, "row": row})
         return row
 
     def cell(self, target: str, scope: str, seed: int) -> dict[str, Any]:
         """One target, scope and seed: train, then judge on the test splits."""
-        place = self.folder / "cells" / _file_name(target) / f"{scope}-{seed}"
+        place = self.folder / "cells" / file_name(target) / f"{scope}-{seed}"
         path = place.with_name(f"{place.name}.json")
         checkpoint = place.with_name(f"{place.name}.checkpoint.json")
         options = self._options(scope, seed)
@@ -94,7 +93,7 @@ class Cells:
                 "heads": [str(head) for head in heads], "options": asdict(options),
             }
         )  # fmt: skip
-        found = _kept(path, _CELL, key, self.say)
+        found = kept(path, _CELL, key, self.say)
         if found is not None:
             return found
         self._drop_stale(checkpoint, asdict(options))
@@ -117,7 +116,7 @@ class Cells:
             cell["row"] = common | self._judged(result, target)
             cell["history"] = result.history.to_dict("records")
             self._save_adapter(result, target, seed)
-        _keep(path, _CELL, cell)
+        keep(path, _CELL, cell)
         if is_main():
             remove_artifact(checkpoint)
         return cell
@@ -178,34 +177,4 @@ class Cells:
         small = result.scope not in ("full", "lora")
         if self.config.transfer.save_adapters and small and is_main():
             name = f"{result.scope}-{seed}"
-            result.adapter.save(self.folder / "adapters" / _file_name(target) / name)
-
-
-def _kept(path: Path, format: str, key: Mapping[str, Any], say: Say) -> dict[str, Any] | None:
-    """What an earlier call has saved for the same key."""
-    if not path.exists():
-        return None
-    try:
-        body, _ = load_artifact(path, format=format, version=1)
-    except ArtifactError as error:
-        say(f"{error}; making it again")
-        return None
-    if body["key"] != as_json(dict(key)):
-        say(f"{path} was made with other settings or data; making it again")
-        return None
-    return body
-
-
-def _keep(path: Path, format: str, body: Mapping[str, Any]) -> None:
-    if is_main():
-        save_artifact(path, body, format=format, version=1)
-    wait_for_all()
-
-
-def as_json(value: Any) -> Any:
-    """As it is read back from JSON: tuples become lists."""
-    return json.loads(json.dumps(value))
-
-
-def _file_name(language: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", language)
+            result.adapter.save(self.folder / "adapters" / file_name(target) / name)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from cdt_lens import figures
 from cdt_lens.artifacts import load_artifact, save_artifact
 from cdt_lens.errors import ArtifactError, InputError
+from cdt_lens.graph import Graph
 from cdt_lens.heads import Head, all_heads, check_heads, heads_to_mask
 from cdt_lens.markup import figure_html
 from cdt_lens.model import ModelView, view_of
@@ -34,10 +35,11 @@ class Circuit:
     """Heads of one model for one task.
 
     heads: in order; scores, stderr: of all heads, `[layer, head]`, signed, in logits (+ pushes
-    towards the gold label), or None; selection: how the heads were chosen from the scores.
+    towards the gold label), or None; selection: how the heads were chosen from the scores; graph:
+    what heads and MLPs hand to each other, if that is known.
 
     Raises:
-        InputError: a head lies outside the model.
+        InputError: a head lies outside the model, or the graph is of another model's shape.
     """
 
     heads: tuple[Head, ...]
@@ -47,9 +49,17 @@ class Circuit:
     stderr: Float[Tensor, "layer head"] | None = field(default=None, repr=False)
     selection: Mapping[str, Any] = field(default_factory=dict)
     provenance: Provenance | None = field(default=None, repr=False)
+    graph: Graph | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", check_heads(self.heads, self.n_layers, self.n_heads))
+        for name in ("n_layers", "n_heads"):
+            own = getattr(self, name)
+            if self.graph is not None and getattr(self.graph, name) != own:
+                raise InputError(
+                    f"circuit: {name}={own}, its graph has {getattr(self.graph, name)}; "
+                    "give the graph of the same model"
+                )
 
     def __len__(self) -> int:
         return len(self.heads)
@@ -87,6 +97,8 @@ class Circuit:
         scored = Scored.kept_by(self)
         if scored is not None:
             title += str(figure_html(figures.heatmap(scored, circuit=self)))
+        if self.graph is not None:
+            title += self.graph._repr_html_()
         return title + self.to_dataframe().to_html(index=False, float_format="{:+.4f}".format)
 
     def check_model(self, model: nn.Module | ModelView) -> None:
@@ -104,13 +116,15 @@ class Circuit:
         Raises:
             InputError: the place cannot be written.
         """
-        body = {
+        body: dict[str, Any] = {
             "heads": [str(head) for head in self.heads],
             "n_layers": self.n_layers,
             "n_heads": self.n_heads,
             "selection": dict(self.selection),
             "provenance": None if self.provenance is None else self.provenance.to_dict(),
         }
+        if self.graph is not None:
+            body["graph"] = self.graph.to_dict()
         named = {"scores": self.scores, "stderr": self.stderr}
         tensors = {name: value for name, value in named.items() if value is not None}
         return save_artifact(path, body, format=_FORMAT, version=_VERSION, tensors=tensors)
@@ -124,7 +138,7 @@ class Circuit:
         """
         body, tensors = load_artifact(path, format=_FORMAT, version=_VERSION)
         try:
-            provenance = body["provenance"]
+            provenance, graph = body["provenance"], body.get("graph")
             return cls(
                 heads=tuple(Head.parse(text) for text in body["heads"]),
                 n_layers=body["n_layers"],
@@ -133,6 +147,7 @@ class Circuit:
                 stderr=tensors.get("stderr"),
                 selection=body["selection"],
                 provenance=None if provenance is None else Provenance.from_dict(provenance),
+                graph=None if graph is None else Graph.from_dict(graph),
             )
         except (KeyError, TypeError, InputError) as error:
             raise ArtifactError(f"{path}: not a whole circuit file ({error})") from error

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from cdt_lens import commands
+from cdt_lens import commands, compare_command, convert_command
 from cdt_lens.console import err, out, say
 from cdt_lens.errors import CdtLensError
 
@@ -32,6 +32,8 @@ app = typer.Typer(
 
 for _command in (commands.finetune, commands.export, commands.transfer, commands.demo):
     app.command()(_command)
+app.command()(compare_command.compare)
+app.command()(convert_command.convert)
 
 
 @app.command()
@@ -52,16 +54,8 @@ def fetch(
 def discover(
     model: Annotated[str, typer.Option(help="Hub name, Hugging Face folder or .gguf file.")],
     out: Annotated[Path, typer.Option(help="Run directory; an interrupted run goes on there.")],
-    task: Annotated[
-        str,
-        typer.Option(
-            help="nusax-senti, xnli, ioi, greater-than, gendered-pronoun, pseudo-sentiment, or "
-            "files (your own)."
-        ),
-    ] = "nusax-senti",
-    language: Annotated[
-        str | None, typer.Option(help="Such as english, javanese; xnli: en.")
-    ] = None,
+    task: commands.TaskName = "nusax-senti",
+    language: commands.Language = None,
     data: commands.Data = None,
     train: commands.TrainFile = None,
     valid: Annotated[Path | None, typer.Option(help="Likewise, for faithfulness.")] = None,
@@ -69,21 +63,16 @@ def discover(
     template: commands.Template = None,
     verbalizer: commands.Verbalizer = None,
     label_column: commands.LabelColumn = "label",
-    shots: Annotated[int, typer.Option(min=0, help="Solved examples before every prompt.")] = 0,
+    shots: commands.Shots = 0,
     calibrate: Annotated[
         bool, typer.Option(help="Take the label prior off before judging accuracy.")
     ] = False,
-    examples: Annotated[int, typer.Option(min=1, help="Examples to score, balanced.")] = 48,
-    baseline_examples: Annotated[
-        int | None, typer.Option(min=1, help="Examples to average; default: all of train.")
-    ] = None,
+    examples: commands.Scored = 48,
+    baseline_examples: commands.Averaged = None,
     rules: Annotated[
         Literal["stable", "official", "linear", "ablation"], typer.Option(help="Propagation rules.")
     ] = "stable",
-    positions: Annotated[
-        Literal["answer", "pooled", "right", "left"],
-        typer.Option(help="Positions that share a mean."),
-    ] = "answer",
+    positions: commands.Positions = "answer",
     direction: Annotated[
         Literal["mean", "strongest"], typer.Option(help="Competing labels.")
     ] = "mean",
@@ -100,12 +89,9 @@ def discover(
     backend: commands.ModelClass = "auto",
     device: commands.Device = None,
     dtype: commands.Dtype = "float32",
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 16,
-    rows: Annotated[
-        int | None,
-        typer.Option(min=1, help="Rows (sources x examples) per pass; default by length."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Decides every draw.")] = 0,
+    batch_size: commands.BatchSize = 16,
+    rows: commands.Rows = None,
+    seed: commands.Seed = 0,
 ) -> None:
     """Score every head on a task and select its circuit.
 
@@ -114,16 +100,13 @@ def discover(
     """
     from cdt_lens import experiment, runs
 
-    paths = {"train": train, "valid": valid, "test": test}
-    settings = runs.Settings(
-        model=model, task=task, language=language, data=None if data is None else str(data),
-        files={name: str(path) for name, path in paths.items() if path is not None},
-        template=None if template is None else template.replace(r"\n", "\n"),
-        verbalizer=commands.words_of(verbalizer or []), label_column=label_column, shots=shots,
-        calibrate=calibrate, backend=backend, device=device, dtype=dtype, rules=rules,
-        positions=positions, direction=direction, examples=examples,
-        baseline_examples=baseline_examples, k=k, fraction=fraction, by=by,
-        batch_size=batch_size, rows=rows, seed=seed,
+    settings = commands.task_settings(
+        model=model, task=task, language=language, data=data,
+        files={"train": train, "valid": valid, "test": test}, template=template,
+        verbalizer=verbalizer, label_column=label_column, shots=shots, calibrate=calibrate,
+        backend=backend, device=device, dtype=dtype, rules=rules, positions=positions,
+        direction=direction, examples=examples, baseline_examples=baseline_examples, k=k,
+        fraction=fraction, by=by, batch_size=batch_size, rows=rows, seed=seed,
     )  # fmt: skip
     run = runs.start_run(settings, out, say)
     circuit, scores, _ = experiment.discover(run, say)
@@ -186,12 +169,16 @@ def report(
 
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(help="A circuit, an adapter, or a transfer result.")],
+    file: Annotated[
+        Path, typer.Argument(help="A circuit, an adapter, a comparison or a transfer result.")
+    ],
 ) -> None:
     """What a file holds, and where it came from."""
     from cdt_lens.adapter import Adapter
     from cdt_lens.artifacts import artifact_format
     from cdt_lens.circuit import Circuit
+    from cdt_lens.comparison import Comparison
+    from cdt_lens.planted_comparison import PlantedComparison
     from cdt_lens.transfer_result import TransferResult
 
     path = file / "adapter.json" if file.is_dir() else file
@@ -208,11 +195,20 @@ def show(
         result = TransferResult.load(path)
         commands.show_transfer(result)
         provenance = result.provenance
+    elif kind == "cdt_lens.comparison":
+        compared = Comparison.load(path)
+        compare_command.show_comparison(compared)
+        provenance = compared.provenance
+    elif kind == "cdt_lens.planted_comparison":
+        compare_command.show_planted(PlantedComparison.load(path))
+        provenance = None
     else:
         circuit = Circuit.load(path)
         heads = circuit.n_layers * circuit.n_heads
         print(f"{len(circuit)} of {heads} heads, {dict(circuit.selection)}")
         _table(circuit.to_dataframe().to_dict("records"))
+        if circuit.graph is not None:
+            commands.tell_graph(circuit.graph)
         provenance = circuit.provenance
     if provenance is not None:
         for name, value in provenance.to_dict().items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,30 @@ LabelColumn = Annotated[str, typer.Option(help="Column with the label.")]
 ModelClass = Annotated[Literal["auto", "hooked", "bridge"], typer.Option(help="Model class.")]
 Device = Annotated[str | None, typer.Option(help="Such as cuda or cpu.")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+# Options of the commands that score heads.
+TaskName = Annotated[
+    str,
+    typer.Option(
+        help="nusax-senti, xnli, ioi, greater-than, gendered-pronoun, pseudo-sentiment, or "
+        "files (your own)."
+    ),
+]
+Language = Annotated[str | None, typer.Option(help="Such as english, javanese; xnli: en.")]
+Shots = Annotated[int, typer.Option(min=0, help="Solved examples before every prompt.")]
+Scored = Annotated[int, typer.Option(min=1, help="Examples to score, balanced.")]
+Averaged = Annotated[
+    int | None, typer.Option(min=1, help="Examples to average; default: all of train.")
+]
+Positions = Annotated[
+    Literal["answer", "pooled", "right", "left"],
+    typer.Option(help="Positions that share a mean."),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Examples per batch.")]
+Rows = Annotated[
+    int | None,
+    typer.Option(min=1, help="Rows (sources x examples) per pass; default by length."),
+]
+Seed = Annotated[int, typer.Option(help="Decides every draw.")]
 
 
 def finetune(
@@ -73,18 +98,15 @@ def finetune(
     import cdt_lens as cdt
     from cdt_lens.artifacts import atomic_write, remove_artifact
     from cdt_lens.distributed import is_main
-    from cdt_lens.runs import Settings, load_for, make_task
+    from cdt_lens.runs import load_for, make_task
 
     more: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "patience": patience}
     more |= {"learning_rate": learning_rate, "seed": seed, **_options(option or [])}
     options = TrainingOptions().changed(**more)
-    paths = {"train": train, "valid": valid}
-    settings = Settings(
-        model=model, task=task, language=language, data=None if data is None else str(data),
-        files={name: str(path) for name, path in paths.items() if path is not None},
-        template=None if template is None else template.replace(r"\n", "\n"),
-        verbalizer=words_of(verbalizer or []), label_column=label_column, backend=backend,
-        device=device, dtype=dtype, seed=seed,
+    settings = task_settings(
+        model=model, task=task, language=language, data=data,
+        files={"train": train, "valid": valid}, template=template, verbalizer=verbalizer,
+        label_column=label_column, backend=backend, device=device, dtype=dtype, seed=seed,
     )  # fmt: skip
     loaded = load_for(settings, say)
     target = make_task(settings, loaded.tokenizer)
@@ -209,6 +231,36 @@ def _cells_of(row: dict[str, Any]) -> list[str]:
         row["target"], row["scope"], spread("accuracy"), spread("macro_f1"), spread("retention"),
         f"{row['share']:.2%}", f"{row['seconds']:.0f}",
     ]  # fmt: skip
+
+
+def tell_graph(graph: Any, limit: int = 12) -> None:
+    """The strongest edges of a circuit's graph."""
+    edges = graph.top_edges(limit)
+    tell(f"graph of {len(graph.kept_nodes)} nodes and {len(graph.kept_edges)} edges")
+    if edges:
+        rows = [[edge.name, f"{edge.score:+.4f}"] for edge in edges]
+        unit = f" ({graph.short_unit})" if graph.short_unit else ""
+        tell_table(["edge", f"score{unit}"], rows)
+
+
+def task_settings(
+    *,
+    data: Path | None,
+    files: Mapping[str, Path | None],
+    template: str | None,
+    verbalizer: list[str] | None,
+    **rest: Any,
+) -> Any:
+    """`runs.Settings` from options as a person writes them."""
+    from cdt_lens.runs import Settings
+
+    return Settings(
+        data=None if data is None else str(data),
+        files={name: str(path) for name, path in files.items() if path is not None},
+        template=None if template is None else template.replace(r"\n", "\n"),
+        verbalizer=words_of(verbalizer or []),
+        **rest,
+    )
 
 
 def words_of(words: list[str]) -> dict[str, str]:

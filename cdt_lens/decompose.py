@@ -1,8 +1,8 @@
 """Contextual decomposition of a transformer: what chosen heads contribute, to logits and to heads.
 
-A source set is a set of heads, or of single positions of heads (`Node`). `decompose` answers, for
-each source set and example, which part of the candidate tokens' logits is relevant, and, at chosen
-target heads, which part of their q, k, v and z (CD-T, arXiv 2407.00886, §3; method.md §3).
+A source set is a set of heads, single positions of heads (`Node`), and MLPs. `decompose` answers,
+for each source set and example, which part of the candidate tokens' logits is relevant, and, at
+chosen target heads, which part of their q, k, v and z (CD-T, arXiv 2407.00886, §3; method.md §3).
 
 The batch axis is (source x example). Source sets are grouped by their first layer, because a set
 starts from the recorded residual stream there, and chunked to a number of rows, which is halved
@@ -11,7 +11,7 @@ when memory runs out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -21,11 +21,14 @@ from torch import Tensor, nn
 
 from cdt_lens.baselines import Baseline
 from cdt_lens.errors import InputError, NonFiniteError
-from cdt_lens.heads import Head, check_heads
+from cdt_lens.heads import Head, Mlp, check_heads
+from cdt_lens.insertion import EmptyModel
 from cdt_lens.metrics import task_direction
 from cdt_lens.model import ModelView, Site, view_of
-from cdt_lens.propagate import Propagator, Resets
+from cdt_lens.propagate import Propagator
+from cdt_lens.rule_hooks import MlpResets, Resets
 from cdt_lens.rules import Rules, resolve_rules
+from cdt_lens.targets import TargetParts, Targets
 from cdt_lens.tasks import Batch, Examples
 
 # Tokens in flight per chunk of rows: past this, larger chunks bring a CPU no more speed.
@@ -41,19 +44,8 @@ class Node:
     position: int
 
 
-Source = Head | Node
+Source = Head | Node | Mlp
 SourceSet = Sequence[Source]
-
-
-@dataclass(frozen=True)
-class TargetParts:
-    """The two parts of a target head's activation; `relevant + irrelevant` is the activation.
-
-    0 at the padding behind shorter prompts.
-    """
-
-    relevant: Float[Tensor, "source example pos d_head"]
-    irrelevant: Float[Tensor, "source example pos d_head"]
 
 
 @dataclass(frozen=True)
@@ -97,8 +89,8 @@ def decompose(
 
     Args:
         examples: a few; all of them run in one batch.
-        sources: sets of `Head` or `Node` (one by itself is a set of one); the empty set has a
-            relevant part of exactly 0.
+        sources: sets of `Head`, `Node` or `Mlp` (one by itself is a set of one); the empty set has
+            a relevant part of exactly 0. MLPs need a baseline made with `mlps=True`.
         targets: heads at whose q, k, v and z the two parts are recorded.
         rows: (source x example) rows per forward pass, at least the number of examples; chosen
             by the prompts' length if None.
@@ -112,16 +104,18 @@ def decompose(
     view = view_of(model)
     baseline.check_model(view)
     batch = next(examples.batches(len(examples), sort_by_length=False)).to(view.device)
-    sets = tuple((s,) if isinstance(s, Head | Node) else tuple(s) for s in sources)
+    sets = tuple((s,) if isinstance(s, Head | Node | Mlp) else tuple(s) for s in sources)
     for source in sets:
         check_sources(view, source)
     target_heads = check_heads(targets, view.n_layers, view.n_heads)
     record = [(site, head.layer) for head in target_heads for site in ("q", "k", "v", "z")]
+    has_mlp = any(isinstance(s, Mlp) for source in sets for s in source)
     propagator = Propagator(
         view, batch.tokens, batch.lengths, baseline.for_batch(view, batch),
         resolve_rules(rules), record=record,
+        mlp_baseline=baseline.mlps_for_batch(view, batch) if has_mlp else None,
     )  # fmt: skip
-    taps = _Targets(propagator, target_heads, len(sets))
+    taps = Targets(propagator, target_heads, len(sets))
     full = propagator.full_logits(batch.candidates)
     irrel = irrelevant_logits(propagator, sets, batch, rows=rows, taps=taps)
     return Decomposition(sets, batch.candidates, batch.direction, full, full - irrel, taps.parts())
@@ -131,9 +125,13 @@ def check_sources(view: ModelView, sources: SourceSet) -> None:
     """Refuse a source that the model does not have.
 
     Raises:
-        InputError: a layer or head out of range.
+        InputError: a layer or head out of range, or an MLP that the model has not.
     """
-    check_heads((Head(s.layer, s.head) for s in sources), view.n_layers, view.n_heads)
+    heads = (Head(s.layer, s.head) for s in sources if not isinstance(s, Mlp))
+    check_heads(heads, view.n_layers, view.n_heads)
+    for s in sources:
+        if isinstance(s, Mlp) and ("mlp_out", s.layer) not in view.sites:
+            raise InputError(f"MLP {s}: the model has no MLP in layer {s.layer}")
 
 
 def irrelevant_logits(
@@ -142,7 +140,7 @@ def irrelevant_logits(
     batch: Batch,
     *,
     rows: int | None = None,
-    taps: _Targets | None = None,
+    taps: Targets | None = None,
     done: Callable[[int], None] | None = None,
 ) -> Float[Tensor, "source example k"]:
     """Irrelevant logits of the batch's candidates for each source set, in chunks of rows.
@@ -154,14 +152,15 @@ def irrelevant_logits(
     # The empty set leaves everything irrelevant: no pass, and a relevant part of exactly 0.
     order = sorted((i for i, s in enumerate(sets) if s), key=lambda i: _first_layer(sets[i]))
     size = rows_per_chunk(propagator, rows) // len(batch.lengths)
+    empty = EmptyModel(propagator) if propagator.rules.context == "both" else None
     for _, group in groupby(order, key=lambda i: _first_layer(sets[i])):
         for chunk in _chunks(list(group), max(1, size)):
-            out[chunk] = _with_halving(propagator, sets, batch, chunk, taps)
+            out[chunk] = _with_halving(propagator, empty, sets, batch, chunk, taps)
             if done is not None:
                 done(len(chunk))
     if done is not None:
         done(len(sets) - len(order))
-    _check_finite(propagator, sets, batch, out)
+    check_finite(propagator, sets, batch, out)
     return out
 
 
@@ -187,17 +186,15 @@ def _first_layer(source: SourceSet) -> int:
 
 def _with_halving(
     propagator: Propagator,
+    empty: EmptyModel | None,
     sets: Sequence[SourceSet],
     batch: Batch,
     chunk: list[int],
-    taps: _Targets | None,
+    taps: Targets | None,
 ) -> Float[Tensor, "source example k"]:
     """One chunk; on out-of-memory, two of half the size, down to single source sets."""
     try:
-        resets = build_resets([sets[i] for i in chunk], batch, propagator.view.n_heads)
-        hooks = {} if taps is None else taps.hooks(chunk)
-        resid = propagator.propagate(resets, hooks)
-        return propagator.candidate_logits(resid, batch.candidates)
+        return _chunk(propagator, empty, [sets[i] for i in chunk], batch, taps, chunk)
     except RuntimeError as error:
         if len(chunk) == 1 or not is_out_of_memory(error):
             raise
@@ -205,7 +202,27 @@ def _with_halving(
         torch.cuda.empty_cache()
     middle = len(chunk) // 2
     halves = (chunk[:middle], chunk[middle:])
-    return torch.cat([_with_halving(propagator, sets, batch, half, taps) for half in halves])
+    return torch.cat([_with_halving(propagator, empty, sets, batch, half, taps) for half in halves])
+
+
+def _chunk(
+    propagator: Propagator,
+    empty: EmptyModel | None,
+    chosen: Sequence[SourceSet],
+    batch: Batch,
+    taps: Targets | None,
+    chunk: list[int],
+) -> Float[Tensor, "source example k"]:
+    """Irrelevant logits of a chunk of source sets in one pass (two where both contexts count)."""
+    resets = build_resets(chosen, batch, propagator.view.n_heads)
+    mlp_resets = build_mlp_resets(chosen, batch)
+    hooks = {} if taps is None else taps.hooks(chunk)
+    resid = propagator.propagate(resets, hooks, mlp_resets)
+    irrel = propagator.candidate_logits(resid, batch.candidates)
+    if empty is None:
+        return irrel
+    added = empty.added_logits(resets, mlp_resets, batch.candidates)
+    return (irrel + propagator.full_logits(batch.candidates) - added) / 2
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -228,6 +245,8 @@ def build_resets(sets: Sequence[SourceSet], batch: Batch, n_heads: int) -> Reset
     resets: dict[int, Bool[Tensor, "source _batch _pos head"]] = {}
     for row, source in enumerate(sets):
         for s in source:
+            if isinstance(s, Mlp):
+                continue
             if s.layer not in resets:
                 resets[s.layer] = torch.zeros(*shape, n_heads, dtype=torch.bool)
             if isinstance(s, Head):
@@ -243,7 +262,16 @@ def build_resets(sets: Sequence[SourceSet], batch: Batch, n_heads: int) -> Reset
     return {layer: mask.to(lengths.device) for layer, mask in resets.items()}
 
 
-def _check_finite(
+def build_mlp_resets(sets: Sequence[SourceSet], batch: Batch) -> MlpResets:
+    """Which source sets hold the MLP of each layer, for a chunk of them."""
+    layers = {s.layer for source in sets for s in source if isinstance(s, Mlp)}
+    return {
+        layer: torch.tensor([Mlp(layer) in source for source in sets], device=batch.lengths.device)
+        for layer in layers
+    }
+
+
+def check_finite(
     propagator: Propagator, sets: Sequence[SourceSet], batch: Batch, out: Tensor
 ) -> None:
     if not bool(torch.isfinite(propagator.full_logits(batch.candidates)).all()):
@@ -282,49 +310,6 @@ def _left_finite_range(propagator: Propagator, source: SourceSet, batch: Batch) 
     taps: dict[Site, Callable[[Tensor], None]] = {
         ("resid_post", layer): tap(layer) for layer in range(view.n_layers)
     }
-    propagator.propagate(build_resets([source], batch, view.n_heads), taps)
+    resets = build_resets([source], batch, view.n_heads)
+    propagator.propagate(resets, taps, build_mlp_resets([source], batch))
     return min(found, default=view.n_layers - 1)
-
-
-class _Targets:
-    """Collects the irrelevant part at target heads' q, k, v and z, chunk by chunk."""
-
-    def __init__(self, propagator: Propagator, heads: Iterable[Head], n_sources: int) -> None:
-        view, trace = propagator.view, propagator.trace
-        group = view.n_heads // view.n_kv_heads
-        self._where = {
-            (site, head): head.head // group if site in ("k", "v") else head.head
-            for head in heads
-            for site in ("q", "k", "v", "z")
-        }
-        self._full = {
-            (site, head): trace[site, head.layer][:, :, index]
-            for (site, head), index in self._where.items()
-        }
-        positions = torch.arange(trace.resid[-1].shape[1], device=propagator.lengths.device)
-        self._real = (positions < propagator.lengths[:, None])[..., None]
-        # Where nothing is recorded, upstream of the sources, all is irrelevant.
-        self._irrel = {
-            key: full.expand(n_sources, *full.shape).clone() for key, full in self._full.items()
-        }
-
-    def hooks(self, chunk: list[int]) -> dict[Site, Callable[[Tensor], None]]:
-        hooks: dict[Site, Callable[[Tensor], None]] = {}
-        for site in {(site, head.layer) for site, head in self._where}:
-            hooks[site] = self._tap(site, chunk)
-        return hooks
-
-    def _tap(self, site: Site, chunk: list[int]) -> Callable[[Tensor], None]:
-        def tap(value: Tensor) -> None:
-            for (name, head), index in self._where.items():
-                if (name, head.layer) == site:
-                    self._irrel[name, head][chunk] = value[:, :, :, index]
-
-        return tap
-
-    def parts(self) -> dict[tuple[str, Head], TargetParts]:
-        real = self._real
-        return {
-            key: TargetParts((self._full[key] - irrel) * real, irrel * real)
-            for key, irrel in self._irrel.items()
-        }

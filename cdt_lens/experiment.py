@@ -38,13 +38,10 @@ def discover(run: Run, say: Say) -> tuple[Circuit, HeadScores, Evaluation]:
         f"{run.task.name}: accuracy {evaluation.accuracy:.3f}{f1} ({prior}), mean direction "
         f"{evaluation.direction:+.3f} logits on the {evaluation.examples} examples to be scored"
     )
-    baseline = stage(
-        run, "baseline.json", Baseline.load, lambda: _baseline(run), say,
-        fits=lambda found: found.provenance.task_hash == run.averaged().hash,
-    )  # fmt: skip
+    baseline = make_baseline(run, say)
     scores = stage(
         run, "scores.json", HeadScores.load, lambda: _scores(run, baseline), say,
-        fits=lambda found: _made_from(found, run.scored(), baseline),
+        fits=lambda found: made_from(found, run.scored(), baseline),
     )  # fmt: skip
     circuit = _select(scores, settings)
     if is_main():
@@ -53,7 +50,16 @@ def discover(run: Run, say: Say) -> tuple[Circuit, HeadScores, Evaluation]:
     return circuit, scores, evaluation
 
 
-def _made_from(found: HeadScores | FaithfulnessCurve, data: Examples, baseline: Baseline) -> bool:
+def make_baseline(run: Run, say: Say) -> Baseline:
+    """The run's baseline, averaged now or by an earlier call."""
+    baseline: Baseline = stage(
+        run, "baseline.json", Baseline.load, lambda: _baseline(run), say,
+        fits=lambda found: found.provenance.task_hash == run.averaged().hash,
+    )  # fmt: skip
+    return baseline
+
+
+def made_from(found: HeadScores | FaithfulnessCurve, data: Examples, baseline: Baseline) -> bool:
     """Whether a result was computed on these examples with this baseline."""
     told = found.provenance
     return told.task_hash == data.hash and told.options.get("baseline_hash") == baseline.hash
@@ -72,7 +78,7 @@ def ablate(run: Run, say: Say) -> MethodAgreement:
 
     reference = stage(
         run, "ablation.json", HeadScores.load, compute, say,
-        fits=lambda found: _made_from(found, run.scored(), baseline),
+        fits=lambda found: made_from(found, run.scored(), baseline),
     )  # fmt: skip
     return compare_scores(scores, reference)
 
@@ -110,7 +116,7 @@ def report(run: Run, say: Say, *, prompts: int = 3, heads: int = 8) -> Path:
             say("faithfulness.json was measured for other scores and is left out; measure again")
     if run.path("ablation.json").exists():
         exact = HeadScores.load(run.path("ablation.json"))
-        if _made_from(exact, run.scored(), load_baseline(run)):
+        if made_from(exact, run.scored(), load_baseline(run)):
             results.append(compare_scores(scores, exact))
         else:
             say("ablation.json was computed on other examples and is left out; run discover again")

@@ -193,7 +193,7 @@ def faithfulness_curve(
     view = view_of(model)
     scores.provenance.check_model(view, "these scores")
     _check_draws(draws)
-    fractions = _checked_fractions(fractions)
+    fractions = checked_fractions(fractions)
     everyone = all_heads(view.n_layers, view.n_heads)
     ranking = scores.ranking(by)
     if len(ranking) < len(everyone):
@@ -201,7 +201,7 @@ def faithfulness_curve(
             f"faithfulness_curve: only {len(ranking)} of {len(everyone)} heads have scores; score "
             "all heads, or use circuit_faithfulness"
         )
-    sizes = tuple(min(len(ranking), int(fraction * len(everyone) + 1e-9)) for fraction in fractions)
+    sizes = sizes_at(fractions, len(everyone))
     circuits = {size: tuple(sorted(ranking[:size])) for size in sizes}
     wanted: list[tuple[Head, ...]] = [everyone, ()]
     for size in dict.fromkeys(sizes):
@@ -213,7 +213,7 @@ def faithfulness_curve(
     full, empty = measured[everyone], measured[()]
 
     def f(heads: Sequence[Head]) -> float:
-        return _f(measured[tuple(heads)], full, empty)
+        return f_of(measured[tuple(heads)], full, empty)
 
     families = {size: _family(circuits[size], view, draws, seed) for size in sizes}
     values = torch.tensor([f(families[size][0]) for size in sizes])
@@ -285,7 +285,7 @@ def circuit_faithfulness(
     full, empty = measured[everyone], measured[()]
 
     def f(heads: tuple[Head, ...]) -> float:
-        return _f(measured[heads], full, empty)
+        return f_of(measured[heads], full, empty)
 
     own = f(family[0])
     random = {
@@ -305,7 +305,7 @@ def circuit_faithfulness(
     )
 
 
-def _f(metric: float, full: float, empty: float) -> float:
+def f_of(metric: float, full: float, empty: float) -> float:
     """f of one circuit, in double precision: 1 exactly for the full model."""
     return float(faithfulness(torch.tensor(metric, dtype=torch.float64), full, empty))
 
@@ -332,7 +332,13 @@ def _check_draws(draws: int) -> None:
         raise InputError(f"draws={draws}: expected at least 1 random circuit of each kind")
 
 
-def _checked_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
+def sizes_at(fractions: Sequence[float], n_heads: int) -> tuple[int, ...]:
+    """Heads kept at each fraction of `n_heads`, rounded down."""
+    return tuple(min(n_heads, int(fraction * n_heads + 1e-9)) for fraction in fractions)
+
+
+def checked_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
+    """At least two fractions, rising, each from 0 to 1; raises InputError for anything else."""
     values = tuple(float(x) for x in fractions)
     if (
         len(values) < 2

@@ -1,4 +1,4 @@
-"""`Head`: one attention head, and sets of heads as boolean `[layer, head]` masks."""
+"""`Head` and `Mlp`: units of a model, and sets of heads as boolean `[layer, head]` masks."""
 
 from __future__ import annotations
 
@@ -43,6 +43,20 @@ class Head:
             raise InputError(f"head {text!r}: expected the form L9H6 (layer 9, head 6) or 9.6")
         layer, head = (group for group in match.groups() if group is not None)
         return cls(int(layer), int(head))
+
+
+@dataclass(frozen=True, order=True)
+class Mlp:
+    """The MLP of layer `layer`, counted from 0."""
+
+    layer: int
+
+    def __post_init__(self) -> None:
+        if self.layer < 0:
+            raise InputError(f"Mlp({self.layer}): layers are counted from 0 upwards")
+
+    def __str__(self) -> str:
+        return f"M{self.layer}"
 
 
 def check_heads(heads: Iterable[Head | str], n_layers: int, n_heads: int) -> tuple[Head, ...]:

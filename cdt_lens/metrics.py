@@ -154,6 +154,25 @@ def auroc(scores: Tensor, truth: Bool[Tensor, "*dims"]) -> float:
     return float((ranks[truth].sum() - n_true * (n_true + 1) / 2) / (n_true * n_false))
 
 
+def average_precision(scores: Tensor, truth: Bool[Tensor, "*dims"]) -> float:
+    """Area under precision over recall: sum over thresholds of precision * gain in recall.
+
+    Entries are taken from the largest score down, equal ones together, so that their order does
+    not count; 1 where every true entry comes first, the share of true ones where all are equal.
+
+    Raises:
+        InputError: no entry is true, or a score is NaN.
+    """
+    flat, right = _flat(scores), truth.flatten().cpu().numpy()
+    if not right.any() or np.isnan(flat).any():
+        raise InputError("average_precision: needs a true entry, and scores that are no NaN")
+    thresholds = np.unique(flat)[::-1]
+    taken = np.array([(flat >= t).sum() for t in thresholds])
+    hits = np.array([right[flat >= t].sum() for t in thresholds])
+    new = np.diff(hits, prepend=0)
+    return float((new * (hits / taken)).sum() / right.sum())
+
+
 def _constant(values: Tensor) -> bool:
     return values.numel() < 2 or bool((values == values.flatten()[0]).all())
 

@@ -26,7 +26,7 @@ from cdt_lens import rules as rule
 from cdt_lens.baselines import BaselineAt
 from cdt_lens.errors import UnsupportedModelError
 from cdt_lens.model import ModelView, Trace, at_least_float32
-from cdt_lens.rule_hooks import Resets, RuleHooks, Tap, norm_hooks
+from cdt_lens.rule_hooks import MlpResets, Resets, RuleHooks, Tap, norm_hooks
 from cdt_lens.rules import Rules
 from cdt_lens.sites import Hook, Site
 from cdt_lens.support import Support, check_supported, output_site
@@ -45,15 +45,17 @@ class Propagator:
         *,
         record: Sequence[Site] = (),
         record_rules: bool = True,
+        mlp_baseline: BaselineAt | None = None,
     ) -> None:
         self.view = view
         self.rules = rules
         self.support: Support = check_supported(view)
         self.baseline = baseline
+        self.mlp_baseline = mlp_baseline
         self._check_rules()
         self.trace: Trace = view.run(tokens, [*(self._needed() if record_rules else ()), *record])
         self.lengths = lengths.to(view.device)
-        answer = self._at_answer(self.trace.resid[-1])
+        answer = self.at_answer(self.trace.resid[-1])
         self.final: dict[Site, Tensor] = {}
         names = [(f"{n}.{p}", view.n_layers) for n in view.norms(view.n_layers) for p in _PARTS]
         hooks: dict[Site, Hook] = {site: _keep(self.final, site) for site in names}
@@ -63,12 +65,11 @@ class Propagator:
 
     def _check_rules(self) -> None:
         name = self.view.name
-        frozen_mlp = self.rules.activation == "frozen" or self.rules.product == "half"
         has_mlp = {layer for site, layer in self.view.sites if site == "mlp_out"}
-        if frozen_mlp and has_mlp - self.support.plain_mlp:
+        if self.rules.mlp_by_formula and has_mlp - self.support.plain_mlp:
             raise UnsupportedModelError(
-                f"{name}: the MLP is not act(x W_in) or act(x W_gate) * x W_in, so "
-                "activation='frozen' and product='half' have no rule; use activation='through'"
+                f"{name}: the MLP is not act(x W_in) or act(x W_gate) * x W_in, so only "
+                "activation='through' with product='through' has a rule"
             )
         if self.rules.norm == "frozen" and self.rules.bias == "proportional":
             for norm, layer in (("ln1_post", 0), ("ln2_post", 0)):
@@ -102,13 +103,15 @@ class Propagator:
                 if rules.attention == "decomposed" or self.biased(name, layer):
                     sites.append((name, layer))
             sites.append(("z", layer))
-            if rules.attention == "frozen":
+            if rules.attention in ("frozen", "half"):
                 sites.append(("pattern", layer))
+            if rules.attention == "half":
+                sites.append(("v", layer))
             outputs = [output_site(self.view, name, layer) for name in ("attn_out", "mlp_out")]
             mlp = [("pre", layer), ("pre_linear", layer), outputs[1]]
             if rules.sign:
                 sites += [*mlp, ("resid_post", layer)]
-            if rules.activation == "frozen" or rules.product == "half":
+            if rules.mlp_by_formula:
                 sites += [("pre", layer), ("pre_linear", layer)]
             sites += [site for site in (outputs[0], *mlp) if self.biased(*site)]
         return [site for site in dict.fromkeys(sites) if site in self.view.sites]
@@ -116,18 +119,22 @@ class Propagator:
     # ------------------------------------------------------------------ carrying the stream
 
     def propagate(
-        self, resets: Resets, taps: Mapping[Site, Tap] | None = None
+        self,
+        resets: Resets,
+        taps: Mapping[Site, Tap] | None = None,
+        mlp_resets: MlpResets | None = None,
     ) -> Float[Tensor, "source batch d_model"]:
         """Irrelevant final residual stream at each prompt's last token, before the final norm.
 
         taps: called with the irrelevant part `[source, batch, pos, ...]` at a site.
         """
-        start = min(resets)
-        n_sources = next(iter(resets.values())).shape[0]
-        hooks = RuleHooks(self, n_sources, start, resets, taps or {})
+        mlp_resets = mlp_resets or {}
+        start = min([*resets, *mlp_resets])
+        n_sources = next(iter([*resets.values(), *mlp_resets.values()])).shape[0]
+        hooks = RuleHooks(self, n_sources, start, resets, taps or {}, mlp_resets)
         resid = self.trace.resid[start].repeat(n_sources, 1, 1)
         out = self.view.replay(self.trace, resid, start, hooks.build())
-        return self._at_answer(out.reshape(n_sources, *self.trace.resid[-1].shape))[:, :, 0]
+        return self.at_answer(out.reshape(n_sources, *self.trace.resid[-1].shape))[:, :, 0]
 
     def candidate_logits(
         self, resid: Float[Tensor, "source batch d_model"], candidates: Int[Tensor, "batch k"]
@@ -159,11 +166,11 @@ class Propagator:
         cap = self.view.logit_softcap
         if cap is None:
             return irrel
-        if self.rules.activation == "frozen":
-            return irrel * rule.secant(lambda x: cap * torch.tanh(x / cap), full)
-        return cap * torch.tanh(irrel / cap)
+        return rule.activated(
+            lambda x: cap * torch.tanh(x / cap), irrel, full, self.rules.activation
+        )
 
-    def _at_answer(self, resid: Float[Tensor, "*rows batch pos d"]) -> Tensor:
+    def at_answer(self, resid: Float[Tensor, "*rows batch pos d"]) -> Tensor:
         """`[..., batch, 1, d_model]` at the last real token of each prompt."""
         rows = torch.arange(resid.shape[-3], device=resid.device)
         return resid[..., rows, self.lengths.to(resid.device) - 1, :].unsqueeze(-2)

@@ -7,7 +7,9 @@ import importlib.metadata
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -18,6 +20,8 @@ from cdt_lens.errors import ArtifactError
 from cdt_lens.model import ModelView
 from cdt_lens.weights import BLOCK_WEIGHTS, END_WEIGHTS, canonical, first_tensor, is_bias
 
+# The hashes of the models seen within `hashed_once`.
+_HASHES: ContextVar[dict[Any, str] | None] = ContextVar("weight hashes", default=None)
 _PACKAGES = ("cdt_lens", "torch", "transformer_lens", "transformers")
 
 
@@ -108,6 +112,19 @@ def command_line() -> str:
     return "python"
 
 
+@contextmanager
+def hashed_once() -> Iterator[None]:
+    """Within the `with` the weights of a model are hashed once: nothing in it may change them.
+
+    Every result checks its model; beside a method of a few forward passes that takes its time.
+    """
+    token = _HASHES.set({})
+    try:
+        yield
+    finally:
+        _HASHES.reset(token)
+
+
 def weight_hash(view: ModelView) -> str:
     """sha256 over the weights in TransformerLens layout, in a fixed order.
 
@@ -115,6 +132,15 @@ def weight_hash(view: ModelView) -> str:
     weights folded or centred by TransformerLens have another one. Biases of zero do not count,
     nor does the configuration (such as a rotary base).
     """
+    known = _HASHES.get()
+    if known is None:
+        return _hashed(view)
+    if view.tl not in known:
+        known[view.tl] = _hashed(view)
+    return known[view.tl]
+
+
+def _hashed(view: ModelView) -> str:
     digest = hashlib.sha256()
     parts = [(view.tl, "", name) for name in END_WEIGHTS]
     for layer, block in enumerate(view.blocks):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from cdt_lens import sections, tables, transfer_sections, widgets
+from cdt_lens import comparison_sections, sections, tables, transfer_sections, widgets
 from cdt_lens.artifacts import atomic_write
 from cdt_lens.errors import InputError
 from cdt_lens.markup import figure_html, table_html
@@ -32,8 +32,11 @@ __all__ = ["attention_widget", "figure_html", "render_report", "table_html", "to
 _SECTIONS: dict[str, Callable[..., Section]] = {
     "HeadScores": sections.head_scores_section,
     "Circuit": sections.circuit_section,
+    "Graph": sections.graph_section,
     "FaithfulnessCurve": sections.faithfulness_section,
     "MethodAgreement": sections.agreement_section,
+    "Comparison": comparison_sections.comparison_section,
+    "PlantedComparison": comparison_sections.planted_section,
     "AttentionView": sections.attention_section,
     "TokenRelevance": sections.relevance_section,
     "FineTuneResult": transfer_sections.fine_tune_section,
@@ -44,7 +47,8 @@ _SECTIONS: dict[str, Callable[..., Section]] = {
 def render_report(*results: object, path: str | Path, title: str | None = None) -> Path:
     """Write `results`, in any order, as one HTML file at `path`, whole or not at all.
 
-    A result is a Circuit, HeadScores, FaithfulnessCurve, MethodAgreement, AttentionView,
+    A result is a Circuit (whose graph has a section of its own), Graph, HeadScores,
+    FaithfulnessCurve, MethodAgreement, Comparison, PlantedComparison, AttentionView,
     TokenRelevance, FineTuneResult or TransferResult. The file holds everything that it shows and
     never uses the network; the same results give the same bytes.
 
@@ -55,7 +59,7 @@ def render_report(*results: object, path: str | Path, title: str | None = None) 
     if not results:
         raise InputError("render_report: expected at least one result, got none")
     order = list(_SECTIONS)
-    ordered = sorted(results, key=lambda result: order.index(_kind(result)))
+    ordered = sorted(_with_graphs(results), key=lambda result: order.index(_kind(result)))
     parts = _distinct(
         _SECTIONS[_kind(result)](result, f"s{number}", ordered)
         for number, result in enumerate(ordered, start=1)
@@ -71,6 +75,16 @@ def render_report(*results: object, path: str | Path, title: str | None = None) 
     )
     # A byte-level token may leave a lone surrogate, which has no place in a UTF-8 file.
     return atomic_write(path, page.encode("utf-8", "replace"))
+
+
+def _with_graphs(results: Iterable[object]) -> list[object]:
+    """The results, and the graphs of circuits that are not among them already."""
+    found = list(results)
+    for circuit in [each for each in found if sections.is_a(each, "Circuit")]:
+        graph = getattr(circuit, "graph", None)
+        if graph is not None and all(graph is not each for each in found):
+            found.append(graph)
+    return found
 
 
 def _kind(result: object) -> str:

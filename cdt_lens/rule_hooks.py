@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
+from einops import einsum
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -23,6 +24,8 @@ from cdt_lens.support import Support, output_site
 
 # Where the baseline goes in: for each layer with sources, [source, batch or 1, pos or 1, head].
 Resets = Mapping[int, Bool[Tensor, "source _batch _pos head"]]
+# Likewise for the output of MLPs.
+MlpResets = Mapping[int, Bool[Tensor, " source"]]
 # A rule at one site: the irrelevant part as the model computed it -> as the rule has it.
 Step = Callable[[Tensor, Site], Tensor]
 # Called with the irrelevant part [source, batch, pos, ...] at a site.
@@ -38,6 +41,7 @@ class Run(Protocol):
     support: Support
     trace: Trace
     baseline: BaselineAt
+    mlp_baseline: BaselineAt | None
 
     def biased(self, name: str, layer: int) -> bool:
         """Whether the rules share out a bias at this site."""
@@ -85,10 +89,13 @@ class RuleHooks:
         start: int,
         resets: Resets,
         taps: Mapping[Site, Tap],
+        mlp_resets: MlpResets,
     ) -> None:
         self.owner, self.rules, self.trace = owner, owner.rules, owner.trace
         self.n_sources, self.start, self.resets, self.taps = n_sources, start, resets, taps
+        self.mlp_resets = mlp_resets
         self.hooks: dict[Site, Hook] = {}
+        self._shared: dict[int, Callable[[Tensor], Tensor]] = {}
 
     def build(self) -> dict[Site, Hook]:
         for layer in range(self.start, self.owner.view.n_layers):
@@ -145,6 +152,8 @@ class RuleHooks:
                 self._hand_over_after_norm(f"{name}_norm.out", layer)
         if self.rules.attention == "frozen":
             self._put(("pattern", layer), self._recorded_pattern)
+        if self.rules.attention == "half":
+            self._share_pattern_and_values(layer)
 
     def _hand_over_after_norm(self, name: str, layer: int) -> None:
         full = self.trace[name, layer]
@@ -157,13 +166,33 @@ class RuleHooks:
 
         self.hooks[name, layer] = hook
 
+    def _share_pattern_and_values(self, layer: int) -> None:
+        """The model gets the recorded pattern and so gives A v_irrel; A_irrel v is added here."""
+        values = self.trace["v", layer]
+        group = self.owner.view.n_heads // self.owner.view.n_kv_heads
+        kept: dict[str, Tensor] = {}
+
+        def swap(value: Tensor, site: Site) -> Tensor:
+            kept["pattern"] = value
+            return self._recorded_pattern(value, site)
+
+        def share(value: Tensor) -> Tensor:
+            ours = kept.pop("pattern").to(values.dtype)
+            every = values.repeat_interleave(group, dim=2)
+            moved = einsum(ours, every, "s b head q k, b k head d -> s b q head d")
+            return (value + moved) / 2
+
+        self._put(("pattern", layer), swap)
+        self._shared[layer] = share
+
     def _recorded_pattern(self, value: Tensor, site: Site) -> Tensor:
         return self.trace[site].expand(value.shape)
 
     def _z(self, layer: int) -> None:
         reset = self.resets.get(layer)
         decomposed = self.rules.attention == "decomposed" and layer > self.start
-        if reset is None and not decomposed and ("z", layer) not in self.taps:
+        share = self._shared.get(layer)
+        if reset is None and not decomposed and share is None and ("z", layer) not in self.taps:
             return
         baseline = None if reset is None else self.owner.baseline(layer)
 
@@ -172,6 +201,8 @@ class RuleHooks:
                 value = self.trace[site].expand(value.shape)
             elif decomposed:
                 value = self.trace[site] - value
+            elif share is not None:
+                value = share(value)
             if reset is None or baseline is None:
                 return value
             return torch.where(reset.unsqueeze(-1), baseline.to(value.dtype), value)
@@ -196,7 +227,7 @@ class RuleHooks:
         )
         if self.owner.biased(*attn_out):
             self._put(attn_out, self._linear)
-        by_formula = self.rules.activation == "frozen" or self.rules.product == "half"
+        by_formula = self.rules.mlp_by_formula
         kept: dict[str, Tensor] = {}
 
         def keep(value: Tensor, site: Site) -> Tensor:
@@ -211,10 +242,28 @@ class RuleHooks:
             self._put(("post", layer), lambda _value, site: self._activated(kept, site[1]))
         if self.rules.sign or self.owner.biased(*mlp_out):
             self._put(mlp_out, self._linear_and_sign)
+        if layer in self.mlp_resets:
+            self._reset_mlp(layer)
         if self.rules.sign and ("mlp_out", layer) in self.owner.view.sites:
             self._put(
                 ("resid_post", layer), lambda v, site: rule.larger_takes_all(v, self.trace[site])
             )
+
+    def _reset_mlp(self, layer: int) -> None:
+        """The baseline in place of what the MLP adds, where the MLP is a source."""
+        assert self.owner.mlp_baseline is not None
+        reset = self.mlp_resets[layer][:, None, None, None]
+        baseline = self.owner.mlp_baseline(layer)
+        before = self.hooks.pop(("mlp_out", layer), None)
+
+        def step(value: Tensor, site: Site) -> Tensor:
+            if before is not None:
+                rows = value.reshape(-1, *value.shape[2:])
+                changed = before(rows)
+                value = value if changed is None else changed.reshape(value.shape)
+            return torch.where(reset, baseline.to(value.dtype), value)
+
+        self._put(("mlp_out", layer), step)
 
     def _activated(self, irrel: Mapping[str, Tensor], layer: int) -> Tensor:
         """Irrelevant part after the activation, and after the product of a gated MLP."""
@@ -222,10 +271,7 @@ class RuleHooks:
         if function is None:
             raise UnsupportedModelError(f"{self.owner.view.name}: layer {layer} has no activation")
         full = self.trace["pre", layer]
-        if self.rules.activation == "frozen":
-            activated = irrel["pre"] * rule.secant(function, full)
-        else:
-            activated = function(irrel["pre"])
+        activated = rule.activated(function, irrel["pre"], full, self.rules.activation)
         if "pre_linear" not in irrel:
             return activated
         return rule.gated_product(

@@ -20,10 +20,11 @@ from torch import Tensor
 from cdt_lens.errors import InputError
 
 Norm = Literal["frozen", "through"]
-Attention = Literal["decomposed", "frozen", "through"]
-Activation = Literal["through", "frozen"]
-Product = Literal["through", "half"]
+Attention = Literal["decomposed", "frozen", "half", "through"]
+Activation = Literal["through", "averaged", "frozen"]
+Product = Literal["through", "half", "gate"]
 Bias = Literal["proportional", "irrelevant"]
+Context = Literal["full", "both"]
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,21 @@ class Rules:
     norm: "frozen" divides by the full activation's scale; "through" lets the norm work on the
         irrelevant part with its own scale, its bias included.
     attention: "decomposed" gives rel_z = softmax(rel_q rel_k^T) rel_v (the published rule);
-        "frozen" applies the full run's pattern to both parts; "through" recomputes the pattern
+        "frozen" applies the full run's pattern to both parts; "half" shares the cross terms of
+        pattern and values equally, (A_irrel v + A v_irrel) / 2; "through" recomputes the pattern
         from irrelevant queries and keys.
-    activation: "through" gives f(irrel); "frozen" scales both parts by f(x)/x.
+    activation: "through" gives f(irrel), the irrelevant part going first; "averaged" is the mean
+        over both orders, (f(irrel) + f(x) - f(rel)) / 2; "frozen" scales both parts by f(x)/x.
     product: for a gated MLP's f(g)*u, "through" multiplies the irrelevant factors; "half" shares
-        the product's cross terms equally, (irrel_f u + f irrel_u) / 2.
+        the product's cross terms equally, (irrel_f u + f irrel_u) / 2; "gate" takes the gate for
+        a constant, f irrel_u.
     bias: "proportional" gives the relevant part b |W rel| / (|W rel| + |W irrel| + eps);
         "irrelevant" leaves the whole bias to the irrelevant part.
     sign: after the MLP's input and output projections and its residual add, where the two parts
         have opposite signs the larger takes all and the other becomes 0.
+    context: "full" takes relevance as what is lost where everything else is there; "both" averages
+        that with what the sources add where every head is ablated (see `insertion`; in the
+        logits, not at target heads).
     eps: added to the denominator of the proportional bias share.
     """
 
@@ -51,17 +58,23 @@ class Rules:
     product: Product = "through"
     bias: Bias = "irrelevant"
     sign: bool = False
+    context: Context = "full"
     eps: float = 0.0
 
     def __post_init__(self) -> None:
-        names = ("norm", "attention", "activation", "product", "bias")
-        kinds = (Norm, Attention, Activation, Product, Bias)
+        names = ("norm", "attention", "activation", "product", "bias", "context")
+        kinds = (Norm, Attention, Activation, Product, Bias, Context)
         for name, kind in zip(names, kinds, strict=True):
             if getattr(self, name) not in get_args(kind):
                 raise InputError(
                     f"rules: {name}={getattr(self, name)!r}: expected one of "
                     f"{', '.join(get_args(kind))}"
                 )
+
+    @property
+    def mlp_by_formula(self) -> bool:
+        """Whether the MLP's activations need more than the model's own forward pass."""
+        return self.activation != "through" or self.product != "through"
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain values, with the preset's name where they are a preset's."""
@@ -75,6 +88,8 @@ PRESETS: dict[str, Rules] = {
         norm="frozen", attention="decomposed", bias="proportional", sign=True, eps=1e-8
     ),
     "stable": Rules(),
+    "shared": Rules(attention="half"),
+    "two-ended": Rules(attention="through", context="both"),
     "linear": Rules(norm="frozen", activation="frozen", product="half"),
     "ablation": Rules(attention="through"),
 }
@@ -151,6 +166,20 @@ def secant(
     return function(safe) / safe
 
 
+def activated(
+    function: Callable[[Tensor], Tensor],
+    irrel: Float[Tensor, source * dims],
+    full: Float[Tensor, "*dims"],
+    activation: Activation,
+) -> Float[Tensor, source * dims]:
+    """Irrelevant part of f(x), from the irrelevant part of x."""
+    if activation == "frozen":
+        return irrel * secant(function, full)
+    if activation == "averaged":
+        return (function(irrel) + function(full) - function(full - irrel)) / 2
+    return function(irrel)
+
+
 def gated_product(
     irrel_activated: Float[Tensor, source * dims],
     irrel_linear: Float[Tensor, source * dims],
@@ -161,4 +190,6 @@ def gated_product(
     """Irrelevant part of f(g) * u; irrel_activated is the irrelevant part of f(g)."""
     if product == "through":
         return irrel_activated * irrel_linear
+    if product == "gate":
+        return activated * irrel_linear
     return (irrel_activated * linear + activated * irrel_linear) / 2

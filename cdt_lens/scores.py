@@ -95,7 +95,7 @@ def score_heads(
     provenance = provenance_of(view, examples, options=options)
     sweep = _Sweep(view, examples, baseline, rules, sources, direction, rows)
     rows_done = sweep.run(batch_size, _store(checkpoint, provenance), progress)
-    return _collect(view, examples, rows_done, sources, method, provenance)
+    return collect_scores(view, examples, rows_done, sources, method, provenance)
 
 
 @dataclass
@@ -147,14 +147,16 @@ class _Sweep:
         return {index: both[:, row] for row, index in enumerate(batch.index)}
 
 
-def _collect(
+def collect_scores(
     view: ModelView,
     examples: Examples,
     done: Mapping[int, Tensor],
-    sources: Sequence[Head],
+    sources: Sequence[Head] | None,
     method: str,
     provenance: Provenance,
 ) -> HeadScores:
+    """Scores from each example's row: d(rel) of every source (None: all heads), then d(full)."""
+    sources = all_heads(view.n_layers, view.n_heads) if sources is None else sources
     table = torch.stack([done[i] for i in range(len(examples))])
     labels = tuple(example.label for example in examples)
     index = label_index(labels)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from markupsafe import Markup
 from torch import Tensor
 
-from cdt_lens import figures, tables, widgets
+from cdt_lens import figures, graph_figures, tables, widgets
 from cdt_lens.artists import control_name, metric_name
 from cdt_lens.markup import figure_html
 from cdt_lens.tables import Scored
@@ -23,10 +23,12 @@ from cdt_lens.widgets import View
 if TYPE_CHECKING:
     from cdt_lens.circuit import Circuit
     from cdt_lens.faithfulness import FaithfulnessCurve
+    from cdt_lens.graph import Graph
     from cdt_lens.head_scores import HeadScores, MethodAgreement
     from cdt_lens.views import AttentionView, TokenRelevance
 
 _TOP = 20
+_EDGES = 40
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,36 @@ def circuit_section(circuit: Circuit, id: str, results: Sequence[object]) -> Sec
         figures=() if scored is None or drawn else (_map(scored, circuit, f"{id}-map"),),
         tables=tuple(parts),
         provenance=() if recorded is None else (("Circuit", recorded.to_dict()),),
+    )
+
+
+def graph_section(graph: Graph, id: str, _: Sequence[object]) -> Section:
+    """The drawing of a circuit graph, and its strongest edges as a table."""
+    drawn = graph_figures.drawn_edges(graph, _EDGES)
+    kept, edges = graph.kept_nodes, graph.kept_edges
+    mlps = sum(name.startswith("M") for name in kept)
+    lines = {f"edge-{n}": [graph_figures.edge_line(graph, edge)] for n, edge in enumerate(drawn)}
+    drawing = graph_figures.graph_figure(graph, _EDGES)
+    if not edges:
+        headline = (str(len(graph.heads)), "heads in the graph, without edges")
+    else:
+        headline = (str(len(edges)), f"edges between {len(graph.heads)} heads and {mlps} MLPs")
+    caption = f"The {len(drawn)} edges drawn, of {len(edges)}" if drawn else "No edge is drawn"
+    listed = tables.edges_table(drawn, caption=caption, unit=graph.short_unit)
+    return Section(
+        kind="Graph",
+        id=id,
+        title="Circuit graph",
+        headline=headline,
+        facts={
+            "Model": f"{graph.n_layers} layers of {graph.n_heads} heads",
+            "Heads": str(len(graph.heads)),
+            "MLPs": str(mlps),
+            "Edges": f"{len(edges)} in the graph, {len(drawn)} drawn",
+            "Scores": f"in {graph.unit}",
+        },
+        figures=(figure_html(drawing, prefix=f"{id}-graph", tooltips=lines),),
+        tables=(listed,) if drawn else (),
     )
 
 

@@ -22,6 +22,7 @@ from cdt_lens.markup import table_html
 if TYPE_CHECKING:
     from cdt_lens.circuit import Circuit
     from cdt_lens.faithfulness import FaithfulnessCurve
+    from cdt_lens.graph import Edge
     from cdt_lens.head_scores import HeadScores
 
 # What a provenance says: the path to each entry, and the entry in words.
@@ -98,6 +99,22 @@ def layers_table(circuit: Circuit) -> Markup:
         names = [str(head) for head in members]
         rows.append((layer, len(names), ", ".join(names)))
     return table_html(("layer", "heads", "which"), rows, caption="Circuit by layer")
+
+
+def edges_table(edges: Sequence[Edge], *, caption: str, unit: str = "logits") -> Markup:
+    """The edges of a circuit graph: who writes, who reads and how, and the score."""
+    sites = {"q": "queries", "k": "keys", "v": "values", "": ""}
+    rows = [
+        (
+            edge.source,
+            edge.target,
+            sites[edge.site],
+            "not scored" if edge.score is None else number(edge.score, "+z.4f"),
+        )
+        for edge in edges
+    ]
+    score = f"score ({unit})" if unit else "score"
+    return table_html(("from", "to", "read by its", score), rows, caption=caption)
 
 
 def areas_table(curve: FaithfulnessCurve) -> Markup:

@@ -23,7 +23,7 @@ import torch
 
 from cdt_lens.ablation import circuit_metric
 from cdt_lens.artifacts import atomic_write, load_artifact, remove_artifact, save_artifact
-from cdt_lens.cells import Cells, as_json
+from cdt_lens.cells import Cells
 from cdt_lens.choices import choices
 from cdt_lens.circuit import Circuit
 from cdt_lens.distributed import is_main, wait_for_all
@@ -38,7 +38,7 @@ from cdt_lens.loading import load_model
 from cdt_lens.model import view_of
 from cdt_lens.provenance import provenance_of
 from cdt_lens.report import render_report
-from cdt_lens.runs import Run, Settings, most_balanced
+from cdt_lens.runs import Run, Settings, as_json, most_balanced
 from cdt_lens.tasks import Task
 from cdt_lens.transfer_config import TransferConfig
 from cdt_lens.transfer_result import (

@@ -27,9 +27,9 @@ Site = tuple[str, int]  # "q", "k", "v" or "z", and the layer
 
 _CHOICES = {
     "norm": ("frozen", "through"),
-    "attention": ("decomposed", "frozen", "through"),
-    "activation": ("through", "frozen"),
-    "product": ("through", "half"),
+    "attention": ("decomposed", "frozen", "half", "through"),
+    "activation": ("through", "averaged", "frozen"),
+    "product": ("through", "half", "gate"),
     "bias": ("proportional", "irrelevant"),
 }
 
@@ -196,10 +196,14 @@ def norm_scale(x: Tensor, spec: Norm) -> Tensor:
 
 
 def activation(x: Pair, function: Callable[[Tensor], Tensor], rules: ReferenceRules) -> Pair:
-    """through: f(irrel), the rest is relevant; frozen: both parts times f(x) / x."""
+    """through: f(irrel), the rest is relevant; averaged: rel is the mean of what f makes of it
+    first and of what it adds last; frozen: both parts times f(x) / x."""
     if rules.activation == "through":
         irrel = function(x.irrel)
         return Pair(function(x.full) - irrel, irrel)
+    if rules.activation == "averaged":
+        first, last = function(x.rel), function(x.full) - function(x.irrel)
+        return Pair((first + last) / 2, function(x.full) - (first + last) / 2)
     nonzero = torch.where(x.full == 0, torch.full_like(x.full, 1e-6), x.full)
     slope = function(nonzero) / nonzero
     return x.each(lambda part: part * slope)
@@ -210,6 +214,8 @@ def product(a: Pair, u: Pair, rules: ReferenceRules) -> Pair:
     if rules.product == "through":
         irrel = a.irrel * u.irrel
         return Pair(a.full * u.full - irrel, irrel)
+    if rules.product == "gate":
+        return Pair(a.full * u.rel, a.full * u.irrel)
     return Pair((a.rel * u.full + a.full * u.rel) / 2, (a.irrel * u.full + a.full * u.irrel) / 2)
 
 
@@ -238,6 +244,10 @@ def attention(q: Pair, k: Pair, v: Pair, spec: Attention, rules: ReferenceRules)
     if rules.attention == "through":
         irrel = weigh(pattern(q.irrel, k.irrel, spec), v.irrel)
         return Pair(z - irrel, irrel)
+    if rules.attention == "half":
+        moved = full_pattern - pattern(q.irrel, k.irrel, spec)
+        rel = (weigh(moved, v.full) + weigh(full_pattern, v.rel)) / 2
+        return Pair(rel, z - rel)
     return v.each(lambda part: weigh(full_pattern, part))
 
 

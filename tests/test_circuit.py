@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections import Counter
 from dataclasses import replace
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sample_graph
 import sample_results
 import torch
 from checks import assert_same_bits
 from shared import models, other_weights, shared
 from tiny_tasks import examples
 
+from cdt_lens.artifacts import load_artifact, save_artifact
 from cdt_lens.baselines import mean_activations
 from cdt_lens.circuit import Circuit, random_heads, random_heads_like
 from cdt_lens.errors import ArtifactError, InputError
@@ -41,10 +44,18 @@ def circuit(seed: int = 0) -> Circuit:
     )
 
 
+def with_graph() -> Circuit:
+    graph = sample_graph.small()
+    return Circuit(graph.heads, 2, 2, graph=graph)
+
+
 def assert_equal(a: Circuit, b: Circuit) -> None:
     assert (a.heads, a.n_layers, a.n_heads) == (b.heads, b.n_layers, b.n_heads)
     assert dict(a.selection) == dict(b.selection)
     assert a.provenance == b.provenance
+    assert (a.graph is None) == (b.graph is None)
+    if a.graph is not None and b.graph is not None:
+        assert a.graph.to_dict() == b.graph.to_dict()
     for one, other in ((a.scores, b.scores), (a.stderr, b.stderr)):
         assert (one is None) == (other is None)
         if one is not None and other is not None:
@@ -85,6 +96,16 @@ def test_the_table_has_a_row_for_each_head():
     assert len(empty.to_dataframe()) == 0
     assert "0 of 12 heads" in empty._repr_html_()
     assert "L2H3" in made._repr_html_()
+
+
+def test_a_graph_of_another_shape_is_refused_and_one_that_fits_is_shown():
+    graph = sample_graph.small()
+    with pytest.raises(InputError, match="n_layers=3, its graph has 2"):
+        Circuit((), 3, 2, graph=graph)
+    with pytest.raises(InputError, match="n_heads=4, its graph has 2"):
+        Circuit((), 2, 4, graph=graph)
+    assert "<svg" not in Circuit(graph.heads, 2, 2)._repr_html_()
+    assert "<svg" in with_graph()._repr_html_() and "Circuit graph" in with_graph()._repr_html_()
 
 
 # Random controls -----------------------------------------------------------------------------------
@@ -133,10 +154,46 @@ def test_random_heads_like_keep_the_number_in_each_layer():
         Circuit((), 1, 1),
         replace(circuit(), scores=None),
         replace(circuit(), provenance=None),
+        with_graph(),
     ],
 )
 def test_round_trip_is_bit_equal(made: Circuit, tmp_path: Path):
     assert_equal(Circuit.load(made.save(tmp_path / "c.json")), made)
+
+
+def test_a_circuit_without_a_graph_is_saved_as_before_there_were_any(tmp_path: Path):
+    """So files of version 0.2, which know no graph, still load, and this one loads there."""
+    body, _ = load_artifact(
+        circuit().save(tmp_path / "c.json"), format="cdt_lens.circuit", version=1
+    )
+    assert set(body) == {
+        "format", "version", "heads", "n_layers", "n_heads", "selection", "provenance",
+    }  # fmt: skip
+    # Written by cdt_lens 0.2.0.
+    old = {
+        "format": "cdt_lens.circuit", "version": 1, "heads": ["L0H1"], "n_layers": 1, "n_heads": 2,
+        "selection": {"by": "magnitude", "k": 1}, "provenance": None,
+        "sha256": "b6fcc87b26e3e493987124dd6a9d649ac2b41cbbb75d1f26b306729f61238676",
+    }  # fmt: skip
+    (tmp_path / "old.json").write_text(json.dumps(old), "utf-8")
+    expected = Circuit((Head(0, 1),), 1, 2, selection={"by": "magnitude", "k": 1})
+    assert_equal(Circuit.load(tmp_path / "old.json"), expected)
+
+
+def test_a_graph_that_is_none_is_refused_with_its_path(tmp_path: Path):
+    path = with_graph().save(tmp_path / "c.json")
+    body, _ = load_artifact(path, format="cdt_lens.circuit", version=1)
+    for broken in (
+        {**body["graph"], "n_layers": 1},
+        {**body["graph"], "edges": [["M1", "L0H0", "q", 0.5, True]]},
+        {**body["graph"], "edges": [[]]},
+        {"nodes": {}},
+    ):
+        rest = {k: v for k, v in body.items() if k not in ("format", "version")}
+        save_artifact(path, {**rest, "graph": broken}, format="cdt_lens.circuit", version=1)
+        with pytest.raises(ArtifactError, match="not a whole circuit file") as caught:
+            Circuit.load(path)
+        assert str(path) in str(caught.value)
 
 
 def test_saving_over_another_circuit_replaces_it_whole(tmp_path: Path):

@@ -461,12 +461,12 @@ def test_out_of_memory_halves_the_chunks(limit, tokenizer_folder, monkeypatch):
     expected = decompose(view, data, sets, baseline, **options)
     true, sizes = Propagator.propagate, []
 
-    def small_memory(self, resets, taps=None):
+    def small_memory(self, resets, *rest):
         size = next(iter(resets.values())).shape[0]
         sizes.append(size)
         if size > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return true(self, resets, taps)
+        return true(self, resets, *rest)
 
     monkeypatch.setattr(Propagator, "propagate", small_memory)
     result = decompose(view, data, sets, baseline, **options)
@@ -480,7 +480,7 @@ def test_out_of_memory_halves_the_chunks(limit, tokenizer_folder, monkeypatch):
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("something else")]
 )
 def test_an_error_that_smaller_chunks_cannot_cure_is_raised(error, tokenizer_folder, monkeypatch):
-    def failing(self, resets, taps=None):
+    def failing(self, *rest):
         raise error
 
     view, data = shared("gpt2", "bridge", tokenizer_folder), examples()

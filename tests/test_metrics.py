@@ -200,6 +200,35 @@ def test_auroc_of_one_kind_is_refused(truth: Tensor):
         metrics.auroc(torch.arange(3.0), truth)
 
 
+def test_average_precision_is_the_mean_precision_at_each_true_entry():
+    scores = torch.tensor([[0.9, 0.8], [0.7, 0.6], [0.5, -2.0]])
+    truth = torch.tensor([[True, False], [True, False], [False, True]])
+    # true entries come first, third and last: 1/1, 2/3, 3/6
+    assert metrics.average_precision(scores, truth) == pytest.approx((1 + 2 / 3 + 3 / 6) / 3)
+    assert metrics.average_precision(truth.float(), truth) == 1.0
+    # nothing until the three true ones come at the end, all at once
+    assert metrics.average_precision(-truth.float(), truth) == 0.5
+    assert metrics.average_precision(scores, torch.ones(3, 2).bool()) == 1.0
+
+
+def test_equal_scores_count_together_whatever_their_order():
+    scores = torch.tensor([3.0, 1.0, 1.0, 1.0, 0.0])
+    truths = [torch.tensor([True, *rest, False]) for rest in set(itertools.permutations([1, 0, 0]))]
+    # one of one, then two of four at once
+    values = {metrics.average_precision(scores, truth.bool()) for truth in truths}
+    assert values == {(1 + 2 / 4) / 2}
+    assert metrics.average_precision(torch.zeros(8), torch.arange(8) < 3) == 3 / 8
+
+
+def test_average_precision_without_truth_or_with_nan_is_refused():
+    scores = torch.arange(3.0)
+    with pytest.raises(InputError, match="needs a true entry"):
+        metrics.average_precision(scores, torch.zeros(3).bool())
+    scores[1] = torch.nan
+    with pytest.raises(InputError, match="no NaN"):
+        metrics.average_precision(scores, torch.ones(3).bool())
+
+
 def test_the_direction_of_a_whole_split_is_what_its_examples_say():
     data = examples()
     logits = randn(len(data), 128)

@@ -18,6 +18,9 @@ RULES = {
     "published, no sign": Rules(norm="frozen", attention="decomposed", bias="proportional"),
     "decomposed, own scale": Rules(attention="decomposed", bias="proportional"),
     "frozen activation": Rules(activation="frozen"),
+    "averaged activation": Rules(activation="averaged"),
+    "half attention": Rules(attention="half", bias="proportional"),
+    "gate as a constant": Rules(attention="half", activation="averaged", product="gate"),
     "half product": Rules(product="half", bias="proportional"),
     "sign": Rules(norm="frozen", sign=True),
 }

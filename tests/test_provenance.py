@@ -16,7 +16,14 @@ from wrapped import needs_hooked, tokenizer, wrap
 from cdt_lens.errors import ArtifactError
 from cdt_lens.loading import _bridge
 from cdt_lens.model import ModelView
-from cdt_lens.provenance import Provenance, command_line, provenance_of, versions, weight_hash
+from cdt_lens.provenance import (
+    Provenance,
+    command_line,
+    hashed_once,
+    provenance_of,
+    versions,
+    weight_hash,
+)
 
 
 @needs_hooked
@@ -158,3 +165,21 @@ def test_versions_of_what_the_numbers_depend_on():
 def test_only_our_own_command_line_is_noted(argv, expected, monkeypatch):
     monkeypatch.setattr(sys, "argv", argv)
     assert command_line() == expected
+
+
+def test_weights_that_do_not_change_are_hashed_once(tokenizer_folder, monkeypatch):
+    from cdt_lens import provenance
+
+    one = ModelView(wrap("gpt2", "bridge", tokenizer_folder, torch.float32))
+    other = other_weights("gpt2", tokenizer_folder, torch.float32)
+    hashed, true = [], provenance._hashed
+    monkeypatch.setattr(provenance, "_hashed", lambda view: (hashed.append(view), true(view))[1])
+    with hashed_once():
+        found = [weight_hash(view) for view in (one, other, ModelView(one.tl), other)]
+        assert found == [true(one), true(other)] * 2 and found[0] != found[1]
+        assert hashed == [one, other]
+    # Afterwards a change is seen again, also when what stood in the `with` raised.
+    with pytest.raises(KeyError), hashed_once():
+        raise KeyError
+    one.tl.embed.weight.detach()[5, 5] += 1.0
+    assert weight_hash(one) != found[0]

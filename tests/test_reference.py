@@ -51,6 +51,8 @@ RULES = {
     "norm-through": ReferenceRules(norm="through", attention="frozen"),
     "attention-through": ReferenceRules(attention="through", product="half"),
     "activation-frozen": ReferenceRules(activation="frozen", norm="through"),
+    "averaged": ReferenceRules("through", "half", "averaged", "half", "irrelevant"),
+    "gate": ReferenceRules("through", "half", "through", "gate", "irrelevant"),
     "linear-with-sign": replace(LINEAR, bias="proportional", sign=True),
 }
 
@@ -414,7 +416,7 @@ def test_sign_rule_at_the_end_of_a_block(family: str):
 
 def test_an_unknown_rule_is_refused():
     with pytest.raises(ValueError, match="attention"):
-        ReferenceRules(attention="half")
+        ReferenceRules(attention="quarter")
 
 
 # Attention-only, without norms --------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sample_graph
 import sample_results as sample
 import torch
 from browser import Browser, open_browser
@@ -56,7 +57,8 @@ def hostile_results() -> list[object]:
         discovery={SCRIPT: BREAKOUT},
         settings={BREAKOUT: {ATTRIBUTE: SCRIPT}},
     )
-    return [scores, circuit, agreement, attention, relevance, tuned, moved]
+    graph = replace(sample_graph.large(), unit=BREAKOUT)
+    return [scores, circuit, graph, agreement, attention, relevance, tuned, moved]
 
 
 def mount_all(browser: Browser) -> None:
@@ -165,6 +167,34 @@ def test_a_circuit_without_scores_or_provenance_has_a_section(tmp_path: Path):
     assert "<svg" not in page
 
 
+def test_a_circuits_graph_has_a_section_of_its_own_behind_it(tmp_path: Path):
+    graph = sample_graph.large()
+    circuit = Circuit(graph.heads, 30, 9, graph=graph)
+    for results in ((sample.curve(), circuit), (graph, sample.curve(), circuit)):
+        path = render_report(*results, path=tmp_path / "r.html")
+        assert sections(path) == ["Circuit", "Graph", "FaithfulnessCurve", "provenance"]
+    page = path.read_text("utf-8")
+    assert ">40</strong><span>edges between 12 heads and 6 MLPs<" in page
+    strongest = graph.top_edges(1)[0]
+    assert f'<th scope="row">{strongest.source}</th><td>{strongest.target}</td>' in page
+    # Pointing at a line names it; each line of the drawing has words of its own.
+    titles = re.findall(r'<g id="s2-graph-edge-\d+">\s*<path[^>]*><title>(.*?)</title>', page)
+    assert len(set(titles)) == 40
+    words = f"{strongest.name}: {strongest.score:+.4g} logits"
+    assert words.replace(">", "&gt;").replace("<", "&lt;") in titles
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_a_graph_without_edges_or_in_another_unit_has_a_section(tmp_path: Path):
+    bare = replace(sample_graph.small(), edges=())
+    page = render_report(bare, path=tmp_path / "r.html").read_text("utf-8")
+    assert "heads in the graph, without edges" in page
+    foreign = replace(sample_graph.small(), unit="nats")
+    page = render_report(foreign, path=tmp_path / "r.html").read_text("utf-8")
+    assert "in nats" in page and ">score</th>" in page and "0.5 logits" not in page
+
+
 def test_half_a_character_in_a_token_does_not_stop_the_report(tmp_path: Path):
     tokens = ("\ud83d", "ok", "\x00", "\x1b", "\n", ":")
     results = sample.attention_view((tokens,)), sample.token_relevance((tokens,))
@@ -226,7 +256,8 @@ def test_hostile_text_stays_text(browser: Browser, tmp_path: Path):
     assert browser.run("return document.scripts.length") == 3
     assert browser.driver.title == BREAKOUT
     for place in (
-        "h1", "section.HeadScores > h2", "section.Circuit > .facts", ".AttentionView .facts",
+        "h1", "section.HeadScores > h2", "section.Circuit > .facts", ".Graph > .facts",
+        ".Graph svg text", ".AttentionView .facts",
         ".AttentionView blockquote", ".TokenRelevance .facts", ".TokenRelevance tbody",
         ".colored-tokens", "#provenance", "svg text", ".TokenRelevance .example",
         ".FineTuneResult > h2", ".FineTuneResult table", ".FineTuneResult svg text",

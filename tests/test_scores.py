@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import planted
 import pytest
 import torch
 from checks import assert_close, assert_same_bits, unchecked_types
@@ -16,20 +15,19 @@ from shared import models, other_weights, shared
 from tiny_models import Float64Throughout
 from tiny_tasks import GOLD, LABELS, examples
 from torch import Tensor
-from wrapped import needs_hooked, tokenizer
+from wrapped import needs_hooked
 
 import cdt_lens.scores as scores_module
-from cdt_lens.ablation import circuit_metric
 from cdt_lens.attribution import exact_ablation
 from cdt_lens.baselines import Baseline, mean_activations, zero_baseline
 from cdt_lens.circuit import Circuit
 from cdt_lens.decompose import decompose
 from cdt_lens.errors import ArtifactError, InputError, NonFiniteError
 from cdt_lens.faithfulness import circuit_faithfulness
-from cdt_lens.heads import Head, all_heads, heads_to_mask
-from cdt_lens.loading import _bridge, _hooked
+from cdt_lens.heads import Head, all_heads
 from cdt_lens.metrics import auroc, balanced_mean, balanced_stderr
-from cdt_lens.model import ModelView
+from cdt_lens.model import ModelView, view_of
+from cdt_lens.planted import PlantedCircuit, planted_circuit
 from cdt_lens.propagate import Propagator
 from cdt_lens.rules import PRESETS, Rules
 from cdt_lens.scores import score_heads
@@ -212,10 +210,10 @@ def test_out_of_memory_changes_no_score(tokenizer_folder, monkeypatch):
     expected = score(view, data, baseline)
     true = Propagator.propagate
 
-    def small_memory(self, resets, taps=None):
+    def small_memory(self, resets, *rest):
         if next(iter(resets.values())).shape[0] > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return true(self, resets, taps)
+        return true(self, resets, *rest)
 
     monkeypatch.setattr(Propagator, "propagate", small_memory)
     assert_close(score(view, data, baseline).values, expected.values, atol=1e-6)
@@ -224,72 +222,60 @@ def test_out_of_memory_changes_no_score(tokenizer_folder, monkeypatch):
 # (h) planted circuits ------------------------------------------------------------------------------
 
 
-TRUTH = heads_to_mask(planted.PLANTED, planted.N_LAYERS, planted.N_HEADS)
 BOTH = [pytest.param("hooked", marks=needs_hooked), "bridge"]
+PAIR = (Head(0, 1), Head(1, 2))
+trained = pytest.mark.parametrize(
+    "name", ["trained-gpt2", "trained-attention-only", "trained-llama"]
+)
 
 
-def planted_view(family: str, backend: str, folder: str, *, noise: float) -> ModelView:
-    model = planted.build(family, noise)
-    assert planted.accuracy(model) > 0.9  # in spite of the noise
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what transformer-lens says while it wraps
-        if backend == "hooked":
-            return ModelView(_hooked(model, tokenizer(folder), "cpu", torch.float32, None).eval())
-        return ModelView(_bridge(model, tokenizer(folder), "cpu", torch.float32).eval())
-
-
-def planted_scores(view: ModelView, rules: str | Rules):
-    baseline = means(view, planted.examples(60, seed=1))
-    return score(view, planted.examples(30, seed=2), baseline, rules=rules)
+def planted_scores(circuit: PlantedCircuit, rules: str | Rules):
+    view = view_of(circuit.model)
+    return score(view, circuit.valid, means(view, circuit.train), rules=rules)
 
 
 @pytest.mark.parametrize("backend", BOTH)
-@pytest.mark.parametrize("family", planted.BUILDERS)
-def test_a_planted_circuit_is_recovered(family, backend, tokenizer_folder):
-    view = planted_view(family, backend, tokenizer_folder, noise=0.5)
+@trained
+def test_a_planted_circuit_is_recovered(name, backend):
+    circuit = planted_circuit(name, backend=backend)
     for rules in ("official", "ablation", Rules(attention="decomposed")):
-        found = planted_scores(view, rules)
-        assert set(found.top(2)) == set(planted.PLANTED), rules
-        assert auroc(found.values.abs(), TRUTH) == 1.0
+        found = planted_scores(circuit, rules)
+        assert set(found.top(2)) == set(PAIR), rules
+        assert auroc(found.values.abs(), circuit.truth) == 1.0
 
 
 @pytest.mark.parametrize("backend", BOTH)
-@pytest.mark.parametrize("family", planted.BUILDERS)
-def test_a_planted_circuit_is_recovered_by_default(family, backend, tokenizer_folder):
+@trained
+def test_a_planted_circuit_is_recovered_by_default(name, backend):
     """With less noise: L0H1 acts through L1H2's pattern alone, and the default freezes patterns."""
-    view = planted_view(family, backend, tokenizer_folder, noise=0.1)
-    data, baseline = planted.examples(30, seed=2), means(view, planted.examples(60, seed=1))
-    found = score(view, data, baseline)
-    assert set(found.top(2)) == set(planted.PLANTED)
-    assert auroc(found.values.abs(), TRUTH) == 1.0
+    circuit = planted_circuit(name, backend=backend, noise=0.1)
+    found = planted_scores(circuit, "stable")
+    assert set(found.top(2)) == set(PAIR)
+    assert auroc(found.values.abs(), circuit.truth) == 1.0
 
 
-@pytest.mark.parametrize("family", planted.BUILDERS)
-def test_the_planted_circuit_is_the_whole_truth(family, tokenizer_folder):
+@trained
+def test_the_planted_circuit_is_the_whole_truth(name):
     """What the other tests take for granted: both heads are needed, and together enough."""
-    view = planted_view(family, "bridge", tokenizer_folder, noise=0.5)
-    data, baseline = planted.examples(30, seed=2), means(view, planted.examples(60, seed=1))
+    planted = planted_circuit(name, backend="bridge")
+    view, data = view_of(planted.model), planted.valid
+    baseline = means(view, planted.train)
     exact = exact_ablation(view, data, baseline, progress=False)
-    for head in planted.PLANTED:
+    for head in PAIR:
         assert float(exact.values[head.layer, head.head]) > 0.5 * exact.direction
     circuit = exact.select(k=2)
-    assert circuit.heads == planted.PLANTED
+    assert circuit.heads == PAIR
     measured = circuit_faithfulness(view, circuit, data, baseline, draws=2, progress=False)
     assert measured.faithfulness == pytest.approx(1.0, abs=0.15)
     assert measured.completeness < 0.3
-    metric = circuit_metric(
-        view, [planted.PLANTED, ()], data, baseline, metric="accuracy", progress=False
-    )
-    assert float(metric[0]) > 0.9
-    assert float(metric[1]) < 0.6
 
 
-@pytest.mark.parametrize("family", planted.BUILDERS)
-def test_frozen_attention_does_not_see_what_acts_through_a_pattern(family, tokenizer_folder):
+@trained
+def test_frozen_attention_does_not_see_what_acts_through_a_pattern(name):
     """A limit to know, not to wish for: the direct and value paths are all that it follows."""
-    view = planted_view(family, "bridge", tokenizer_folder, noise=0.1)
-    first, last = planted.PLANTED
-    frozen, exact = (planted_scores(view, rules).values for rules in ("stable", "ablation"))
+    circuit = planted_circuit(name, backend="bridge", noise=0.1)
+    first, last = PAIR
+    frozen, exact = (planted_scores(circuit, rules).values for rules in ("stable", "ablation"))
     assert float(exact[first.layer, first.head]) > 4.0
     assert abs(float(frozen[first.layer, first.head])) < 0.2 * float(exact[first.layer, first.head])
     assert_close(frozen[last.layer, last.head], exact[last.layer, last.head], atol=1e-4)

@@ -1,0 +1,326 @@
+"""Compare methods of scoring heads, on one model and task or on planted circuits.
+
+1. Checks that cost nothing, then m(full) and m(empty) on the held-out examples: a task in which the
+   heads do nothing is refused before the first sweep.
+2. Each method scores all heads, against the clock (`timed_scores`).
+3. The circuits of its two rankings are measured on the held-out examples (`measured_circuits`), and
+   so are those of random rankings; all of it together is a `Comparison`.
+
+Whatever is finished is kept: a kill loses the method that was running at most, and of a sweep no
+more than a batch.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from cdt_lens.artifacts import atomic_write
+from cdt_lens.attribution import DEFAULT_METHODS, METHODS, method_of
+from cdt_lens.baselines import Baseline, mean_activations
+from cdt_lens.circuit import random_heads
+from cdt_lens.comparison import RANKINGS, YARDSTICK, Comparison, MethodResult, RankingCurve
+from cdt_lens.distributed import is_main, wait_for_all
+from cdt_lens.errors import InputError, NonFiniteError
+from cdt_lens.experiment import make_baseline, split_of
+from cdt_lens.faithfulness import checked_fractions, sizes_at
+from cdt_lens.head_scores import HeadScores, compare_scores
+from cdt_lens.measured_circuits import MeasuredCircuits
+from cdt_lens.metrics import MIB_FRACTIONS, auroc, average_precision
+from cdt_lens.model import ModelView, view_of
+from cdt_lens.planted import PLANTED, planted_circuit
+from cdt_lens.planted_comparison import PlantedComparison
+from cdt_lens.prompts import did_you_mean
+from cdt_lens.provenance import provenance_of
+from cdt_lens.report import render_report
+from cdt_lens.runs import Run, Say, file_name, most_balanced
+from cdt_lens.support import check_supported
+from cdt_lens.tasks import Examples
+from cdt_lens.timed_scores import TimedScorer, TimedScores
+
+# A share of the task direction: scores below it do not tell heads apart.
+_NOTHING = 1e-4
+
+
+def compare_methods(
+    model: nn.Module | ModelView,
+    train: Examples,
+    valid: Examples,
+    baseline: Baseline,
+    methods: Iterable[str] = DEFAULT_METHODS,
+    *,
+    truth: Bool[Tensor, "layer head"] | None = None,
+    fractions: Sequence[float] = MIB_FRACTIONS,
+    draws: int = 5,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    batch_size: int = 16,
+    rows: int | None = None,
+    progress: bool = True,
+    say: Say | None = None,
+) -> Comparison:
+    """Score `train` by every method, and judge the rankings on the held-out `valid`.
+
+    Exact mean-ablation, the yardstick, always runs. A method that is refused on this model keeps
+    its row, with the reason.
+
+    Args:
+        truth: True at the heads of a planted circuit; draws: random rankings; seed: of these and of
+            methods that draw; folder: where each method's scores and each circuit's metric are
+            kept; a call with the same model, data and baseline goes on there.
+
+    Raises:
+        InputError: an unknown method, no examples, the same examples twice, a truth of another
+            shape, or heads that change nothing on the held-out examples.
+        UnsupportedModelError: a component of the model has no rule.
+        NonFiniteError: the yardstick itself left the finite range.
+    """
+    names = checked_methods(methods)
+    fractions = checked_fractions(fractions)
+    view = view_of(model)
+    _check(view, train, valid, baseline, truth, draws)
+    check_supported(view)
+    place = None if folder is None else Path(folder)
+    say = say or (lambda _: None)
+    how: dict[str, Any] = {"batch_size": batch_size, "rows": rows, "progress": progress}
+    kept_at = None if place is None else place / "circuits.json"
+    circuits = MeasuredCircuits(view, valid, baseline, kept_at, say, **how)
+    scorer = TimedScorer(view, train, baseline, place, say, seed, **how)
+    scored = [scorer.score(name) for name in names]
+    exact = scored[0].scores
+    if exact is None:
+        raise NonFiniteError(f"the yardstick was refused: {scored[0].refused}")
+    sizes = sizes_at(fractions, view.n_layers * view.n_heads)
+    results = []
+    for each in scored:
+        say(f"faithfulness: {each.method}")
+        results.append(_judged(each, exact, truth, circuits, fractions, sizes))
+    say("faithfulness: random rankings")
+    options = {
+        "methods": list(names), "draws": draws, "metric": "direction", "held_out": valid.name,
+        "held_out_hash": valid.hash, "baseline": baseline.kind, "baseline_hash": baseline.hash,
+        "batch_size": batch_size, "threads": torch.get_num_threads(), "device": str(view.device),
+        "dtype": str(view.dtype)[6:],
+    }  # fmt: skip
+    return Comparison(
+        methods=tuple(results),
+        fractions=fractions,
+        sizes=sizes,
+        random=_random_rankings(circuits, fractions, sizes, draws, seed),
+        scored=len(train),
+        held_out=len(valid),
+        direction=exact.direction,
+        full=circuits.full,
+        empty=circuits.empty,
+        provenance=provenance_of(view, train, options=options, seed=seed),
+    )
+
+
+def compare_run(
+    run: Run,
+    say: Say,
+    *,
+    methods: Iterable[str] = DEFAULT_METHODS,
+    held_out: int = 48,
+    draws: int = 5,
+    progress: bool = True,
+) -> Comparison:
+    """Compare methods on a run's task, in its directory, and write what came of it there.
+
+    Raises:
+        InputError: what `compare_methods` refuses, or a task without a validation split.
+    """
+    names = checked_methods(methods)
+    settings = run.settings
+    valid = split_of(run.task, "valid")
+    valid = valid.balanced(min(held_out, most_balanced(valid)), seed=settings.seed)
+    train = run.scored()
+    say(f"{len(names)} methods on {len(train)} examples of {train.name}, {len(valid)} held out")
+    result = compare_methods(
+        run.model, train, valid, make_baseline(run, say), names, draws=draws, seed=settings.seed,
+        folder=run.folder, batch_size=settings.batch_size, rows=settings.rows, progress=progress,
+        say=say,
+    )  # fmt: skip
+    write_comparison(result, run.folder)
+    return result
+
+
+def compare_planted(
+    circuits: Iterable[str] = tuple(PLANTED),
+    methods: Iterable[str] = DEFAULT_METHODS,
+    *,
+    folder: str | Path | None = None,
+    draws: int = 5,
+    seed: int = 0,
+    backend: Any = "auto",
+    batch_size: int = 16,
+    rows: int | None = None,
+    progress: bool = True,
+    say: Say | None = None,
+) -> PlantedComparison:
+    """Compare methods on planted circuits, whose heads are known; at every size of a circuit.
+
+    Raises:
+        InputError: an unknown planted circuit or method.
+    """
+    names, methods = checked_circuits(circuits), checked_methods(methods)
+    say = say or (lambda _: None)
+    found: dict[str, Comparison] = {}
+    why: dict[str, str] = {}
+    for name in names:
+        say(f"planted circuit {name}")
+        planted = planted_circuit(name, seed=seed, backend=backend)
+        baseline = mean_activations(planted.model, planted.train, progress=False)
+        total = planted.truth.numel()
+        why[name] = planted.why
+        found[name] = compare_methods(
+            planted.model, planted.train, planted.valid, baseline, methods, truth=planted.truth,
+            fractions=[kept / total for kept in range(total + 1)], draws=draws, seed=seed,
+            folder=None if folder is None else Path(folder) / file_name(name),
+            batch_size=batch_size, rows=rows, progress=progress, say=say,
+        )  # fmt: skip
+    result = PlantedComparison(found, why)
+    if folder is not None:
+        write_comparison(result, folder)
+    return result
+
+
+def write_comparison(result: Comparison | PlantedComparison, folder: str | Path) -> None:
+    """`comparison.json`, `.csv` and `.png`, and `report.html`, in `folder`, from one process."""
+    folder = Path(folder)
+    if is_main():
+        result.save(folder / "comparison.json")
+        atomic_write(folder / "comparison.csv", result.to_dataframe().to_csv(index=False))
+        picture = io.BytesIO()
+        result.plot().savefig(picture, format="png", dpi=150, bbox_inches="tight")
+        atomic_write(folder / "comparison.png", picture.getvalue())
+        title = "Methods on planted circuits"
+        if isinstance(result, Comparison):
+            title = f"{result.task}: {len(result.methods)} methods on {result.model}"
+        render_report(result, path=folder / "report.html", title=title)
+    wait_for_all()
+
+
+def checked_methods(methods: Iterable[str]) -> tuple[str, ...]:
+    """Known names, each once, the yardstick first.
+
+    Raises:
+        InputError: an unknown name, or none.
+    """
+    names = tuple(dict.fromkeys(methods))
+    if not names:
+        raise InputError(f"methods: expected any of {', '.join(METHODS)}; got none")
+    for name in names:
+        method_of(name)
+    return (YARDSTICK, *(name for name in names if name != YARDSTICK))
+
+
+def checked_circuits(circuits: Iterable[str]) -> tuple[str, ...]:
+    """Names of planted circuits, each once.
+
+    Raises:
+        InputError: an unknown name, or none.
+    """
+    names, known = tuple(dict.fromkeys(circuits)), ", ".join(PLANTED)
+    if not names:
+        raise InputError(f"planted circuits: expected any of {known}; got none")
+    for name in names:
+        if name not in PLANTED:
+            hint = did_you_mean(name, PLANTED)
+            raise InputError(f"planted circuit {name!r}: unknown{hint}; expected any of {known}")
+    return names
+
+
+def _check(
+    view: ModelView,
+    train: Examples,
+    valid: Examples,
+    baseline: Baseline,
+    truth: Bool[Tensor, "layer head"] | None,
+    draws: int,
+) -> None:
+    """Refuse what cannot be compared, before anything runs."""
+    if draws < 1:
+        raise InputError(f"draws={draws}: expected at least 1 random ranking")
+    train.require_some()
+    if not len(valid):
+        raise InputError(
+            f"{valid.name}: no held-out examples to judge the rankings on; give a validation split"
+        )
+    if train.hash == valid.hash:
+        raise InputError(
+            f"{valid.name}: the held-out examples are the scored ones; rankings must be judged on "
+            "others"
+        )
+    baseline.check_model(view)
+    shape = (view.n_layers, view.n_heads)
+    if truth is not None and (tuple(truth.shape) != shape or truth.all() or not truth.any()):
+        raise InputError(
+            f"truth: {int(truth.sum())} heads of {tuple(truth.shape)}; expected some, not all, of "
+            f"{shape}"
+        )
+
+
+def _judged(
+    scored: TimedScores,
+    exact: HeadScores,
+    truth: Bool[Tensor, "layer head"] | None,
+    circuits: MeasuredCircuits,
+    fractions: tuple[float, ...],
+    sizes: tuple[int, ...],
+) -> MethodResult:
+    """Everything that one method's scores are worth."""
+    told: dict[str, Any] = {
+        "method": scored.method,
+        "description": method_of(scored.method).description,
+    }
+    scores = scored.scores
+    if scores is None:
+        return MethodResult(**told, refused=scored.refused)
+    found = compare_scores(scores, exact)
+    rankings = {by: scores.ranking(by) for by in RANKINGS}
+    kept = {by: [tuple(sorted(r[:size])) for size in sizes] for by, r in rankings.items()}
+    circuits.measure([circuit for each in kept.values() for circuit in each])
+    curves = {by: RankingCurve.of(fractions, circuits.curve(each)) for by, each in kept.items()}
+    if truth is not None:
+        magnitude = _magnitude(scores)
+        told["auroc"] = auroc(magnitude, truth)
+        told["average_precision"] = average_precision(magnitude, truth)
+    return MethodResult(
+        **told,
+        spearman=found.spearman,
+        pearson=found.pearson,
+        signed=curves["signed"],
+        magnitude=curves["magnitude"],
+        seconds=scored.seconds,
+        forward_passes=scored.passes,
+    )
+
+
+def _magnitude(scores: HeadScores) -> Float[Tensor, "layer head"]:
+    """Magnitudes of the scores; what float32 leaves of heads that do nothing is 0, and tied."""
+    magnitude = scores.values.abs()
+    scale = max(abs(scores.direction), float(magnitude.max()))
+    return torch.where(magnitude < _NOTHING * scale, 0.0, magnitude)
+
+
+def _random_rankings(
+    circuits: MeasuredCircuits,
+    fractions: tuple[float, ...],
+    sizes: tuple[int, ...],
+    draws: int,
+    seed: int,
+) -> tuple[RankingCurve, ...]:
+    """Curves of rankings drawn by lot; the circuits of a draw hold its smaller ones."""
+    shape = (circuits.view.n_layers, circuits.view.n_heads)
+    drawn = [
+        [random_heads(size, *shape, seed=seed + draw) for size in sizes] for draw in range(draws)
+    ]
+    circuits.measure([circuit for each in drawn for circuit in each])
+    return tuple(RankingCurve.of(fractions, circuits.curve(each)) for each in drawn)

@@ -1,0 +1,66 @@
+"""The command that takes circuits to other tools and back: `convert`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from cdt_lens.artifacts import artifact_format
+from cdt_lens.circuit import Circuit
+from cdt_lens.console import tell
+from cdt_lens.errors import InputError
+from cdt_lens.interchange import (
+    circuit_from_graph,
+    graph_from_circuit,
+    read_graph,
+    write_graph,
+)
+
+
+def convert(
+    file: Annotated[
+        Path,
+        typer.Argument(help="A circuit of cdt-lens, or a graph: MIB's .json or .pt, or .graphml."),
+    ],
+    out: Annotated[
+        Path, typer.Argument(help="Its ending says what is written: .json, .pt, .graphml or .dot.")
+    ],
+    to: Annotated[
+        Literal["graph", "circuit"],
+        typer.Option(help="graph: for other tools; circuit: for cdt-lens finetune and show."),
+    ] = "graph",
+    d_model: Annotated[
+        int | None,
+        typer.Option(min=1, help="Width of the residual stream, where FILE does not tell it."),
+    ] = None,
+    parallel: Annotated[
+        bool, typer.Option(help="Attention and MLP are parallel (Pythia); for a circuit of heads.")
+    ] = False,
+) -> None:
+    """Take a circuit to MIB, EAP-IG, networkx or Graphviz, or a graph of theirs to cdt-lens."""
+    if out.resolve() == file.resolve():
+        raise InputError(f"{out}: is the file to convert; give another name to write to")
+    ours = file.suffix == ".json" and artifact_format(file).startswith("cdt_lens.")
+    if ours and to == "circuit":
+        raise InputError(f"{file}: is a circuit of cdt-lens already; leave out --to circuit")
+    if to == "circuit":
+        tell(_to_circuit(file, out))
+        return
+    graph = graph_from_circuit(Circuit.load(file), parallel=parallel) if ours else read_graph(file)
+    written = write_graph(graph, out, d_model=d_model)
+    heads = f"{len(graph.heads)} of {graph.n_layers * graph.n_heads} heads"
+    tell(f"{heads}, {len(graph.kept_edges)} edges: {written}")
+
+
+def _to_circuit(file: Path, out: Path) -> str:
+    if out.suffix != ".json":
+        raise InputError(f"{out}: expected a circuit to go to .json")
+    circuit = circuit_from_graph(read_graph(file))
+    if not len(circuit):
+        raise InputError(f"{file}: no head belongs to the graph (in_graph), so there is no circuit")
+    circuit = replace(circuit, selection={**circuit.selection, "file": file.name})
+    heads = f"{len(circuit)} of {circuit.n_layers * circuit.n_heads} heads"
+    return f"circuit of {heads}: {circuit.save(out)}"

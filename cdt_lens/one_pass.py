@@ -1,0 +1,232 @@
+"""Every head at once from one backward pass: linear rules, gradients, and gradients along a path.
+
+Where each nonlinearity has a linear stand-in, relevance is one linear map, and its transpose is a
+backward pass: score(head) = sum over positions of <gradient at z, z - baseline> (method.md §3).
+
+1. One ordinary forward pass with a gate on every head's z: z = baseline + gate * (z - baseline).
+   All gates are 1, so that nothing changes; d(direction) / d(gate) is the head's score.
+2. Hooks leave every value as it is and give its gradient the slope that `Slopes` names.
+3. Along a path the gates of all heads move together from 0 (every head ablated) to 1 (the plain
+   model), and the scores are the average over the path. With plain derivatives they add up to
+   m(full) - m(empty): the Aumann-Shapley values of the game that faithfulness measures.
+
+Departures from the full rules (`scores.score_heads`): no step works on the irrelevant part
+itself, so what a head does by saturating an activation, by moving a norm's scale far, or by moving
+attention is seen to first order at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import get_args
+
+import torch
+from einops import einsum, rearrange, reduce
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from cdt_lens import rules as rule
+from cdt_lens.baselines import Baseline, BaselineAt
+from cdt_lens.distributed import gather_items, is_main, shard
+from cdt_lens.errors import InputError, UnsupportedModelError
+from cdt_lens.head_scores import HeadScores
+from cdt_lens.metrics import strongest_competitor, task_direction
+from cdt_lens.model import ModelView, at_least_float32, view_of
+from cdt_lens.provenance import provenance_of
+from cdt_lens.scores import Direction, collect_scores
+from cdt_lens.sites import Hook, Site
+from cdt_lens.slopes import Slopes, resolve_slopes, slope_hooks
+from cdt_lens.support import Support, check_supported
+from cdt_lens.tasks import Batch, Examples
+
+
+def one_pass(
+    model: nn.Module | ModelView,
+    examples: Examples,
+    baseline: Baseline,
+    *,
+    slopes: str | Slopes = "stable",
+    steps: int | None = None,
+    direction: Direction = "mean",
+    batch_size: int = 16,
+    method: str = "one-pass",
+    progress: bool = True,
+) -> HeadScores:
+    """Scores of all heads from one forward and one backward pass a batch; signed, in logits.
+
+    Args:
+        slopes: a preset's name or `Slopes`. steps: None for one pass at the plain model; else the
+            average over that many midpoints of the path from all heads ablated to the plain model.
+
+    Raises:
+        InputError: no examples, or a baseline of another shape.
+        UnsupportedModelError: an MLP without the hook points that its slopes need.
+    """
+    examples.require_some()
+    view = view_of(model)
+    slopes = resolve_slopes(slopes)
+    if steps is not None and steps < 1:
+        raise InputError(f"one_pass: steps={steps}: expected at least 1, or None")
+    if direction not in get_args(Direction):
+        raise InputError(f"direction={direction!r}: expected {' or '.join(get_args(Direction))}")
+    baseline.check_model(view)
+    options = {
+        "method": method,
+        "slopes": asdict(slopes),
+        "steps": steps,
+        "direction": direction,
+        "baseline": baseline.kind,
+        "baseline_task": baseline.provenance.task_hash,
+        "baseline_hash": baseline.hash,
+        "heads": "all",
+    }
+    passes = GatedPass(view, slopes)
+    items: list[tuple[int, Tensor]] = []
+    batches = list(examples.batches(batch_size, shard=shard()))
+    for batch in tqdm(batches, desc=method, disable=not (progress and is_main())):
+        batch = batch.to(view.device)
+        at = baseline.for_batch(view, batch)
+        by_position, full = passes.scores(batch, at, steps, direction)
+        relevant = reduce(by_position, "example layer head pos -> example layer head", "sum")
+        rows = torch.cat([relevant.flatten(1), full[:, None]], 1).float().cpu()
+        items += list(zip(batch.index, rows, strict=True))
+    done = dict(gather_items(items))
+    provenance = provenance_of(view, examples, options=options)
+    return collect_scores(view, examples, done, None, method, provenance)
+
+
+def position_relevance(
+    model: nn.Module | ModelView,
+    examples: Examples,
+    baseline: Baseline,
+    *,
+    slopes: str | Slopes = "stable",
+    batch_size: int = 16,
+) -> Float[Tensor, "example layer head pos"]:
+    """The part of each head's score that its z at each position gives; signed, in logits.
+
+    The sum over positions is the head's score on that example. NaN behind shorter prompts.
+    Raises what `one_pass` raises.
+    """
+    examples.require_some()
+    view = view_of(model)
+    baseline.check_model(view)
+    passes = GatedPass(view, resolve_slopes(slopes))
+    longest = max(len(example.tokens) for example in examples)
+    out = torch.full((len(examples), view.n_layers, view.n_heads, longest), torch.nan)
+    for batch in examples.batches(batch_size):
+        batch = batch.to(view.device)
+        values, _ = passes.scores(batch, baseline.for_batch(view, batch), None, "mean")
+        for row, index in enumerate(batch.index):
+            length = int(batch.lengths[row])
+            out[index, ..., :length] = values[row, ..., :length].float().cpu()
+    return out
+
+
+class GatedPass:
+    """The model's own forward pass, with a gate on every head and the slopes of `slopes`."""
+
+    def __init__(self, view: ModelView, slopes: Slopes) -> None:
+        self.view, self.slopes = view, slopes
+        self.support: Support = check_supported(view)
+        has_mlp = {layer for site, layer in view.sites if site == "mlp_out"}
+        if slopes.touches_mlp and has_mlp - self.support.plain_mlp:
+            raise UnsupportedModelError(
+                f"{view.name}: the MLP is not act(x W_in) or act(x W_gate) * x W_in, so only "
+                "activation='tangent' with product='tangent' has a meaning; use slopes='stable'"
+            )
+
+    def scores(
+        self, batch: Batch, baseline: BaselineAt, steps: int | None, direction: Direction
+    ) -> tuple[Float[Tensor, "example layer head pos"], Float[Tensor, " example"]]:
+        """d(direction) / d(gate) by position, averaged over the path; and the plain direction."""
+        view = self.view
+        weights = batch.direction
+        if direction == "strongest":
+            # The competitor is fixed by the plain model.
+            plain = self._plain_logits(batch)
+            weights = strongest_competitor(plain, batch.is_answer, batch.is_candidate)
+        points = [1.0] if steps is None else [(i + 0.5) / steps for i in range(steps)]
+        total: Tensor | None = None
+        full = torch.zeros(len(batch.index))
+        for point in points:
+            gates: dict[int, Tensor] = {}
+            # Whatever mode the caller is in.
+            with torch.inference_mode(False), torch.enable_grad():
+                d = task_direction(
+                    self._logits(batch, self._gate_hooks(baseline, point, gates)), weights
+                )
+                order = range(view.n_layers)
+                found = torch.autograd.grad(d.sum(), [gates[layer] for layer in order])
+            stacked = torch.stack([at_least_float32(g) for g in found])
+            total = stacked if total is None else total + stacked
+            full = d.detach()
+        assert total is not None
+        if steps is not None:
+            full = task_direction(self._plain_logits(batch), weights)
+        mean = total / len(points)
+        return rearrange(mean, "layer example pos head 1 -> example layer head pos"), full
+
+    def gradients(self, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """Gradient of the direction by the activation at each site, as the slopes have it."""
+        probes: dict[Site, Tensor] = {}
+
+        def probe_at(site: Site) -> Hook:
+            def hook(value: Tensor) -> Tensor:
+                probes[site] = torch.zeros_like(value, requires_grad=True)
+                return value + probes[site]
+
+            return hook
+
+        with torch.inference_mode(False), torch.enable_grad():
+            logits = self._logits(batch, {site: probe_at(site) for site in sites})
+            d = task_direction(logits, batch.direction)
+            found = torch.autograd.grad(d.sum(), [probes[site] for site in sites])
+        return dict(zip(sites, found, strict=True))
+
+    def _plain_logits(self, batch: Batch) -> Float[Tensor, "batch k"]:
+        with torch.no_grad():
+            return self._logits(batch, {})
+
+    def _logits(self, batch: Batch, hooks: Mapping[Site, Hook]) -> Float[Tensor, "batch k"]:
+        """Candidate logits with `hooks` in place, and the slopes if gradients are on."""
+        view = self.view
+        gradients = torch.is_grad_enabled()
+        hooks = {**hooks, **(slope_hooks(view, self.slopes) if gradients else {})}
+        with view.quiet(gradients=gradients), view.hooked(hooks):
+            resid = view.stream(batch.tokens)[0][-1]
+            rows = torch.arange(len(batch.index), device=resid.device)
+            answer = resid[rows, batch.lengths.to(resid.device) - 1]
+            normed = at_least_float32(view.normed(answer))
+        columns, offsets = view.unembedding(batch.candidates)
+        logits = einsum(normed, columns, "b d, b k d -> b k") + offsets
+        cap = view.logit_softcap
+        if cap is None:
+            return logits
+        if self.slopes.activation == "tangent":
+            return cap * torch.tanh(logits / cap)
+        plain = logits.detach()
+        slope = rule.secant(lambda x: cap * torch.tanh(x / cap), plain)
+        return cap * torch.tanh(plain / cap) + slope * (logits - plain)
+
+    # ------------------------------------------------------------------ hooks
+
+    def _gate_hooks(
+        self, baseline: BaselineAt, point: float, gates: dict[int, Tensor]
+    ) -> dict[Site, Hook]:
+        def gate_at(layer: int) -> Hook:
+            def hook(z: Tensor) -> Tensor:
+                gate = torch.full(
+                    (*z.shape[:-1], 1), point, dtype=z.dtype, device=z.device, requires_grad=True
+                )
+                gates[layer] = gate
+                away = z - baseline(layer).to(z.dtype)
+                # At the plain model the value of z must not lose a bit.
+                here = z if point == 1.0 else z + (point - 1.0) * away
+                return here + (gate - point) * away
+
+            return hook
+
+        return {("z", layer): gate_at(layer) for layer in range(self.view.n_layers)}

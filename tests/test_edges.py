@@ -1,0 +1,176 @@
+"""Edges against ablations and gradients by hand; the circuit traced backwards from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from checks import assert_close, left_untouched
+from shared import models, shared
+from tiny_models import Float64Throughout
+from tiny_tasks import examples
+from wrapped import wrap
+
+from cdt_lens.baselines import Baseline, mean_activations
+from cdt_lens.circuit import Circuit
+from cdt_lens.edges import EdgeScores, score_edges, select_edges, trace_circuit
+from cdt_lens.errors import InputError
+from cdt_lens.heads import Head, Mlp
+from cdt_lens.metrics import balanced_mean, task_direction
+from cdt_lens.model import ModelView
+from cdt_lens.planted import planted_circuit
+from cdt_lens.scores import score_heads
+from cdt_lens.tasks import Examples
+
+# Scores are kept as float32.
+KEPT = 2e-6
+
+
+def means(view: ModelView, data: Examples) -> Baseline:
+    return mean_activations(view, data, mlps=True, progress=False)
+
+
+def by_hand(
+    view: ModelView, data: Examples, baseline: Baseline, ablate: Any, target: Any, site: str
+) -> float:
+    """What the target's z (or MLP output) loses through `site`, weighed by its gradient.
+
+    Three kinds of real forward passes: as it is, with the source ablated, and with q (k, v) of
+    that run alone put into the first; the gradient by autograd through the whole model.
+    """
+    batch = next(data.batches(len(data)))
+    where = ("z" if isinstance(target, Head) else "mlp_out", target.layer)
+    probe: dict[str, torch.Tensor] = {}
+
+    def watch(value: torch.Tensor) -> torch.Tensor:
+        probe["at"] = torch.zeros_like(value, requires_grad=True)
+        probe["value"] = value.detach()
+        return value + probe["at"]
+
+    with view.quiet(gradients=True), view.hooked({where: watch}):
+        logits = view._forward(batch.tokens)
+    last = logits[torch.arange(len(data)), batch.lengths - 1].gather(1, batch.candidates)
+    (slope,) = torch.autograd.grad(task_direction(last, batch.direction).sum(), probe["at"])
+    record = [(name, target.layer) for name in ("q", "k", "v")] + [where]
+    with view.hooked(ablate(batch, baseline)):
+        without = view.run(batch.tokens, record)
+    changed = without[where]
+    if site:
+        put = {(site, target.layer): lambda value: without[site, target.layer]}
+        with view.hooked(put):
+            changed = view.run(batch.tokens, [where])[where]
+    lost = (probe["value"] - changed) * slope
+    if isinstance(target, Head):
+        lost = lost[:, :, target.head]
+    return float(balanced_mean(lost.flatten(1).sum(1).double(), batch.label_index))
+
+
+def head_off(view: ModelView, head: Head) -> Any:
+    def hooks(batch: Any, baseline: Baseline) -> Any:
+        def ablated(z: torch.Tensor) -> torch.Tensor:
+            z = z.clone()
+            z[:, :, head.head] = baseline.for_batch(view, batch)(head.layer)[:, :, head.head]
+            return z
+
+        return {("z", head.layer): ablated}
+
+    return hooks
+
+
+def mlp_off(view: ModelView, mlp: Mlp) -> Any:
+    def hooks(batch: Any, baseline: Baseline) -> Any:
+        return {("mlp_out", mlp.layer): lambda _: baseline.mlps_for_batch(view, batch)(mlp.layer)}
+
+    return hooks
+
+
+@models(("gpt2", "llama", "qwen3", "gemma2", "pythia"))
+def test_an_edge_is_what_the_target_loses_by_hand(family, backend, tokenizer_folder):
+    """Under the rules in which everything goes through the model, an edge is an experiment."""
+    with Float64Throughout():
+        view, data = shared(family, backend, tokenizer_folder), examples()
+        baseline = means(view, data)
+        found = score_edges(view, data, baseline, rules="ablation", batch_size=8, progress=False)
+        number = {str(unit): i for i, unit in enumerate(found.sources)}
+        head, mlp = Head(0, 1), Mlp(0)
+        for target in (Head(1, 0), Head(1, 3)):
+            for place, site in enumerate(("q", "k", "v")):
+                for source, off in ((head, head_off), (mlp, mlp_off)):
+                    expected = by_hand(view, data, baseline, off(view, source), target, site)
+                    actual = found.to_heads[number[str(source)], place, 1, target.head]
+                    assert float(actual) == pytest.approx(expected, abs=KEPT)
+        for layer in (0, 1):
+            expected = by_hand(view, data, baseline, head_off(view, head), Mlp(layer), "")
+            assert float(found.to_mlps[number["L0H1"], layer]) == pytest.approx(expected, abs=KEPT)
+        expected = by_hand(view, data, baseline, mlp_off(view, mlp), Mlp(1), "")
+        assert float(found.to_mlps[number["M0"], 1]) == pytest.approx(expected, abs=KEPT)
+        swept = score_heads(view, data, baseline, rules="ablation", progress=False)
+        for unit, value in zip(found.sources, found.to_logits, strict=True):
+            if isinstance(unit, Head):
+                assert_close(value, swept.values[unit.layer, unit.head], atol=KEPT)
+
+
+@models(("gpt2", "llama"))
+def test_nothing_runs_against_the_residual_stream(family, backend, tokenizer_folder):
+    view, data = shared(family, backend, tokenizer_folder), examples()
+    found = score_edges(view, data, means(view, data), rows=24, progress=False)
+    for unit, heads, mlps in zip(found.sources, found.to_heads, found.to_mlps, strict=True):
+        assert bool((heads[:, : unit.layer + 1] == 0).all())
+        first = unit.layer + isinstance(unit, Mlp)
+        assert bool((mlps[:first] == 0).all())
+        assert bool((mlps[first:] != 0).all())
+
+
+def edge_scores() -> EdgeScores:
+    """L1H1 and M1 matter; L0H0 feeds L1H1's keys; M0 and L1H0 feed M1."""
+    units = (Head(0, 0), Head(0, 1), Mlp(0), Head(1, 0), Head(1, 1), Mlp(1))
+    to_logits = torch.tensor([0.0, 0.1, 0.0, 0.0, -2.0, 1.0])
+    to_heads, to_mlps = torch.zeros(6, 3, 2, 2), torch.zeros(6, 2)
+    to_heads[0, 1, 1, 1] = -1.5
+    to_heads[1, 0, 1, 1] = 0.4
+    to_heads[2, 2, 1, 1] = 0.2
+    to_mlps[2, 1], to_mlps[3, 1], to_mlps[0, 0] = 0.7, 0.6, 0.3
+    to_heads[2, 0, 1, 0] = 0.05
+    return EdgeScores(units, to_logits, to_heads, to_mlps)
+
+
+def test_the_way_down_takes_the_strongest_into_each_unit_taken():
+    chosen = [edge.name for edge in select_edges(edge_scores(), width=2, fan_in=2)]
+    assert chosen == [
+        "L1H1->logits", "M1->logits",
+        "M0->M1", "L1H0->M1",
+        "M0->L1H0<q>",
+        "L0H0->L1H1<k>", "L0H1->L1H1<q>",
+        "L0H0->M0",
+    ]  # fmt: skip
+    assert len(select_edges(edge_scores(), width=1, fan_in=1)) == 2
+
+
+def test_the_planted_composition_is_traced(tmp_path):
+    """A head that moves another's attention has its edge to that head's queries or keys."""
+    planted = planted_circuit("hand-composition")
+    baseline = mean_activations(planted.model, planted.train, mlps=True, progress=False)
+    circuit = trace_circuit(
+        planted.model, planted.train, baseline, width=1, fan_in=1, progress=False
+    )
+    truth = {str(head) for head in circuit.heads}
+    assert truth == {str(Head(*at)) for at in planted.truth.nonzero().tolist()}
+    (inner,) = [e for e in circuit.graph.kept_edges if e.target != "logits"]
+    assert inner.site in ("q", "k")
+    again = Circuit.load(circuit.save(tmp_path / "circuit.json"))
+    assert [e.name for e in again.graph.edges] == [e.name for e in circuit.graph.edges]
+    assert again.provenance.options["method"] == "iterative-cdt"
+
+
+def test_the_model_is_left_as_it_was_and_mistakes_are_told(tokenizer_folder):
+    model = wrap("gpt2", "bridge", tokenizer_folder, torch.float32)
+    view, data = ModelView(model), examples()
+    baseline = means(view, data)
+    with left_untouched(model):
+        trace_circuit(model, data, baseline, width=2, fan_in=1, progress=False)
+    with pytest.raises(InputError, match="width=0, fan_in=3: expected at least 1"):
+        trace_circuit(model, data, baseline, width=0)
+    plain = mean_activations(view, data, progress=False)
+    with pytest.raises(InputError, match="holds no values for MLPs.*mlps=True"):
+        score_edges(view, data, plain, progress=False)

@@ -1,0 +1,171 @@
+"""One backward pass gives what sweeps, finite differences and exact ablations give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from checks import assert_close, left_untouched, unchecked_types
+from shared import models, shared
+from tiny_models import Float64Throughout
+from tiny_tasks import examples
+from wrapped import wrap
+
+from cdt_lens.ablation import circuit_metric
+from cdt_lens.baselines import Baseline, mean_activations, zero_baseline
+from cdt_lens.errors import InputError
+from cdt_lens.heads import all_heads
+from cdt_lens.metrics import task_direction
+from cdt_lens.model import ModelView
+from cdt_lens.one_pass import GatedPass, one_pass, position_relevance
+from cdt_lens.rules import Rules
+from cdt_lens.scores import score_heads
+from cdt_lens.slopes import Slopes
+from cdt_lens.tasks import Examples
+
+# Scores are kept as float32.
+KEPT = 2e-6
+
+
+def means(view: ModelView, data: Examples) -> Baseline:
+    return mean_activations(view, data, progress=False)
+
+
+@models()
+def test_linear_slopes_give_what_a_sweep_with_the_linear_rules_gives(
+    family, backend, tokenizer_folder
+):
+    with Float64Throughout():
+        view, data = shared(family, backend, tokenizer_folder), examples()
+        baseline = means(view, data)
+        swept = score_heads(view, data, baseline, rules="linear", progress=False)
+        found = one_pass(view, data, baseline, slopes="linear", batch_size=3, progress=False)
+    assert_close(found.per_example, swept.per_example, atol=KEPT)
+    assert_close(found.values, swept.values, atol=KEPT)
+    assert_close(found.stderr, swept.stderr, atol=KEPT)
+    assert found.direction == pytest.approx(swept.direction, abs=1e-9)
+    assert found.example_labels == swept.example_labels
+
+
+@models()
+def test_plain_derivatives_are_those_of_the_ablated_model(family, backend, tokenizer_folder):
+    """d(direction) / d(gate) against a central difference of real, partly ablated forward passes."""
+    with Float64Throughout():
+        view, data = shared(family, backend, tokenizer_folder), examples()
+        baseline = means(view, data)
+        batch = next(data.batches(len(data)))
+        at = baseline.for_batch(view, batch)
+        found, full = GatedPass(view, Slopes("tangent", "tangent", "tangent", "tangent")).scores(
+            batch, at, None, "mean"
+        )
+
+        def direction(layer: int, head: int, gate: float) -> torch.Tensor:
+            def partly(z: torch.Tensor) -> torch.Tensor:
+                z = z.clone()
+                mean = at(layer).expand(z.shape)[:, :, head]
+                z[:, :, head] = mean + gate * (z[:, :, head] - mean)
+                return z
+
+            with view.hooked({("z", layer): partly}):
+                logits = view.logits(batch.tokens)
+            rows = torch.arange(len(data))
+            last = logits[rows, batch.lengths - 1].gather(1, batch.candidates)
+            return task_direction(last, batch.direction)
+
+        step = 1e-4
+        for layer, head in ((0, 0), (0, 3), (1, 1)):
+            slope = (direction(layer, head, 1 + step) - direction(layer, head, 1 - step)) / 2 / step
+            assert_close(found[:, layer, head].sum(-1), slope, atol=1e-7)
+        assert_close(full, direction(0, 0, 1.0), atol=1e-10)
+
+
+@models(("gpt2", "llama", "gemma2"))
+def test_along_the_path_the_scores_add_up_to_what_ablating_every_head_takes(
+    family, backend, tokenizer_folder
+):
+    with Float64Throughout():
+        view, data = shared(family, backend, tokenizer_folder), examples()
+        baseline = means(view, data)
+        found = one_pass(view, data, baseline, slopes="gradient", steps=60, progress=False)
+        everyone = all_heads(view.n_layers, view.n_heads)
+        full, empty = circuit_metric(view, [everyone, ()], data, baseline, progress=False).tolist()
+    # The midpoint rule of 60 steps errs by the third derivative / (24 x 3600).
+    assert float(found.values.sum()) == pytest.approx(full - empty, abs=1e-4)
+    assert found.direction == pytest.approx(full, abs=1e-9)
+
+
+@models(("gpt2", "llama", "qwen3"))
+@pytest.mark.parametrize(
+    ("slopes", "rules"),
+    [
+        (Slopes(product="gate"), Rules("frozen", "frozen", "frozen", "gate")),
+        (Slopes(activation="tangent"), None),
+    ],
+)
+def test_other_slopes(family, backend, slopes, rules, tokenizer_folder):
+    """The gate as a constant is a sweep's rule too; a tangent differs from a secant."""
+    with Float64Throughout():
+        view, data = shared(family, backend, tokenizer_folder), examples()
+        baseline = means(view, data)
+        found = one_pass(view, data, baseline, slopes=slopes, progress=False)
+        linear = one_pass(view, data, baseline, slopes="linear", progress=False)
+        if rules is not None:
+            swept = score_heads(view, data, baseline, rules=rules, progress=False)
+            assert_close(found.per_example, swept.per_example, atol=KEPT)
+    same = rules is not None and family == "gpt2"  # no gate there
+    assert torch.allclose(found.values, linear.values, atol=1e-5) == same
+
+
+@models(("gpt2", "llama"))
+def test_positions_add_up_to_the_head(family, backend, tokenizer_folder):
+    view, data = shared(family, backend, tokenizer_folder), examples()
+    baseline = means(view, data)
+    by_position = position_relevance(view, data, baseline, batch_size=2)
+    whole = one_pass(view, data, baseline, progress=False)
+    assert_close(by_position.nansum(-1), whole.per_example, atol=1e-5)
+    lengths = [len(example.tokens) for example in data]
+    assert by_position[:, 0, 0].isfinite().sum(-1).tolist() == lengths
+    # The first position's z in the last layer never reaches the answer of a longer prompt.
+    assert bool((by_position[:, -1, :, 0] == 0).all())
+
+
+@models(("gpt2", "llama"))
+def test_batches_and_padding_change_nothing(family, backend, tokenizer_folder):
+    with Float64Throughout():
+        view, data = shared(family, backend, tokenizer_folder), examples()
+        baseline = means(view, data)
+        together = one_pass(view, data, baseline, steps=2, progress=False)
+        alone = one_pass(view, data, baseline, steps=2, batch_size=1, progress=False)
+    assert_close(together.per_example, alone.per_example, atol=KEPT)
+
+
+@models(("gpt2", "llama"))
+@pytest.mark.parametrize("trainable", [True, False])
+def test_the_model_is_left_as_it_was(family, backend, trainable, tokenizer_folder):
+    model = wrap(family, backend, tokenizer_folder, torch.float32)
+    model.requires_grad_(trainable)
+    data = examples()
+    baseline = zero_baseline(model, data)
+    ModelView(model).run(next(data.batches(2)).tokens)  # a bridge wires its own hooks on first use
+    with left_untouched(model), torch.no_grad():
+        one_pass(model, data, baseline, slopes="linear", progress=False)
+        position_relevance(model, data, baseline)
+
+
+def test_wrong_arguments_are_refused(tokenizer_folder):
+    view, data = shared("gpt2", "bridge", tokenizer_folder), examples()
+    baseline = zero_baseline(view, data)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"steps": 0}, "steps=0: expected at least 1"),
+        ({"slopes": "steep"}, "expected one of linear, stable, shared, gradient, direct"),
+    ]
+    for arguments, words in refused:
+        with pytest.raises(InputError, match=words):
+            one_pass(view, data, baseline, progress=False, **arguments)
+    wrong: Any = "flat"
+    with (
+        unchecked_types(),
+        pytest.raises(InputError, match="norm='flat': expected one of frozen, tangent"),
+    ):
+        Slopes(norm=wrong)
