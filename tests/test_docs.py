@@ -1,0 +1,172 @@
+"""The documentation covers what there is, and shows it as it is; CI builds it besides."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from typer.testing import CliRunner
+
+import cdt_lens
+from cdt_lens import Rules, Slopes, cli
+
+DOCS = Path(__file__).parent.parent / "docs"
+sys.path.insert(0, str(DOCS / "_ext"))
+import command_line  # noqa: E402
+import docstrings  # noqa: E402
+import generated  # noqa: E402
+
+PAGES = sorted(page for page in DOCS.rglob("*.md") if "generated" not in page.parts)
+COMMANDS = {
+    info.name or info.callback.__name__: info.callback for info in cli.app.registered_commands
+}
+
+
+def blocks(language: str) -> list[str]:
+    fence = re.compile(rf"```{language}\n(.*?)```", re.DOTALL)
+    return [block for page in PAGES for block in fence.findall(page.read_text("utf-8"))]
+
+
+def test_every_public_name_stands_in_the_reference_once() -> None:
+    directive = re.compile(r"^\.\. auto(\w+):: (\w+)$", re.MULTILINE)
+    found = [
+        entry
+        for page in sorted((DOCS / "reference").glob("*.md"))
+        for entry in directive.findall(page.read_text("utf-8"))
+    ]
+    assert sorted(name for _, name in found) == sorted(cdt_lens.__all__)
+    for kind, name in found:
+        thing = getattr(cdt_lens, name)
+        expected = "data"
+        if inspect.isclass(thing):
+            expected = "exception" if issubclass(thing, Exception) else "class"
+        elif callable(thing):
+            expected = "function"
+        assert kind == expected, name
+
+
+@pytest.mark.parametrize("options", [Rules, Slopes])
+def test_every_choice_has_its_row(options: type[Any]) -> None:
+    page = (DOCS / "method" / "decomposition.md").read_text("utf-8")
+    section = page.split(f"## Every choice of `{options.__name__}`")[1].split("\n## ")[0]
+    field, found = "", []
+    for name, value in re.findall(r"^\|\s*(?:`(\w+)`)?[^|]*\| `?([^|`]+?)`? \|", section, re.M):
+        field = name or field
+        found.append((field, value))
+    hints = get_type_hints(options)
+    known = {bool: ("False", "True"), float: ("a number",)}
+    expected = [
+        (each.name, value)
+        for each in fields(options)
+        for value in known.get(hints[each.name]) or get_args(hints[each.name])
+    ]
+    names = {name for name, _ in expected}
+    assert sorted(row for row in found if row[0] in names) == sorted(expected)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_reference_has_the_options_that_the_command_has(name: str) -> None:
+    text = command_line.reference(cli.app)
+    section = text.split(f"\n## `{name}`\n")[1].split("\n## ")[0]
+    documented = set(re.findall(r"`(--[\w-]+)`", section)) | set(
+        re.findall(r"^`(--[\w-]+)`", section, re.M)
+    )
+    shown = (
+        CliRunner()
+        .invoke(cli.app, [name, "--help"], env={"COLUMNS": "250", "TERM": "dumb", "NO_COLOR": "1"})
+        .output
+    )
+    own = set(re.findall(r"^[\s│|*]*(--[\w-]+)", shown, re.M)) - {"--help"}
+    assert own <= documented
+    assert all(re.search(rf"{flag}\b", shown) for flag in documented)
+
+
+def test_an_entry_says_what_is_required_what_is_the_default_and_what_may_be_given() -> None:
+    text = command_line.reference(cli.app)
+    assert "`--out` `PATH`\n: " in text and "*Required.*" in text
+    assert re.search(r"`--seed` `NUMBER`\n: .*Default: `0`\.", text)
+    assert re.search(r"`--direction` `mean\|strongest`\n: .*Default: `mean`\.", text)
+    assert re.search(r"`--ablation` / `--no-ablation`\n: .*Default: off\.", text)
+
+
+def test_code_on_the_pages_uses_public_names_and_real_options() -> None:
+    python = "\n".join(blocks("python"))
+    used = set(re.findall(r"\bcdt\.(\w+)", python))
+    assert used and used <= set(cdt_lens.__all__)
+    called = [
+        part.strip()
+        for block in blocks("bash")
+        for part in re.split(r"&&|\n", block)
+        if part.strip().startswith("cdt-lens ")
+    ]
+    assert called
+    for line in called:
+        _, name, *arguments = shlex.split(line)
+        flags = {
+            flag
+            for parameter in inspect.signature(COMMANDS[name]).parameters.values()
+            for flag in command_line.flags(parameter)
+        }
+        assert {each for each in arguments if each.startswith("--")} <= flags, line
+
+
+def test_docstrings_become_lists_links_and_plain_text() -> None:
+    text = """*Signed* relevance of |W rel| and *dims (method.md §4; arXiv 2407.00886).
+
+    rows: a few; seed, draws: of `Head`, or
+        `[layer, head]`. This goes on.
+    Nothing: is no name.
+
+    Args:
+        rows: some; seed: 1 by
+            default.
+
+    Raises:
+        InputError: none. ArtifactError, OSError: damaged: see there.
+    """
+    found = docstrings.to_rst(inspect.cleandoc(text).splitlines(), ["rows", "seed", "draws"])
+    assert found == [
+        r"*Signed* relevance of \|W rel\| and \*dims (:doc:`/method/scores`; "
+        "`arXiv 2407.00886 <https://arxiv.org/abs/2407.00886>`__).",
+        "",
+        "* **rows** -- a few",
+        "* **seed**, **draws** -- of `Head`, or ``[layer, head]``. This goes on. "
+        "Nothing: is no name.",
+        "",
+        "Args:",
+        "    rows: some",
+        "    seed: 1 by default.",
+        "",
+        "Raises:",
+        "    InputError: none.",
+        "    ArtifactError, OSError: damaged: see there.",
+        "",
+    ]
+
+
+def test_notebooks_are_copied_without_links_that_lead_off_the_site(tmp_path: Path) -> None:
+    source, folder = tmp_path / "tutorials", tmp_path / "site"
+    source.mkdir()
+    folder.mkdir()
+    cells = [
+        {"cell_type": "markdown", "source": ["# One\n", "[a](../README.md), [b](02.ipynb)"]},
+        {"cell_type": "code", "source": ["x[1](../y)"]},
+    ]
+    (source / "01.ipynb").write_text(json.dumps({"cells": cells}), "utf-8")
+    generated.tutorials(source, folder)
+    copied = json.loads((folder / "tutorials" / "01.ipynb").read_text("utf-8"))["cells"]
+    assert copied[0]["source"] == "# One\na, [b](02.ipynb)"
+    assert copied[1]["source"] == ["x[1](../y)"]
+    assert "\n01\n" in (folder / "tutorials" / "index.md").read_text("utf-8")
+
+
+def test_without_notebooks_there_is_no_empty_list_of_them(tmp_path: Path) -> None:
+    generated.tutorials(tmp_path / "none", tmp_path)
+    assert "toctree" not in (tmp_path / "tutorials" / "index.md").read_text("utf-8")
