@@ -1,0 +1,196 @@
+"""The committed tutorials: run whole and in order, by public names alone, nothing of a machine.
+
+`.ci/run` executes them; here is what can be seen without running anything.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import json
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cdt_lens
+
+ROOT = Path(__file__).parent.parent
+NAMES = (
+    "01_find_a_circuit", "02_is_it_faithful", "03_adapt_to_a_new_language", "04_compare_methods",
+    "05_your_own_data_and_model",
+)  # fmt: skip
+PUBLIC = {*cdt_lens.__all__, "__version__"}
+# Calls that may end a cell and show nothing.
+QUIET = ("filterwarnings", "disable_progress_bar")
+MACHINE = re.compile(r"(?<![\w.])/(?:root|home|Users|tmp|work|var|opt|usr|private|mnt)/|\b[A-Z]:\\")
+NOISE = re.compile(r"Warning\b|\d+%\|.*\||\bit/s\b|\bTraceback\b|\b\d+(\.\d+)? ?(s|ms|min)\b")
+FENCE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LARGEST = 2_000_000  # bytes: one view of circuitsvis carries 1.4 MB of script
+
+Cell = dict[str, Any]
+
+
+def cells(name: str, kind: str) -> list[Cell]:
+    book = json.loads((ROOT / "tutorials" / f"{name}.ipynb").read_text("utf-8"))
+    return [cell for cell in book["cells"] if cell["cell_type"] == kind]
+
+
+def source(cell: Cell) -> str:
+    """The cell's Python, without its magics."""
+    lines = "".join(cell["source"]).splitlines()
+    return "\n".join(line for line in lines if not line.startswith("%"))
+
+
+def texts(output: Cell) -> Iterator[str]:
+    """What a reader sees of an output in words: no pictures, no page within the page."""
+    if output["output_type"] == "stream":
+        yield "".join(output["text"])
+    for kind, value in output.get("data", {}).items():
+        if kind.startswith("text/"):
+            yield re.sub(r'srcdoc="[^"]*"', "", "".join(value))
+
+
+def shows(code: str) -> bool:
+    """Whether a cell prints, or ends with a value."""
+    tree = ast.parse(code)
+    if any(isinstance(n, ast.Name) and n.id == "print" for n in ast.walk(tree)):
+        return True
+    if not tree.body or not isinstance(tree.body[-1], ast.Expr):
+        return False
+    value = tree.body[-1].value
+    return not (isinstance(value, ast.Call) and getattr(value.func, "attr", "") in QUIET)
+
+
+def private_names(code: str) -> list[str]:
+    """Whatever a cell uses of `cdt_lens`, or of any object, that is not public."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            names = [(a.name, a.asname) for a in node.names if a.name.split(".")[0] == "cdt_lens"]
+            found += [name for name, alias in names if (name, alias) != ("cdt_lens", "cdt")]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            found += [module] if module.split(".")[0] == "cdt_lens" else []
+        elif isinstance(node, ast.Attribute):
+            ours = isinstance(node.value, ast.Name) and node.value.id == "cdt"
+            if (ours and node.attr not in PUBLIC) or (not ours and node.attr.startswith("_")):
+                found.append(node.attr)
+    return found
+
+
+def test_there_are_five():
+    assert sorted(path.stem for path in (ROOT / "tutorials").glob("*.ipynb")) == list(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_cell_ran_in_order_and_left_what_it_shows(name: str):
+    code = cells(name, "code")
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    for cell in code:
+        tags = cell["metadata"].get("tags", [])
+        assert not {"skip-execution", "raises-exception"} & set(tags)
+        assert "execution" not in cell["metadata"], "when a cell ran is no part of a tutorial"
+        kinds = [output["output_type"] for output in cell["outputs"]]
+        assert "error" not in kinds
+        assert bool(kinds) == shows(source(cell)), source(cell)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_hold_nothing_of_a_machine(name: str):
+    assert (ROOT / "tutorials" / f"{name}.ipynb").stat().st_size < LARGEST
+    for cell in cells(name, "code"):
+        assert not MACHINE.search("".join(cell["source"]))
+        for output in cell["outputs"]:
+            assert output.get("name") != "stderr", "".join(output["text"])
+            for text in texts(output):
+                assert not MACHINE.search(text), text
+                assert not NOISE.search(text), text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_public_names_are_used_and_results_are_asserted(name: str):
+    code = [source(cell) for cell in cells(name, "code")]
+    assert [private_names(text) for text in code] == [[]] * len(code)
+    asserts = [n for text in code for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Assert)]
+    assert len(asserts) >= 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_figures_are_there_and_sharp_enough_to_print(name: str):
+    pictures = [
+        output["data"]["image/png"]
+        for cell in cells(name, "code")
+        for output in cell["outputs"]
+        if "image/png" in output.get("data", {})
+    ]
+    assert pictures
+    for picture in pictures:
+        width, _ = struct.unpack(">II", base64.b64decode(picture)[16:24])
+        assert width >= 800
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_way_with_a_real_model_is_told_in_public_names(name: str):
+    text = "\n\n".join("".join(cell["source"]) for cell in cells(name, "markdown"))
+    blocks = FENCE.findall(text.partition("## With a real model")[2])
+    assert blocks and all("cdt." in block for block in blocks)
+    assert [private_names(block) for block in blocks] == [[]] * len(blocks)
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert (ROOT / "tutorials" / link).exists(), link
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import cdt_lens.views", "import cdt_lens", "import cdt_lens.views as cdt",
+        "from cdt_lens import Head", "from cdt_lens.views import x", "cdt.views", "cdt._version",
+        "cdt.score_hedas(model)", "model._places", "f(model.blocks[0]._hooks)",
+    ],
+)  # fmt: skip
+def test_what_is_not_public_is_found(code: str):
+    assert private_names(code)
+
+
+def test_what_is_public_or_anothers_is_not():
+    code = "import cdt_lens as cdt\nimport torch\ncdt.Head(0, 1).layer\ncdt.__version__"
+    assert private_names(code) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "shown"),
+    [
+        ("a = 1", False), ("a = 1\na", True), ("for a in b:\n    print(a)", True),
+        ("x.filterwarnings('ignore')", False), ("x.plot()", True), ("", False),
+    ],
+)  # fmt: skip
+def test_a_cell_that_shows_something_is_told_from_one_that_does_not(code: str, shown: bool):
+    assert shows(code) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/root/x", "in /tmp/a/b", "'/home/me/model'", r"C:\Users\me", "UserWarning: old",
+        "50%|#####     | 5/10", "12.3 s", "took 4 ms",
+    ],
+)  # fmt: skip
+def test_machines_and_noise_are_found(text: str):
+    assert MACHINE.search(text) or NOISE.search(text)
+
+
+@pytest.mark.parametrize("text", ["train.csv, line 4", "the 99 % level", "f = 0.71", "and/or"])
+def test_words_of_a_tutorial_are_neither(text: str):
+    assert not MACHINE.search(text) and not NOISE.search(text)
+
+
+def test_both_legs_of_ci_run_them():
+    script = ROOT / ".ci" / "run"
+    if not script.exists():
+        pytest.skip("no checkout: .ci is not part of a source archive")
+    pinned, newest = script.read_text("utf-8").split("== the newest transformer-lens 4")
+    assert "jupyter-execute" in pinned and "tutorials/*.ipynb" in pinned
+    assert "\ntutorials pinned\n" in pinned and "\ntutorials newest\n" in newest
