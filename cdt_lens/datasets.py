@@ -319,6 +319,8 @@ def _build(
     limit: int | None,
 ) -> Task:
     tables = dict(tables)
+    for table in tables.values():
+        table.check_columns((*format.columns, format.label_column), format.labels)
     if shots:
         format, tables["train"] = _few_shot(name, tables.get("train"), format, shots, seed=seed)
     splits = {split: Examples((), format.labels, f"{name}/{split}") for split in SPLITS}

@@ -78,6 +78,7 @@ class PromptFormat:
             raise InputError(
                 f"{place}, column {self.label_column!r}: unknown label {label!r}"
                 f"{did_you_mean(label, self.labels)}; expected one of {', '.join(self.labels)}"
+                f"{_number_hint(label)}"
             )
         return cells, label
 
@@ -258,9 +259,10 @@ def verbalizer_token_ids(
         pieces = encode(tokenizer, [word])[0]
         shown = tokenizer.convert_ids_to_tokens(pieces)
         if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id:
+            got = "the unknown token" if pieces == [tokenizer.unk_token_id] else str(len(pieces))
             raise InputError(
                 f"verbalizer of label {label!r}: {word!r} must be one token of the tokenizer, got "
-                f"{len(pieces)}: {shown}; choose another word (most need a leading space)"
+                f"{got}: {shown}; choose another word (most need a leading space)"
             )
         for other, taken in ids.items():
             if taken == pieces[0]:
@@ -300,6 +302,13 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     names = {option.strip().lower(): option for option in options}
     close = difflib.get_close_matches(word.strip().lower(), list(names), n=1)
     return f"; did you mean {names[close[0]]!r}?" if close else ""
+
+
+def _number_hint(label: str) -> str:
+    """What to do about labels that are numbers, whose meaning the data do not say."""
+    if not label.strip().lstrip("-").replace(".", "", 1).isdigit():
+        return ""
+    return f"; give the verbalizer a word for each number (such as {label!r}), or write words"
 
 
 def _cell(row: Mapping[str, object], column: str, place: str) -> str:

@@ -32,14 +32,34 @@ HUB_SPLITS = {
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of one split, and for each the place that an error message names."""
+    """The rows of one split, and for each the place that an error message names.
+
+    header: the place of the line that names the columns of all rows, where a file has one.
+    """
 
     rows: Sequence[Mapping[str, object]]
     places: Sequence[str]
+    header: str | None = None
 
     def pick(self, index: Sequence[int]) -> Table:
         """The rows at these positions."""
-        return Table([self.rows[i] for i in index], [self.places[i] for i in index])
+        picked = [self.rows[i] for i in index], [self.places[i] for i in index]
+        return Table(*picked, self.header)
+
+    def check_columns(self, columns: Iterable[str], labels: Iterable[str]) -> None:
+        """Refuse a file whose header lacks a column, with what the header looks like instead.
+
+        Raises:
+            InputError: a column is missing.
+        """
+        found = list(self.rows[0]) if self.rows else []
+        for column in columns if self.header and self.rows else ():
+            if column in found:
+                continue
+            raise InputError(
+                f"{self.header}: no column {column!r}{did_you_mean(column, found)}; "
+                f"the columns are {', '.join(map(repr, found))}{_why_no_column(found, labels)}"
+            )
 
 
 def read_table(path: str | Path, *, quoting: bool | None = None) -> Table:
@@ -61,14 +81,18 @@ def read_table(path: str | Path, *, quoting: bool | None = None) -> Table:
                 else _separated_rows(path, file, "," if kind == "csv" else "\t", quoted)
             )
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+        raise InputError(f"{_where_not_utf8(path)}; save the file as UTF-8") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: damaged gzip file ({error}); get it again") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    header = None
+    if kind != "jsonl" and numbered:
+        header = f"{path}, line {numbered.pop(0)[0]} (the header)"
     if not numbered:
         raise InputError(f"{path}: no rows; expected at least one of each label")
-    return Table([row for _, row in numbered], [f"{path}, line {line}" for line, _ in numbered])
+    places = [f"{path}, line {line}" for line, _ in numbered]
+    return Table([row for _, row in numbered], places, header)
 
 
 def hub_tables(
@@ -126,10 +150,39 @@ def _open_text(path: Path) -> TextIOWrapper:
     return open(path, encoding="utf-8-sig", newline="")
 
 
+def _where_not_utf8(path: Path) -> str:
+    """The first line that is not UTF-8, and what its encoding may be."""
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return f"{path}, line 1: not UTF-8 but UTF-16"
+    for line, text in enumerate(content.splitlines(), start=1):
+        try:
+            text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            wrong = text[error.start : error.start + 1]
+            read = f"{wrong!r} would be {wrong.decode('latin-1')!r} in Latin-1"
+            return f"{path}, line {line}, byte {error.start + 1}: not UTF-8 ({read})"
+    return f"{path}: not UTF-8"
+
+
+def _why_no_column(header: Sequence[str], labels: Iterable[str]) -> str:
+    """What a header that lacks a column looks like: another delimiter, or a row of data."""
+    for delimiter, name in ((";", "semicolons"), ("\t", "tabs"), (",", "commas"), ("|", "bars")):
+        if len(header) == 1 and delimiter in header[0]:
+            return (
+                f"; the cells seem to be separated by {name}: save the file with commas as .csv, "
+                "or with tabs as .tsv"
+            )
+    given = [cell for cell in header if cell in set(labels)]
+    if given:
+        return f"; {given[0]!r} is a label: the first line must hold the names of the columns"
+    return ""
+
+
 def _separated_rows(
     path: Path, file: Iterable[str], delimiter: str, quoted: bool
 ) -> Iterator[tuple[int, dict[str, object]]]:
-    """Each row with the number of the line on which it starts."""
+    """The header and each row, with the number of the line on which it starts."""
     rule: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     reader = csv.reader(file, delimiter=delimiter, quoting=rule, strict=True)
     header: list[str] | None = None
@@ -141,7 +194,8 @@ def _separated_rows(
                 continue
             if header is None:
                 header = cells
-                _check_header(path, header)
+                _check_header(path, header, start)
+                yield start, dict.fromkeys(header)
                 continue
             if len(cells) > len(header):
                 raise InputError(
@@ -155,10 +209,12 @@ def _separated_rows(
         ) from error
 
 
-def _check_header(path: Path, header: Sequence[str]) -> None:
+def _check_header(path: Path, header: Sequence[str], line: int) -> None:
     twice = [column for column in header if header.count(column) > 1]
     if twice:
-        raise InputError(f"{path}, line 1: column {twice[0]!r} occurs twice; rename one of them")
+        raise InputError(
+            f"{path}, line {line}: column {twice[0]!r} occurs twice; rename one of them"
+        )
 
 
 def _jsonl_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str, object]]]:
@@ -166,14 +222,27 @@ def _jsonl_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str
         if not text.strip():
             continue
         try:
-            row = json.loads(text)
+            row = json.loads(text, object_pairs_hook=_distinct_keys)
+        except json.JSONDecodeError as error:
+            hint = "; write one whole object a line" if text.strip() in ("[", "{") else ""
+            raise InputError(
+                f"{path}, line {line}: not JSON ({error.msg}, at character {error.pos + 1}){hint}"
+            ) from error
         except ValueError as error:
-            raise InputError(f"{path}, line {line}: not JSON ({error})") from error
+            raise InputError(f"{path}, line {line}: {error}") from error
         if not isinstance(row, dict):
             raise InputError(
                 f"{path}, line {line}: expected one JSON object a line, got a {type(row).__name__}"
             )
         yield line, row
+
+
+def _distinct_keys(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"column {twice!r} occurs twice; rename one of them")
+    return dict(pairs)
 
 
 def _load_from_hub(

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets as hub
 import pytest
@@ -16,6 +17,7 @@ from test_generators import YEARS
 from test_tasks import ROWS, TEMPLATE, TEXTS, VERBALIZER, word_tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from cdt_lens import cli, runs
 from cdt_lens.datasets import (
     KNOWN,
     TASK_NAMES,
@@ -349,18 +351,71 @@ def test_quoting_can_be_chosen(tmp_path: Path) -> None:
         ("a.csv", "text,label\ngood,positive\n,negative\n", r"a.csv, line 3, column 'text': empty"),
         ("a.csv", "text,label\ngood\n", r"a.csv, line 2, column 'label': empty"),
         ("a.csv", "text,label\n\nbad,negatve\n", r"line 3, .*'negatve'; did you mean 'negative'"),
-        ("a.csv", "txt,label\nbad,negative\n", r"line 2: no column 'text'; did you mean 'txt'"),
-        ("a.csv", "text;label\nbad;negative\n", r"no column 'text'.*the columns are 'text;label'"),
+        ("a.csv", "txt,label\nbad,negative\n", r"line 1 .*: no column 'text'; did you mean 'txt'"),
+        (
+            "a.csv",
+            "text;label\nbad;negative\n",
+            r"a.csv, line 1 .*'text;label'; .*by semicolons: save",
+        ),
+        (
+            "a.csv",
+            "text\tlabel\nbad\tnegative\n",
+            r"line 1 .*: no column 'text'.*separated by tabs",
+        ),
+        ("a.tsv", "text,label\nbad,negative\n", r"a.tsv, line 1 .*separated by commas"),
+        (
+            "a.csv",
+            "bad,negative\ngood,positive\n",
+            r"line 1 .*'negative' is a label: the first line",
+        ),
+        ("a.csv", "\ntext, label\nbad,negative\n", r"line 2 .*'label'; did you mean ' label'"),
+        (
+            "a.csv",
+            'text,label\n"a\nb",neutral\nbad,Negative\n',
+            r"line 4, column 'label': .*'Negative'",
+        ),
+        ("a.csv", "text,label\nbad,negative \n", r"line 2, .*'negative '; did you mean 'negative'"),
+        (
+            "a.csv",
+            "text,label\nbad,0\n",
+            r"line 2, column 'label': unknown label '0'; .*each number",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 1}',
+            r"line 1, column 'label': .*'1'.*a word for each number",
+        ),
+        ("a.csv", "text,label\r\nbad,wrong\r\n", r"line 2, column 'label'"),
+        ("a.csv", "text,label\rbad,neutral\rbad,wrong\r", r"line 3, column 'label'"),
         ("a.csv", "text,label\na,b,positive\n", r"line 2: 3 cells, .*quotation marks.*','"),
         ("a.csv", 'text,label\n"bad,negative\ngood,positive\n', r"line 2: .*quotation mark"),
         ("a.csv", "text,text\na,b\n", r"line 1: column 'text' occurs twice"),
         ("a.csv", "", r"a.csv: no rows"),
         ("a.csv", "text,label\n", r"a.csv: no rows"),
-        ("a.csv", b"text,label\n\xff\xfe,positive\n", r"a.csv: not UTF-8"),
+        ("a.csv", "\n\ntext,text\na,b\n", r"line 3: column 'text' occurs twice"),
+        (
+            "a.csv",
+            b"text,label\nbad,neutral\ncaf\xe9,positive\n",
+            r"a.csv, line 3, byte 4: not UTF-8 .*'é'",
+        ),
+        (
+            "a.csv.gz",
+            gzip.compress(b"text,label\ncaf\xe9,neutral\n"),
+            r"a.csv.gz, line 2, byte 4: not",
+        ),
+        ("a.csv", "text,label\n".encode("utf-16"), r"a.csv, line 1: not UTF-8 but UTF-16"),
         ("a.csv.gz", b"no gzip", r"a.csv.gz: damaged gzip file"),
         ("a.csv.gz", gzip.compress(b"text,label\n" * 999)[:-12], r"a.csv.gz: damaged gzip file"),
         ("a.xlsx", b"", r"a.xlsx: expected a .csv, .tsv or .jsonl file"),
         ("a.jsonl", '{"text": "a"', r"a.jsonl, line 1: not JSON"),
+        ("a.jsonl", '\n{"text": "a",}\n', r"a.jsonl, line 2: not JSON \(.*, at character 1\d\)"),
+        ("a.jsonl", '{\n  "text": "a"\n}\n', r"line 1: not JSON .*write one whole object a line"),
+        ("a.jsonl", '{"text": "a", "text": "b"}', r"line 1: column 'text' occurs twice"),
+        (
+            "a.jsonl",
+            '{"txt": "a", "label": "neutral"}',
+            r"line 1: no column 'text'; did you mean 'txt'",
+        ),
         ("a.jsonl", '\n[{"text": "a"}]\n', r"line 2: expected one JSON object a line, got a list"),
         ("a.jsonl", '{"text": null, "label": "neutral"}', r"line 1, column 'text': empty"),
         ("a.jsonl", '{"text": {"a": 1}, "label": "neutral"}', r"line 1, .*got dict"),
@@ -377,6 +432,55 @@ def test_a_mistake_in_a_file_is_named_with_its_place(
     path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     with pytest.raises(InputError, match=message):
         from_files(tokenizer, {"train": path})
+
+
+def test_a_word_of_several_tokens_and_one_unknown_are_named(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = write_csv(tmp_path / "a.csv", ROWS)
+    for word, got in ((" good food", "got 2"), ("good ", "got the unknown token|got 2")):
+        with pytest.raises(InputError, match=f"verbalizer of label 'neutral': '{word}' .*({got})"):
+            from_files(tokenizer, {"train": path}, verbalizer={**VERBALIZER, "neutral": word})
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "message"),
+    [
+        ("text;label\nbad;negative\n", VERBALIZER, "train.csv, line 1 (the header): no column"),
+        ("text,label\nbad,negatve\n", VERBALIZER, "train.csv, line 2, column 'label': unknown"),
+        ("text,label\nbad,negative\n,neutral\n", VERBALIZER, "line 3, column 'text': empty"),
+        (b"text,label\ncaf\xe9,neutral\n", VERBALIZER, "train.csv, line 2, byte 4: not UTF-8"),
+        ("", VERBALIZER, "train.csv: no rows"),
+        ('text,label\n"bad,negative\n', VERBALIZER, "line 2: unexpected end of data"),
+        (
+            "text,label\nx,a\n",
+            {"a": " good", "b": " good food"},
+            "verbalizer of label 'b': ' good food'",
+        ),
+    ],
+)
+def test_the_command_line_says_a_mistake_in_one_line(
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    content: str | bytes,
+    words: Mapping[str, str],
+    message: str,
+) -> None:
+    path = tmp_path / "train.csv"
+    path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    monkeypatch.setattr(runs, "load_for", lambda *_: SimpleNamespace(tokenizer=tokenizer))
+    given = [x for label, word in words.items() for x in ("--verbalizer", f"{label}={word}")]
+    command = ["discover", "--model", "x", "--task", "files", "--train", str(path)]
+    command += ["--template", TEMPLATE, "--out", str(tmp_path / "run"), *given]
+    monkeypatch.setattr("sys.argv", ["cdt-lens", *command])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    told = capsys.readouterr().err
+    assert stopped.value.code == 1
+    assert told.startswith("cdt-lens: ") and told.count("\n") == 1 and message in told
+    assert not (tmp_path / "run").exists(), "nothing is left behind"
 
 
 def test_paths_must_be_splits_that_exist(
