@@ -32,6 +32,7 @@ from cdt_lens.compare import compare_methods, compare_planted
 from cdt_lens.comparison import Comparison, MethodResult
 from cdt_lens.datasets import load_task, task_from_files, task_from_hub
 from cdt_lens.decompose import Decomposition, Node, decompose
+from cdt_lens.demo_model import make_demo_model
 from cdt_lens.edges import EdgeScores, score_edges, select_edges, trace_circuit
 from cdt_lens.errors import (
     ArtifactError,
@@ -143,6 +144,7 @@ __all__ = [
     "label_prior",
     "load_model",
     "load_task",
+    "make_demo_model",
     "mean_activations",
     "one_pass",
     "planted_circuit",

@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from cdt_lens import display
 from cdt_lens.artifacts import load_artifact, save_artifact
 from cdt_lens.errors import ArtifactError, InputError
 from cdt_lens.heads import Head
@@ -48,6 +49,10 @@ class Adapter:
     whole: Mapping[str, Tensor] = field(repr=False)
     provenance: Provenance = field(repr=False)
 
+    def __repr__(self) -> str:
+        told = f"{self.elements:,} elements of {len(self.slices) + len(self.whole)} weights"
+        return display.line(self, self.scope, display.few(self.heads), told)
+
     @property
     def elements(self) -> int:
         """How many numbers it holds."""
@@ -74,8 +79,8 @@ class Adapter:
         return pd.DataFrame(rows, columns=["weight", "heads", "elements"])
 
     def _repr_html_(self) -> str:
-        title = f"<p>Adapter, scope {self.scope}: {self.elements:,} trained elements</p>"
-        return title + self.to_dataframe().to_html(index=False)
+        title = f"Adapter, scope {self.scope}: {self.elements:,} trained elements"
+        return display.html(title, self.to_dataframe())
 
     # ------------------------------------------------------------------ on and off
 

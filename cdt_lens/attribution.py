@@ -26,18 +26,19 @@ import torch
 from torch import Tensor, nn
 
 from cdt_lens.baselines import Baseline
+from cdt_lens.decompose import check_finite
 from cdt_lens.errors import InputError
 from cdt_lens.head_scores import HeadScores
 from cdt_lens.heads import Head
 from cdt_lens.metrics import task_direction
 from cdt_lens.model import ModelView, view_of
-from cdt_lens.one_pass import one_pass
+from cdt_lens.one_pass import Steps, one_pass
 from cdt_lens.prompts import did_you_mean
 from cdt_lens.propagate import Propagator
 from cdt_lens.provenance import provenance_of
 from cdt_lens.rules import PRESETS, Rules
 from cdt_lens.scores import Direction, collect_scores, score_heads
-from cdt_lens.slopes import Slopes
+from cdt_lens.slopes import SLOPES, Slopes
 from cdt_lens.tasks import Examples
 
 IG_STEPS = 5
@@ -147,6 +148,7 @@ def random_scores(
     """Normal deviates for scores, the same for every example: the floor of any comparison."""
     examples.require_some()
     view = view_of(model)
+    baseline.check_model(view)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(view.n_layers * view.n_heads, generator=generator)
     done: dict[int, Tensor] = {}
@@ -155,6 +157,7 @@ def random_scores(
         run = Propagator(
             view, batch.tokens, batch.lengths, baseline.for_batch(view, batch), PRESETS["ablation"]
         )
+        check_finite(run, (), batch, run.full_logits(batch.candidates)[None, :0])
         full = task_direction(run.full_logits(batch.candidates), batch.direction).float().cpu()
         done |= {i: torch.cat([scores, d[None]]) for i, d in zip(batch.index, full, strict=True)}
     options = {"method": "random", "seed": seed, "baseline_hash": baseline.hash}
@@ -181,9 +184,7 @@ def _decomposed(name: str, rules: str | Rules) -> Method:
     return Method(name, words, partial(score_heads, rules=rules, method=name), _SWEEP)
 
 
-def _backward(
-    name: str, description: str, slopes: str | Slopes, steps: int | None = None
-) -> Method:
+def _backward(name: str, description: str, slopes: str | Slopes, steps: Steps = None) -> Method:
     return Method(name, description, partial(one_pass, slopes=slopes, steps=steps, method=name))
 
 
@@ -191,6 +192,10 @@ _ALL = (
     Method("exact", "mean-ablation of each head, the yardstick", exact_ablation, _SWEEP),
     *(_decomposed(f"cdt:{name}", name) for name in PRESETS if name != "ablation"),
     _backward("one-pass", "the stable rules to first order, one backward pass", "stable"),
+    _backward(
+        "one-pass:two-ended", "the two-ended rules to first order, two backward passes",
+        "gradient", "ends",
+    ),
     _backward("one-pass:shared", "the shared rules to first order, one backward pass", "shared"),
     _backward("one-pass:linear", "the linear rules, one backward pass", "linear"),
     _backward("attribution-patching", "gradient times distance from the baseline", "gradient"),
@@ -207,7 +212,8 @@ DEFAULT_METHODS: tuple[str, ...] = tuple(name for name in METHODS if name != "cd
 
 
 def method_of(name: str) -> Method:
-    """The method of that name: one of `METHODS`, or "cdt:" or "one-pass:" with choices spelt out.
+    """The method of that name: one of `METHODS`, or "cdt:" or "one-pass:" with a preset's name or
+    choices spelt out.
 
     Raises:
         InputError: no such method, rule or value.
@@ -215,6 +221,10 @@ def method_of(name: str) -> Method:
     if name in METHODS:
         return METHODS[name]
     kind, _, spelt = name.partition(":")
+    if kind == "cdt" and spelt in PRESETS:
+        return _decomposed(name, spelt)
+    if kind == "one-pass" and spelt in SLOPES:
+        return _backward(name, f"the {spelt} slopes, one backward pass", spelt)
     if kind == "cdt" and "=" in spelt:
         return _decomposed(name, Rules(**_spelt(name, spelt, Rules)))
     if kind == "one-pass" and "=" in spelt:
@@ -233,14 +243,17 @@ def _spelt(method: str, spelt: str, kind: type[Rules] | type[Slopes]) -> dict[st
     values: dict[str, Any] = {}
     for part in spelt.split("+"):
         name, _, value = part.partition("=")
-        allowed = ("true", "false") if name == "sign" else get_args(hints.get(name))
+        if name in values:
+            raise InputError(f"method {method!r}: {name} is given twice; keep one of the two")
+        switch = hints.get(name) is bool
+        allowed = ("true", "false") if switch else get_args(hints.get(name))
         if value not in allowed:
             known = ", ".join(n for n in hints if n != "eps")
             raise InputError(
                 f"method {method!r}: {part!r} is no rule; expected name=value with a name of "
                 f"{known}" + (f", and {name} one of {', '.join(allowed)}" if allowed else "")
             )
-        values[name] = value == "true" if name == "sign" else value
+        values[name] = value == "true" if switch else value
     return values
 
 

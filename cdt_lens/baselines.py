@@ -21,12 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import pandas as pd
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cdt_lens import display
 from cdt_lens.artifacts import content_hash, load_artifact, save_artifact
 from cdt_lens.distributed import is_main, shard, sum_over_processes
 from cdt_lens.errors import ArtifactError, InputError
@@ -54,6 +56,27 @@ class Baseline:
     provenance: Provenance = field(repr=False)
     pairs: Mapping[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False)
     mlp_means: Float[Tensor, "layer slot d_model"] | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        shape = "layers {}, slots {}, heads {}".format(*self.means.shape[:3])
+        mlps = "" if self.mlp_means is None else "with MLPs"
+        return display.line(
+            self, self.kind, self.provenance.task, shape if self.means.numel() else "", mlps
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a layer and head: the norm of its mean z, averaged over slots; in units of z."""
+        norms = self.means.float().norm(dim=-1)
+        rows = [
+            (layer, head, value)
+            for layer, values in enumerate(norms.mean(1).tolist())
+            for head, value in enumerate(values)
+        ]
+        return display.flat_frame(["layer", "head", "norm"], rows)
+
+    def _repr_html_(self) -> str:
+        title = f"Baseline {self.kind} from {self.provenance.task}"
+        return display.html(title, self.to_dataframe())
 
     @property
     def hash(self) -> str:
@@ -220,6 +243,10 @@ def mean_activations(
     mlp_means = None if mlp_sums is None else _balanced(mlp_sums, counts)
     if not bool(torch.isfinite(means).all()):
         raise InputError(f"{view.name}: z is not finite on {examples.name}; check the weights")
+    if mlp_means is not None and not bool(torch.isfinite(mlp_means).all()):
+        raise InputError(
+            f"{view.name}: an MLP's output is not finite on {examples.name}; load it in float32"
+        )
     options = {"kind": positions}
     provenance = provenance_of(view, examples, options=options)
     return Baseline(
@@ -261,7 +288,8 @@ def _streaming_sums(
         n_labels, view.n_layers, n_slots, view.n_heads, view.d_head, dtype=torch.float64
     )
     counts = torch.zeros(n_labels, n_slots, dtype=torch.float64)
-    mlp_sums = torch.zeros(n_labels, view.n_layers, n_slots, view.d_model, dtype=torch.float64)
+    mlp_width = view.d_model if mlps else 0
+    mlp_sums = torch.zeros(n_labels, view.n_layers, n_slots, mlp_width, dtype=torch.float64)
     sites = [("z", layer) for layer in range(view.n_layers)]
     mlp_sites = [s for s in view.sites if s[0] == "mlp_out"] if mlps else []
     batches = list(examples.batches(batch_size, shard=shard()))

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from cdt_lens import figures
+from cdt_lens import display, figures
 from cdt_lens.artifacts import load_artifact, save_artifact
 from cdt_lens.errors import ArtifactError, InputError
 from cdt_lens.graph import Graph
@@ -64,6 +64,11 @@ class Circuit:
     def __len__(self) -> int:
         return len(self.heads)
 
+    def __repr__(self) -> str:
+        total = self.n_layers * self.n_heads
+        edges = "" if self.graph is None else f"{len(self.graph.kept_edges)} edges"
+        return display.line(self, f"{len(self)} of {total} heads", display.few(self.heads), edges)
+
     def __contains__(self, head: object) -> bool:
         return head in self.heads
 
@@ -93,13 +98,14 @@ class Circuit:
         return pd.DataFrame(rows, columns=["head", "layer", "index", "score", "stderr"])
 
     def _repr_html_(self) -> str:
-        title = f"<p>Circuit of {len(self)} of {self.n_layers * self.n_heads} heads</p>"
+        parts: list[str | pd.DataFrame] = []
         scored = Scored.kept_by(self)
         if scored is not None:
-            title += str(figure_html(figures.heatmap(scored, circuit=self)))
+            parts.append(figure_html(figures.heatmap(scored, circuit=self)))
         if self.graph is not None:
-            title += self.graph._repr_html_()
-        return title + self.to_dataframe().to_html(index=False, float_format="{:+.4f}".format)
+            parts.append(self.graph._repr_html_())
+        title = f"Circuit of {len(self)} of {self.n_layers * self.n_heads} heads"
+        return display.html(title, *parts, self.to_dataframe())
 
     def check_model(self, model: nn.Module | ModelView) -> None:
         """Refuse to use the circuit with a model whose weights are not those it was found in.

@@ -70,8 +70,9 @@ def discover(
     examples: commands.Scored = 48,
     baseline_examples: commands.Averaged = None,
     rules: Annotated[
-        Literal["stable", "official", "linear", "ablation"], typer.Option(help="Propagation rules.")
-    ] = "stable",
+        Literal["two-ended", "shared", "stable", "official", "linear", "ablation"],
+        typer.Option(help="Propagation rules."),
+    ] = "two-ended",
     positions: commands.Positions = "answer",
     direction: Annotated[
         Literal["mean", "strongest"], typer.Option(help="Competing labels.")
@@ -82,7 +83,7 @@ def discover(
     ] = None,
     by: Annotated[
         Literal["magnitude", "signed"], typer.Option(help="How to rank heads.")
-    ] = "magnitude",
+    ] = "signed",
     ablation: Annotated[
         bool, typer.Option(help="Also ablate each head exactly, and compare.")
     ] = False,

@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from cdt_lens import comparison_figures, comparison_tables
+from cdt_lens import comparison_figures, comparison_tables, display
 from cdt_lens.artifacts import load_artifact, save_artifact
 from cdt_lens.errors import ArtifactError, InputError
 from cdt_lens.markup import figure_html
@@ -76,6 +76,19 @@ class MethodResult:
     average_precision: float = math.nan
     refused: str | None = None
 
+    def __repr__(self) -> str:
+        measures = ("spearman", "cpr", "cmd", "average_precision", "seconds")
+        known = {name: self.value(name) for name in measures}
+        told = [f"{name} {value:.3g}" for name, value in known.items() if not math.isnan(value)]
+        return display.line(self, self.method, *told, self.refused or "")
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row: the method's numbers as they are, NaN where there are none."""
+        return pd.DataFrame([_row(self)])
+
+    def _repr_html_(self) -> str:
+        return display.html(f"{self.method}: {self.description}", self.to_dataframe())
+
     def curve(self, by: Literal["signed", "magnitude"]) -> RankingCurve | None:
         """The curve of one ranking; None where the method was refused.
 
@@ -121,6 +134,9 @@ class Comparison:
     full: float
     empty: float
     provenance: Provenance = field(repr=False)
+
+    def __repr__(self) -> str:
+        return display.line(self, self.model, self.task, display.few(self.names))
 
     @property
     def task(self) -> str:

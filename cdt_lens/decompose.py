@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from cdt_lens import display
 from cdt_lens.baselines import Baseline
 from cdt_lens.errors import InputError, NonFiniteError
 from cdt_lens.heads import Head, Mlp, check_heads
@@ -27,7 +29,7 @@ from cdt_lens.metrics import task_direction
 from cdt_lens.model import ModelView, Site, view_of
 from cdt_lens.propagate import Propagator
 from cdt_lens.rule_hooks import MlpResets, Resets
-from cdt_lens.rules import Rules, resolve_rules
+from cdt_lens.rules import DEFAULT_RULES, Rules, resolve_rules
 from cdt_lens.targets import TargetParts, Targets
 from cdt_lens.tasks import Batch, Examples
 
@@ -64,6 +66,18 @@ class Decomposition:
     relevant: Float[Tensor, "source example k"] = field(repr=False)
     targets: Mapping[tuple[str, Head], TargetParts] = field(default_factory=dict, repr=False)
 
+    def __repr__(self) -> str:
+        told = f"{len(self.sources)} source sets on {len(self.tokens)} examples"
+        targets = [f"{site} of {head}" for site, head in self.targets]
+        return display.line(self, told, display.few(targets))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a source set and example: d(rel), and the plain model's direction, in logits."""
+        return display.decomposition_frame(self)
+
+    def _repr_html_(self) -> str:
+        return display.html("Relevant part of the task direction, in logits", self.to_dataframe())
+
     @property
     def irrelevant(self) -> Float[Tensor, "source example k"]:
         """What is left of the logits without the source sets' contribution."""
@@ -81,7 +95,7 @@ def decompose(
     sources: Sequence[Source | SourceSet],
     baseline: Baseline,
     *,
-    rules: str | Rules = "stable",
+    rules: str | Rules = DEFAULT_RULES,
     targets: Sequence[Head | str] = (),
     rows: int | None = None,
 ) -> Decomposition:

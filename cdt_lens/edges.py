@@ -22,22 +22,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import pandas as pd
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cdt_lens import display
 from cdt_lens.baselines import Baseline
 from cdt_lens.circuit import Circuit
 from cdt_lens.decompose import build_mlp_resets, build_resets, check_finite, rows_per_chunk
 from cdt_lens.distributed import gather_items, is_main, shard
-from cdt_lens.errors import InputError
+from cdt_lens.errors import InputError, NonFiniteError
 from cdt_lens.graph import Edge, Graph, GraphNode
 from cdt_lens.graph_nodes import LOGITS, Site
 from cdt_lens.heads import Head, Mlp, all_heads
 from cdt_lens.metrics import balanced_mean, task_direction
-from cdt_lens.model import ModelView, view_of
+from cdt_lens.model import ModelView, at_least_float32, view_of
 from cdt_lens.one_pass import GatedPass
 from cdt_lens.propagate import Propagator
 from cdt_lens.provenance import provenance_of
@@ -64,6 +66,19 @@ class EdgeScores:
     to_heads: Float[Tensor, "source site layer head"]
     to_mlps: Float[Tensor, "source layer"]
 
+    def __repr__(self) -> str:
+        return display.line(self, f"{len(self.sources)} sources", f"{int(self._count())} edges")
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row an edge: source, target, site and score in logits, the strongest first."""
+        return display.edges_frame(self)
+
+    def _repr_html_(self) -> str:
+        return display.html("Scores of edges, in logits", self.to_dataframe())
+
+    def _count(self) -> int:
+        return sum(int(v.count_nonzero()) for v in (self.to_logits, self.to_heads, self.to_mlps))
+
     def into(self, target: Unit) -> Iterator[tuple[Unit, Site, float]]:
         """(source, site, score) of each edge that ends in `target`, the strongest first."""
         found: list[tuple[Unit, Site, float]] = []
@@ -84,7 +99,7 @@ def trace_circuit(
     *,
     width: int = 8,
     fan_in: int = 3,
-    rules: str | Rules = "stable",
+    rules: str | Rules = "shared",
     batch_size: int = 16,
     rows: int | None = None,
     progress: bool = True,
@@ -116,12 +131,14 @@ def trace_circuit(
     return _circuit(view, scores, edges, provenance_of(view, examples, options=options))
 
 
+# The gradients need tensors made outside of the caller's inference mode.
+@torch.inference_mode(False)
 def score_edges(
     model: nn.Module | ModelView,
     examples: Examples,
     baseline: Baseline,
     *,
-    rules: str | Rules = "stable",
+    rules: str | Rules = "shared",
     batch_size: int = 16,
     rows: int | None = None,
     progress: bool = True,
@@ -129,13 +146,19 @@ def score_edges(
     """Scores of all edges between heads, MLPs and the logits, in about four sweeps' time.
 
     Raises:
-        InputError: no examples, or a baseline without MLPs for a model that has them.
+        InputError: no examples, a baseline without MLPs for a model that has them, or rules with
+            context="both", which speaks of the logits alone.
         UnsupportedModelError: a component of the model has no rule.
         NonFiniteError: a source left the finite range under these rules.
     """
     examples.require_some()
     view = view_of(model)
     rules = resolve_rules(rules)
+    if rules.context != "full":
+        raise InputError(
+            "score_edges: rules with context='both' say nothing of what is inside the model; use "
+            "context='full', such as the preset 'shared'"
+        )
     baseline.check_model(view)
     sources = _units(view)
     items: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
@@ -196,8 +219,9 @@ def _circuit(
         for name, number in named.items()
     }
     nodes[LOGITS] = GraphNode(None, True)
-    parallel = bool(getattr(view.tl.cfg, "parallel_attn_mlp", False))
-    graph = Graph(view.n_layers, view.n_heads, nodes, tuple(edges), view.d_model, parallel)
+    graph = Graph(
+        view.n_layers, view.n_heads, nodes, tuple(edges), view.d_model, _is_parallel(view)
+    )
     by_head = torch.zeros(view.n_layers, view.n_heads)
     for unit, value in zip(scores.sources, scores.to_logits.tolist(), strict=True):
         if isinstance(unit, Head):
@@ -207,6 +231,11 @@ def _circuit(
         selection={"rule": "iterative", "edges": len(edges)},
         provenance=provenance, graph=graph,  # type: ignore[arg-type]
     )  # fmt: skip
+
+
+def _is_parallel(view: ModelView) -> bool:
+    """Whether attention and MLP of a layer read the same stream: neither feeds the other."""
+    return bool(getattr(view.tl.cfg, "parallel_attn_mlp", False))
 
 
 class _Stop(Exception):
@@ -233,7 +262,8 @@ class _EdgeSweep:
             mlp_baseline=baseline.mlps_for_batch(view, batch) if self.mlps else None,
         )  # fmt: skip
         passes = GatedPass(view, SLOPES["gradient"])
-        self.slopes = passes.gradients(batch, [*heads, *self.mlps])
+        gradients = passes.gradients(batch, [*heads, *self.mlps])
+        self.slopes = {site: at_least_float32(slope) for site, slope in gradients.items()}
         self.full = self.run_of.full_logits(batch.candidates)
         n, examples = len(sources), len(batch.index)
         self.to_logits = torch.zeros(n, examples)
@@ -261,7 +291,9 @@ class _EdgeSweep:
 
         later_layers = range(layer + 1, self.view.n_layers)
         sites: list[tuple[str, int]] = [(name, later) for later in later_layers for name in _SITES]
-        sites += [site for site in self.mlps if site[1] >= layer]
+        # What rounding leaves in a parallel MLP of the source's own layer is no edge.
+        first = layer + _is_parallel(self.view)
+        sites += [site for site in self.mlps if site[1] >= first]
         resid = self.run_of.propagate(
             build_resets(chosen, self.batch, self.view.n_heads),
             {site: keep(site) for site in sites},
@@ -278,9 +310,8 @@ class _EdgeSweep:
         for site in self.mlps:
             if site not in seen:
                 continue
-            lost = einsum(
-                self.run_of.trace[site] - seen[site], self.slopes[site], "s b p d, b p d -> s b"
-            ).to(self.to_mlps)  # fmt: skip
+            away = at_least_float32(self.run_of.trace[site] - seen[site])
+            lost = einsum(away, self.slopes[site], "s b p d, b p d -> s b").to(self.to_mlps)
             # An MLP is no target of itself.
             own = torch.tensor([self.sources[i] == Mlp(site[1]) for i in chunk])
             self.to_mlps[chunk, site[1]] = lost.masked_fill(own[:, None], 0.0)
@@ -302,15 +333,24 @@ class _EdgeSweep:
         with contextlib.suppress(_Stop):
             self.view.replay(trace, rows, layer, hooks, stop=layer + 1)
         z = rearrange(found["z"], "(s b) p h d -> s b p h d", s=n_sources)
-        slope = self.slopes["z", layer]
-        return einsum(trace["z", layer] - z, slope, "s b p h d, b p h d -> s h b")
+        away = at_least_float32(trace["z", layer] - z)
+        return einsum(away, self.slopes["z", layer], "s b p h d, b p h d -> s h b")
 
     def check_finite(self) -> None:
         """Refuse sources that left the finite range."""
         check_finite(self.run_of, [(unit,) for unit in self.sources], self.batch, self.irrel)
+        for table in (self.to_heads, self.to_mlps):
+            bad = (~torch.isfinite(table)).flatten(1).any(1).nonzero().flatten().tolist()
+            if bad:
+                raise NonFiniteError(
+                    f"{self.view.name}: edges from {len(bad)} units are not finite; first: "
+                    f"{self.sources[bad[0]]}; load the model in float32"
+                )
 
     def by_example(self) -> list[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
-        return [
-            (index, (self.to_logits[:, row], self.to_heads[..., row], self.to_mlps[..., row]))
-            for row, index in enumerate(self.batch.index)
-        ]
+        # Copies: a view would carry its whole table along to the other processes.
+        logits, heads, mlps = (
+            [part.clone() for part in table.unbind(-1)]
+            for table in (self.to_logits, self.to_heads, self.to_mlps)
+        )
+        return list(zip(self.batch.index, zip(logits, heads, mlps, strict=True), strict=True))

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from cdt_lens import display
 from cdt_lens.distributed import gather_items, shard
 from cdt_lens.errors import InputError
 from cdt_lens.metrics import answer_loss, balanced_mean, correct, macro_f1, task_direction
@@ -40,6 +41,18 @@ class Evaluation:
     loss: float
     examples: int
     confusion: pd.DataFrame | None = field(default=None, repr=False)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row: shares from 0 to 1, the direction in logits, the loss in nats."""
+        names = ("split", "examples", "accuracy", "macro_f1", "direction", "loss")
+        return pd.DataFrame([{name: getattr(self, name) for name in names}])
+
+    def _repr_html_(self) -> str:
+        parts = [self.to_dataframe()]
+        if self.confusion is not None:
+            named = self.confusion.rename_axis(columns=None).reset_index()
+            parts.append(named.rename(columns={"gold": "gold \\ predicted"}))
+        return display.html(f"Evaluation on {self.split}", *parts)
 
 
 def evaluate(

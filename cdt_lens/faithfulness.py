@@ -22,7 +22,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from cdt_lens import figures
+from cdt_lens import display, figures
 from cdt_lens.ablation import Metric, measure_circuits
 from cdt_lens.artifacts import load_artifact, save_artifact
 from cdt_lens.baselines import Baseline
@@ -66,6 +66,10 @@ class FaithfulnessCurve:
     random_cmd: Mapping[str, Float[Tensor, " draw"]] = field(repr=False)
     beaten: Mapping[str, Float[Tensor, " size"]] = field(repr=False)
     provenance: Provenance = field(repr=False)
+
+    def __repr__(self) -> str:
+        areas = f"CPR {self.cpr:.3f}", f"CMD {self.cmd:.3f}"
+        return display.line(self, self.metric, *areas, f"{len(self.sizes)} sizes")
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a size: f, completeness, and the median f of each control (no unit)."""
@@ -163,6 +167,18 @@ class CircuitFaithfulness:
     metric: Metric
     provenance: Provenance = field(repr=False)
 
+    def __repr__(self) -> str:
+        told = f"f {self.faithfulness:.3f}", f"completeness {self.completeness:.3f}"
+        return display.line(self, f"{len(self.heads)} heads", self.metric, *told)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """f of the circuit, without it, and of its controls; shares of draws beaten, 0 to 1."""
+        return display.faithfulness_frame(self)
+
+    def _repr_html_(self) -> str:
+        title = f"Faithfulness of {len(self.heads)} heads ({self.metric})"
+        return display.html(title, self.to_dataframe())
+
 
 def faithfulness_curve(
     model: nn.Module | ModelView,
@@ -171,7 +187,7 @@ def faithfulness_curve(
     baseline: Baseline,
     *,
     fractions: Sequence[float] = MIB_FRACTIONS,
-    by: Ranking = "magnitude",
+    by: Ranking = "signed",
     metric: Metric = "direction",
     draws: int = 5,
     seed: int = 0,
@@ -183,7 +199,7 @@ def faithfulness_curve(
     """Keep the top heads by score, ablate the rest, for each fraction; and random heads likewise.
 
     Args:
-        by: rank heads by "magnitude" or by the "signed" score; draws: random circuits of each
+        by: rank heads by the "signed" score or by "magnitude"; draws: random circuits of each
             kind and size; seed: draw i of a size uses seed + i.
 
     Raises:

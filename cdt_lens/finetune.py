@@ -9,12 +9,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import pandas as pd
+import torch
 from torch import nn
 
 from cdt_lens.adapter import Adapter
@@ -44,13 +46,30 @@ from cdt_lens.slices import (
     selected_heads,
     siblings,
 )
-from cdt_lens.support import check_supported
+from cdt_lens.support import check_caller_hooks, check_supported
 from cdt_lens.tasks import Task
 from cdt_lens.trainable import SlicesAndWholes, Trainable
 from cdt_lens.training import Trained, Trainer
 from cdt_lens.weights import check_trainable, own_weights, place
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+def _with_gradients(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` outside of a caller's `torch.inference_mode`, where no tensor has a gradient."""
+
+    @functools.wraps(function)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return outside
+
+
+@_with_gradients
 def finetune(
     model: nn.Module | ModelView,
     task: Task,
@@ -112,6 +131,8 @@ def finetune(
     chosen = selected_heads(view, scope_heads(scope, circuit, seed=options.seed), kv=options.kv)
     check_trainable(view)
     check_supported(view)
+    batch = next(task.train.batches(options.batch_size))
+    check_caller_hooks(view, batch.tokens, batch.lengths)
     base = weight_hash(view)
     key = {
         "scope": scope, "heads": [str(head) for head in chosen], "options": asdict(options),

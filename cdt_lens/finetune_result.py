@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from cdt_lens import display
 from cdt_lens.adapter import Adapter
 from cdt_lens.heads import Head
 from cdt_lens.provenance import Provenance
@@ -42,6 +43,14 @@ class FineTuneResult:
     adapter: Adapter = field(repr=False)
     judged: Any = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        told = f"{self.trained_parameters:,} parameters ({self.share:.2%})"
+        accuracy = [f"{row['target_accuracy']:.3f}" for row in (self.before, self.after)]
+        return display.line(
+            self, self.scope, display.few(self.heads), told,
+            f"target accuracy {' to '.join(accuracy)}", f"best epoch {self.best_epoch}",
+        )  # fmt: skip
+
     @property
     def before(self) -> pd.Series:
         """The row of the history before the first step."""
@@ -75,7 +84,7 @@ class FineTuneResult:
 
     def _repr_html_(self) -> str:
         title = (
-            f"<p>Scope {self.scope}: {self.trained_parameters:,} of {self.total_parameters:,} "
-            f"parameters trained ({self.share:.2%}); best epoch {self.best_epoch}</p>"
+            f"Scope {self.scope}: {self.trained_parameters:,} of {self.total_parameters:,} "
+            f"parameters trained ({self.share:.2%}); best epoch {self.best_epoch}"
         )
-        return title + self.history.to_html(index=False, float_format="{:.4f}".format)
+        return display.html(title, self.history)

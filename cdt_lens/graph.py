@@ -98,6 +98,10 @@ class Graph:
                 raise InputError(f"graph: edge {edge.name}: given twice; keep one of the two")
             seen.add(edge.name)
 
+    def __repr__(self) -> str:
+        told = f"{len(self.kept_nodes)} nodes and {len(self.kept_edges)} edges"
+        return f"Graph({told} of {self.n_layers} layers of {self.n_heads} heads)"
+
     @property
     def short_unit(self) -> str:
         """ "logits", or "" where the scores are another tool's."""

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from cdt_lens import figures
+from cdt_lens import display, figures
 from cdt_lens.artifacts import load_artifact, save_artifact
 from cdt_lens.circuit import Circuit
 from cdt_lens.errors import ArtifactError, InputError
@@ -43,6 +43,13 @@ class HeadScores:
     direction: float
     method: str
     provenance: Provenance = field(repr=False)
+
+    def __repr__(self) -> str:
+        best = [f"{h} {float(self.values[h.layer, h.head]):+.3g}" for h in self.ranking()]
+        told = f"{len(best)} heads on {len(self.example_labels)} examples"
+        return display.line(
+            self, self.method, told, display.few(best, 4), f"direction {self.direction:+.3g} logits"
+        )
 
     @property
     def n_layers(self) -> int:
@@ -82,7 +89,7 @@ class HeadScores:
         fraction: float | None = None,
         threshold: float | None = None,
         confidence: float | None = None,
-        by: Literal["magnitude", "signed"] = "magnitude",
+        by: Literal["magnitude", "signed"] = "signed",
         resamples: int = 1000,
         seed: int = 0,
     ) -> Circuit:
@@ -234,6 +241,18 @@ class MethodAgreement:
     reference: HeadScores
     spearman: float
     pearson: float
+
+    def __repr__(self) -> str:
+        names = f"{self.scores.method} with {self.reference.method}"
+        return display.line(
+            self, names, f"Spearman {self.spearman:.3f}", f"Pearson {self.pearson:.3f}"
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a head: its score and the reference's, both in logits."""
+        columns = ["head", "layer", "index", "score"]
+        found = self.scores.to_dataframe()[columns]
+        return found.assign(reference=self.reference.to_dataframe()["score"])
 
     def plot(self) -> Figure:
         """Scores against the reference, one point a head, in logits."""

@@ -37,7 +37,9 @@ class EmptyModel:
         trace = propagator.trace
         resid = [trace.resid[0]]
         for layer in range(view.n_layers):
-            resid.append(view.replay(trace, resid[-1], layer, pins, stop=layer + 1))
+            # A hook of the caller's may edit in place what is kept here.
+            rows = resid[-1].clone()
+            resid.append(view.replay(trace, rows, layer, pins, stop=layer + 1))
         self.resid = tuple(resid)
 
     def added_logits(

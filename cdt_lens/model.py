@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
+from cdt_lens.caller_hooks import caller_hooks
 from cdt_lens.errors import InputError, UnsupportedModelError
 from cdt_lens.sites import NORMS, Hook, Site, find_sites
 
@@ -201,21 +202,27 @@ class ModelView:
         """
         resid: list[Tensor] = []
         calls: list[BlockCall] = []
+        # A hook of the caller's may edit in place what would stand in `resid`.
+        keep = torch.clone if caller_hooks(self.tl) else lambda value: value
 
         def note_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             rest = dict(kwargs)
-            resid.append(args[0] if args else rest.pop("hidden_states"))
+            resid.append(keep(args[0] if args else rest.pop("hidden_states")))
             calls.append(BlockCall(args[1:], rest))
             if len(resid) - 1 == stop:
                 raise _StopBeforeUnembedding
 
         def end(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            resid.append(args[0])
+            resid.append(keep(args[0]))
             raise _StopBeforeUnembedding
 
         ends = [m for m in (getattr(self.tl, "ln_final", None), self.tl.unembed) if m is not None]
-        handles = [b.register_forward_pre_hook(note_call, with_kwargs=True) for b in self.blocks]
-        handles += [module.register_forward_pre_hook(end) for module in ends]
+        # Before the caller's own hooks, which act again when a stream is sent through the blocks.
+        handles = [
+            block.register_forward_pre_hook(note_call, with_kwargs=True, prepend=True)
+            for block in self.blocks
+        ]
+        handles += [module.register_forward_pre_hook(end, prepend=True) for module in ends]
         try:
             self._forward(tokens.to(self.device))
         except _StopBeforeUnembedding:

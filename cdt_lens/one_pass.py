@@ -8,7 +8,8 @@ backward pass: score(head) = sum over positions of <gradient at z, z - baseline>
 2. Hooks leave every value as it is and give its gradient the slope that `Slopes` names.
 3. Along a path the gates of all heads move together from 0 (every head ablated) to 1 (the plain
    model), and the scores are the average over the path. With plain derivatives they add up to
-   m(full) - m(empty): the Aumann-Shapley values of the game that faithfulness measures.
+   m(full) - m(empty): the Aumann-Shapley values of the game that faithfulness measures. Its two
+   ends alone are the first-order form of the "two-ended" rules.
 
 Departures from the full rules (`scores.score_heads`): no step works on the irrelevant part
 itself, so what a head does by saturating an activation, by moving a norm's scale far, or by moving
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from einops import einsum, rearrange, reduce
@@ -30,25 +31,39 @@ from tqdm.auto import tqdm
 from cdt_lens import rules as rule
 from cdt_lens.baselines import Baseline, BaselineAt
 from cdt_lens.distributed import gather_items, is_main, shard
-from cdt_lens.errors import InputError, UnsupportedModelError
+from cdt_lens.errors import InputError, NonFiniteError, UnsupportedModelError
 from cdt_lens.head_scores import HeadScores
+from cdt_lens.heads import Head
 from cdt_lens.metrics import strongest_competitor, task_direction
 from cdt_lens.model import ModelView, at_least_float32, view_of
 from cdt_lens.provenance import provenance_of
 from cdt_lens.scores import Direction, collect_scores
 from cdt_lens.sites import Hook, Site
 from cdt_lens.slopes import Slopes, resolve_slopes, slope_hooks
-from cdt_lens.support import Support, check_supported
+from cdt_lens.support import Support, check_caller_hooks, check_supported
 from cdt_lens.tasks import Batch, Examples
 
+# Where the gates of all heads stand, from 0 (ablated) to 1 (as they are).
+Steps = int | Literal["ends"] | None
 
+
+def _points(steps: Steps) -> list[float]:
+    if steps is None:
+        return [1.0]
+    if steps == "ends":
+        return [0.0, 1.0]
+    return [(i + 0.5) / steps for i in range(steps)]
+
+
+# Tensors made in the caller's inference mode may take no part in a backward pass.
+@torch.inference_mode(False)
 def one_pass(
     model: nn.Module | ModelView,
     examples: Examples,
     baseline: Baseline,
     *,
     slopes: str | Slopes = "stable",
-    steps: int | None = None,
+    steps: Steps = None,
     direction: Direction = "mean",
     batch_size: int = 16,
     method: str = "one-pass",
@@ -57,18 +72,21 @@ def one_pass(
     """Scores of all heads from one forward and one backward pass a batch; signed, in logits.
 
     Args:
-        slopes: a preset's name or `Slopes`. steps: None for one pass at the plain model; else the
-            average over that many midpoints of the path from all heads ablated to the plain model.
+        slopes: a preset's name or `Slopes`. steps: None for one pass at the plain model; "ends" for
+            the mean of one there and one at the model whose heads are all ablated; a number for
+            the average over that many midpoints of the path between the two.
 
     Raises:
-        InputError: no examples, or a baseline of another shape.
+        InputError: no examples, prompts longer than the model's context, a baseline of another
+            shape, or weights made in inference mode.
         UnsupportedModelError: an MLP without the hook points that its slopes need.
+        NonFiniteError: a score left the finite range, as half precision may.
     """
     examples.require_some()
     view = view_of(model)
     slopes = resolve_slopes(slopes)
-    if steps is not None and steps < 1:
-        raise InputError(f"one_pass: steps={steps}: expected at least 1, or None")
+    if not (steps in (None, "ends") or (isinstance(steps, int) and steps >= 1)):
+        raise InputError(f"one_pass: steps={steps!r}: expected at least 1, 'ends' or None")
     if direction not in get_args(Direction):
         raise InputError(f"direction={direction!r}: expected {' or '.join(get_args(Direction))}")
     baseline.check_model(view)
@@ -97,6 +115,7 @@ def one_pass(
     return collect_scores(view, examples, done, None, method, provenance)
 
 
+@torch.inference_mode(False)
 def position_relevance(
     model: nn.Module | ModelView,
     examples: Examples,
@@ -130,6 +149,11 @@ class GatedPass:
 
     def __init__(self, view: ModelView, slopes: Slopes) -> None:
         self.view, self.slopes = view, slopes
+        if any(parameter.is_inference() for parameter in view.tl.parameters()):
+            raise InputError(
+                f"{view.name}: its weights were made under torch.inference_mode, which allows no "
+                "backward pass; load the model outside of it"
+            )
         self.support: Support = check_supported(view)
         has_mlp = {layer for site, layer in view.sites if site == "mlp_out"}
         if slopes.touches_mlp and has_mlp - self.support.plain_mlp:
@@ -139,16 +163,17 @@ class GatedPass:
             )
 
     def scores(
-        self, batch: Batch, baseline: BaselineAt, steps: int | None, direction: Direction
+        self, batch: Batch, baseline: BaselineAt, steps: Steps, direction: Direction
     ) -> tuple[Float[Tensor, "example layer head pos"], Float[Tensor, " example"]]:
         """d(direction) / d(gate) by position, averaged over the path; and the plain direction."""
         view = self.view
+        self._check_caller_hooks(batch)
         weights = batch.direction
         if direction == "strongest":
             # The competitor is fixed by the plain model.
             plain = self._plain_logits(batch)
             weights = strongest_competitor(plain, batch.is_answer, batch.is_candidate)
-        points = [1.0] if steps is None else [(i + 0.5) / steps for i in range(steps)]
+        points = _points(steps)
         total: Tensor | None = None
         full = torch.zeros(len(batch.index))
         for point in points:
@@ -164,10 +189,36 @@ class GatedPass:
             total = stacked if total is None else total + stacked
             full = d.detach()
         assert total is not None
-        if steps is not None:
+        if points[-1] != 1.0:
             full = task_direction(self._plain_logits(batch), weights)
         mean = total / len(points)
-        return rearrange(mean, "layer example pos head 1 -> example layer head pos"), full
+        by_position = rearrange(mean, "layer example pos head 1 -> example layer head pos")
+        self._check_finite(by_position, full)
+        return by_position, full
+
+    def _check_finite(
+        self, by_position: Float[Tensor, "example layer head pos"], full: Float[Tensor, " example"]
+    ) -> None:
+        # A NaN would pass for a head that was not asked for.
+        if not bool(torch.isfinite(full).all()):
+            raise NonFiniteError(
+                f"{self.view.name}: its own logits are not finite on these prompts; load it in "
+                "float32"
+            )
+        bad = (~torch.isfinite(by_position)).any(-1).any(0).nonzero().tolist()
+        if bad:
+            raise NonFiniteError(
+                f"{self.view.name}: the scores of {len(bad)} heads are not finite under these "
+                f"slopes; first: {Head(*bad[0])}; load the model in float32"
+            )
+
+    def _check_caller_hooks(self, batch: Batch) -> None:
+        """Refuse hooks of the caller's through which these slopes are not the model's."""
+        by_formula = self.slopes.touches_mlp or self.slopes.norm == "frozen"
+        edits = "slopes by formula (norm='frozen', or other than 'tangent' in the MLP)"
+        check_caller_hooks(
+            self.view, batch.tokens, batch.lengths, edits=edits if by_formula else None
+        )
 
     def gradients(self, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """Gradient of the direction by the activation at each site, as the slopes have it."""
@@ -193,6 +244,11 @@ class GatedPass:
     def _logits(self, batch: Batch, hooks: Mapping[Site, Hook]) -> Float[Tensor, "batch k"]:
         """Candidate logits with `hooks` in place, and the slopes if gradients are on."""
         view = self.view
+        if batch.tokens.shape[1] > view.n_ctx:
+            raise InputError(
+                f"prompt of {batch.tokens.shape[1]} tokens: {view.name} reads at most "
+                f"{view.n_ctx}; shorten or truncate the prompts"
+            )
         gradients = torch.is_grad_enabled()
         hooks = {**hooks, **(slope_hooks(view, self.slopes) if gradients else {})}
         with view.quiet(gradients=gradients), view.hooked(hooks):

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pandas as pd
 from jaxtyping import Bool
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -20,9 +21,10 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from cdt_lens import display
 from cdt_lens.errors import InputError
 from cdt_lens.hand_built_circuits import HAND_BUILT, plant_by_hand
-from cdt_lens.heads import heads_to_mask
+from cdt_lens.heads import all_heads, heads_to_mask, mask_to_heads
 from cdt_lens.hugging_face import third_party_noise_off
 from cdt_lens.loading import Backend, load_model
 from cdt_lens.model import view_of
@@ -50,6 +52,18 @@ class PlantedCircuit:
     valid: Examples = field(repr=False)
     truth: Bool[Tensor, "layer head"] = field(repr=False)
     why: str
+
+    def __repr__(self) -> str:
+        heads = display.few(mask_to_heads(self.truth))
+        return display.line(self, self.name, f"{heads} of {self.truth.numel()} heads")
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a head: its name, and whether it is in the circuit by construction."""
+        heads = [str(head) for head in all_heads(*self.truth.shape)]
+        return pd.DataFrame({"head": heads, "in_circuit": self.truth.flatten().tolist()})
+
+    def _repr_html_(self) -> str:
+        return display.html(f"{self.name}: {self.why}", self.to_dataframe())
 
 
 def planted_circuit(

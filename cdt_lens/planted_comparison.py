@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cdt_lens import comparison_figures, comparison_tables
+from cdt_lens import comparison_figures, comparison_tables, display
 from cdt_lens.artifacts import load_artifact, save_artifact
 from cdt_lens.comparison import Comparison
 from cdt_lens.errors import ArtifactError
@@ -31,6 +31,9 @@ class PlantedComparison:
 
     circuits: Mapping[str, Comparison]
     why: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def __repr__(self) -> str:
+        return display.line(self, display.few(self.methods), f"on {display.few(self.circuits)}")
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from cdt_lens.model import ModelView, Trace, at_least_float32
 from cdt_lens.rule_hooks import MlpResets, Resets, RuleHooks, Tap, norm_hooks
 from cdt_lens.rules import Rules
 from cdt_lens.sites import Hook, Site
-from cdt_lens.support import Support, check_supported, output_site
+from cdt_lens.support import Support, check_caller_hooks, check_supported, output_site
 
 
 class Propagator:
@@ -55,6 +55,7 @@ class Propagator:
         self._check_rules()
         self.trace: Trace = view.run(tokens, [*(self._needed() if record_rules else ()), *record])
         self.lengths = lengths.to(view.device)
+        check_caller_hooks(view, tokens, lengths, edits=self._not_followed())
         answer = self.at_answer(self.trace.resid[-1])
         self.final: dict[Site, Tensor] = {}
         names = [(f"{n}.{p}", view.n_layers) for n in view.norms(view.n_layers) for p in _PARTS]
@@ -83,6 +84,12 @@ class Propagator:
                 f"{name}: the MLP has no hook point before its activation, where the sign rule "
                 "applies; use sign=False"
             )
+
+    def _not_followed(self) -> str | None:
+        """The rule under which a step is not the model's own on the irrelevant part, if any."""
+        if self.rules.attention in ("decomposed", "half"):
+            return f"attention={self.rules.attention!r}"
+        return "a rule for the MLP by formula" if self.rules.mlp_by_formula else None
 
     def biased(self, name: str, layer: int) -> bool:
         """Whether the rules share out a bias at this site."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from cdt_lens.caller_hooks import caller_hooks
 from cdt_lens.errors import ArtifactError
 from cdt_lens.model import ModelView
 from cdt_lens.weights import BLOCK_WEIGHTS, END_WEIGHTS, canonical, first_tensor, is_bias
@@ -72,7 +73,12 @@ class Provenance:
 def provenance_of(
     view: ModelView, examples: Any, *, options: Mapping[str, Any], seed: int | None = None
 ) -> Provenance:
-    """The provenance of a result computed now with `view` on `examples` (a `tasks.Examples`)."""
+    """The provenance of a result computed now with `view` on `examples` (a `tasks.Examples`).
+
+    Hooks of the caller's own act in the numbers and are named among the options.
+    """
+    hooks = caller_hooks(view.tl)
+    told = {"caller_hooks": [*hooks[:8], *([f"{len(hooks) - 8} more"] if hooks[8:] else [])]}
     return Provenance(
         model=view.name,
         model_hash=weight_hash(view),
@@ -85,7 +91,7 @@ def provenance_of(
         task=examples.name,
         task_hash=examples.hash,
         examples=dict(examples.counts),
-        options=dict(options),
+        options={**options, **(told if hooks else {})},
         seed=seed,
         versions=versions(),
         command=command_line(),

@@ -27,6 +27,7 @@ from cdt_lens.evaluate import calibrate
 from cdt_lens.faithfulness import Ranking
 from cdt_lens.loading import Backend, load_model
 from cdt_lens.model import view_of
+from cdt_lens.rules import DEFAULT_RULES
 from cdt_lens.scores import Direction
 from cdt_lens.tasks import Examples, Task
 
@@ -57,14 +58,14 @@ class Settings:
     backend: Backend = "auto"
     device: str | None = None
     dtype: str = "float32"
-    rules: str = "stable"
+    rules: str = DEFAULT_RULES
     positions: Slots = "answer"
     direction: Direction = "mean"
     examples: int = 48
     baseline_examples: int | None = None
     k: int | None = None
     fraction: float | None = None
-    by: Ranking = "magnitude"
+    by: Ranking = "signed"
     batch_size: int = 16
     rows: int | None = None
     seed: int = 0

@@ -37,7 +37,7 @@ from cdt_lens.metrics import (
 from cdt_lens.model import ModelView, view_of
 from cdt_lens.propagate import Propagator
 from cdt_lens.provenance import Provenance, provenance_of
-from cdt_lens.rules import Rules, resolve_rules
+from cdt_lens.rules import DEFAULT_RULES, Rules, resolve_rules
 from cdt_lens.tasks import Batch, Examples
 
 Direction = Literal["mean", "strongest"]
@@ -48,7 +48,7 @@ def score_heads(
     examples: Examples,
     baseline: Baseline,
     *,
-    rules: str | Rules = "stable",
+    rules: str | Rules = DEFAULT_RULES,
     heads: Sequence[Head | str] | None = None,
     direction: Direction = "mean",
     batch_size: int = 16,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cdt_lens import rules as rule
 from cdt_lens.errors import InputError
-from cdt_lens.model import ModelView
+from cdt_lens.model import ModelView, at_least_float32
 from cdt_lens.sites import Hook, Site
 
 Slope = Literal["frozen", "tangent"]
@@ -91,7 +91,7 @@ def slope_hooks(view: ModelView, slopes: Slopes) -> dict[Site, Hook]:
     hooks: dict[Site, Hook] = {}
     for layer in range(view.n_layers + 1):
         if slopes.norm == "frozen":
-            for norm in view.norms(layer):
+            for norm in _norms_of(view, layer, slopes.paths):
                 hooks |= _frozen_norm(norm, layer, view.norm_bias(norm, layer))
         if layer == view.n_layers:
             continue
@@ -106,6 +106,13 @@ def slope_hooks(view: ModelView, slopes: Slopes) -> dict[Site, Hook]:
         if slopes.touches_mlp and ("mlp_out", layer) in view.sites:
             hooks |= _mlp_slopes(view, slopes, layer)
     return hooks
+
+
+def _norms_of(view: ModelView, layer: int, paths: Paths) -> list[str]:
+    """The norms of a layer that the gradient passes."""
+    # The norm behind an MLP may give out what the site "mlp_out" has cut, so it is left alone.
+    direct = ("ln1_post", "ln_final")
+    return [norm for norm in view.norms(layer) if paths == "all" or norm in direct]
 
 
 def _mlp_slopes(view: ModelView, slopes: Slopes, layer: int) -> dict[Site, Hook]:
@@ -168,13 +175,14 @@ def _frozen_norm(norm: str, layer: int, bias: Tensor | None) -> dict[Site, Hook]
         seen["scale"] = value.detach()
 
     def cancel(out: Tensor) -> Tensor:
-        x, scale = seen["x"], seen["scale"]
+        # Squares of a residual stream go beyond half precision.
+        x, scale = at_least_float32(seen["x"]), at_least_float32(seen["scale"])
         scale = scale.reshape(*x.shape[:-1], 1)
         c = _numerator(x.detach(), scale)
         moved = (c * x).mean(-1, keepdim=True)
-        ratio = 1 + (moved - moved.detach()) / scale**2
+        relative = (moved - moved.detach()) / scale**2
         weighted = out if bias is None else out - bias
-        return out + weighted.detach() * (ratio - 1).to(out.dtype)
+        return out + weighted.detach() * relative.to(out.dtype)
 
     return {
         (f"{norm}.in", layer): keep_input,
@@ -186,7 +194,7 @@ def _frozen_norm(norm: str, layer: int, bias: Tensor | None) -> dict[Site, Hook]
 def _numerator(x: Tensor, scale: Tensor) -> Tensor:
     """What the norm divides: x, or x less its mean, whichever the scale belongs to."""
     centred = x - x.mean(-1, keepdim=True)
-    of_x, of_centred = (v.float().square().mean(-1, keepdim=True) for v in (x, centred))
-    squared = scale.float().square()
+    of_x, of_centred = (v.square().mean(-1, keepdim=True) for v in (x, centred))
+    squared = scale.square()
     rms = (of_x - squared).abs().mean() <= (of_centred - squared).abs().mean()
     return x if bool(rms) else centred

@@ -17,9 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from cdt_lens.caller_hooks import caller_hooks, lifted
 from cdt_lens.errors import InputError, UnsupportedModelError
 from cdt_lens.model import ModelView, Trace, at_least_float32
 from cdt_lens.sites import Hook, Site
@@ -66,9 +67,63 @@ def check_supported(view: ModelView) -> Support:
     before = _CHECKED.get(view.tl)
     if before is not None and before[0] == state:
         return before[1]
-    found = _check(view)
+    # What an architecture is, the caller's hooks do not change.
+    with lifted(view.tl):
+        found = _check(view)
     _CHECKED[view.tl] = (state, found)
     return found
+
+
+def check_caller_hooks(
+    view: ModelView,
+    tokens: Int[Tensor, "batch pos"],
+    lengths: Int[Tensor, " batch"],
+    *,
+    edits: str | None = None,
+) -> None:
+    """Refuse hooks of the caller's that act where we do not go; one run of the batch shows it.
+
+    edits: what cannot be followed when a hook edits an activation, in words; None: all can be.
+
+    Raises:
+        InputError: a hook changes what stands between the last residual stream and the logits, or
+            gives something else at each call; or one edits, and `edits` says what is against it.
+    """
+    names = caller_hooks(view.tl)
+    if not names:
+        return
+    where = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    trace = view.run(tokens)
+    rows, last = torch.arange(len(tokens)), lengths.cpu() - 1
+    ours = _whole_logits(view, trace.resid[-1][rows, last].unsqueeze(1))
+    own = at_least_float32(view.logits(tokens)[rows, last])
+    tolerance = 1e-4 if view.dtype in (torch.float32, torch.float64) else 3e-2
+    if not bool((ours - own).abs().max() <= tolerance * own.abs().max()):
+        raise InputError(
+            f"{view.name}: your hooks (on {where}) change the logits behind the last block, or "
+            "give something else at each call; only the answer position is normed and unembedded "
+            "here, so they would act by half. Take them off, or edit inside a block"
+        )
+    if edits is None:
+        return
+    with lifted(view.tl):
+        plain = view.run(tokens)
+    if any(_differ(a, b, torch.float32) for a, b in zip(trace.resid, plain.resid, strict=True)):
+        raise InputError(
+            f"{view.name}: your hooks (on {where}) edit activations, which {edits} would follow "
+            "by half; use rules='ablation' or exact_ablation, or take the hooks off"
+        )
+
+
+def _whole_logits(
+    view: ModelView, resid: Float[Tensor, "batch 1 d_model"]
+) -> Float[Tensor, "batch d_vocab"]:
+    """All logits of a few residual vectors, in the way in which candidates are unembedded."""
+    vocabulary = torch.arange(view.tl.unembed.W_U.shape[-1])
+    columns, offsets = view.unembedding(vocabulary[None])
+    logits = at_least_float32(view.final_norm(resid)[:, 0]) @ columns[0].T + offsets[0]
+    cap = view.logit_softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _weights_state(view: ModelView) -> object:

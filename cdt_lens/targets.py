@@ -24,6 +24,9 @@ class TargetParts:
     relevant: Float[Tensor, "source example pos d_head"]
     irrelevant: Float[Tensor, "source example pos d_head"]
 
+    def __repr__(self) -> str:
+        return f"TargetParts({tuple(self.relevant.shape)}: source, example, position, d_head)"
+
 
 class Targets:
     """Collects the irrelevant part at target heads' q, k, v and z, chunk by chunk."""

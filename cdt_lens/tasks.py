@@ -15,11 +15,13 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, overload
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from cdt_lens import display
 from cdt_lens.artifacts import content_hash
 from cdt_lens.errors import InputError
 
@@ -51,6 +53,13 @@ class Example:
                 f"prompt {self.prompt!r}: expected at least one answer and one other token, all "
                 f"different; got answers {self.answers} and others {self.others}"
             )
+
+    def __repr__(self) -> str:
+        told = f"{self.label}; {len(self.tokens)} tokens"
+        return display.line(self, display.short(self.prompt), told)
+
+    def _repr_html_(self) -> str:
+        return Examples((self,), (self.label,), "example")._repr_html_()
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +102,17 @@ class Examples(Sequence[Example]):
         unknown = {item.label for item in self.items} - set(self.labels)
         if unknown:
             raise InputError(f"{self.name}: labels {sorted(unknown)} are not among {self.labels}")
+
+    def __repr__(self) -> str:
+        return display.line(self, self.name, f"{len(self)} examples", self.counts)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row an example: prompt, label, numbers of tokens, answers and competitors."""
+        return display.examples_frame(self)
+
+    def _repr_html_(self) -> str:
+        counts = ", ".join(f"{n} {label}" for label, n in self.counts.items())
+        return display.html(f"{self.name}: {len(self)} examples ({counts})", self.to_dataframe())
 
     def __len__(self) -> int:
         return len(self.items)
@@ -243,6 +263,21 @@ class Task:
                     f"task {self.name}: {split.name} has labels {split.labels}, expected "
                     f"{self.labels}; build every split with the same verbalizer"
                 )
+
+    def __repr__(self) -> str:
+        splits = (("train", self.train), ("valid", self.valid), ("test", self.test))
+        sizes = ", ".join(f"{len(split)} {name}" for name, split in splits)
+        return display.line(self, self.name, display.few(self.labels), sizes)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a split: the number of examples, and of each label."""
+        return display.counts_frame((self.train, self.valid, self.test))
+
+    def _repr_html_(self) -> str:
+        words = [f"{label} = {word!r}" for label, word in self.verbalizer.items()]
+        title = f"Task {self.name}: {self.template!r} {display.few(words)}"
+        shown = [split._repr_html_() for split in (self.train[:3],) if len(split)]
+        return display.html(title, self.to_dataframe(), *shown)
 
     @cached_property
     def hash(self) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from cdt_lens import display
 from cdt_lens.artifacts import load_artifact, save_artifact
 from cdt_lens.errors import ArtifactError
 from cdt_lens.provenance import Provenance
@@ -51,6 +52,10 @@ class TransferResult:
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
     provenance: Provenance | None = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        told = f"{self.proxy} to {display.few(self.targets)}", display.few(self.scopes)
+        return display.line(self, self.task, *told, f"{len(self.cells)} cells")
+
     def summary(self) -> pd.DataFrame:
         """One row a (target, scope): means and standard deviations over the finished seeds."""
         rows = []
@@ -82,8 +87,8 @@ class TransferResult:
         return trade_off(self)
 
     def _repr_html_(self) -> str:
-        title = f"<p>{self.task}: {self.proxy} to {', '.join(self.targets)}</p>"
-        return title + self.summary().to_html(index=False, float_format="{:.3f}".format)
+        title = f"{self.task}: {self.proxy} to {', '.join(self.targets)}"
+        return display.html(title, self.summary())
 
     def save(self, path: str | Path) -> Path:
         """Save as JSON, whole or not at all.

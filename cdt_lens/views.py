@@ -8,19 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import pandas as pd
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cdt_lens import widgets
+from cdt_lens import display, widgets
 from cdt_lens.baselines import Baseline
 from cdt_lens.decompose import Node, decompose
 from cdt_lens.errors import InputError
 from cdt_lens.heads import Head, check_heads
 from cdt_lens.metrics import task_direction
 from cdt_lens.model import ModelView, view_of
-from cdt_lens.rules import Rules
+from cdt_lens.rules import DEFAULT_RULES, Rules
 from cdt_lens.tasks import Examples
 
 
@@ -32,6 +33,20 @@ class AttentionView:
     patterns: tuple[Float[Tensor, "head _query _key"], ...] = field(repr=False)
     heads: tuple[Head, ...]
     labels: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return display.line(self, f"{len(self.prompts)} prompts", display.few(self.heads))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a prompt, head, query and key position (key <= query): the weight, 0 to 1."""
+        rows = [
+            (prompt, str(head), query, key, weight)
+            for prompt, pattern in enumerate(self.patterns)
+            for head, table in zip(self.heads, pattern.tolist(), strict=True)
+            for query, weights in enumerate(table)
+            for key, weight in enumerate(weights[: query + 1])
+        ]
+        return display.flat_frame(["prompt", "head", "query", "key", "weight"], rows)
 
     def widget(self, prompt: int = 0) -> widgets.Widget:
         """circuitsvis' view of one prompt's patterns, to show in a notebook; works offline."""
@@ -52,6 +67,21 @@ class TokenRelevance:
     relevance: tuple[Float[Tensor, " _pos"], ...] = field(repr=False)
     labels: tuple[str, ...]
     directions: tuple[float, ...]
+
+    def __repr__(self) -> str:
+        end = f"largest magnitude {widgets.largest_relevance(self):.3g} logits"
+        return display.line(self, f"{len(self.prompts)} prompts", end)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a token: prompt, position, the token, and its relevance in logits."""
+        rows = [
+            (prompt, position, token, value)
+            for prompt, tokens in enumerate(self.prompts)
+            for position, (token, value) in enumerate(
+                zip(tokens, self.relevance[prompt].tolist(), strict=True)
+            )
+        ]
+        return display.flat_frame(["prompt", "position", "token", "relevance"], rows)
 
     def widget(self, prompt: int = 0) -> widgets.Widget:
         """circuitsvis' view of one prompt's coloured tokens, to show in a notebook; offline."""
@@ -90,7 +120,7 @@ def token_relevance(
     heads: Sequence[Head],
     baseline: Baseline,
     *,
-    rules: str | Rules = "stable",
+    rules: str | Rules = DEFAULT_RULES,
     rows: int | None = None,
 ) -> TokenRelevance:
     """d(rel) of the single positions of `heads`: all of them at one position are one source set.

@@ -100,8 +100,14 @@ def check_trainable(view: ModelView) -> None:
     """Refuse models whose weights are not the ones that were trained and can be exported.
 
     Raises:
-        UnsupportedModelError: folded norms.
+        UnsupportedModelError: folded norms, or a switch that splits attention's input by head.
     """
+    for flag in ("use_split_qkv_input", "use_attn_in"):
+        if getattr(view.tl.cfg, flag, False):
+            raise UnsupportedModelError(
+                f"{view.name}: cfg.{flag} is on, which splits the input of attention by head, "
+                f"where slices are trained; turn it off (model.set_{flag}(False))"
+            )
     kind = str(getattr(view.tl.cfg, "normalization_type", None))
     folded = kind.endswith("Pre") or bool(getattr(view.tl, "_weights_processed", False))
     compatible = bool(getattr(view.tl, "compatibility_mode", False)) and _norms_are_ones(view)

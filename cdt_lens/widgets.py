@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,7 @@ class View:
 
     id: str
     component: str
-    props: Mapping[str, Any]
+    props: Mapping[str, Any] = field(repr=False)
 
     @property
     def placeholder(self) -> Markup:
@@ -76,7 +76,7 @@ class Widget:
     """One view on a page of its own, which a notebook shows in a frame, offline."""
 
     title: str
-    document: str
+    document: str = field(repr=False)
     height: int
 
     def _repr_html_(self) -> str:

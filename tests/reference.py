@@ -7,14 +7,16 @@ cached, hooked or shared with the package: a model is read into plain weight mat
    -> `Network`.
 2. The rules: `linear`, `norm`, `activation`, `product`, `attention`, `sign`: pairs in, pairs out.
 3. `decompose`: embed (all irrelevant), then block after block; at z of a source head
-   irrel := baseline, rel := z - baseline; then final norm, unembedding, soft-cap.
+   irrel := baseline, rel := z - baseline, and likewise where the output of a source MLP enters the
+   residual stream; then final norm, unembedding, soft-cap.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,9 @@ from torch import Tensor, nn
 
 Source = tuple[int, int, int | None]  # layer, head, position (None: every position)
 Site = tuple[str, int]  # "q", "k", "v" or "z", and the layer
+# Layers whose MLP is a source, with its baseline.
+SourceMLPs = Mapping[int, Float[Tensor, "batch pos d_model"]]
+NO_MLPS: SourceMLPs = {}
 
 _CHOICES = {
     "norm": ("frozen", "through"),
@@ -53,6 +58,12 @@ class ReferenceRules:
 
 
 OFFICIAL = ReferenceRules(sign=True, eps=1e-8)
+
+
+def rules_like(options: Mapping[str, Any]) -> ReferenceRules:
+    """From the package's rules as plain values: those that say how one stream goes on."""
+    names = {field.name for field in fields(ReferenceRules)}
+    return ReferenceRules(**{name: value for name, value in options.items() if name in names})
 
 
 @dataclass(frozen=True)
@@ -306,9 +317,10 @@ def decompose(
     sources: Sequence[Source],
     baseline: Float[Tensor, "layer batch pos head d_head"],
     rules: ReferenceRules,
+    mlps: SourceMLPs = NO_MLPS,
 ) -> Decomposition:
     """Decomposes a Hugging Face causal language model's run on unpadded prompts."""
-    return decompose_network(read_model(model), tokens, sources, baseline, rules)
+    return decompose_network(read_model(model), tokens, sources, baseline, rules, mlps)
 
 
 def decompose_hooked(
@@ -330,6 +342,7 @@ def decompose_network(
     sources: Sequence[Source],
     baseline: Float[Tensor, "layer batch pos head d_head"],
     rules: ReferenceRules,
+    mlps: SourceMLPs = NO_MLPS,
 ) -> Decomposition:
     outside = [source for source in sources if not 0 <= source[0] < len(network.blocks)]
     if outside:
@@ -338,7 +351,7 @@ def decompose_network(
     x = Pair(torch.zeros_like(embedded), embedded)
     sites: dict[Site, Pair] = {}
     for layer, block in enumerate(network.blocks):
-        x = run_block(x, block, layer, sources, baseline, rules, sites)
+        x = run_block(x, block, layer, sources, baseline, rules, sites, mlps)
     x = norm(x, network.final_norm, rules)
     logits = linear(x, network.unembed, rules)
     if network.softcap is not None:
@@ -360,6 +373,7 @@ def run_block(
     baseline: Tensor,
     rules: ReferenceRules,
     sites: dict[Site, Pair],
+    mlps: SourceMLPs = NO_MLPS,
 ) -> Pair:
     """One block; what it passes at q, k, v and z is left in `sites`."""
     spec = block.attention
@@ -375,8 +389,10 @@ def run_block(
     if block.mlp is None:
         return middle
     normed = norm(x if block.parallel else middle, block.mlp_norm, rules)
-    written = run_mlp(normed, block.mlp, rules)
-    return sign(middle + norm(written, block.mlp_post_norm, rules), rules)
+    written = norm(run_mlp(normed, block.mlp, rules), block.mlp_post_norm, rules)
+    if layer in mlps:
+        written = Pair(written.full - mlps[layer], mlps[layer])
+    return sign(middle + written, rules)
 
 
 def reset_sources(z: Pair, layer: int, sources: Sequence[Source], baseline: Tensor) -> Pair:

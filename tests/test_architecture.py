@@ -13,6 +13,8 @@ RANKS = [
     ["console", "errors", "markup"],
     [
         "artifacts",
+        "caller_hooks",
+        "display",
         "distributed",
         "fields",
         "graph_layout",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,10 @@ from shared import models, other_weights, shared
 from tiny_models import Float64Throughout
 from tiny_tasks import GOLD, LABELS, LENGTHS, examples
 from torch import Tensor
+from wrapped import wrap
 
 from cdt_lens.ablation import circuit_metric
+from cdt_lens.artifacts import content_hash, load_artifact
 from cdt_lens.baselines import (
     Baseline,
     counterfactual_baseline,
@@ -23,7 +26,7 @@ from cdt_lens.baselines import (
 )
 from cdt_lens.decompose import decompose
 from cdt_lens.errors import ArtifactError, InputError
-from cdt_lens.heads import Head
+from cdt_lens.heads import Head, Mlp
 from cdt_lens.model import ModelView
 from cdt_lens.scores import score_heads
 from cdt_lens.tasks import Examples
@@ -281,3 +284,108 @@ def test_the_provenance_says_where_the_means_come_from(tokenizer_folder):
     assert found.examples == {"positive": 3, "neutral": 1, "negative": 2}
     assert found.options["kind"] == "right"
     assert found.model == "tiny-gpt2"
+
+
+# MLPs -----------------------------------------------------------------------------------------------
+
+
+def mlp_outputs(view: ModelView, tokens: Sequence[int]) -> Tensor:
+    """What each MLP adds to the stream, by TransformerLens' own cache: [layer, pos, d_model]."""
+    more = {"use_cache": False} if view.is_bridge else {}
+    with torch.no_grad():
+        _, cache = view.tl.run_with_cache(torch.tensor([tokens]), **more)
+    names = [f"blocks.{layer}" for layer in range(view.n_layers)]
+    return torch.stack(
+        [
+            (cache[f"{name}.hook_resid_post"] - cache[f"{name}.hook_resid_pre"]
+             - cache[f"{name}.hook_attn_out"])[0]
+            for name in names
+        ]
+    )  # fmt: skip
+
+
+@models(("gpt2", "pythia", "gemma2"))
+@pytest.mark.parametrize("kind", ["answer", "right"])
+def test_the_mean_of_an_mlp_is_of_what_it_adds_and_label_balanced(
+    family, backend, kind, tokenizer_folder
+):
+    with Float64Throughout():
+        view, data = shared(family, backend, tokenizer_folder), examples()
+        found = mean_activations(
+            view, data, positions=kind, mlps=True, batch_size=4, progress=False
+        )
+        seen: dict[tuple[int, str], list[Tensor]] = {}
+        for item in data:
+            out = mlp_outputs(view, item.tokens)
+            for position in range(len(item.tokens)):
+                key = (slot(kind, position, len(item.tokens)), item.label)
+                seen.setdefault(key, []).append(out[:, position])
+        plain = mean_activations(view, data, positions=kind, batch_size=4, progress=False)
+        for number in {key[0] for key in seen}:
+            labels = [torch.stack(seen[key]).mean(0) for key in seen if key[0] == number]
+            assert_close(found.mlp_means[:, number], sum(labels) / len(labels), atol=1e-6)
+        assert found.mlp_means.shape == (view.n_layers, plain.means.shape[1], view.d_model)
+        assert_same_bits(found.means, plain.means)
+        for batch in data.batches(4):
+            values = found.mlps_for_batch(view, batch)
+            for row, length in enumerate(batch.lengths.tolist()):
+                for position in range(length):
+                    expected = found.mlp_means[1, slot(kind, position, length)]
+                    assert_close(values(1)[row, position], expected, atol=0)
+
+
+def test_means_of_mlps_are_saved_and_change_the_hash(tmp_path: Path, tokenizer_folder):
+    view, data = shared("gpt2", "bridge", tokenizer_folder), examples()
+    plain = mean_activations(view, data, progress=False)
+    with_mlps = mean_activations(view, data, mlps=True, progress=False)
+    assert with_mlps.hash != plain.hash
+    loaded = Baseline.load(with_mlps.save(tmp_path / "b.json"))
+    assert_same_bits(loaded.mlp_means, with_mlps.mlp_means)
+    assert loaded.hash == with_mlps.hash
+    assert replace(with_mlps, mlp_means=None).hash == plain.hash
+    other = replace(with_mlps, mlp_means=with_mlps.mlp_means + 1)
+    assert other.hash not in (plain.hash, with_mlps.hash)
+
+
+def test_files_without_mlps_load_with_the_hash_that_they_had(tmp_path: Path, tokenizer_folder):
+    """As every file was before MLPs had means."""
+    view, data = shared("gpt2", "bridge", tokenizer_folder), examples()
+    plain = mean_activations(view, data, progress=False)
+    path = plain.save(tmp_path / "b.json")
+    _, tensors = load_artifact(path, format="cdt_lens.baseline", version=1)
+    assert set(tensors) == {"means"}
+    loaded = Baseline.load(path)
+    assert loaded.mlp_means is None
+    told = plain.provenance
+    digest = hashlib.sha256(plain.means.numpy().tobytes()).hexdigest()
+    assert loaded.hash == content_hash(["answer", told.model_hash, told.task_hash, digest, []])
+    with pytest.raises(InputError, match=r"no values for MLPs.*mlps=True"):
+        decompose(view, data, [Mlp(0)], loaded)
+
+
+@models(("gpt2", "gemma2"))
+def test_mlps_of_the_zero_and_the_counterfactual_baseline(family, backend, tokenizer_folder):
+    with Float64Throughout():
+        view, data = shared(family, backend, tokenizer_folder), examples()
+        pairs = examples(seed=9, name="tiny/pairs")
+        zero, paired = zero_baseline(view, data), counterfactual_baseline(view, data, pairs)
+        for batch in data.batches(4):
+            assert not bool(zero.mlps_for_batch(view, batch)(1).any())
+            values = paired.mlps_for_batch(view, batch)(1)
+            for row, index in enumerate(batch.index):
+                out = mlp_outputs(view, pairs[index].tokens)[1]
+                assert_close(values[row, : len(out)], out, atol=1e-12)
+        itself = counterfactual_baseline(view, data, data)
+        found = decompose(view, data, [Mlp(0), (Mlp(1), Head(0, 1))], itself)
+        assert_close(found.relevant, torch.zeros_like(found.relevant), atol=1e-12)
+
+
+def test_an_mlp_beyond_the_finite_range_has_no_mean(tokenizer_folder):
+    """The last MLP is seen by no z, so z says nothing of it."""
+    model = wrap("gpt2", "bridge", tokenizer_folder, torch.float32)
+    model.blocks[1].mlp.out.weight.detach().mul_(1e38)
+    model.blocks[1].mlp.out.weight.detach().clamp_(-3e38, 3e38)
+    view, data = ModelView(model), examples()
+    mean_activations(view, data, progress=False)
+    with pytest.raises(InputError, match=r"an MLP's output is not finite.*float32"):
+        mean_activations(view, data, mlps=True, progress=False)

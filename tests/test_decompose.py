@@ -13,7 +13,6 @@ import reference
 import torch
 from checks import assert_close, relative
 from official import needs_fixtures
-from reference import ReferenceRules
 from shared import BOTH_CLASSES, models, shared
 from tiny_models import Float64Throughout, build
 from tiny_tasks import ANSWERS, examples, one_by_one
@@ -128,12 +127,10 @@ def test_targets_equal_the_two_stream_reference(family, backend, rules, tokenize
         at = baseline.for_batch(view, batch)
         values = torch.stack([at(layer) for layer in range(view.n_layers)])
         result = decompose(view, data, sources, baseline, rules=rules, targets=targets)
-        options = {k: v for k, v in PRESETS[rules].to_dict().items() if k != "preset"}
+        told = reference.rules_like(PRESETS[rules].to_dict())
         for number, heads in enumerate(sources):
             nodes = [(h.layer, h.head, None) for h in heads]
-            expected = reference.decompose(
-                hf_model, batch.tokens, nodes, values, ReferenceRules(**options)
-            )
+            expected = reference.decompose(hf_model, batch.tokens, nodes, values, told)
             for site in "qkvz":
                 for head in targets:
                     shared_by = view.n_heads // view.n_kv_heads if site in "kv" else 1

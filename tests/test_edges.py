@@ -8,18 +8,20 @@ import pytest
 import torch
 from checks import assert_close, left_untouched
 from shared import models, shared
+from test_decompose import attention_only
 from tiny_models import Float64Throughout
 from tiny_tasks import examples
-from wrapped import wrap
+from wrapped import needs_hooked, wrap
 
 from cdt_lens.baselines import Baseline, mean_activations
 from cdt_lens.circuit import Circuit
 from cdt_lens.edges import EdgeScores, score_edges, select_edges, trace_circuit
-from cdt_lens.errors import InputError
+from cdt_lens.errors import InputError, NonFiniteError
 from cdt_lens.heads import Head, Mlp
 from cdt_lens.metrics import balanced_mean, task_direction
 from cdt_lens.model import ModelView
 from cdt_lens.planted import planted_circuit
+from cdt_lens.rules import PRESETS
 from cdt_lens.scores import score_heads
 from cdt_lens.tasks import Examples
 
@@ -171,6 +173,97 @@ def test_the_model_is_left_as_it_was_and_mistakes_are_told(tokenizer_folder):
         trace_circuit(model, data, baseline, width=2, fan_in=1, progress=False)
     with pytest.raises(InputError, match="width=0, fan_in=3: expected at least 1"):
         trace_circuit(model, data, baseline, width=0)
+    with pytest.raises(InputError, match="context='both' say nothing of what is inside"):
+        score_edges(view, data, baseline, rules="two-ended")
     plain = mean_activations(view, data, progress=False)
     with pytest.raises(InputError, match="holds no values for MLPs.*mlps=True"):
         score_edges(view, data, plain, progress=False)
+
+
+EDGE_RULES = [name for name, rules in PRESETS.items() if rules.context == "full"]
+
+
+@models(("pythia",))
+@pytest.mark.parametrize("rules", EDGE_RULES)
+def test_no_edge_runs_to_the_mlp_beside_a_head(family, backend, rules, tokenizer_folder):
+    """In a parallel block neither reads the other; not even rounding is left of it."""
+    view, data = shared(family, backend, tokenizer_folder, torch.float32), examples()
+    baseline = means(view, data)
+    found = score_edges(view, data, baseline, rules=rules, progress=False)
+    for unit, mlps in zip(found.sources, found.to_mlps, strict=True):
+        assert bool((mlps[: unit.layer + 1] == 0).all())
+        assert bool((mlps[unit.layer + 1 :] != 0).all())
+    circuit = trace_circuit(view, data, baseline, rules=rules, width=10, fan_in=99, progress=False)
+    assert circuit.graph.parallel
+    swept = score_heads(view, data, baseline, rules=rules, progress=False)
+    assert_close(circuit.scores, swept.values, atol=1e-5)
+
+
+@needs_hooked
+@pytest.mark.parametrize("norm", [None, "LN"])
+def test_a_model_of_attention_alone_needs_no_means_of_mlps(norm):
+    view, data = ModelView(attention_only(norm)), examples()
+    baseline = mean_activations(view, data, progress=False)
+    for rules in EDGE_RULES:
+        found = score_edges(view, data, baseline, rules=rules, progress=False)
+        assert not bool(found.to_mlps.any())
+        assert bool((found.to_heads[:4, :, 1] != 0).all())
+        swept = score_heads(view, data, baseline, rules=rules, progress=False)
+        assert_close(found.to_logits, swept.values.flatten(), atol=1e-5)
+        circuit = trace_circuit(
+            view, data, baseline, rules=rules, width=8, fan_in=2, progress=False
+        )
+        named = {name for edge in circuit.graph.edges for name in (edge.source, edge.target)}
+        assert not {"M0", "M1"} & named
+    found = score_edges(view, data, baseline, rules="ablation", progress=False)
+    for place, site in enumerate(("q", "k", "v")):
+        off = head_off(view, Head(0, 1))
+        expected = by_hand(view, data, baseline, off, Head(1, 2), site)
+        assert float(found.to_heads[1, place, 1, 2]) == pytest.approx(expected, abs=1e-5)
+
+
+@models(("gpt2", "llama"))
+def test_inference_mode_around_it_changes_nothing(family, backend, tokenizer_folder):
+    view, data = shared(family, backend, tokenizer_folder, torch.float32), examples()
+    expected = score_edges(view, data, means(view, data), progress=False)
+    with torch.inference_mode():
+        found = score_edges(view, data, means(view, data), progress=False)
+    assert_close(found.to_heads, expected.to_heads, atol=0)
+    assert_close(found.to_mlps, expected.to_mlps, atol=0)
+
+
+def test_bfloat16_is_near_float32(tokenizer_folder):
+    data, found = examples(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        view = shared("llama", "bridge", tokenizer_folder, dtype)
+        found.append(score_edges(view, data, means(view, data), progress=False))
+    for name in ("to_logits", "to_heads", "to_mlps"):
+        exact, half = (getattr(scores, name) for scores in found)
+        assert float((half - exact).norm() / exact.norm()) < 0.1, name
+
+
+def test_what_goes_to_other_processes_is_no_more_than_the_examples(tokenizer_folder, monkeypatch):
+    """A view would be sent with the table that it looks into."""
+    view, data = shared("gpt2", "bridge", tokenizer_folder, torch.float32), examples()
+    sent: list[Any] = []
+
+    def gather(items: list[Any]) -> list[Any]:
+        sent.extend(items)
+        return items
+
+    monkeypatch.setattr("cdt_lens.edges.gather_items", gather)
+    score_edges(view, data, means(view, data), batch_size=6, progress=False)
+    assert sorted(index for index, _ in sent) == list(range(len(data)))
+    for _, tables in sent:
+        for table in tables:
+            assert table.untyped_storage().nbytes() == table.numel() * table.element_size()
+
+
+def test_edges_that_are_not_finite_are_never_returned(tokenizer_folder):
+    model = wrap("gpt2", "bridge", tokenizer_folder, torch.float32)
+    model.unembed.W_U.detach().mul_(1e4)  # tied: the stream grows as well, and norms undo that
+    view, data = ModelView(model), examples()
+    huge = means(view, data)
+    huge.mlp_means[0] = 3e38
+    with pytest.raises(NonFiniteError):
+        score_edges(view, data, huge, progress=False)

@@ -58,9 +58,9 @@ def test_heads_without_a_score_are_not_ranked():
     some = scores(torch.tensor([[torch.nan, -2.0], [0.0, torch.nan]]))
     assert names(some.ranking()) == "L0H1 L1H0"
     assert names(some.ranking("signed")) == "L1H0 L0H1"
-    assert names(some.select(fraction=0.5).heads) == "L0H1"
-    assert names(some.select(threshold=0.0).heads) == "L0H1 L1H0"
-    assert names(some.select(confidence=0.9).heads) == "L0H1"
+    assert names(some.select(fraction=0.5).heads) == "L1H0"
+    assert names(some.select(threshold=0.0, by="magnitude").heads) == "L0H1 L1H0"
+    assert names(some.select(confidence=0.9, by="magnitude").heads) == "L0H1"
     assert names(some.near_zero(1).heads) == "L1H0"
     with pytest.raises(InputError, match="0 to 2"):
         some.top(3)
@@ -89,14 +89,14 @@ def test_another_order_is_refused():
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
-        ({"k": 3}, "L0H0 L0H1 L1H0"),
-        ({"k": 3, "by": "signed"}, "L0H0 L1H0 L1H1"),
-        ({"fraction": 0.5}, "L0H0 L0H1 L1H0"),
-        ({"fraction": 0.34, "by": "signed"}, "L0H0 L1H0"),
-        ({"fraction": 0.001}, "L0H1"),  # at least one
+        ({"k": 3, "by": "magnitude"}, "L0H0 L0H1 L1H0"),
+        ({"k": 3}, "L0H0 L1H0 L1H1"),
+        ({"fraction": 0.5, "by": "magnitude"}, "L0H0 L0H1 L1H0"),
+        ({"fraction": 0.34}, "L0H0 L1H0"),
+        ({"fraction": 0.001}, "L1H0"),  # at least one
         ({"fraction": 1.0}, "L0H0 L0H1 L0H2 L1H0 L1H1 L1H2"),
-        ({"threshold": 0.5}, "L0H0 L0H1 L1H0 L1H1"),  # the threshold itself is inside
-        ({"threshold": 0.5, "by": "signed"}, "L0H0 L1H0 L1H1"),
+        ({"threshold": 0.5, "by": "magnitude"}, "L0H0 L0H1 L1H0 L1H1"),
+        ({"threshold": 0.5}, "L0H0 L1H0 L1H1"),  # the threshold itself is inside
         ({"threshold": 100.0}, ""),
         ({"threshold": -0.3, "by": "signed"}, "L0H0 L0H2 L1H0 L1H1 L1H2"),
     ],
@@ -107,7 +107,7 @@ def test_selections_by_rank_and_size(rule: Mapping[str, Any], expected: str):
     assert (circuit.n_layers, circuit.n_heads) == (2, 3)
     assert circuit.scores is not None
     assert torch.equal(circuit.scores, VALUES)
-    assert circuit.selection == {"method": "cdt", "by": "magnitude", **rule}
+    assert circuit.selection == {"method": "cdt", "by": "signed", **rule}
     assert circuit.provenance == scores().provenance
 
 
@@ -120,7 +120,7 @@ def test_near_zero_heads_are_the_smallest():
     for k in (-1, 7):
         with pytest.raises(InputError, match=f"k={k}"):
             scores().near_zero(k)
-    top, bottom = scores().select(k=3), scores().near_zero(3)
+    top, bottom = scores().select(k=3, by="magnitude"), scores().near_zero(3)
     assert not set(top.heads) & set(bottom.heads)
 
 
@@ -146,8 +146,9 @@ def test_confident_heads_are_those_whose_interval_excludes_0():
     columns = [noise + 1.0, noise, noise - 1.0, torch.full((40,), 0.01), torch.zeros(40)]
     table = torch.stack(columns, dim=-1)[:, None]
     made = scores(table.mean(0), table, ["a", "b"] * 20)
-    assert names(made.select(confidence=0.95).heads) == "L0H0 L0H2 L0H3"
-    assert names(made.select(confidence=0.95, by="signed").heads) == "L0H0 L0H3"
+    by_size = made.select(confidence=0.95, by="magnitude")
+    assert names(by_size.heads) == "L0H0 L0H2 L0H3"
+    assert names(made.select(confidence=0.95).heads) == "L0H0 L0H3"
 
 
 def test_confidence_is_that_of_the_interval():
@@ -168,8 +169,8 @@ def test_resampling_keeps_the_labels_balanced():
     labels = ["a"] * 90 + ["b"] * 10
     table = torch.tensor([1.0 if label == "a" else -1.05 for label in labels])[:, None, None]
     made = scores(torch.tensor([[-0.025]]), table, labels)
-    assert len(made.select(confidence=0.95)) == 1
-    assert len(made.select(confidence=0.95, by="signed")) == 0
+    assert len(made.select(confidence=0.95, by="magnitude")) == 1
+    assert len(made.select(confidence=0.95)) == 0
 
 
 def test_resampling_is_reproducible_and_recorded():
@@ -179,7 +180,7 @@ def test_resampling_is_reproducible_and_recorded():
     first, again = (made.select(confidence=0.9, seed=3) for _ in range(2))
     assert first.heads == again.heads
     assert first.selection == {
-        "method": "cdt", "by": "magnitude", "confidence": 0.9, "resamples": 1000, "seed": 3,
+        "method": "cdt", "by": "signed", "confidence": 0.9, "resamples": 1000, "seed": 3,
     }  # fmt: skip
     assert made.select(confidence=0.9, seed=4, resamples=20).heads != first.heads
     assert set(made.select(confidence=0.99).heads) < set(made.select(confidence=0.5).heads)

@@ -8,14 +8,15 @@ import pytest
 import torch
 from checks import assert_close, left_untouched, unchecked_types
 from shared import models, shared
+from test_decompose import attention_only
 from tiny_models import Float64Throughout
 from tiny_tasks import examples
-from wrapped import wrap
+from wrapped import needs_hooked, wrap
 
 from cdt_lens.ablation import circuit_metric
 from cdt_lens.baselines import Baseline, mean_activations, zero_baseline
-from cdt_lens.errors import InputError
-from cdt_lens.heads import all_heads
+from cdt_lens.errors import InputError, NonFiniteError
+from cdt_lens.heads import Head, all_heads
 from cdt_lens.metrics import task_direction
 from cdt_lens.model import ModelView
 from cdt_lens.one_pass import GatedPass, one_pass, position_relevance
@@ -95,6 +96,43 @@ def test_along_the_path_the_scores_add_up_to_what_ablating_every_head_takes(
     assert found.direction == pytest.approx(full, abs=1e-9)
 
 
+@models(("gpt2", "llama"))
+def test_the_two_ends_are_the_slopes_at_both(family, backend, tokenizer_folder):
+    """Their mean; the one at the ablated model against a central difference of real runs."""
+    with Float64Throughout():
+        view, data = shared(family, backend, tokenizer_folder), examples()
+        baseline = means(view, data)
+        found = one_pass(view, data, baseline, slopes="gradient", steps="ends", progress=False)
+        plain = one_pass(view, data, baseline, slopes="gradient", progress=False)
+        batch = next(data.batches(len(data)))
+        at = baseline.for_batch(view, batch)
+
+        def direction(head: Head, gate: float) -> torch.Tensor:
+            def pinned(layer: int) -> Any:
+                def hook(z: torch.Tensor) -> torch.Tensor:
+                    pin = at(layer).expand(z.shape).clone()
+                    if layer == head.layer:
+                        away = z[:, :, head.head] - pin[:, :, head.head]
+                        pin[:, :, head.head] += gate * away
+                    return pin
+
+                return hook
+
+            with view.hooked({("z", layer): pinned(layer) for layer in range(view.n_layers)}):
+                logits = view.logits(batch.tokens)
+            last = logits[torch.arange(len(data)), batch.lengths - 1].gather(1, batch.candidates)
+            return task_direction(last, batch.direction)
+
+        step = 1e-4
+        for head in (Head(0, 2), Head(1, 1)):
+            slope = (direction(head, step) - direction(head, -step)) / 2 / step
+            at_full = plain.per_example[:, head.layer, head.head]
+            in_order = torch.empty_like(at_full)
+            in_order[list(batch.index)] = slope.to(in_order)
+            mean = (in_order + at_full) / 2
+            assert_close(found.per_example[:, head.layer, head.head], mean, atol=KEPT)
+
+
 @models(("gpt2", "llama", "qwen3"))
 @pytest.mark.parametrize(
     ("slopes", "rules"),
@@ -169,3 +207,82 @@ def test_wrong_arguments_are_refused(tokenizer_folder):
         pytest.raises(InputError, match="norm='flat': expected one of frozen, tangent"),
     ):
         Slopes(norm=wrong)
+
+
+@models(("gpt2",))
+@pytest.mark.parametrize("trainable", [True, False])
+def test_inference_mode_around_it_changes_nothing(family, backend, trainable, tokenizer_folder):
+    """Whatever the caller makes there, the baseline too, is fit for a backward pass."""
+    model = wrap(family, backend, tokenizer_folder, torch.float32)
+    model.requires_grad_(trainable)
+    data = examples()
+    options: dict[str, Any] = {"direction": "strongest", "progress": False}
+    expected = one_pass(model, data, means(ModelView(model), data), **options)
+    ModelView(model).run(next(data.batches(2)).tokens)
+    with left_untouched(model), torch.inference_mode():
+        baseline = means(ModelView(model), data)
+        found = one_pass(model, data, baseline, **options)
+        by_position = position_relevance(model, data, baseline)
+        assert torch.is_inference_mode_enabled()
+    assert_close(found.values, expected.values, atol=0)
+    assert by_position.shape[:3] == found.per_example.shape
+
+
+def test_weights_made_in_inference_mode_are_refused_with_the_fix(tokenizer_folder):
+    with torch.inference_mode():
+        model = wrap("gpt2", "bridge", tokenizer_folder, torch.float32).requires_grad_(False)
+    data = examples()
+    baseline = zero_baseline(model, data)
+    with pytest.raises(InputError, match=r"weights were made under torch.inference_mode.*outside"):
+        one_pass(model, data, baseline, progress=False)
+    score_heads(model, data, baseline, heads=["L0H1"], progress=False)  # needs no gradient
+
+
+@models(("llama",))
+def test_prompts_past_the_context_are_refused(family, backend, tokenizer_folder):
+    """Rotary models would run on without a word."""
+    view = shared(family, backend, tokenizer_folder, torch.float32)
+    long, baseline = examples((70, 5), ("positive", "negative")), means(view, examples())
+    words = "prompt of 70 tokens: .* reads at most 64; shorten"
+    with pytest.raises(InputError, match=words):
+        one_pass(view, long, baseline, progress=False)
+    with pytest.raises(InputError, match=words):
+        position_relevance(view, long, baseline)
+
+
+@models(("gpt2",))
+def test_a_score_that_is_not_finite_is_never_returned(family, backend, tokenizer_folder):
+    """NaN in `HeadScores` would pass for a head that nobody asked for."""
+    model = wrap(family, backend, tokenizer_folder, torch.float32)
+    model.unembed.W_U.detach().mul_(1e4)
+    view, data = ModelView(model), examples()
+    huge = means(view, data)
+    huge.means[1, :, 2] = 3e38
+    with pytest.raises(NonFiniteError, match=r"1 heads are not finite.*first: L1H2; load"):
+        one_pass(view, data, huge, progress=False)
+    with pytest.raises(NonFiniteError, match=r"1 heads are not finite.*first: L1H2; load"):
+        position_relevance(view, data, huge)
+
+
+@models(("llama",))
+def test_bfloat16_is_near_float32(family, backend, tokenizer_folder):
+    data, found = examples(), []
+    for dtype in (torch.float32, torch.bfloat16):
+        view = shared(family, backend, tokenizer_folder, dtype)
+        found.append(one_pass(view, data, means(view, data), slopes="linear", progress=False))
+    error = found[1].values - found[0].values
+    assert float(error.norm() / found[0].values.norm()) < 0.05
+
+
+@needs_hooked
+@pytest.mark.parametrize("norm", [None, "LN"])
+def test_a_model_of_attention_alone(norm):
+    """No MLP has slopes; the linear sweep is the measure."""
+    view, data = ModelView(attention_only(norm)), examples()
+    baseline = means(view, data)
+    swept = score_heads(view, data, baseline, rules="linear", progress=False)
+    found = one_pass(view, data, baseline, slopes="linear", progress=False)
+    assert_close(found.per_example, swept.per_example, atol=1e-5)
+    direct = one_pass(view, data, baseline, slopes="direct", progress=False)
+    assert_close(direct.per_example[:, -1], swept.per_example[:, -1], atol=1e-5)
+    assert not torch.allclose(direct.per_example[:, 0], swept.per_example[:, 0], atol=1e-3)

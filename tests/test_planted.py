@@ -108,3 +108,12 @@ def test_noise_is_as_loud_as_asked():
 def test_mistakes_are_refused(name, options, message):
     with unchecked_types(), pytest.raises(InputError, match=message):
         planted_circuit(name, **options)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_default_rules_find_every_planted_circuit(name: str):
+    """Every head of the circuit scores higher in magnitude than any other head."""
+    planted = planted_circuit(name)
+    baseline = mean_activations(planted.model, planted.train, progress=False)
+    scores = score_heads(planted.model, planted.train, baseline, progress=False)
+    assert auroc(scores.values.abs(), planted.truth) == 1.0

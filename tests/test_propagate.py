@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import ReferenceRules
 from reference import decompose as reference
+from reference import rules_like
 from tiny_models import FAMILIES, Float64Throughout, build, prompts
 from wrapped import BACKENDS, view
 
@@ -56,9 +56,9 @@ def test_equals_the_two_stream_reference(family, backend, tokenizer_folder):
         for name, rules in RULES.items():
             engine = Propagator(model, tokens, lengths, lambda layer: baseline[layer], rules)
             full = engine.full_logits(candidates)
-            options = {k: v for k, v in rules.to_dict().items() if k != "preset"}
+            told = rules_like(rules.to_dict())
             for sources in SOURCES:
-                expected = reference(hf_model, tokens, sources, baseline, ReferenceRules(**options))
+                expected = reference(hf_model, tokens, sources, baseline, told)
                 masks = resets(sources, tokens.shape[1], model.n_heads)
                 irrel = engine.candidate_logits(engine.propagate(masks), candidates)[0]
                 parts = ((irrel, expected.irrel_logits), (full - irrel, expected.rel_logits))
@@ -66,3 +66,55 @@ def test_equals_the_two_stream_reference(family, backend, tokenizer_folder):
                 for part, wanted in parts:
                     error = float((part - wanted[:, -1, :20]).abs().max())
                     assert error <= tolerance, f"{name}, {sources}: {error:.2g}"
+
+
+MLP_RULES = (
+    "official", "stable", "shared", "linear", "ablation", "published, no sign", "sign",
+    "gate as a constant",
+)  # fmt: skip
+WITH_MLPS = [
+    ([], [0]),
+    ([], [1]),
+    ([], [0, 1]),
+    ([(0, 1, None)], [0]),
+    ([(1, 2, None)], [0]),
+    ([(0, 0, None), (1, 1, 4)], [1]),
+    ([(1, 3, 8)], [0, 1]),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "pythia"])
+def test_mlps_as_sources_equal_the_two_stream_reference(family, backend, tokenizer_folder):
+    with Float64Throughout():
+        hf_model, model = build(family), view(family, backend, tokenizer_folder)
+        tokens = prompts(2, 9, seed=1)
+        generator = torch.Generator().manual_seed(2)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        baseline = random(model.n_layers, *tokens.shape, model.n_heads, model.d_head)
+        outputs = random(model.n_layers, *tokens.shape, model.d_model)
+        candidates, lengths = torch.arange(20).expand(2, -1), torch.full((2,), 9)
+        for name in MLP_RULES:
+            rules = RULES[name]
+            engine = Propagator(
+                model, tokens, lengths, lambda layer: baseline[layer], rules,
+                mlp_baseline=lambda layer: outputs[layer],
+            )  # fmt: skip
+            full = engine.full_logits(candidates)
+            told = rules_like(rules.to_dict())
+            for sources, mlps in WITH_MLPS:
+                given = {layer: outputs[layer] for layer in mlps}
+                expected = reference(hf_model, tokens, sources, baseline, told, given)
+                masks = resets(sources, tokens.shape[1], model.n_heads)
+                mlp_masks = {layer: torch.tensor([True]) for layer in mlps}
+                irrel = engine.candidate_logits(
+                    engine.propagate(masks, None, mlp_masks), candidates
+                )[0]
+                parts = ((irrel, expected.irrel_logits), (full - irrel, expected.rel_logits))
+                tolerance = 1e-10 * max(1.0, float(expected.irrel_logits.abs().max()))
+                for part, wanted in parts:
+                    error = float((part - wanted[:, -1, :20]).abs().max())
+                    assert error <= tolerance, f"{name}, {sources}, {mlps}: {error:.2g}"

@@ -225,6 +225,30 @@ def test_everything_through_is_ablation(family: str, seed: int):
     assert_close(result.irrel_logits, expected)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "pythia", "llama", "gemma2"])
+def test_everything_through_is_ablation_of_an_mlp_and_a_head(family: str):
+    model, tokens = tiny(family), prompts()
+    baseline = random_baseline(model, tokens)
+    mean = 0.5 * torch.ones(*tokens.shape, D_MODEL, dtype=torch.float64)
+    result = decompose(model, tokens, [(1, 0, None)], baseline, THROUGH, {0: mean})
+    body = next(
+        getattr(model, name)
+        for name in ("transformer", "gpt_neox", "model")
+        if hasattr(model, name)
+    )
+    block = (body.h if family == "gpt2" else body.layers)[0]
+    adds = block.post_feedforward_layernorm if family == "gemma2" else block.mlp
+    handle = adds.register_forward_hook(lambda *_: mean)
+    try:
+        with _ablated(model, [(1, 0, None)], baseline):
+            expected = true_logits(model, tokens)
+    finally:
+        handle.remove()
+    assert (expected - true_logits(model, tokens)).abs().max() > 0.1
+    assert_close(result.irrel_logits, expected)
+    assert_close(result.rel_logits + result.irrel_logits, true_logits(model, tokens))
+
+
 @every_family
 def test_z_is_what_the_output_projection_reads(family: str):
     model, tokens = tiny(family), prompts()

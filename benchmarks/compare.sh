@@ -1,0 +1,27 @@
+#!/bin/bash
+# The README's comparison of methods: ioi | greater-than | english | indonesian | xnli
+#   bash benchmarks/compare.sh ioi
+# NusaX and XNLI are scored in their proxy checkpoints (cdt-lens transfer benchmarks/nusax.toml --out
+# runs/nusax, and benchmarks/xnli.toml --out runs/xnli), with the data sets under data/. A run that was
+# cut off goes on where it was.
+set -euo pipefail
+compare() { cdt-lens compare --draws 3 --baseline-examples 300 "$@"; }
+
+plain=models/smollm2-135m
+backward=one-pass,one-pass:shared,one-pass:linear,one-pass:norm=frozen+attention=tangent
+backward=$backward,attribution-patching,integrated-gradients,direct,random
+sweeps=exact,cdt:stable,cdt:shared,cdt:two-ended
+more=$sweeps,cdt:attention=half+context=both
+case "${1:?name a task: ioi, greater-than, english, indonesian, xnli}" in
+  ioi) compare --model $plain --task ioi --examples 16 --held-out 16 --out runs/compare-ioi \
+         --methods "$more,cdt:official,cdt:activation=averaged+product=half,$backward" ;;
+  greater-than) compare --model $plain --task greater-than --examples 16 --held-out 16 \
+         --out runs/compare-greater-than --methods "$more,cdt:official,$backward" ;;
+  english) compare --model runs/nusax/proxy --task nusax-senti --data data --language english \
+         --examples 12 --held-out 12 --out runs/compare-english --methods "$more,cdt:official,$backward" ;;
+  indonesian) compare --model runs/nusax/proxy --task nusax-senti --data data --language indonesian \
+         --examples 12 --held-out 12 --out runs/compare-indonesian --methods "$sweeps,$backward" ;;
+  xnli) compare --model runs/xnli/proxy --task xnli --data data --language en \
+         --examples 9 --held-out 9 --out runs/compare-xnli --methods "$sweeps,$backward" ;;
+  *) echo "unknown task: $1" >&2; exit 2 ;;
+esac
