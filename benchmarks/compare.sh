@@ -8,20 +8,20 @@ set -euo pipefail
 compare() { cdt-lens compare --draws 3 --baseline-examples 300 "$@"; }
 
 plain=models/smollm2-135m
-backward=one-pass,one-pass:shared,one-pass:linear,one-pass:norm=frozen+attention=tangent
-backward=$backward,attribution-patching,integrated-gradients,direct,random
 sweeps=exact,cdt:stable,cdt:shared,cdt:two-ended
-more=$sweeps,cdt:attention=half+context=both
+rules=cdt:attention=half+context=both,cdt:official,cdt:activation=averaged+product=half
+backward=one-pass,one-pass:shared,one-pass:two-ended,one-pass:linear
+backward=$backward,one-pass:norm=frozen+attention=tangent
+backward=$backward,attribution-patching,integrated-gradients,direct,random
 case "${1:?name a task: ioi, greater-than, english, indonesian, xnli}" in
   ioi) compare --model $plain --task ioi --examples 16 --held-out 16 --out runs/compare-ioi \
-         --methods "$more,cdt:official,cdt:activation=averaged+product=half,$backward" ;;
+         --methods "$sweeps,$rules,$backward" ;;
   greater-than) compare --model $plain --task greater-than --examples 16 --held-out 16 \
-         --out runs/compare-greater-than --methods "$more,cdt:official,$backward" ;;
-  english) compare --model runs/nusax/proxy --task nusax-senti --data data --language english \
-         --examples 12 --held-out 12 --out runs/compare-english --methods "$more,cdt:official,$backward" ;;
-  indonesian) compare --model runs/nusax/proxy --task nusax-senti --data data --language indonesian \
-         --examples 12 --held-out 12 --out runs/compare-indonesian --methods "$sweeps,$backward" ;;
+         --out runs/compare-greater-than --methods "$sweeps,cdt:official,$backward" ;;
+  english | indonesian) compare --model runs/nusax/proxy --task nusax-senti --data data \
+         --language "$1" --examples 9 --held-out 12 --out "runs/compare-$1" \
+         --methods "$sweeps,$backward" ;;
   xnli) compare --model runs/xnli/proxy --task xnli --data data --language en \
-         --examples 9 --held-out 9 --out runs/compare-xnli --methods "$sweeps,$backward" ;;
+         --examples 6 --held-out 9 --out runs/compare-xnli --methods "$sweeps,$backward" ;;
   *) echo "unknown task: $1" >&2; exit 2 ;;
 esac
