@@ -12,7 +12,9 @@ most relevant to its queries, keys and values, or to its input, until the layers
 3. `width` units are taken at the logits, then, from the last layer down, the `fan_in` strongest
    edges of each unit taken.
 
-An edge stands for all paths from source to target, as in CD-T, not for the direct one alone.
+An edge stands for all paths from source to target, as in CD-T, not for the direct one alone. The
+gradient is the full model's, so an edge that changes its target far (an MLP that makes the large
+activations of an attention sink) may score beyond the direction itself: read it as a first order.
 """
 
 from __future__ import annotations
