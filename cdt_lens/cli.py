@@ -157,6 +157,25 @@ def faithfulness(
 
 
 @app.command()
+def trace(
+    run: Annotated[Path, typer.Argument(help="Run directory of cdt-lens discover.")],
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="Examples, balanced; default: the scored ones.")
+    ] = None,
+    width: Annotated[int, typer.Option(min=1, help="Heads and MLPs taken at the logits.")] = 8,
+    fan_in: Annotated[int, typer.Option(min=1, help="Edges kept into each of them.")] = 3,
+) -> None:
+    """What feeds what, from the logits down: a circuit's graph, for `report` and `convert`."""
+    from cdt_lens import experiment, runs
+
+    opened = runs.open_run(run, say)
+    circuit = experiment.trace(opened, say, examples=examples, width=width, fan_in=fan_in)
+    assert circuit.graph is not None
+    commands.tell_graph(circuit.graph)
+    print(f"graph of {len(circuit)} heads: {opened.path('graph.json')}")
+
+
+@app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Run directory of cdt-lens discover.")],
     prompts: Annotated[int, typer.Option(min=1, help="Example prompts to look at.")] = 3,

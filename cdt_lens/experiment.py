@@ -15,6 +15,7 @@ from cdt_lens.attribution import exact_ablation
 from cdt_lens.baselines import Baseline, mean_activations
 from cdt_lens.circuit import Circuit
 from cdt_lens.distributed import is_main, wait_for_all
+from cdt_lens.edges import trace_circuit
 from cdt_lens.errors import InputError
 from cdt_lens.evaluate import Evaluation, evaluate
 from cdt_lens.faithfulness import FaithfulnessCurve, faithfulness_curve
@@ -103,6 +104,31 @@ def measure(
     return curve
 
 
+def trace(
+    run: Run, say: Say, *, examples: int | None = None, width: int = 8, fan_in: int = 3
+) -> Circuit:
+    """The graph of what feeds what, from the logits down (`edges.trace_circuit`), in `graph.json`.
+
+    examples: as many of the training examples, balanced; those that the scores use if None.
+    """
+    data = run.scored()
+    if examples is not None:
+        data = data.balanced(min(examples, most_balanced(data)), seed=run.settings.seed)
+    say(f"edges on {len(data)} examples of {data.name}")
+    baseline = mean_activations(
+        run.model, run.averaged(), positions=run.settings.positions, mlps=True,
+        batch_size=run.settings.batch_size,
+    )  # fmt: skip
+    circuit = trace_circuit(
+        run.model, data, baseline, width=width, fan_in=fan_in,
+        batch_size=run.settings.batch_size, rows=run.settings.rows,
+    )  # fmt: skip
+    if is_main():
+        circuit.save(run.path("graph.json"))
+    wait_for_all()
+    return circuit
+
+
 def report(run: Run, say: Say, *, prompts: int = 3, heads: int = 8) -> Path:
     """One HTML file of everything that the run directory holds, with views of a few prompts."""
     circuit, scores = Circuit.load(run.path("circuit.json")), load_scores(run)
@@ -120,6 +146,10 @@ def report(run: Run, say: Say, *, prompts: int = 3, heads: int = 8) -> Path:
             results.append(compare_scores(scores, exact))
         else:
             say("ablation.json was computed on other examples and is left out; run discover again")
+    if run.path("graph.json").exists():
+        traced = Circuit.load(run.path("graph.json"))
+        traced.check_model(run.model)
+        results.append(traced.graph)
     shown = _short(run.task.valid if len(run.task.valid) else run.task.train, prompts)
     say(f"views of {len(shown)} prompts")
     strongest = [h for h in scores.ranking() if h in circuit][:heads]

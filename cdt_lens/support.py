@@ -142,7 +142,7 @@ def _weights_state(view: ModelView) -> object:
 
 def _check(view: ModelView) -> Support:
     for name, parameter in view.tl.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        if not bool(torch.isfinite(parameter.detach()).all()):
             raise InputError(f"{view.name}: weight {name} holds NaN or infinity; load it again")
     _refuse_by_name(view)
     generator = torch.Generator().manual_seed(0)

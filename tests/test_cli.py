@@ -57,8 +57,15 @@ def test_from_files_to_the_report(place: Path, tmp_path: Path):
     assert curve.sizes[-1] == 8 and float(curve.faithfulness[-1]) == pytest.approx(1, abs=1e-5)
     assert f"CPR {curve.cpr:.3f}" in printed
 
+    printed = run("trace", str(out), "--examples", "3", "--width", "2", "--fan-in", "1")
+    traced = Circuit.load(out / "graph.json")
+    assert traced.graph is not None
+    assert all(edge.name in printed for edge in traced.graph.kept_edges)
+    assert sum(edge.target == "logits" for edge in traced.graph.kept_edges) == 2
+
     printed = run("report", str(out))
     page = (out / "report.html").read_text("utf-8")
+    assert "Circuit graph" in page
     assert str(out / "report.html") in printed.replace("\n", "")
     assert all(str(head) in page for head in circuit.heads)
     assert not list(out.glob("*partial*"))
