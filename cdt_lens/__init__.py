@@ -33,7 +33,8 @@ from cdt_lens.comparison import Comparison, MethodResult
 from cdt_lens.datasets import load_task, task_from_files, task_from_hub
 from cdt_lens.decompose import Decomposition, Node, decompose
 from cdt_lens.demo_model import make_demo_model
-from cdt_lens.edges import EdgeScores, score_edges, select_edges, trace_circuit
+from cdt_lens.edge_scores import EdgeScores, score_edges
+from cdt_lens.edges import select_edges, trace_circuit
 from cdt_lens.errors import (
     ArtifactError,
     CdtLensError,

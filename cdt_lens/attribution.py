@@ -36,7 +36,7 @@ from cdt_lens.one_pass import Steps, one_pass
 from cdt_lens.prompts import did_you_mean
 from cdt_lens.propagate import Propagator
 from cdt_lens.provenance import provenance_of
-from cdt_lens.rules import PRESETS, Rules
+from cdt_lens.rules import PRESETS, Rules, resolve_rules
 from cdt_lens.scores import Direction, collect_scores, score_heads
 from cdt_lens.slopes import SLOPES, Slopes
 from cdt_lens.tasks import Examples
@@ -180,7 +180,8 @@ class Method:
 
 
 def _decomposed(name: str, rules: str | Rules) -> Method:
-    words = "contextual decomposition, one forward pass a head"
+    passes = "two forward passes" if resolve_rules(rules).context == "both" else "one forward pass"
+    words = f"contextual decomposition, {passes} a head"
     return Method(name, words, partial(score_heads, rules=rules, method=name), _SWEEP)
 
 
@@ -198,12 +199,14 @@ _ALL = (
     ),
     _backward("one-pass:shared", "the shared rules to first order, one backward pass", "shared"),
     _backward("one-pass:linear", "the linear rules, one backward pass", "linear"),
-    _backward("attribution-patching", "gradient times distance from the baseline", "gradient"),
-    _backward(
-        "integrated-gradients", f"gradients averaged over {IG_STEPS} points from ablated to plain",
-        "gradient", IG_STEPS,
+    Method(
+        "attribution-patching", "gradient times distance from the baseline", attribution_patching
     ),
-    _backward("direct", "what a head writes straight to the logits", "direct"),
+    Method(
+        "integrated-gradients", f"gradients averaged over {IG_STEPS} points from ablated to plain",
+        integrated_gradients,
+    ),
+    Method("direct", "what a head writes straight to the logits", direct_attribution),
     Method("random", "scores from a seed, the floor", random_scores, ("batch_size", "seed")),
 )  # fmt: skip
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from einops import einsum, rearrange, reduce
@@ -37,7 +37,7 @@ from cdt_lens.heads import Head
 from cdt_lens.metrics import strongest_competitor, task_direction
 from cdt_lens.model import ModelView, at_least_float32, view_of
 from cdt_lens.provenance import provenance_of
-from cdt_lens.scores import Direction, collect_scores
+from cdt_lens.scores import Direction, collect_scores, recorded_options
 from cdt_lens.sites import Hook, Site
 from cdt_lens.slopes import Slopes, resolve_slopes, slope_hooks
 from cdt_lens.support import Support, check_caller_hooks, check_supported
@@ -87,17 +87,12 @@ def one_pass(
     slopes = resolve_slopes(slopes)
     if not (steps in (None, "ends") or (isinstance(steps, int) and steps >= 1)):
         raise InputError(f"one_pass: steps={steps!r}: expected at least 1, 'ends' or None")
-    if direction not in get_args(Direction):
-        raise InputError(f"direction={direction!r}: expected {' or '.join(get_args(Direction))}")
     baseline.check_model(view)
     options = {
         "method": method,
         "slopes": asdict(slopes),
         "steps": steps,
-        "direction": direction,
-        "baseline": baseline.kind,
-        "baseline_task": baseline.provenance.task_hash,
-        "baseline_hash": baseline.hash,
+        **recorded_options(baseline, direction),
         "heads": "all",
     }
     passes = GatedPass(view, slopes)

@@ -9,7 +9,7 @@ with the full run's value. All through is mean-ablation; all frozen is one linea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -25,6 +25,20 @@ Activation = Literal["through", "averaged", "frozen"]
 Product = Literal["through", "half", "gate"]
 Bias = Literal["proportional", "irrelevant"]
 Context = Literal["full", "both"]
+
+
+def check_choices(what: str, options: object, kinds: Mapping[str, Any]) -> None:
+    """Refuse a field of `options` whose value is not one of its Literal's.
+
+    Raises:
+        InputError: names the field, its value and what it may be.
+    """
+    for name, kind in kinds.items():
+        value = getattr(options, name)
+        if value not in get_args(kind):
+            raise InputError(
+                f"{what}: {name}={value!r}: expected one of {', '.join(get_args(kind))}"
+            )
 
 
 @dataclass(frozen=True)
@@ -62,14 +76,11 @@ class Rules:
     eps: float = 0.0
 
     def __post_init__(self) -> None:
-        names = ("norm", "attention", "activation", "product", "bias", "context")
-        kinds = (Norm, Attention, Activation, Product, Bias, Context)
-        for name, kind in zip(names, kinds, strict=True):
-            if getattr(self, name) not in get_args(kind):
-                raise InputError(
-                    f"rules: {name}={getattr(self, name)!r}: expected one of "
-                    f"{', '.join(get_args(kind))}"
-                )
+        kinds = {
+            "norm": Norm, "attention": Attention, "activation": Activation, "product": Product,
+            "bias": Bias, "context": Context,
+        }  # fmt: skip
+        check_choices("rules", self, kinds)
 
     @property
     def mlp_by_formula(self) -> bool:

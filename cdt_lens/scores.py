@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -76,8 +76,6 @@ def score_heads(
     examples.require_some()
     view = view_of(model)
     rules = resolve_rules(rules)
-    if direction not in get_args(Direction):
-        raise InputError(f"direction={direction!r}: expected {' or '.join(get_args(Direction))}")
     baseline.check_model(view)
     chosen = None if heads is None else check_heads(heads, view.n_layers, view.n_heads)
     if chosen == ():
@@ -86,16 +84,29 @@ def score_heads(
     options = {
         "method": method,
         "rules": rules.to_dict(),
-        "direction": direction,
-        "baseline": baseline.kind,
-        "baseline_task": baseline.provenance.task_hash,
-        "baseline_hash": baseline.hash,
+        **recorded_options(baseline, direction),
         "heads": "all" if chosen is None else [str(h) for h in chosen],
     }
     provenance = provenance_of(view, examples, options=options)
     sweep = _Sweep(view, examples, baseline, rules, sources, direction, rows)
     rows_done = sweep.run(batch_size, _store(checkpoint, provenance), progress)
     return collect_scores(view, examples, rows_done, sources, method, provenance)
+
+
+def recorded_options(baseline: Baseline, direction: Direction) -> dict[str, Any]:
+    """What the provenance of any scores tells of their baseline and direction.
+
+    Raises:
+        InputError: an unknown direction.
+    """
+    if direction not in get_args(Direction):
+        raise InputError(f"direction={direction!r}: expected {' or '.join(get_args(Direction))}")
+    return {
+        "direction": direction,
+        "baseline": baseline.kind,
+        "baseline_task": baseline.provenance.task_hash,
+        "baseline_hash": baseline.hash,
+    }
 
 
 @dataclass

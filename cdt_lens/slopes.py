@@ -8,7 +8,7 @@ the "linear" rules; "tangent" is the plain derivative, and all tangent is attrib
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,12 +46,7 @@ class Slopes:
             "norm": Slope, "attention": Attention, "activation": Slope, "product": Share,
             "paths": Paths,
         }  # fmt: skip
-        for name, kind in kinds.items():
-            if getattr(self, name) not in get_args(kind):
-                raise InputError(
-                    f"slopes: {name}={getattr(self, name)!r}: expected one of "
-                    f"{', '.join(get_args(kind))}"
-                )
+        rule.check_choices("slopes", self, kinds)
 
     @property
     def touches_mlp(self) -> bool:
