@@ -162,7 +162,9 @@ def export(
 
 
 def transfer(
-    config: Annotated[Path, typer.Argument(help="TOML file; see the README.")],
+    config: Annotated[
+        Path, typer.Argument(help="TOML file; benchmarks/nusax.toml shows the keys.")
+    ],
     out: Annotated[Path, typer.Option(help="Run directory; an interrupted run goes on there.")],
     device: Device = None,
 ) -> None:
@@ -264,12 +266,22 @@ def task_settings(
 
 
 def words_of(words: list[str]) -> dict[str, str]:
-    """A verbalizer from `label= word` arguments."""
-    pairs = [word.partition("=") for word in words]
-    wrong = [word for word, (_, equals, _) in zip(words, pairs, strict=True) if not equals]
-    if wrong:
-        raise typer.BadParameter(f'verbalizer {wrong[0]!r}: expected label=" word"')
-    return {label: word for label, _, word in pairs}
+    """A verbalizer from `label= word` arguments, one a label.
+
+    Raises:
+        InputError: no `=`, several labels in one argument, or a label given twice.
+    """
+    found: dict[str, str] = {}
+    for given in words:
+        label, equals, word = given.partition("=")
+        if not equals or "=" in word:
+            raise InputError(
+                f'--verbalizer {given!r}: expected label=" word", the option again for each label'
+            )
+        if label in found:
+            raise InputError(f"--verbalizer {given!r}: label {label!r} was given before")
+        found[label] = word
+    return found
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:

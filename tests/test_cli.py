@@ -133,8 +133,12 @@ def mistakes(place: Path, tmp_path: Path) -> dict[str, tuple[list[str], list[str
         "a label without examples": (with_train(one_label), ["train", "fine"]),
         "a misspelt label": (with_train(typo), ["typo.csv", "3", "fien", "fine"]),
         "a word of two tokens": (
-            [*ok, "--verbalizer", "good= w12 w13"], ["w12 w13", "good"],
+            [a.replace("good=", "good= w12") for a in ok], ["w12", "good"],
         ),
+        "labels in one option": (
+            [*ok, "--verbalizer", "a= w1,b= w2"], ["a= w1,b= w2", "again for each label"],
+        ),
+        "a label twice": ([*ok, "--verbalizer", "good= w12"], ["good= w12", "before"]),
         "no run": (["faithfulness", str(tmp_path / "nowhere")], ["nowhere", "discover"]),
         "an unknown task": (
             ["discover", "--model", str(place / "tiny"), "--out", "x", "--task", "io"], ["ioi"],
@@ -145,7 +149,8 @@ def mistakes(place: Path, tmp_path: Path) -> dict[str, tuple[list[str], list[str
 
 MISTAKES = [
     "no model", "a cut file", "empty data", "a label without examples", "a misspelt label",
-    "a word of two tokens", "no run", "an unknown task", "no such model to fetch",
+    "a word of two tokens", "labels in one option", "a label twice", "no run", "an unknown task",
+    "no such model to fetch",
 ]  # fmt: skip
 
 
