@@ -6,11 +6,11 @@ the irrelevant stream under the all-through rules, so the engine of the decompos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -19,18 +19,20 @@ from cdt_lens.decompose import irrelevant_logits
 from cdt_lens.distributed import gather_items, is_main, shard
 from cdt_lens.errors import InputError
 from cdt_lens.heads import Head, all_heads, check_heads
-from cdt_lens.metrics import balanced_mean, correct, task_direction
+from cdt_lens.metrics import balanced_mean, check_gap, correct, task_direction
 from cdt_lens.model import ModelView, view_of
 from cdt_lens.propagate import Propagator
 from cdt_lens.rules import PRESETS
-from cdt_lens.tasks import Batch, Examples, Task
+from cdt_lens.tasks import Batch, Examples, Task, require_examples
 
 Metric = Literal["direction", "accuracy"]
+# Of the size of the task direction: what float32 leaves where ablation changes nothing.
+_ROUNDING = 1e-4
 
 
 def circuit_metric(
     model: nn.Module | ModelView,
-    circuits: Sequence[Sequence[Head | str]],
+    circuits: Sequence[Iterable[Head | str]],
     examples: Examples,
     baseline: Baseline,
     *,
@@ -50,8 +52,25 @@ def circuit_metric(
     """
     if metric not in get_args(Metric):
         raise InputError(f"metric={metric!r}: expected one of {', '.join(get_args(Metric))}")
-    examples.require_some()
-    view = view_of(model)
+    table, labels = _by_example(
+        view_of(model), circuits, examples, baseline, metric, task, batch_size, rows, progress
+    )
+    return balanced_mean(table, labels)
+
+
+def _by_example(
+    view: ModelView,
+    circuits: Sequence[Iterable[Head | str]],
+    examples: Examples,
+    baseline: Baseline,
+    metric: Metric,
+    task: Task | None,
+    batch_size: int,
+    rows: int | None,
+    progress: bool,
+) -> tuple[Float[Tensor, "circuit example"], Int[Tensor, " example"]]:
+    """The metric of each circuit on each example, and the examples' labels."""
+    require_examples(examples)
     baseline.check_model(view)
     everyone = all_heads(view.n_layers, view.n_heads)
     kept = [set(check_heads(c, view.n_layers, view.n_heads)) for c in circuits]
@@ -68,7 +87,7 @@ def circuit_metric(
     ordered = dict(gather_items(items))
     table = torch.stack([ordered[i] for i in range(len(examples))], dim=-1)
     labels = torch.tensor([examples.labels.index(e.label) for e in examples])
-    return balanced_mean(table.double(), labels)
+    return table.double(), labels
 
 
 def _per_example(
@@ -108,10 +127,21 @@ def measure_circuits(
     rows: int | None,
     progress: bool,
 ) -> dict[tuple[Head, ...], float]:
-    """m(C) of each different circuit, computed once; see `circuit_metric`."""
+    """m(C) of each different circuit, computed once; see `circuit_metric`.
+
+    Raises:
+        InputError: all heads and none are among them, and differ by no more than rounding.
+    """
     unique = list(dict.fromkeys(circuits))
-    values = circuit_metric(
-        view, unique, examples, baseline,
-        metric=metric, task=task, batch_size=batch_size, rows=rows, progress=progress,
-    )  # fmt: skip
-    return dict(zip(unique, values.tolist(), strict=True))
+    table, labels = _by_example(
+        view, unique, examples, baseline, metric, task, batch_size, rows, progress
+    )
+    values = balanced_mean(table, labels).tolist()
+    measured = dict(zip(unique, values, strict=True))
+    everyone = all_heads(view.n_layers, view.n_heads)
+    if metric == "direction" and everyone in measured and () in measured:
+        # Means may cancel, so rounding is judged by the size of the examples' own values.
+        ends = table[[unique.index(everyone), unique.index(())]]
+        share = max(_ROUNDING, 4 * torch.finfo(view.dtype).eps)
+        check_gap(measured[everyone], measured[()], share * float(ends.abs().max(0).values.mean()))
+    return measured

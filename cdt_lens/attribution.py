@@ -39,7 +39,7 @@ from cdt_lens.provenance import provenance_of
 from cdt_lens.rules import PRESETS, Rules, resolve_rules
 from cdt_lens.scores import Direction, collect_scores, score_heads
 from cdt_lens.slopes import SLOPES, Slopes
-from cdt_lens.tasks import Examples
+from cdt_lens.tasks import Examples, require_examples
 
 IG_STEPS = 5
 
@@ -146,7 +146,7 @@ def random_scores(
     batch_size: int = 16,
 ) -> HeadScores:
     """Normal deviates for scores, the same for every example: the floor of any comparison."""
-    examples.require_some()
+    require_examples(examples)
     view = view_of(model)
     baseline.check_model(view)
     generator = torch.Generator().manual_seed(seed)

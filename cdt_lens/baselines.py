@@ -35,7 +35,7 @@ from cdt_lens.errors import ArtifactError, InputError
 from cdt_lens.model import ModelView, view_of
 from cdt_lens.provenance import Provenance, provenance_of
 from cdt_lens.support import check_supported
-from cdt_lens.tasks import Batch, Examples
+from cdt_lens.tasks import Batch, Examples, require_examples
 
 Slots = Literal["answer", "pooled", "right", "left"]
 # Reference values at a layer, [batch, pos, head, d_head] or broadcastable to it.
@@ -229,7 +229,7 @@ def mean_activations(
     """
     if positions not in get_args(Slots):
         raise InputError(f"positions={positions!r}: expected one of {', '.join(get_args(Slots))}")
-    examples.require_some()
+    require_examples(examples)
     view = view_of(model)
     check_supported(view)
     sums, mlp_sums, counts = _streaming_sums(view, examples, positions, mlps, batch_size, progress)
@@ -331,7 +331,7 @@ def counterfactual_baseline(
     Raises:
         InputError: no examples, numbers or lengths that differ, or one prompt with two partners.
     """
-    examples.require_some()
+    require_examples(examples)
     view = view_of(model)
     if len(examples) != len(pairs):
         raise InputError(

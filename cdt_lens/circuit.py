@@ -7,7 +7,7 @@ in each layer, and near-zero heads, all reproducible from a seed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,12 @@ class Circuit:
         edges = "" if self.graph is None else f"{len(self.graph.kept_edges)} edges"
         return display.line(self, f"{len(self)} of {total} heads", display.few(self.heads), edges)
 
+    def __iter__(self) -> Iterator[Head]:
+        return iter(self.heads)
+
     def __contains__(self, head: object) -> bool:
-        return head in self.heads
+        """Whether a `Head`, or a head by name such as "L9H6", belongs to the circuit."""
+        return (Head.parse(head) if isinstance(head, str) else head) in self.heads
 
     @property
     def mask(self) -> Bool[Tensor, "layer head"]:
@@ -111,10 +115,20 @@ class Circuit:
         """Refuse to use the circuit with a model whose weights are not those it was found in.
 
         Raises:
-            ArtifactError: the weight hashes differ; the message shows both.
+            InputError: the model has other layers, heads or width. ArtifactError: the weight hashes
+                differ; the message shows both.
         """
+        view = view_of(model)
+        own = (self.n_layers, self.n_heads, None if self.graph is None else self.graph.d_model)
+        names = ("n_layers", "n_heads", "d_model")
+        for name, value in zip(names, own, strict=True):
+            if value is not None and value != getattr(view, name):
+                raise InputError(
+                    f"this circuit: {name}={value}, the model has {getattr(view, name)}; use the "
+                    "model that the circuit is of"
+                )
         if self.provenance is not None:
-            self.provenance.check_model(view_of(model), "this circuit")
+            self.provenance.check_model(view, "this circuit")
 
     def save(self, path: str | Path) -> Path:
         """Save as JSON, with the scores beside it as safetensors; whole or not at all.

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from cdt_lens.artifacts import atomic_write
 from cdt_lens.attribution import DEFAULT_METHODS, METHODS, method_of
 from cdt_lens.baselines import Baseline, mean_activations
+from cdt_lens.caller_hooks import caller_hooks
 from cdt_lens.circuit import random_heads
 from cdt_lens.comparison import RANKINGS, YARDSTICK, Comparison, MethodResult, RankingCurve
 from cdt_lens.distributed import is_main, wait_for_all
-from cdt_lens.errors import InputError, NonFiniteError
+from cdt_lens.errors import InputError, NonFiniteError, expect
 from cdt_lens.experiment import make_baseline, split_of
 from cdt_lens.faithfulness import checked_fractions, sizes_at
 from cdt_lens.head_scores import HeadScores, compare_scores
@@ -41,7 +42,7 @@ from cdt_lens.provenance import provenance_of
 from cdt_lens.report import render_report
 from cdt_lens.runs import Run, Say, file_name, most_balanced
 from cdt_lens.support import check_supported
-from cdt_lens.tasks import Examples
+from cdt_lens.tasks import Examples, require_examples
 from cdt_lens.timed_scores import TimedScorer, TimedScores
 
 # A share of the task direction: scores below it do not tell heads apart.
@@ -55,7 +56,7 @@ def compare_methods(
     baseline: Baseline,
     methods: Iterable[str] = DEFAULT_METHODS,
     *,
-    truth: Bool[Tensor, "layer head"] | None = None,
+    truth: Any = None,
     fractions: Sequence[float] = MIB_FRACTIONS,
     draws: int = 5,
     seed: int = 0,
@@ -71,23 +72,32 @@ def compare_methods(
     its row, with the reason.
 
     Args:
-        truth: True at the heads of a planted circuit; draws: random rankings; seed: of these and of
-            methods that draw; folder: where each method's scores and each circuit's metric are
-            kept; a call with the same model, data and baseline goes on there.
+        truth: `[layer, head]`, True or 1 at the heads of a planted circuit; draws: random rankings;
+            seed: of these and of methods that draw; folder: where each method's scores and each
+            circuit's metric are kept; a call with the same model, data and baseline goes on there.
 
     Raises:
-        InputError: an unknown method, no examples, the same examples twice, a truth of another
-            shape, or heads that change nothing on the held-out examples.
+        InputError: an unknown method, no examples, held-out examples that are all among the scored
+            ones, a truth that is no mask of the heads, heads that change nothing on the held-out
+            examples, or a folder for a model with hooks of the caller's (what they do is not known
+            to the files in it).
         UnsupportedModelError: a component of the model has no rule.
         NonFiniteError: the yardstick itself left the finite range.
     """
     names = checked_methods(methods)
     fractions = checked_fractions(fractions)
     view = view_of(model)
-    _check(view, train, valid, baseline, truth, draws)
+    say = say or (lambda _: None)
+    shared = _check(view, train, valid, baseline, draws, say)
+    mask = None if truth is None else _mask(truth, (view.n_layers, view.n_heads))
     check_supported(view)
     place = None if folder is None else Path(folder)
-    say = say or (lambda _: None)
+    if place is not None and caller_hooks(view.tl):
+        raise InputError(
+            f"compare_methods: the model has hooks of your own ({caller_hooks(view.tl)[0]}), and "
+            f"what is kept in {place} could not be told from numbers without them; leave folder "
+            "out, or take the hooks off"
+        )
     how: dict[str, Any] = {"batch_size": batch_size, "rows": rows, "progress": progress}
     kept_at = None if place is None else place / "circuits.json"
     circuits = MeasuredCircuits(view, valid, baseline, kept_at, say, **how)
@@ -100,12 +110,13 @@ def compare_methods(
     results = []
     for each in scored:
         say(f"faithfulness: {each.method}")
-        results.append(_judged(each, exact, truth, circuits, fractions, sizes))
+        results.append(_judged(each, exact, mask, circuits, fractions, sizes))
     say("faithfulness: random rankings")
     options = {
         "methods": list(names), "draws": draws, "metric": "direction", "held_out": valid.name,
-        "held_out_hash": valid.hash, "baseline": baseline.kind, "baseline_hash": baseline.hash,
-        "batch_size": batch_size, "threads": torch.get_num_threads(), "device": str(view.device),
+        "held_out_hash": valid.hash, "held_out_scored": shared, "baseline": baseline.kind,
+        "baseline_hash": baseline.hash, "batch_size": batch_size,
+        "threads": torch.get_num_threads(), "device": str(view.device),
         "dtype": str(view.dtype)[6:],
     }  # fmt: skip
     return Comparison(
@@ -242,29 +253,46 @@ def _check(
     train: Examples,
     valid: Examples,
     baseline: Baseline,
-    truth: Bool[Tensor, "layer head"] | None,
     draws: int,
-) -> None:
-    """Refuse what cannot be compared, before anything runs."""
+    say: Say,
+) -> int:
+    """Refuse what cannot be compared, before anything runs; the held-out prompts also scored."""
     if draws < 1:
         raise InputError(f"draws={draws}: expected at least 1 random ranking")
-    train.require_some()
+    require_examples(train)
+    expect(valid, Examples, "valid", "give a split, such as task.valid")
     if not len(valid):
         raise InputError(
             f"{valid.name}: no held-out examples to judge the rankings on; give a validation split"
         )
-    if train.hash == valid.hash:
+    seen = {(example.tokens, example.label) for example in train}
+    shared = sum((example.tokens, example.label) in seen for example in valid)
+    if shared == len(valid):
         raise InputError(
-            f"{valid.name}: the held-out examples are the scored ones; rankings must be judged on "
-            "others"
+            f"{valid.name}: the held-out examples are all among the scored ones; rankings must be "
+            "judged on others"
         )
+    if shared:
+        say(f"{shared} of the {len(valid)} held-out prompts are among the scored ones too")
     baseline.check_model(view)
-    shape = (view.n_layers, view.n_heads)
-    if truth is not None and (tuple(truth.shape) != shape or truth.all() or not truth.any()):
+    return shared
+
+
+def _mask(truth: Any, shape: tuple[int, int]) -> Bool[Tensor, "layer head"]:
+    """`truth` as booleans: an array, tensor or nested list of True and False, or of 1 and 0."""
+    try:
+        found = torch.as_tensor(truth)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"truth: expected an array of {shape}, True or False ({error})") from error
+    mask = found.bool().cpu()
+    if tuple(found.shape) != shape or mask.all() or not mask.any():
         raise InputError(
-            f"truth: {int(truth.sum())} heads of {tuple(truth.shape)}; expected some, not all, of "
+            f"truth: {int(mask.sum())} heads of {tuple(found.shape)}; expected some, not all, of "
             f"{shape}"
         )
+    if not torch.equal(mask.to(found.dtype), found.cpu()):
+        raise InputError("truth: expected True and False, or 1 and 0, at each head")
+    return mask
 
 
 def _judged(

@@ -37,8 +37,12 @@ def convert(
         typer.Option(min=1, help="Width of the residual stream, where FILE does not tell it."),
     ] = None,
     parallel: Annotated[
-        bool, typer.Option(help="Attention and MLP are parallel (Pythia); for a circuit of heads.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--parallel/--sequential",
+            help="Attention and MLP of a layer (parallel: Pythia), where FILE does not tell it.",
+        ),
+    ] = None,
 ) -> None:
     """Take a circuit to MIB, EAP-IG, networkx or Graphviz, or a graph of theirs to cdt-lens."""
     if out.resolve() == file.resolve():
@@ -50,7 +54,7 @@ def convert(
         tell(_to_circuit(file, out))
         return
     graph = graph_from_circuit(Circuit.load(file), parallel=parallel) if ours else read_graph(file)
-    written = write_graph(graph, out, d_model=d_model)
+    written = write_graph(graph, out, d_model=d_model, parallel=parallel)
     heads = f"{len(graph.heads)} of {graph.n_layers * graph.n_heads} heads"
     tell(f"{heads}, {len(graph.kept_edges)} edges: {written}")
 

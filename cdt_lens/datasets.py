@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from cdt_lens import pseudo
 from cdt_lens.errors import InputError
 from cdt_lens.generators import DEFAULT_SIZES, GENERATORS
-from cdt_lens.prompts import PromptFormat, did_you_mean
+from cdt_lens.prompts import PromptFormat, check_tokenizer, did_you_mean
 from cdt_lens.sources import SPLITS, Table, hub_tables, read_table
 from cdt_lens.tasks import Examples, Task
 
@@ -115,6 +115,9 @@ def load_task(
             f"task {name!r}: unknown{did_you_mean(name, TASK_NAMES)}; expected one of "
             f"{', '.join(TASK_NAMES)} (or use task_from_files, task_from_hub)"
         )
+    check_tokenizer(tokenizer)
+    if n is not None and (not isinstance(n, Sequence) or len(n) != 3):
+        raise InputError(f"task {name!r}: n={n!r}: expected the sizes of train, valid and test")
     if name in GENERATORS:
         given: dict[str, Any] = {"config": config, "folder": folder, "template": template}
         given |= {"shots": shots or None, "verbalizer": verbalizer, "revision": revision}
@@ -175,14 +178,9 @@ def task_from_files(
     if unknown or not paths:
         raise InputError(f"paths: expected splits among {', '.join(SPLITS)}, got {list(paths)}")
     format = PromptFormat(
-        tokenizer,
-        template,
-        verbalizer,
-        label_column,
-        prepend_bos=prepend_bos,
-        max_length=max_length,
-        truncate=truncate,
-    )
+        tokenizer, template, verbalizer, label_column, prepend_bos=prepend_bos,
+        max_length=max_length, truncate=truncate,
+    )  # fmt: skip
     tables = {split: read_table(path, quoting=quoting) for split, path in paths.items()}
     return _build(name, tables, format, shots=shots, seed=seed, limit=limit)
 
@@ -216,14 +214,9 @@ def task_from_hub(
         InputError: the data cannot be had, lack a column or split, or have labels without names.
     """
     format = PromptFormat(
-        tokenizer,
-        template,
-        verbalizer,
-        label_column,
-        prepend_bos=prepend_bos,
-        max_length=max_length,
-        truncate=truncate,
-    )
+        tokenizer, template, verbalizer, label_column, prepend_bos=prepend_bos,
+        max_length=max_length, truncate=truncate,
+    )  # fmt: skip
     tables = hub_tables(
         repo,
         config,

@@ -31,7 +31,7 @@ from cdt_lens.propagate import Propagator
 from cdt_lens.rule_hooks import MlpResets, Resets
 from cdt_lens.rules import DEFAULT_RULES, Rules, resolve_rules
 from cdt_lens.targets import TargetParts, Targets
-from cdt_lens.tasks import Batch, Examples
+from cdt_lens.tasks import Batch, Examples, require_examples
 
 # Tokens in flight per chunk of rows: past this, larger chunks bring a CPU no more speed.
 TOKENS_PER_CHUNK = {"cpu": 4096, "cuda": 65536}
@@ -114,7 +114,7 @@ def decompose(
         UnsupportedModelError: a component of the model has no rule.
         NonFiniteError: a source set left the finite range; says where and which rule to change.
     """
-    examples.require_some()
+    require_examples(examples)
     view = view_of(model)
     baseline.check_model(view)
     batch = next(examples.batches(len(examples), sort_by_length=False)).to(view.device)

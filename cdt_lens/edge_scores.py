@@ -41,7 +41,7 @@ from cdt_lens.rule_hooks import Tap
 from cdt_lens.rules import Rules, resolve_rules
 from cdt_lens.sites import Hook
 from cdt_lens.slopes import SLOPES
-from cdt_lens.tasks import Batch, Examples
+from cdt_lens.tasks import Batch, Examples, require_examples
 
 Unit = Head | Mlp
 _SITES: tuple[Site, Site, Site] = ("q", "k", "v")
@@ -73,8 +73,16 @@ class EdgeScores:
     def _count(self) -> int:
         return sum(int(v.count_nonzero()) for v in (self.to_logits, self.to_heads, self.to_mlps))
 
-    def into(self, target: Unit) -> Iterator[tuple[Unit, Site, float]]:
-        """(source, site, score) of each edge that ends in `target`, the strongest first."""
+    def into(self, target: Unit | str) -> Iterator[tuple[Unit, Site, float]]:
+        """(source, site, score) of each edge that ends in `target`, the strongest first.
+
+        Raises:
+            InputError: no unit of this model; "L9H6" and "M9" are read as one.
+        """
+        named = {str(unit): unit for unit in self.sources}
+        if str(target) not in named:
+            raise InputError(f"edges into {target}: the units are {display.few(self.sources)}")
+        target = named[str(target)]
         found: list[tuple[Unit, Site, float]] = []
         for number, source in enumerate(self.sources):
             if isinstance(target, Mlp):
@@ -106,7 +114,7 @@ def score_edges(
         UnsupportedModelError: a component of the model has no rule.
         NonFiniteError: a source left the finite range under these rules.
     """
-    examples.require_some()
+    require_examples(examples)
     view = view_of(model)
     rules = resolve_rules(rules)
     if rules.context != "full":
@@ -146,11 +154,6 @@ def _units(view: ModelView) -> tuple[Unit, ...]:
     heads: tuple[Unit, ...] = all_heads(view.n_layers, view.n_heads)
     mlps = tuple(Mlp(layer) for name, layer in view.sites if name == "mlp_out")
     return tuple(sorted([*heads, *mlps], key=lambda unit: (*depth(unit), getattr(unit, "head", 0))))
-
-
-def is_parallel(view: ModelView) -> bool:
-    """Whether attention and MLP of a layer read the same stream: neither feeds the other."""
-    return bool(getattr(view.tl.cfg, "parallel_attn_mlp", False))
 
 
 class _Stop(Exception):
@@ -207,7 +210,7 @@ class _EdgeSweep:
         later_layers = range(layer + 1, self.view.n_layers)
         sites: list[tuple[str, int]] = [(name, later) for later in later_layers for name in _SITES]
         # What rounding leaves in a parallel MLP of the source's own layer is no edge.
-        first = layer + is_parallel(self.view)
+        first = layer + self.view.parallel
         sites += [site for site in self.mlps if site[1] >= first]
         resid = self.run_of.propagate(
             build_resets(chosen, self.batch, self.view.n_heads),

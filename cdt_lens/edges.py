@@ -18,7 +18,7 @@ from torch import nn
 
 from cdt_lens.baselines import Baseline
 from cdt_lens.circuit import Circuit
-from cdt_lens.edge_scores import EdgeScores, Unit, depth, is_parallel, score_edges
+from cdt_lens.edge_scores import EdgeScores, Unit, depth, score_edges
 from cdt_lens.errors import InputError
 from cdt_lens.graph import Edge, Graph, GraphNode
 from cdt_lens.graph_nodes import LOGITS
@@ -50,8 +50,7 @@ def trace_circuit(
     Raises:
         InputError: width or fan_in below 1.
     """
-    if width < 1 or fan_in < 1:
-        raise InputError(f"width={width}, fan_in={fan_in}: expected at least 1 of each")
+    _check_widths(width, fan_in)
     view = view_of(model)
     rules = resolve_rules(rules)
     scores = score_edges(
@@ -69,7 +68,12 @@ def trace_circuit(
 
 
 def select_edges(scores: EdgeScores, *, width: int, fan_in: int) -> tuple[Edge, ...]:
-    """The edges of step 3: into the logits, then into each unit taken, from the last layer down."""
+    """The edges of step 3: into the logits, then into each unit taken, from the last layer down.
+
+    Raises:
+        InputError: width or fan_in below 1.
+    """
+    _check_widths(width, fan_in)
     order = scores.to_logits.abs().argsort(descending=True, stable=True)[:width].tolist()
     edges = [Edge(str(scores.sources[i]), LOGITS, "", float(scores.to_logits[i])) for i in order]
     taken: set[Unit] = {scores.sources[i] for i in order}
@@ -83,6 +87,11 @@ def select_edges(scores: EdgeScores, *, width: int, fan_in: int) -> tuple[Edge, 
     return tuple(edges)
 
 
+def _check_widths(width: int, fan_in: int) -> None:
+    if width < 1 or fan_in < 1:
+        raise InputError(f"width={width}, fan_in={fan_in}: expected at least 1 of each")
+
+
 def _circuit(
     view: ModelView, scores: EdgeScores, edges: Sequence[Edge], provenance: object
 ) -> Circuit:
@@ -93,7 +102,7 @@ def _circuit(
         for name, number in named.items()
     }
     nodes[LOGITS] = GraphNode(None, True)
-    graph = Graph(view.n_layers, view.n_heads, nodes, tuple(edges), view.d_model, is_parallel(view))
+    graph = Graph(view.n_layers, view.n_heads, nodes, tuple(edges), view.d_model, view.parallel)
     by_head = torch.zeros(view.n_layers, view.n_heads)
     for unit, value in zip(scores.sources, scores.to_logits.tolist(), strict=True):
         if isinstance(unit, Head):

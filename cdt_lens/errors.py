@@ -25,3 +25,13 @@ class UnsupportedModelError(CdtLensError):
 
 class NonFiniteError(CdtLensError):
     """A number left the finite range; the message names where and which rule to change."""
+
+
+def expect(value: object, kind: type, where: str, fix: str) -> None:
+    """Refuse a value of another type, as calls in a notebook easily hand over.
+
+    Raises:
+        InputError: names the place, both types and the fix.
+    """
+    if not isinstance(value, kind):
+        raise InputError(f"{where}: expected {kind.__name__}, got {type(value).__name__}; {fix}")

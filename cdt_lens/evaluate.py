@@ -22,7 +22,7 @@ from cdt_lens.metrics import answer_loss, balanced_mean, correct, macro_f1, task
 from cdt_lens.model import ModelView, view_of
 from cdt_lens.propagate import Propagator
 from cdt_lens.rules import PRESETS
-from cdt_lens.tasks import Batch, Examples, Task
+from cdt_lens.tasks import Batch, Examples, Task, require_examples
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def evaluate(
     Raises:
         InputError: no examples.
     """
-    examples.require_some()
+    require_examples(examples)
     view = view_of(model)
     items: list[tuple[int, tuple[bool, float, float, int]]] = []
     for batch in examples.batches(batch_size, shard=shard()):

@@ -27,7 +27,7 @@ from cdt_lens.ablation import Metric, measure_circuits
 from cdt_lens.artifacts import load_artifact, save_artifact
 from cdt_lens.baselines import Baseline
 from cdt_lens.circuit import Circuit, random_heads, random_heads_like
-from cdt_lens.errors import ArtifactError, InputError
+from cdt_lens.errors import ArtifactError, InputError, expect
 from cdt_lens.head_scores import HeadScores
 from cdt_lens.heads import Head, all_heads
 from cdt_lens.markup import figure_html
@@ -80,7 +80,7 @@ class FaithfulnessCurve:
             "completeness": self.completeness.tolist(),
         }
         for name, values in self.random.items():
-            table[f"{name} (median)"] = values.median(0).values.tolist()
+            table[f"{name} (median)"] = values.quantile(0.5, dim=0).tolist()
             table[f"beats {name}"] = self.beaten[name].tolist()
         return pd.DataFrame(table)
 
@@ -206,6 +206,7 @@ def faithfulness_curve(
         InputError: fractions out of order or range, scores of another model's shape, or a metric
             that ablating every head does not change.
     """
+    expect(scores, HeadScores, "faithfulness_curve", "for a circuit use circuit_faithfulness")
     view = view_of(model)
     scores.provenance.check_model(view, "these scores")
     _check_draws(draws)
@@ -281,6 +282,8 @@ def circuit_faithfulness(
         ArtifactError: the circuit was found in another model.
         InputError: no examples, or a metric that ablating every head does not change.
     """
+    fix = "scores.select(...) makes one, and so does Circuit(heads, n_layers, n_heads)"
+    expect(circuit, Circuit, "circuit_faithfulness", fix)
     view = view_of(model)
     circuit.check_model(view)
     _check_draws(draws)

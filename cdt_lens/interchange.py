@@ -17,7 +17,7 @@ from torch import nn
 
 from cdt_lens.artifacts import atomic_write
 from cdt_lens.circuit import Circuit
-from cdt_lens.errors import ArtifactError, InputError
+from cdt_lens.errors import ArtifactError, InputError, expect
 from cdt_lens.fields import count, field_of, flag, number, text_of
 from cdt_lens.graph import Edge, Graph, GraphNode
 from cdt_lens.graph_nodes import OTHER_UNIT, Site, node_names, possible_edges
@@ -47,23 +47,26 @@ def write_graph(
     path: str | Path,
     *,
     d_model: int | None = None,
-    parallel: bool = False,
+    parallel: bool | None = None,
 ) -> Path:
     """Write a graph, or a circuit's, by the ending of `path`: .json, .pt, .graphml or .dot.
 
     .json and .pt are MIB's and EAP-IG's, and hold every edge of the model: 100 MB of JSON at 32
     layers of 32 heads, 20 MB of .pt, whose scores are float32. They need d_model: the graph's,
-    the circuit's by its provenance, or the one given here. A circuit without a graph is written
-    as `graph_from_circuit` makes it. .dot holds the kept part alone, for Graphviz.
+    the circuit's by its provenance, or the one given here; likewise parallel. A circuit without a
+    graph is written as `graph_from_circuit` makes it. .dot holds the kept part alone, for Graphviz.
 
     Raises:
-        InputError: another ending, no or another d_model, or a place that cannot be written.
+        InputError: neither a graph nor a circuit, another ending, no or another d_model, another
+            parallel, or a place that cannot be written.
     """
     path = Path(path)
     if path.suffix not in (".json", ".pt", ".graphml", ".dot"):
         raise InputError(f"{path}: expected a graph to go to .json, .pt, .graphml or .dot")
     if isinstance(graph, Circuit):
         graph = graph_from_circuit(graph, parallel=parallel)
+    expect(graph, Graph, "write_graph", "give a Circuit or a Graph")
+    _same_blocks(graph.parallel, parallel)
     if d_model is not None:
         graph = _with_width(graph, d_model)
     if path.suffix == ".dot":
@@ -79,7 +82,7 @@ def write_graph(
     return atomic_write(path, write(graph, graph.d_model))
 
 
-def graph_from_circuit(circuit: Circuit, *, parallel: bool = False) -> Graph:
+def graph_from_circuit(circuit: Circuit, *, parallel: bool | None = None) -> Graph:
     """The circuit's graph; for one of heads alone, what its heads and all MLPs can hand on.
 
     Heads carry their scores and belong to the graph if they belong to the circuit; the input, the
@@ -87,13 +90,27 @@ def graph_from_circuit(circuit: Circuit, *, parallel: bool = False) -> Graph:
     to it. This is how MIB evaluates a circuit of nodes: it ranks those that have a score (`--level
     node`), keeps those that have none, and every edge between kept nodes.
 
-    parallel: attention and MLP of a layer read the same residual stream (Pythia); a circuit
-    without a graph does not know.
+    parallel: whether attention and MLP of a layer read the same residual stream (Pythia); None:
+    as the circuit's graph or provenance says.
+
+    Raises:
+        InputError: no circuit, or a `parallel` that is not known, or not the one that is.
     """
-    recorded = circuit.provenance
-    d_model = None if recorded is None else recorded.model_shape.get("d_model")
+    expect(circuit, Circuit, "graph_from_circuit", "scores.select(...) makes one")
+    recorded = {} if circuit.provenance is None else circuit.provenance.model_shape
+    d_model = recorded.get("d_model")
     if circuit.graph is not None:
+        _same_blocks(circuit.graph.parallel, parallel)
         return replace(circuit.graph, d_model=circuit.graph.d_model or d_model)
+    known = recorded.get("parallel")
+    if known is not None:
+        _same_blocks(bool(known), parallel)
+        parallel = bool(known)
+    if parallel is None:
+        raise InputError(
+            "graph_from_circuit: the circuit does not tell whether attention and MLP of a layer "
+            "read the same stream; give parallel=True (as in Pythia) or parallel=False"
+        )
     shape = (circuit.n_layers, circuit.n_heads)
     inside = {str(head) for head in circuit.heads}
     nodes = {
@@ -112,8 +129,9 @@ def circuit_from_graph(graph: Graph, model: nn.Module | ModelView | None = None)
     """The circuit of the heads that belong to `graph`, with their scores, and the graph itself.
 
     Raises:
-        InputError: `model` is of another shape; the message names the field.
+        InputError: no graph, or `model` is of another shape; the message names the field.
     """
+    expect(graph, Graph, "circuit_from_graph", "read_graph(path) makes one")
     if model is not None:
         _check_shape(graph, view_of(model))
     scores = torch.full((graph.n_layers, graph.n_heads), torch.nan, dtype=torch.float64)
@@ -129,6 +147,11 @@ def circuit_from_graph(graph: Graph, model: nn.Module | ModelView | None = None)
         selection={"method": "graph", "rule": "heads in the graph", "unit": graph.unit},
         graph=graph,
     )
+
+
+def _same_blocks(known: bool, given: bool | None) -> None:
+    if given not in (None, known):
+        raise InputError(f"parallel={given}, the graph's is {known}; leave it out")
 
 
 def _with_width(graph: Graph, d_model: int) -> Graph:
@@ -154,7 +177,7 @@ def _check_shape(graph: Graph, view: ModelView) -> None:
         "d_model": (graph.d_model, view.d_model),
         "parallel_attn_mlp": (
             graph.parallel,
-            bool(getattr(view.tl.cfg, "parallel_attn_mlp", graph.parallel)),
+            view.parallel,
         ),
     }
     for name, (ours, theirs) in model.items():
@@ -181,8 +204,10 @@ def _read_graphml(path: Path) -> Graph:
         found = networkx.parse_graphml(text, edge_key_type=str, force_multigraph=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (ParseError, networkx.NetworkXError, UnicodeDecodeError, KeyError) as error:
+    except (ParseError, networkx.NetworkXError, ValueError, KeyError) as error:
         raise ArtifactError(f"{path}: damaged: not whole GraphML ({error})") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     shape: dict[str, Any] = {
         name: count(field_of(found.graph, name, str(path)), f"{path}: {name}")
         for name in ("n_layers", "n_heads")

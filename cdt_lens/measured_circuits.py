@@ -16,7 +16,7 @@ from cdt_lens.distributed import wait_for_all
 from cdt_lens.faithfulness import f_of
 from cdt_lens.heads import Head, all_heads
 from cdt_lens.model import ModelView
-from cdt_lens.provenance import weight_hash
+from cdt_lens.provenance import versions, weight_hash
 from cdt_lens.runs import Say, keep, kept
 from cdt_lens.tasks import Examples
 
@@ -48,7 +48,7 @@ class MeasuredCircuits:
     def __post_init__(self) -> None:
         self._key = {
             "model": weight_hash(self.view), "data": self.examples.hash,
-            "baseline": self.baseline.hash,
+            "baseline": self.baseline.hash, "version": versions()["cdt_lens"],
         }  # fmt: skip
         found = None if self.path is None else kept(self.path, _FORMAT, self._key, self.say)
         wait_for_all()  # no process writes before every one has looked

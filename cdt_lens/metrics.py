@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.stats
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from cdt_lens.errors import InputError
@@ -107,13 +107,21 @@ def faithfulness(
     Raises:
         InputError: ablating every head leaves the metric as it was, so that f has no meaning.
     """
-    gap = full - empty
-    if abs(gap) < 1e-9:
+    check_gap(full, empty)
+    return (circuit - empty) / (full - empty)
+
+
+def check_gap(full: float, empty: float, least: float = 1e-9) -> None:
+    """Refuse to divide by what all heads together change, where that is `least` or less.
+
+    Raises:
+        InputError: ablating every head leaves the metric as it was.
+    """
+    if abs(full - empty) <= least:
         raise InputError(
             f"faithfulness: the metric is {full:.4g} with all heads and {empty:.4g} with none, so "
             "there is nothing to explain; choose another metric, baseline or task"
         )
-    return (circuit - empty) / gap
 
 
 def cpr(fractions: Sequence[float], f: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows"]:
@@ -140,13 +148,13 @@ def pearson(a: Tensor, b: Tensor) -> float:
     return float(scipy.stats.pearsonr(_flat(a), _flat(b)).statistic)
 
 
-def auroc(scores: Tensor, truth: Bool[Tensor, "*dims"]) -> float:
+def auroc(scores: Tensor, truth: Shaped[Tensor, "*dims"]) -> float:
     """Probability that a true entry scores above a false one, ties counted half.
 
     Raises:
         InputError: all entries are true, or all false.
     """
-    truth = truth.flatten()
+    truth = truth.flatten().bool()  # of integers ~ and indexing would mean something else
     n_true, n_false = int(truth.sum()), int((~truth).sum())
     if n_true == 0 or n_false == 0:
         raise InputError("auroc: needs entries of both kinds")
@@ -154,7 +162,7 @@ def auroc(scores: Tensor, truth: Bool[Tensor, "*dims"]) -> float:
     return float((ranks[truth].sum() - n_true * (n_true + 1) / 2) / (n_true * n_false))
 
 
-def average_precision(scores: Tensor, truth: Bool[Tensor, "*dims"]) -> float:
+def average_precision(scores: Tensor, truth: Shaped[Tensor, "*dims"]) -> float:
     """Area under precision over recall: sum over thresholds of precision * gain in recall.
 
     Entries are taken from the largest score down, equal ones together, so that their order does
@@ -163,7 +171,7 @@ def average_precision(scores: Tensor, truth: Bool[Tensor, "*dims"]) -> float:
     Raises:
         InputError: no entry is true, or a score is NaN.
     """
-    flat, right = _flat(scores), truth.flatten().cpu().numpy()
+    flat, right = _flat(scores), truth.flatten().bool().cpu().numpy()
     if not right.any() or np.isnan(flat).any():
         raise InputError("average_precision: needs a true entry, and scores that are no NaN")
     thresholds = np.unique(flat)[::-1]

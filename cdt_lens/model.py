@@ -112,6 +112,11 @@ class ModelView:
         return next(self.tl.parameters()).dtype
 
     @property
+    def parallel(self) -> bool:
+        """Whether attention and MLP of a layer read the same stream: neither feeds the other."""
+        return bool(getattr(self.tl.cfg, "parallel_attn_mlp", False))
+
+    @property
     def blocks(self) -> Any:
         """The transformer blocks, as modules."""
         return self.tl.blocks
@@ -357,9 +362,7 @@ def _shared_calls(calls: list[BlockCall], batch: int) -> tuple[BlockCall, ...]:
     def one_row(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(one_row(item) for item in value)
-        if not isinstance(value, Tensor) or value.ndim == 0 or batch == 1:
-            return value
-        if value.shape[0] != batch:
+        if not isinstance(value, Tensor) or batch == 1 or value.shape[:1] != (batch,):
             return value
         if id(value) not in seen:
             if not bool((value == value[:1]).all()):

@@ -28,8 +28,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cdt_lens import display
 from cdt_lens import rules as rule
 from cdt_lens.baselines import Baseline, BaselineAt
+from cdt_lens.caller_hooks import caller_hooks
 from cdt_lens.distributed import gather_items, is_main, shard
 from cdt_lens.errors import InputError, NonFiniteError, UnsupportedModelError
 from cdt_lens.head_scores import HeadScores
@@ -41,7 +43,7 @@ from cdt_lens.scores import Direction, collect_scores, recorded_options
 from cdt_lens.sites import Hook, Site
 from cdt_lens.slopes import Slopes, resolve_slopes, slope_hooks
 from cdt_lens.support import Support, check_caller_hooks, check_supported
-from cdt_lens.tasks import Batch, Examples
+from cdt_lens.tasks import Batch, Examples, require_examples
 
 # Where the gates of all heads stand, from 0 (ablated) to 1 (as they are).
 Steps = int | Literal["ends"] | None
@@ -82,7 +84,7 @@ def one_pass(
         UnsupportedModelError: an MLP without the hook points that its slopes need.
         NonFiniteError: a score left the finite range, as half precision may.
     """
-    examples.require_some()
+    require_examples(examples)
     view = view_of(model)
     slopes = resolve_slopes(slopes)
     if not (steps in (None, "ends") or (isinstance(steps, int) and steps >= 1)):
@@ -124,7 +126,7 @@ def position_relevance(
     The sum over positions is the head's score on that example. NaN behind shorter prompts.
     Raises what `one_pass` raises.
     """
-    examples.require_some()
+    require_examples(examples)
     view = view_of(model)
     baseline.check_model(view)
     passes = GatedPass(view, resolve_slopes(slopes))
@@ -178,8 +180,7 @@ class GatedPass:
                 d = task_direction(
                     self._logits(batch, self._gate_hooks(baseline, point, gates)), weights
                 )
-                order = range(view.n_layers)
-                found = torch.autograd.grad(d.sum(), [gates[layer] for layer in order])
+                found = self._gradient(d, [gates[layer] for layer in range(view.n_layers)])
             stacked = torch.stack([at_least_float32(g) for g in found])
             total = stacked if total is None else total + stacked
             full = d.detach()
@@ -229,8 +230,28 @@ class GatedPass:
         with torch.inference_mode(False), torch.enable_grad():
             logits = self._logits(batch, {site: probe_at(site) for site in sites})
             d = task_direction(logits, batch.direction)
-            found = torch.autograd.grad(d.sum(), [probes[site] for site in sites])
+            found = self._gradient(d, [probes[site] for site in sites])
         return dict(zip(sites, found, strict=True))
+
+    def _gradient(self, d: Float[Tensor, " example"], by: Sequence[Tensor]) -> list[Tensor]:
+        """Gradient of the sum of `d`; 0 where a hook of the caller's cut the way to the logits.
+
+        Raises:
+            InputError: a hook of the caller's edits in place what the gradient needs.
+        """
+        if not d.requires_grad:
+            return [torch.zeros_like(each) for each in by]
+        try:
+            found = torch.autograd.grad(d.sum(), by, allow_unused=True)
+        except RuntimeError as error:
+            hooks = caller_hooks(self.view.tl)
+            if not hooks or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise InputError(
+                f"{self.view.name}: no gradient through your own hooks ({display.few(hooks)}); "
+                f"return a new tensor from them instead of editing in place ({error})"
+            ) from error
+        return [torch.zeros_like(w) if g is None else g for g, w in zip(found, by, strict=True)]
 
     def _plain_logits(self, batch: Batch) -> Float[Tensor, "batch k"]:
         with torch.no_grad():

@@ -39,7 +39,8 @@ class PromptFormat:
     too long from its end, never the prefix or the answer cue.
 
     Raises:
-        InputError: a mistake in the template, or a verbalizer word that is not one token.
+        InputError: no tokenizer, a mistake in the template (such as the label in it), or a
+            verbalizer word that is not one token.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -51,10 +52,19 @@ class PromptFormat:
     max_length: int | None = None
     truncate: bool = False
 
+    def __post_init__(self) -> None:
+        check_tokenizer(self.tokenizer)
+
     @cached_property
     def columns(self) -> tuple[str, ...]:
         """The columns that the template names, in order of appearance."""
-        return template_columns(self.template)
+        columns = template_columns(self.template)
+        if self.label_column in columns:
+            raise InputError(
+                f"template {self.template!r}: it holds {{{self.label_column}}}, the answer itself; "
+                "end the prompt where the answer begins, and give its words as the verbalizer"
+            )
+        return columns
 
     @cached_property
     def verbalizer_ids(self) -> dict[str, int]:
@@ -311,6 +321,19 @@ def _number_hint(label: str) -> str:
     return f"; give the verbalizer a word for each number (such as {label!r}), or write words"
 
 
+def check_tokenizer(tokenizer: object) -> None:
+    """Refuse None, which is the tokenizer of a model made without one.
+
+    Raises:
+        InputError: says how to get one.
+    """
+    if tokenizer is None:
+        raise InputError(
+            "tokenizer=None: the model has none of its own; give the one that it was trained with, "
+            "such as transformers.AutoTokenizer.from_pretrained(name)"
+        )
+
+
 def _cell(row: Mapping[str, object], column: str, place: str) -> str:
     if column not in row:
         raise InputError(
@@ -327,4 +350,11 @@ def _cell(row: Mapping[str, object], column: str, place: str) -> str:
     text = "" if missing else str(value)
     if not text.strip():
         raise InputError(f"{place}, column {column!r}: empty; fill it in or leave the row out")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{place}, column {column!r}, character {error.start + 1}: half of a character "
+            f"({text[error.start]!r}); the text was cut in the middle of an emoji or the like"
+        ) from error
     return text

@@ -87,6 +87,7 @@ def provenance_of(
             "n_heads": view.n_heads,
             "n_kv_heads": view.n_kv_heads,
             "d_model": view.d_model,
+            "parallel": view.parallel,
         },
         task=examples.name,
         task_hash=examples.hash,

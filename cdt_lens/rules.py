@@ -107,7 +107,7 @@ PRESETS: dict[str, Rules] = {
 }
 
 
-# The rules that found every planted circuit (README, "Which method").
+# The rules that found every planted circuit (docs/results/methods.md).
 DEFAULT_RULES = "two-ended"
 
 

@@ -38,7 +38,7 @@ from cdt_lens.model import ModelView, view_of
 from cdt_lens.propagate import Propagator
 from cdt_lens.provenance import Provenance, provenance_of
 from cdt_lens.rules import DEFAULT_RULES, Rules, resolve_rules
-from cdt_lens.tasks import Batch, Examples
+from cdt_lens.tasks import Batch, Examples, require_examples
 
 Direction = Literal["mean", "strongest"]
 
@@ -73,7 +73,7 @@ def score_heads(
         UnsupportedModelError: a component of the model has no rule.
         NonFiniteError: a head left the finite range; names it, the layer and the rule to change.
     """
-    examples.require_some()
+    require_examples(examples)
     view = view_of(model)
     rules = resolve_rules(rules)
     baseline.check_model(view)

@@ -18,7 +18,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
-from cdt_lens.errors import InputError
+from cdt_lens.errors import InputError, expect
 from cdt_lens.prompts import did_you_mean
 
 SPLITS = ("train", "valid", "test")
@@ -113,6 +113,10 @@ def hub_tables(
     """
     found = _load_from_hub(repo, config, revision=revision, data_dir=data_dir)
     where = repo if config is None else f"{repo}/{config}"
+    if splits is not None:
+        expect(splits, Mapping, f"{where}: splits", "such as {'train': 'train', 'test': 'test'}")
+    if label_names is not None:
+        expect(label_names, Sequence, f"{where}: label_names", "give the names in label order")
     wanted = splits or {
         split: next(name for name in names if name in found)
         for split, names in HUB_SPLITS.items()
@@ -152,7 +156,12 @@ def _open_text(path: Path) -> TextIOWrapper:
 
 def _where_not_utf8(path: Path) -> str:
     """The first line that is not UTF-8, and what its encoding may be."""
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            return f"{path}: not UTF-8, and a damaged gzip file ({error}): get it again"
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return f"{path}, line 1: not UTF-8 but UTF-16"
     for line, text in enumerate(content.splitlines(), start=1):
@@ -230,6 +239,8 @@ def _jsonl_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str
             ) from error
         except ValueError as error:
             raise InputError(f"{path}, line {line}: {error}") from error
+        except RecursionError:
+            raise InputError(f"{path}, line {line}: nested too deeply for a row") from None
         if not isinstance(row, dict):
             raise InputError(
                 f"{path}, line {line}: expected one JSON object a line, got a {type(row).__name__}"

@@ -172,7 +172,9 @@ def spread(draws: Float[Tensor, " draw"]) -> str:
 
 def medians(draws: Mapping[str, Float[Tensor, " draw"]]) -> str:
     """The median of each random control."""
-    return ", ".join(f"{float(v.median()):.2f}" for v in draws.values() if len(v)) or "not drawn"
+    return (
+        ", ".join(f"{float(v.quantile(0.5)):.2f}" for v in draws.values() if len(v)) or "not drawn"
+    )
 
 
 def tokens_table(tokens: Sequence[str], values: Sequence[float]) -> Markup:

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cdt_lens import display
 from cdt_lens.artifacts import content_hash
-from cdt_lens.errors import InputError
+from cdt_lens.errors import InputError, expect
 
 
 @dataclass(frozen=True)
@@ -319,3 +319,17 @@ class Task:
         for label, value in (self.prior or {}).items():
             offsets[batch.candidates == self.verbalizer_ids[label]] = value
         return offsets
+
+
+def require_examples(examples: object) -> None:
+    """Refuse what is no split of a task, or an empty one.
+
+    Raises:
+        InputError: names what was handed over instead.
+    """
+    fix = "give a split, such as task.train"
+    if isinstance(examples, (list, tuple)):
+        fix = "Examples(tuple(items), labels, name) makes one"
+    expect(examples, Examples, "examples", fix)
+    assert isinstance(examples, Examples)
+    examples.require_some()

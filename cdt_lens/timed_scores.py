@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cdt_lens.artifacts import remove_artifact
 from cdt_lens.attribution import score_by
 from cdt_lens.baselines import Baseline
@@ -24,7 +26,7 @@ from cdt_lens.distributed import gather_items, is_main, shard, wait_for_all
 from cdt_lens.errors import ArtifactError, InputError, NonFiniteError, UnsupportedModelError
 from cdt_lens.head_scores import HeadScores
 from cdt_lens.model import ModelView
-from cdt_lens.provenance import hashed_once, weight_hash
+from cdt_lens.provenance import hashed_once, versions, weight_hash
 from cdt_lens.runs import Say, file_name, keep, kept
 from cdt_lens.tasks import Examples
 
@@ -82,7 +84,7 @@ class TimedScorer:
             if scored.scores is not None and is_main():
                 scored.scores.save(self._path("scores", method))
             body = {
-                "key": self._key(method), "refused": scored.refused,
+                "key": self._key(method), "refused": scored.refused, "clock": self._clock(),
                 "seconds": _or_none(scored.seconds), "passes": _or_none(scored.passes),
             }  # fmt: skip
             keep(self._path("time", method), _FORMAT, body)
@@ -98,7 +100,14 @@ class TimedScorer:
     def _key(self, method: str) -> dict[str, Any]:
         return {
             "method": method, "model": self._hash, "data": self.examples.hash,
-            "baseline": self.baseline.hash, "seed": self.seed,
+            "baseline": self.baseline.hash, "seed": self.seed, "version": versions()["cdt_lens"],
+        }  # fmt: skip
+
+    def _clock(self) -> dict[str, Any]:
+        """What a time depends on, and the scores do not."""
+        return {
+            "batch_size": self.batch_size, "rows": self.rows, "device": str(self.view.device),
+            "threads": torch.get_num_threads(), "processes": shard()[1],
         }  # fmt: skip
 
     def _found(self, method: str) -> TimedScores | None:
@@ -120,11 +129,19 @@ class TimedScorer:
         except (InputError, ArtifactError) as error:
             self.say(f"{error}; making it again")
             return None
+        # A kill between the two files of a method may leave scores that its key does not speak of.
         told = scores.provenance
-        if (told.model_hash, told.task_hash) != (self._hash, self.examples.hash):
+        made = (told.model_hash, told.task_hash, told.options.get("baseline_hash"))
+        if made != (self._hash, self.examples.hash, self.baseline.hash):
             self.say(f"{path} was made from other data; making it again")
             return None
+        if told.options.get("seed", self.seed) != self.seed:
+            self.say(f"{path} was made with another seed; making it again")
+            return None
         self.say(f"{path} is there already")
+        if found.get("clock") != self._clock():
+            self.say(f"{method} was timed under other settings; its time here is not known")
+            return TimedScores(method, scores)
         return TimedScores(method, scores, _or_nan(found["seconds"]), _or_nan(found["passes"]))
 
     def _partial(self, method: str) -> list[Path]:

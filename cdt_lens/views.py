@@ -22,7 +22,7 @@ from cdt_lens.heads import Head, check_heads
 from cdt_lens.metrics import task_direction
 from cdt_lens.model import ModelView, view_of
 from cdt_lens.rules import DEFAULT_RULES, Rules
-from cdt_lens.tasks import Examples
+from cdt_lens.tasks import Examples, require_examples
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def attention_view(
     Raises:
         InputError: no examples, no heads, or a head outside the model.
     """
-    examples.require_some()
+    require_examples(examples)
     view = view_of(model)
     chosen = check_heads(heads, view.n_layers, view.n_heads)
     if not chosen:
@@ -128,7 +128,7 @@ def token_relevance(
     Raises:
         InputError: no examples, no heads, or a head outside the model.
     """
-    examples.require_some()
+    require_examples(examples)
     view = view_of(model)
     chosen = check_heads(heads, view.n_layers, view.n_heads)
     if not chosen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import by_hand
 import pytest
@@ -13,11 +14,14 @@ from tiny_models import Float64Throughout
 from tiny_tasks import ANSWERS, LABELS, examples, many
 
 from cdt_lens.ablation import circuit_metric, measure_circuits
-from cdt_lens.baselines import Baseline, mean_activations
+from cdt_lens.baselines import Baseline, counterfactual_baseline, mean_activations
 from cdt_lens.errors import InputError
+from cdt_lens.faithfulness import circuit_faithfulness, faithfulness_curve
+from cdt_lens.greedy import greedy_circuit
 from cdt_lens.heads import Head, all_heads
 from cdt_lens.metrics import balanced_mean
 from cdt_lens.model import ModelView
+from cdt_lens.one_pass import one_pass
 from cdt_lens.tasks import Examples, Task
 
 CIRCUITS = ((), (Head(0, 1),), (Head(0, 0), Head(1, 3)), tuple(all_heads(2, 4)))
@@ -109,9 +113,9 @@ def test_each_circuit_is_measured_once(tokenizer_folder, monkeypatch):
     import cdt_lens.ablation as module
 
     view, data = shared("gpt2", "bridge", tokenizer_folder), examples()
-    true, seen = module.circuit_metric, []
+    true, seen = module._by_example, []
     monkeypatch.setattr(
-        module, "circuit_metric", lambda v, c, *a, **k: (seen.extend(c), true(v, c, *a, **k))[1]
+        module, "_by_example", lambda v, c, *a, **k: (seen.extend(c), true(v, c, *a, **k))[1]
     )
     options = {
         "metric": "direction",
@@ -134,3 +138,22 @@ def test_wrong_input_is_refused(tokenizer_folder):
         circuit_metric(view, [()], data[:0], baseline, progress=False)
     with unchecked_types(), pytest.raises(InputError, match="metric='f1'.*direction, accuracy"):
         circuit_metric(view, [()], data, baseline, metric="f1", progress=False)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "pythia"])
+def test_what_rounding_leaves_is_nothing_to_explain(family, tokenizer_folder):
+    """Prompts that are their own counterfactuals: ablation puts back what was there."""
+    view, data = shared(family, "bridge", tokenizer_folder, torch.float32), many()
+    itself = counterfactual_baseline(view, data, data)
+    options: dict[str, Any] = {"task": None, "batch_size": 4, "rows": None, "progress": False}
+    everyone = all_heads(view.n_layers, view.n_heads)
+    with pytest.raises(InputError, match="nothing to explain"):
+        measure_circuits(view, [everyone, ()], data, itself, metric="direction", **options)
+    scores = one_pass(view, data, means(view, data), progress=False)
+    for call in (
+        lambda: circuit_faithfulness(view, scores.select(k=3), data, itself, progress=False),
+        lambda: faithfulness_curve(view, scores, data, itself, progress=False),
+        lambda: greedy_circuit(view, scores, data, itself, k=1, pool=2, progress=False),
+    ):
+        with pytest.raises(InputError, match="nothing to explain"):
+            call()

@@ -216,6 +216,52 @@ def test_gradients_are_of_the_edited_model(family, backend, model, edit):
         assert_close(found.per_example[0, layer], expected, atol=2e-5)
 
 
+@models(("gpt2", "llama"))
+def test_heads_that_a_hook_cuts_off_have_a_gradient_of_zero(family, backend, model):
+    """As exact ablation says: with a layer's attention knocked out its heads do nothing."""
+    baseline = cdt.mean_activations(model, DATA, progress=False)
+    model.add_hook("blocks.1.hook_attn_out", lambda value, hook: torch.zeros_like(value))
+    exact = cdt.exact_ablation(model, DATA, baseline, progress=False)
+    fast = cdt.one_pass(model, DATA, baseline, slopes="gradient", progress=False)
+    assert float(exact.values[1].abs().max()) < 1e-6
+    assert not fast.values[1].any() and bool(fast.values[0].all())
+    edges = cdt.score_edges(
+        model, DATA, cdt.mean_activations(model, DATA, mlps=True, progress=False),
+        rules="ablation", progress=False,
+    )  # fmt: skip
+    assert not edges.to_heads[:, :, 1].any(), "nothing of them reaches the logits"
+
+
+@models(("gpt2", "llama"))
+def test_a_stream_put_in_from_elsewhere_leaves_nothing_before_it(family, backend, model):
+    """Activation patching of the whole stream: no head below matters, in any method."""
+    baseline = cdt.mean_activations(model, DATA, progress=False)
+    with torch.no_grad():
+        stored = model.run_with_cache(prompts(1, 1))[1]["blocks.1.hook_resid_pre"][0, 0]
+    model.add_hook("blocks.1.hook_resid_pre", lambda value, hook: stored.expand_as(value).clone())
+    for found in (
+        cdt.exact_ablation(model, DATA, baseline, progress=False),
+        cdt.attribution_patching(model, DATA, baseline, progress=False),
+    ):
+        assert float(found.values[0].abs().max()) < 1e-6
+        assert float(found.values[1].abs().max()) > 0
+
+
+@models(("llama",))
+def test_a_hook_through_which_no_gradient_goes_is_named(family, backend, model):
+    def in_place(pattern: Tensor, hook: Any) -> Tensor:
+        pattern[..., 0] *= 0.5
+        return pattern
+
+    model.add_hook("blocks.0.attn.hook_pattern", in_place)
+    baseline = cdt.zero_baseline(model, DATA)
+    cdt.exact_ablation(model, DATA, baseline, progress=False)
+    try:
+        cdt.attribution_patching(model, DATA, baseline, progress=False)
+    except InputError as error:
+        assert "blocks.0.attn.hook_pattern" in str(error) and "in place" in str(error)
+
+
 @models(("gpt2",))
 def test_training_and_judging_are_of_the_edited_model(family, backend, model):
     plain = cdt.finetune(model, task(), **TUNED).before["target_loss"]

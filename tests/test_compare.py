@@ -192,12 +192,16 @@ def mistakes() -> dict[str, tuple[dict[str, Any], str]]:
         "no methods": ({"methods": []}, "expected any of exact, "),
         "no held-out": ({"valid": many()[:0]}, "no held-out examples.*validation split"),
         "nothing to score": ({"train": examples()[:0]}, "no examples"),
-        "the same twice": ({"valid": examples()}, "are the scored ones"),
+        "the same twice": ({"valid": examples()}, "all among the scored ones"),
+        "the same in another order": ({"valid": examples()[::-1]}, "all among the scored ones"),
+        "a part of them": ({"valid": examples()[:3]}, "all among the scored ones"),
         "no draws": ({"draws": 0}, "draws=0"),
         "fractions": ({"fractions": (0.5, 0.2)}, "fractions"),
         "truth of another shape": ({"truth": TRUTH[:1]}, r"of \(1, 4\); expected some, not all"),
         "all true": ({"truth": TRUTH | True}, "8 heads of"),
         "none true": ({"truth": TRUTH & False}, "0 heads of"),
+        "no mask": ({"truth": TRUTH * 0.5}, "True and False, or 1 and 0"),
+        "no numbers": ({"truth": "L0H1"}, "truth: expected an array"),
     }
 
 
@@ -277,3 +281,36 @@ def test_batches_and_rows_change_nothing(tokenizer_folder):
     for a, b in zip(one.methods, other.methods, strict=True):
         assert a.signed.f == pytest.approx(b.signed.f, abs=1e-4)
     assert replace(one, random=()).table().shape == (2, 9)
+
+
+def test_a_truth_may_be_of_ones_and_zeros(tokenizer_folder):
+    expected = compared(tokenizer_folder, truth=TRUTH)["cdt:stable"]
+    for truth in (TRUTH.long(), TRUTH.float(), TRUTH.numpy(), TRUTH.tolist()):
+        found = compared(tokenizer_folder, truth=truth)["cdt:stable"]
+        assert (found.auroc, found.average_precision) == (
+            expected.auroc, expected.average_precision,
+        )  # fmt: skip
+
+
+def test_held_out_prompts_that_were_scored_too_are_told(tokenizer_folder):
+    said: list[str] = []
+    both = replace(many(), items=(*many().items, *examples().items[:2]))
+    result = compared(tokenizer_folder, ["direct"], valid=both, say=said.append)
+    assert "2 of the 26 held-out prompts are among the scored ones too" in said
+    assert result.provenance.options["held_out_scored"] == 2
+
+
+def test_what_hooks_of_the_callers_do_is_not_kept_in_a_folder(tmp_path, tokenizer_folder):
+    """The plain model's numbers would come back for the edited one."""
+    view, baseline = setting(tokenizer_folder)
+
+    def silence(value: torch.Tensor, hook: Any = None) -> torch.Tensor:
+        return value * 0
+
+    arguments = (view.tl, examples(), many(), baseline, ["random"])
+    with view.tl.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", silence)]):
+        with pytest.raises(InputError, match="hooks of your own .*leave folder out"):
+            compare_methods(*arguments, folder=tmp_path / "out", progress=False)
+        edited = compare_methods(*arguments, progress=False)
+    assert not (tmp_path / "out").exists()
+    assert edited.full != compare_methods(*arguments, progress=False).full

@@ -67,9 +67,11 @@ def test_a_circuit_of_heads_alone(tmp_path: Path):
         "n_layers": 2, "n_heads": 2, "parallel_attn_mlp": True, "d_model": 576,
     }  # fmt: skip
     bare = Circuit(sample_graph.small().heads, 2, 2).save(tmp_path / "bare.json")
-    with pytest.raises(InputError, match="give it as d_model"):
+    with pytest.raises(InputError, match="does not tell whether attention and MLP"):
         run("convert", bare, tmp_path / "bare.pt")
-    run("convert", bare, tmp_path / "bare.pt", "--d-model", "16")
+    with pytest.raises(InputError, match="give it as d_model"):
+        run("convert", bare, tmp_path / "bare.pt", "--sequential")
+    run("convert", bare, tmp_path / "bare.pt", "--d-model", "16", "--sequential")
     assert read_graph(tmp_path / "bare.pt").d_model == 16
 
 

@@ -419,6 +419,17 @@ def test_quoting_can_be_chosen(tmp_path: Path) -> None:
         ("a.jsonl", '\n[{"text": "a"}]\n', r"line 2: expected one JSON object a line, got a list"),
         ("a.jsonl", '{"text": null, "label": "neutral"}', r"line 1, column 'text': empty"),
         ("a.jsonl", '{"text": {"a": 1}, "label": "neutral"}', r"line 1, .*got dict"),
+        ("a.jsonl", "[" * 100_000, r"a.jsonl, line 1: nested too deeply"),
+        (
+            "a.jsonl",
+            '{"text": "good \\ud83d", "label": "neutral"}',
+            r"a.jsonl, line 1, column 'text', character 6: half of a character",
+        ),
+        (
+            "a.csv.gz",
+            gzip.compress(b"text,label\ncaf\xe9,neutral\n" * 999)[:-12],
+            r"a.csv.gz: (damaged gzip file|not UTF-8, and a damaged gzip file)",
+        ),
     ],
 )
 def test_a_mistake_in_a_file_is_named_with_its_place(
@@ -432,6 +443,15 @@ def test_a_mistake_in_a_file_is_named_with_its_place(
     path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     with pytest.raises(InputError, match=message):
         from_files(tokenizer, {"train": path})
+
+
+def test_a_template_that_tells_the_answer_is_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """As templates for training do: every prompt would end in its gold word."""
+    path = write_csv(tmp_path / "a.csv", ROWS)
+    with pytest.raises(InputError, match=r"it holds \{label\}, the answer itself"):
+        from_files(tokenizer, {"train": path}, template=TEMPLATE + " {label}")
 
 
 def test_a_word_of_several_tokens_and_one_unknown_are_named(

@@ -77,3 +77,18 @@ def test_the_model_is_left_as_it_was_and_mistakes_are_told(tokenizer_folder):
     plain = mean_activations(view, data, progress=False)
     with pytest.raises(InputError, match="holds no values for MLPs.*mlps=True"):
         score_edges(view, data, plain, progress=False)
+
+
+@pytest.mark.parametrize("widths", [{"width": 0}, {"width": -1}, {"fan_in": 0}, {"fan_in": -1}])
+def test_edges_are_not_selected_by_a_count_below_one(widths):
+    with pytest.raises(InputError, match="expected at least 1 of each"):
+        select_edges(edge_scores(), **{"width": 1, "fan_in": 1, **widths})
+
+
+def test_edges_into_a_unit_by_name():
+    scores = edge_scores()
+    assert list(scores.into("L1H1")) == list(scores.into(Head(1, 1)))
+    assert list(scores.into("M1")) == list(scores.into(Mlp(1)))
+    for strange in (Head(9, 0), "L0H7", "M2", "logits"):
+        with pytest.raises(InputError, match=f"edges into {strange}: the units are L0H0"):
+            scores.into(strange)

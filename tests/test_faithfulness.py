@@ -301,8 +301,12 @@ def test_wrong_input_is_refused(tokenizer_folder):
     data, baseline, scores = fitted(view, examples())
     with pytest.raises(InputError, match="no examples"):
         faithfulness_curve(view, scores, data[:0], baseline, progress=False)
-    with pytest.raises(InputError, match="L2H0"):
-        circuit_faithfulness(view, Circuit((Head(2, 0),), 3, 4), data, baseline, progress=False)
+    for wrong, told in (
+        (Circuit((Head(2, 0),), 3, 4), "n_layers=3, the model has 2"),
+        (Circuit((Head(0, 0), Head(1, 2)), 2, 12), "n_heads=12, the model has 4"),
+    ):
+        with pytest.raises(InputError, match=told):
+            circuit_faithfulness(view, wrong, data, baseline, progress=False)
     small = replace(
         scores, values=scores.values[:1], stderr=scores.stderr[:1],
         per_example=scores.per_example[:, :1],

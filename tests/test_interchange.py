@@ -18,13 +18,16 @@ import sample_results
 import torch
 from checks import unchecked_types
 from shared import models, shared
+from tiny_tasks import examples
 
+from cdt_lens.baselines import mean_activations
 from cdt_lens.circuit import Circuit
 from cdt_lens.errors import ArtifactError, InputError
 from cdt_lens.graph import Edge, Graph, GraphNode
 from cdt_lens.graph_nodes import OTHER_UNIT, OWN_UNIT, node_names, possible_edges
 from cdt_lens.heads import Head
 from cdt_lens.interchange import circuit_from_graph, graph_from_circuit, read_graph, write_graph
+from cdt_lens.one_pass import one_pass
 
 ENDINGS = [".json", ".pt", ".graphml"]
 
@@ -454,7 +457,7 @@ def test_a_score_too_large_for_float32_is_refused(tmp_path: Path):
 def test_a_circuit_of_heads_is_written_as_mib_evaluates_nodes(tmp_path: Path):
     scores = sample_results.scores(3, 2)
     circuit = replace(scores.select(k=2), provenance=sample_results.provenance())
-    graph = graph_from_circuit(circuit)
+    graph = graph_from_circuit(circuit, parallel=False)
     assert graph.heads == circuit.heads and graph.d_model == 576
     assert graph.nodes["L2H1"].score == float(scores.values[2, 1])
     for name in ("input", "M0", "M1", "M2", "logits"):
@@ -464,10 +467,10 @@ def test_a_circuit_of_heads_is_written_as_mib_evaluates_nodes(tmp_path: Path):
     assert {(e.source, e.target, e.site) for e in graph.edges} == expected
     assert all(edge.score is None and edge.in_graph for edge in graph.edges)
 
-    document = json.loads(write_graph(circuit, tmp_path / "c.json").read_text())
+    document = json.loads(write_graph(circuit, tmp_path / "c.json", parallel=False).read_text())
     scored = {name for name, node in document["nodes"].items() if "score" in node}
     assert scored == {f"a{layer}.h{head}" for layer in range(3) for head in range(2)}
-    found = torch.load(write_graph(circuit, tmp_path / "c.pt"))
+    found = torch.load(write_graph(circuit, tmp_path / "c.pt", parallel=False))
     assert found["nodes_scores"].isnan().sum() == 4, "input and MLPs: never taken out"
 
     again = circuit_from_graph(read_graph(tmp_path / "c.json"))
@@ -482,9 +485,40 @@ def test_heads_without_a_score_and_parallel_blocks():
     graph = graph_from_circuit(circuit, parallel=True)
     assert graph.nodes["L0H0"] == GraphNode(None, True)
     assert graph.parallel and "L0H0->M0" not in {edge.name for edge in graph.edges}
-    assert "L0H0->M0" in {edge.name for edge in graph_from_circuit(circuit).edges}
-    bare = circuit_from_graph(graph_from_circuit(Circuit((Head(0, 1),), 2, 2)))
+    beside = graph_from_circuit(circuit, parallel=False)
+    assert "L0H0->M0" in {edge.name for edge in beside.edges}
+    bare = circuit_from_graph(graph_from_circuit(Circuit((Head(0, 1),), 2, 2), parallel=False))
     assert bare.heads == (Head(0, 1),) and bare.scores is None
+
+
+def test_whether_blocks_are_parallel_is_never_guessed(tmp_path: Path):
+    """A file says which edges the model has; one that was found in Pythia must not say GPT-2's."""
+    circuit = Circuit((Head(0, 0),), 2, 2)
+    with pytest.raises(InputError, match="does not tell whether attention and MLP"):
+        graph_from_circuit(circuit)
+    told = sample_results.provenance()
+    shape = {**told.model_shape, "parallel": True}
+    known = replace(circuit, provenance=replace(told, model_shape=shape))
+    document = json.loads(write_graph(known, tmp_path / "p.json").read_text())
+    assert document["cfg"]["parallel_attn_mlp"] is True
+    assert "a0.h0->m0" not in document["edges"]
+    again = read_graph(tmp_path / "p.json")
+    for graph in (known, again, replace(known, graph=again)):
+        with pytest.raises(InputError, match="parallel=False, the graph's is True"):
+            write_graph(graph, tmp_path / "q.json", parallel=False)
+    assert not (tmp_path / "q.json").exists()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "pythia"])
+def test_a_circuit_from_here_goes_out_and_back_to_its_model(family, tokenizer_folder, tmp_path):
+    view = shared(family, "bridge", tokenizer_folder, torch.float32)
+    data = examples()
+    scores = one_pass(view, data, mean_activations(view, data, progress=False), progress=False)
+    circuit = scores.select(k=3)
+    back = circuit_from_graph(read_graph(write_graph(circuit, tmp_path / "c.json")), view)
+    assert back.heads == circuit.heads and back.graph is not None
+    assert back.graph.parallel == (family == "pythia")
+    back.check_model(view)
 
 
 def test_a_circuits_own_graph_is_what_is_written(tmp_path: Path):

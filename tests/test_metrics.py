@@ -200,6 +200,13 @@ def test_auroc_of_one_kind_is_refused(truth: Tensor):
         metrics.auroc(torch.arange(3.0), truth)
 
 
+def test_a_truth_of_integers_is_a_truth():
+    scores, truth = randn(12), torch.tensor([1, 0, 0, 1] * 3)
+    assert metrics.auroc(scores, truth) == metrics.auroc(scores, truth.bool())
+    found = metrics.average_precision(scores, truth)
+    assert found == metrics.average_precision(scores, truth.bool())
+
+
 def test_average_precision_is_the_mean_precision_at_each_true_entry():
     scores = torch.tensor([[0.9, 0.8], [0.7, 0.6], [0.5, -2.0]])
     truth = torch.tensor([[True, False], [True, False], [False, True]])

@@ -131,7 +131,7 @@ def test_it_says_what_was_run(tokenizer_folder):
     assert found.model == "tiny-llama"
     assert found.model_hash == weight_hash(view)
     assert dict(found.model_shape) == {
-        "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_model": 64,
+        "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_model": 64, "parallel": False,
     }  # fmt: skip
     assert (found.task, found.task_hash, found.seed) == (data.name, data.hash, 3)
     assert found.examples == {"positive": 3, "neutral": 1, "negative": 2}

@@ -208,3 +208,35 @@ def test_a_sweep_that_was_cut_off_goes_on_and_its_time_is_not_known(
     assert not list(tmp_path.glob("*partial*"))
     again = scorer(place, tmp_path).score("cdt:stable")
     assert math.isnan(again.seconds)
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("method", ["direct", "random"])
+def test_scores_that_a_kill_left_beside_an_older_time_are_not_taken(
+    method, monkeypatch, tmp_path, tokenizer_folder
+):
+    """The two files of a method are two renames: a kill may fall between them."""
+    place = setting(tokenizer_folder)
+    first = scorer(place, tmp_path).score(method)
+    other: dict[str, Any] = {"seed": 5}
+    if method == "direct":
+        other = {"baseline": zero_baseline(place[0], examples())}
+    strange = scorer(place, **other).score(method).scores
+    assert not strange.values.equal(first.scores.values)
+    strange.save(tmp_path / f"scores-{method}.json")
+    seen = counting(monkeypatch)
+    again = scorer(place, tmp_path).score(method)
+    assert seen == [method]
+    assert_same_bits(again.scores.values, first.scores.values)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_time_taken_under_other_settings_is_not_told(monkeypatch, tmp_path, tokenizer_folder):
+    place = setting(tokenizer_folder)
+    first, said = scorer(place, tmp_path).score("direct"), []
+    seen = counting(monkeypatch)
+    again = scorer(place, tmp_path, batch_size=3, said=said).score("direct")
+    assert seen == [] and "timed under other settings" in said[-1]
+    assert_same_bits(again.scores.values, first.scores.values)
+    assert math.isnan(again.seconds) and math.isnan(again.passes)
+    assert scorer(place, tmp_path).score("direct").passes == first.passes

@@ -1,0 +1,104 @@
+"""Calls as a notebook easily makes them: the neighbouring object handed over, told in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from checks import unchecked_types
+from shared import shared
+from tiny_tasks import examples, many
+from tiny_training import task as tiny_task
+
+import cdt_lens as cdt
+
+Call = Callable[[SimpleNamespace], Any]
+QUIET: dict[str, Any] = {"progress": False}
+
+# What was called, and what the message must say.
+CALLS: dict[str, tuple[Call, str]] = {
+    "a task for a split": (
+        lambda c: cdt.one_pass(c.model, c.task, c.baseline, **QUIET),
+        r"examples: expected Examples, got Task; give a split, such as task.train",
+    ),
+    "a task to a sweep": (
+        lambda c: cdt.score_heads(c.model, c.task, c.baseline, **QUIET), "Examples, got Task",
+    ),
+    "a task for means": (lambda c: cdt.mean_activations(c.model, c.task), "Examples, got Task"),
+    "a task to judge": (lambda c: cdt.evaluate(c.model, c.task), "Examples, got Task"),
+    "a list of examples": (
+        lambda c: cdt.exact_ablation(c.model, list(c.data), c.baseline, **QUIET),
+        r"got list; Examples\(tuple\(items\), labels, name\) makes one",
+    ),
+    "arguments swapped": (
+        lambda c: cdt.decompose(c.model, c.baseline, [["L0H0"]], c.data), "Examples, got Baseline",
+    ),
+    "a task to compare": (
+        lambda c: cdt.compare_methods(c.model, c.data, c.task, c.baseline, **QUIET),
+        "valid: expected Examples, got Task; give a split, such as task.valid",
+    ),
+    "heads for a circuit": (
+        lambda c: cdt.circuit_faithfulness(c.model, [cdt.Head(0, 0)], c.data, c.baseline, **QUIET),
+        r"expected Circuit, got list; .*Circuit\(heads, n_layers, n_heads\)",
+    ),
+    "a circuit for scores": (
+        lambda c: cdt.faithfulness_curve(c.model, c.circuit, c.data, c.baseline, **QUIET),
+        "expected HeadScores, got Circuit; for a circuit use circuit_faithfulness",
+    ),
+    "scores to write": (
+        lambda c: cdt.write_graph(c.scores, c.folder / "s.json"),
+        "expected Graph, got HeadScores; give a Circuit or a Graph",
+    ),
+    "scores for a circuit": (
+        lambda c: cdt.graph_from_circuit(c.scores), r"got HeadScores; scores.select\(...\) makes one",
+    ),
+    "a path for a graph": (
+        lambda c: cdt.circuit_from_graph("g.json"), r"got str; read_graph\(path\) makes one",
+    ),
+    "one size for three": (
+        lambda c: cdt.load_task("ioi", tokenizer=object(), n=10), "the sizes of train, valid and test",
+    ),
+    "no tokenizer": (
+        lambda c: cdt.load_task("nusax-senti", "english", tokenizer=None),
+        "tokenizer=None: the model has none of its own",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    model, data = shared("gpt2", "bridge", tokenizer_folder, torch.float32), examples()
+    baseline = cdt.mean_activations(model, data, **QUIET)
+    scores = cdt.one_pass(model, data, baseline, **QUIET)
+    folder: Path = tmp_path_factory.mktemp("calls")
+    return SimpleNamespace(
+        model=model, data=data, task=tiny_task(), baseline=baseline, scores=scores,
+        circuit=scores.select(k=2), folder=folder,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", CALLS)
+def test_the_wrong_object_is_told_with_the_fix(mistake: str, made: SimpleNamespace):
+    call, told = CALLS[mistake]
+    with unchecked_types(), pytest.raises(cdt.InputError, match=told) as caught:
+        call(made)
+    assert "\n" not in str(caught.value)
+    assert not list(made.folder.iterdir())
+
+
+def test_a_circuit_is_a_set_of_heads(made: SimpleNamespace):
+    """By name too, and wherever heads are asked for."""
+    circuit = made.circuit
+    assert list(circuit) == list(circuit.heads)
+    inside, outside = circuit.heads[0], circuit.complement[0]
+    assert inside in circuit and str(inside) in circuit
+    assert outside not in circuit and str(outside) not in circuit
+    with pytest.raises(cdt.InputError, match="expected the form L9H6"):
+        assert "the first" in circuit
+    alike = (made.model, [circuit, circuit.heads], many(), made.baseline)
+    first, second = cdt.circuit_metric(*alike, **QUIET).tolist()
+    assert first == second
