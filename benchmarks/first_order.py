@@ -2,7 +2,7 @@
 
     bash benchmarks/compare.sh ioi && python benchmarks/first_order.py runs/compare-ioi
 
-Reads the scores that the comparison left; the README's figures.
+Reads the scores that the comparison left; the figures of docs/results/methods.md.
 """
 
 from __future__ import annotations

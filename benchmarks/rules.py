@@ -1,6 +1,6 @@
 """Rule sets compared on IOI: rank correlation with exact ablation, and the areas under the curve.
 
-    python benchmarks/rules.py models/smollm2-135m      # the table of the README
+    python benchmarks/rules.py models/smollm2-135m      # docs/results/methods.md
 
 Scores are fitted on 16 training prompts; circuits are measured on 16 validation prompts.
 """
