@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from cdt_lens.baselines import Baseline
+from cdt_lens.baselines import Baseline, check_baseline
 from cdt_lens.decompose import irrelevant_logits
 from cdt_lens.distributed import gather_items, is_main, shard
 from cdt_lens.errors import InputError
@@ -71,7 +71,7 @@ def _by_example(
 ) -> tuple[Float[Tensor, "circuit example"], Int[Tensor, " example"]]:
     """The metric of each circuit on each example, and the examples' labels."""
     require_examples(examples)
-    baseline.check_model(view)
+    check_baseline(baseline, view)
     everyone = all_heads(view.n_layers, view.n_heads)
     kept = [set(check_heads(c, view.n_layers, view.n_heads)) for c in circuits]
     complements = [tuple(h for h in everyone if h not in inside) for inside in kept]

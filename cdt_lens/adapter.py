@@ -28,7 +28,7 @@ from cdt_lens.model import ModelView, view_of
 from cdt_lens.provenance import Provenance
 from cdt_lens.slices import HeadSlice
 from cdt_lens.trainable import Slices
-from cdt_lens.weights import named_weights, sync_fused
+from cdt_lens.weights import check_fused, named_weights, sync_fused
 
 _FORMAT, _VERSION = "cdt_lens.adapter", 1
 _FILE = "adapter.json"
@@ -90,10 +90,12 @@ class Adapter:
         Raises:
             ArtifactError: another model (both hashes are shown).
             InputError: the model lacks a weight, or has one of another shape; nothing is written.
+            UnsupportedModelError: a fused projection in an order of its own.
         """
         view = view_of(model)
         if check:
             self.provenance.check_model(view, "this adapter")
+        check_fused(view)
         parts, whole = self._places(view)
         before = {name: part.read() for name, part in parts.items()}
         before_whole = {name: value.clone() for name, value in whole.items()}

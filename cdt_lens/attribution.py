@@ -25,7 +25,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from cdt_lens.baselines import Baseline
+from cdt_lens.baselines import Baseline, check_baseline
 from cdt_lens.decompose import check_finite
 from cdt_lens.errors import InputError
 from cdt_lens.head_scores import HeadScores
@@ -148,7 +148,7 @@ def random_scores(
     """Normal deviates for scores, the same for every example: the floor of any comparison."""
     require_examples(examples)
     view = view_of(model)
-    baseline.check_model(view)
+    check_baseline(baseline, view)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(view.n_layers * view.n_heads, generator=generator)
     done: dict[int, Tensor] = {}

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from cdt_lens import display
 from cdt_lens.artifacts import content_hash, load_artifact, save_artifact
 from cdt_lens.distributed import is_main, shard, sum_over_processes
-from cdt_lens.errors import ArtifactError, InputError
+from cdt_lens.errors import ArtifactError, InputError, expect
 from cdt_lens.model import ModelView, view_of
 from cdt_lens.provenance import Provenance, provenance_of
 from cdt_lens.support import check_supported
@@ -315,8 +315,20 @@ def _streaming_sums(
     return sum_over_processes(sums), summed, sum_over_processes(counts)
 
 
+def check_baseline(baseline: object, view: ModelView) -> None:
+    """Refuse what is no baseline, or one of another model's shape.
+
+    Raises:
+        InputError: names what was handed over. ArtifactError: of another model.
+    """
+    expect(baseline, Baseline, "baseline", "mean_activations(model, task.train) makes one")
+    assert isinstance(baseline, Baseline)
+    baseline.check_model(view)
+
+
 def zero_baseline(model: nn.Module | ModelView, examples: Examples) -> Baseline:
     """Reference value 0 for every head: its whole z counts as relevant."""
+    require_examples(examples)
     view = view_of(model)
     return Baseline("zero", torch.zeros(0, 0, 0, 0), _named(view, examples, "zero"))
 

@@ -125,15 +125,28 @@ class Log:
             ) from error
 
     def cut(self, step: int) -> None:
-        """Drop what an interrupted run wrote after `step`, and a line that was cut short."""
+        """Drop what an interrupted run wrote after `step`, and a last line that was cut short.
+
+        A step below 0 begins a new log, in place of that of an earlier run.
+
+        Raises:
+            InputError: the file holds something else than such a log.
+        """
         if not is_main() or not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text("utf-8").splitlines():
+        lines = self.path.read_text("utf-8", errors="replace").splitlines()
+        for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
             except ValueError:
-                continue
-            if row.get("step", 0) <= step:
+                row = {} if number == len(lines) else None
+            ours = isinstance(row, dict) and (not row or isinstance(row.get("step"), int))
+            if not ours:
+                raise InputError(
+                    f"{self.path}, line {number}: not a line of a training log, which would be "
+                    "written here; name another file"
+                )
+            if row and row["step"] <= step:
                 kept.append(line)
         atomic_write(self.path, "".join(f"{line}\n" for line in kept))

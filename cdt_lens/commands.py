@@ -100,6 +100,10 @@ def finetune(
     from cdt_lens.distributed import is_main
     from cdt_lens.runs import load_for, make_task
 
+    if (out / "adapter.json").exists() and not (out / "checkpoint.json").exists():
+        raise InputError(
+            f"{out}: holds a finished adapter; name another folder, or remove that one"
+        )
     more: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "patience": patience}
     more |= {"learning_rate": learning_rate, "seed": seed, **_options(option or [])}
     options = TrainingOptions().changed(**more)
@@ -128,9 +132,18 @@ def finetune(
     tell_table(columns, [[e, *row] for e, row in zip(epochs_seen, rows, strict=True)])
     tell(
         f"{result.trained_parameters:,} of {result.total_parameters:,} parameters "
-        f"({result.share:.2%}) in {len(result.heads)} heads and the norms; "
+        f"({result.share:.2%}): {_trained(result)}; "
         f"best epoch {result.best_epoch}: {out / 'adapter.json'}"
     )
+
+
+def _trained(result: Any) -> str:
+    """What a run trained, in words."""
+    whole = {"full": "every weight", "norms": "the norms", "lora": "low-rank updates"}
+    if result.scope in whole:
+        return whole[result.scope]
+    norms = {"all": " and the norms", "circuit": " and the norms of their layers", "none": ""}
+    return f"{len(result.heads)} heads{norms[result.options['norms']]}"
 
 
 def _source_settings(settings: Any, language: str | None, valid: Path | None) -> Any:
@@ -196,19 +209,28 @@ def demo(
 def show_transfer(result: Any) -> None:
     """The tables of a transfer result."""
     before = result.before.set_index("language")
-    columns = ["target", "scope", "accuracy", "macro-F1", "retention", "trained", "s"]
+    columns = ["target", "scope", "seeds", "accuracy", "macro-F1", "retention", "trained", "s"]
     rows: list[list[str]] = []
+    fewer: list[str] = []
     for target in result.targets:
         if target in before.index:
             row = before.loc[target]
             rows.append(
-                [target, "(none)", f"{row['accuracy']:.3f}", f"{row['macro_f1']:.3f}", "1.000",
-                 "0", ""]
+                [target, "(none)", "", f"{row['accuracy']:.3f}", f"{row['macro_f1']:.3f}",
+                 "1.000", "0", ""]
             )  # fmt: skip
         for row in result.summary().to_dict("records"):
             if row["target"] == target:
-                rows.append(_cells_of(row))
+                whole = row["seeds"] == row["asked"]
+                seeds = f"{row['seeds']}" if whole else f"{row['seeds']} of {row['asked']}"
+                cells = _cells_of(row)
+                rows.append([*cells[:2], seeds, *cells[2:]])
+                if not whole:
+                    broken = f", {row['diverged']} diverged" if row["diverged"] else ""
+                    fewer.append(f"{target} {row['scope']} {seeds} seeds{broken}")
     tell_table(columns, rows)
+    if fewer:
+        tell(f"means over fewer seeds than asked: {'; '.join(fewer)}")
     tell(
         "accuracy and macro-F1 on the target's test split; retention: source accuracy after / "
         "before; (none): the proxy checkpoint as it is"

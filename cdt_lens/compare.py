@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from cdt_lens.artifacts import atomic_write
 from cdt_lens.attribution import DEFAULT_METHODS, METHODS, method_of
-from cdt_lens.baselines import Baseline, mean_activations
+from cdt_lens.baselines import Baseline, check_baseline, mean_activations
 from cdt_lens.caller_hooks import caller_hooks
 from cdt_lens.circuit import random_heads
 from cdt_lens.comparison import RANKINGS, YARDSTICK, Comparison, MethodResult, RankingCurve
@@ -274,7 +274,7 @@ def _check(
         )
     if shared:
         say(f"{shared} of the {len(valid)} held-out prompts are among the scored ones too")
-    baseline.check_model(view)
+    check_baseline(baseline, view)
     return shared
 
 

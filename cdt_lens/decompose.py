@@ -11,7 +11,7 @@ when memory runs out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cdt_lens import display
-from cdt_lens.baselines import Baseline
+from cdt_lens.baselines import Baseline, check_baseline
 from cdt_lens.errors import InputError, NonFiniteError
 from cdt_lens.heads import Head, Mlp, check_heads
 from cdt_lens.insertion import EmptyModel
@@ -92,7 +92,7 @@ class Decomposition:
 def decompose(
     model: nn.Module | ModelView,
     examples: Examples,
-    sources: Sequence[Source | SourceSet],
+    sources: Sequence[Source | str | Iterable[Source | str]],
     baseline: Baseline,
     *,
     rules: str | Rules = DEFAULT_RULES,
@@ -103,8 +103,8 @@ def decompose(
 
     Args:
         examples: a few; all of them run in one batch.
-        sources: sets of `Head`, `Node` or `Mlp` (one by itself is a set of one); the empty set has
-            a relevant part of exactly 0. MLPs need a baseline made with `mlps=True`.
+        sources: sets of `Head` (or its name), `Node` or `Mlp` (one by itself is a set of one); the
+            empty set has a relevant part of exactly 0. MLPs need a baseline with `mlps=True`.
         targets: heads at whose q, k, v and z the two parts are recorded.
         rows: (source x example) rows per forward pass, at least the number of examples; chosen
             by the prompts' length if None.
@@ -116,9 +116,12 @@ def decompose(
     """
     require_examples(examples)
     view = view_of(model)
-    baseline.check_model(view)
+    check_baseline(baseline, view)
     batch = next(examples.batches(len(examples), sort_by_length=False)).to(view.device)
-    sets = tuple((s,) if isinstance(s, Head | Node | Mlp) else tuple(s) for s in sources)
+    sets = tuple(
+        tuple(_source(s) for s in ((each,) if isinstance(each, Head | Node | Mlp | str) else each))
+        for each in sources
+    )
     for source in sets:
         check_sources(view, source)
     target_heads = check_heads(targets, view.n_layers, view.n_heads)
@@ -133,6 +136,15 @@ def decompose(
     full = propagator.full_logits(batch.candidates)
     irrel = irrelevant_logits(propagator, sets, batch, rows=rows, taps=taps)
     return Decomposition(sets, batch.candidates, batch.direction, full, full - irrel, taps.parts())
+
+
+def _source(source: object) -> Source:
+    read = Head.parse(source) if isinstance(source, str) else source
+    if not isinstance(read, Head | Node | Mlp):
+        raise InputError(
+            f"source {source!r}: expected Head(9, 6), 'L9H6', Node(9, 6, -1) or Mlp(9)"
+        )
+    return read
 
 
 def check_sources(view: ModelView, sources: SourceSet) -> None:

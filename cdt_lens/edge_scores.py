@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cdt_lens import display
-from cdt_lens.baselines import Baseline
+from cdt_lens.baselines import Baseline, check_baseline
 from cdt_lens.decompose import build_mlp_resets, build_resets, check_finite, rows_per_chunk
 from cdt_lens.distributed import gather_items, is_main, shard
 from cdt_lens.errors import InputError, NonFiniteError
@@ -122,7 +122,7 @@ def score_edges(
             "score_edges: rules with context='both' say nothing of what is inside the model; use "
             "context='full', such as the preset 'shared'"
         )
-    baseline.check_model(view)
+    check_baseline(baseline, view)
     sources = _units(view)
     items: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
     batches = list(examples.batches(batch_size, shard=shard()))

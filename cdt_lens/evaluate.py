@@ -69,9 +69,11 @@ def evaluate(
     gives the candidates' logits `[batch, k]` in another way than the model's ordinary run.
 
     Raises:
-        InputError: no examples.
+        InputError: no examples, or a task whose labels have other tokens than theirs.
     """
     require_examples(examples)
+    if task is not None:
+        _check_words(examples, task)
     view = view_of(model)
     items: list[tuple[int, tuple[bool, float, float, int]]] = []
     for batch in examples.batches(batch_size, shard=shard()):
@@ -137,6 +139,17 @@ def label_prior(model: nn.Module | ModelView, task: Task) -> dict[str, float]:
 def calibrate(model: nn.Module | ModelView, task: Task) -> Task:
     """`task` with the model's label prior, which accuracy then takes off."""
     return task.with_prior(label_prior(model, task))
+
+
+def _check_words(examples: Examples, task: Task) -> None:
+    """Refuse a task that would take one label's token for another's."""
+    for example in examples if task.verbalizer_ids else ():
+        if example.answers != (task.verbalizer_ids.get(example.label),):
+            raise InputError(
+                f"{examples.name}: the answer of label {example.label!r} is token "
+                f"{example.answers[0]}, in task {task.name} it is "
+                f"{task.verbalizer_ids.get(example.label)}; give the task that they are of"
+            )
 
 
 def _by_label(

@@ -23,10 +23,10 @@ from cdt_lens.adapter import Adapter
 from cdt_lens.answers import AnswerPass
 from cdt_lens.checkpoints import Checkpoint, Log
 from cdt_lens.circuit import Circuit
-from cdt_lens.errors import InputError
+from cdt_lens.errors import InputError, expect
 from cdt_lens.evaluate import evaluate
 from cdt_lens.finetune_result import FineTuneResult
-from cdt_lens.heads import Head
+from cdt_lens.heads import Head, check_heads
 from cdt_lens.lora import LowRank
 from cdt_lens.model import ModelView, view_of
 from cdt_lens.options import DEFAULT_RATES, TrainingOptions
@@ -111,6 +111,13 @@ def finetune(
         NonFiniteError: a loss or gradient became NaN or infinite; the step is named.
     """
     view = view_of(model)
+    expect(task, Task, "finetune", "give the task, whose train and valid splits are used")
+    if source is not None:
+        expect(source, Task, "finetune: source", "give the source task, not one of its splits")
+    if options is not None:
+        expect(options, TrainingOptions, "finetune: options", "or give them by name: epochs=5")
+    if rule not in ("gap", "race"):
+        raise InputError(f"rule={rule!r}: expected gap or race")
     scope = scope or ("decision" if heads is not None else "full")
     options = (options or TrainingOptions()).changed(**changes)
     if scope == "auto":
@@ -124,6 +131,8 @@ def finetune(
     check_scope(scope)
     if options.learning_rate is None:
         options = options.changed(learning_rate=DEFAULT_RATES[scope])
+    if scope == "norms":  # which is all of them, whatever the head scopes of a run train
+        options = options.changed(norms="all")
     check_splits(task, source, options)
     _check_lengths(view, task, source)
     circuit = _circuit(view, heads)
@@ -140,15 +149,16 @@ def finetune(
     }  # fmt: skip
     told: dict[str, Any] = {"scope": scope, **asdict(options)}
     provenance = provenance_of(view, task.train, options=told, seed=options.seed)
+    stored = None if checkpoint is None else Checkpoint(checkpoint, key)
+    written = None if log is None else Log(log)
     trainable = make_trainable(view, scope, chosen, options)
     first = _lowest_trained(view, trainable) if options.keep_frozen else 0
-    stored = None if checkpoint is None else Checkpoint(checkpoint, key)
     done = False
     try:
         with trainable.attached():
             trained = Trainer(
                 AnswerPass(view, first_layer=first), trainable, task, options, source, stored,
-                None if log is None else Log(log), progress, f"{task.name} {scope}",
+                written, progress, f"{task.name} {scope}",
             ).run()  # fmt: skip
             judged = None if judge is None else judge()
         learnt = trainable.learnt()
@@ -179,8 +189,6 @@ def _choose(
         before = evaluate(view, source.valid, source).accuracy
         now = evaluate(view, task.valid, task).accuracy
         return choose_by_gap(before, now, task.valid.chance)
-    if rule != "race":
-        raise InputError(f"rule={rule!r}: expected gap or race")
     short = options.changed(epochs=1, patience=None, evaluate_every=1)
     raced: dict[str, dict[str, Any]] = {}
     for scope in ("decision", "near-zero"):
@@ -248,8 +256,13 @@ def _circuit(view: ModelView, heads: Circuit | Iterable[Head | str] | None) -> C
     if isinstance(heads, Circuit):
         heads.check_model(view)
         return heads
-    read = tuple(Head.parse(h) if isinstance(h, str) else h for h in heads)
-    return Circuit(read, view.n_layers, view.n_heads)
+    if isinstance(heads, Head | str) or not isinstance(heads, Iterable):
+        raise InputError(
+            f"heads: expected a circuit or several heads, got {type(heads).__name__}; "
+            "scores.select(...) makes a circuit, and [Head(9, 6)] is a list of one"
+        )
+    shape = (view.n_layers, view.n_heads)
+    return Circuit(check_heads(heads, *shape), *shape)
 
 
 def _lowest_trained(view: ModelView, trainable: Trainable) -> int:

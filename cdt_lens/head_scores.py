@@ -26,6 +26,9 @@ from cdt_lens.markup import figure_html
 from cdt_lens.metrics import pearson, spearman
 from cdt_lens.provenance import Provenance
 
+# Any two points lie on a line.
+_FEWEST = 3
+
 
 @dataclass(frozen=True, eq=False)
 class HeadScores:
@@ -156,6 +159,8 @@ class HeadScores:
             )
         if not 0 < level < 1:
             raise InputError(f"select: confidence={level}, expected between 0 and 1, such as 0.95")
+        if resamples < 1:
+            raise InputError(f"select: resamples={resamples}: expected at least 1")
         generator = torch.Generator().manual_seed(seed)
         labels = label_index(self.example_labels)
         flat = self.per_example.flatten(1).double()
@@ -263,10 +268,11 @@ class MethodAgreement:
 
 
 def compare_scores(scores: HeadScores, reference: HeadScores) -> MethodAgreement:
-    """Rank and linear correlation between two sets of scores of one model.
+    """Rank and linear correlation between two sets of scores, over the heads that both have.
 
     Raises:
-        InputError: they score different heads or examples.
+        InputError: they are of different models, examples or directions, or have fewer than three
+            heads in common.
     """
     if scores.values.shape != reference.values.shape:
         raise InputError(
@@ -277,8 +283,21 @@ def compare_scores(scores: HeadScores, reference: HeadScores) -> MethodAgreement
         raise InputError(
             "compare_scores: the two were computed on different examples; score the same ones"
         )
+    if scores.provenance.model_hash != reference.provenance.model_hash:
+        raise InputError(
+            f"compare_scores: of two models ({scores.provenance.model_hash[:12]} and "
+            f"{reference.provenance.model_hash[:12]}); score the same one"
+        )
+    ways = [each.provenance.options.get("direction", "mean") for each in (scores, reference)]
+    if ways[0] != ways[1]:
+        raise InputError(f"compare_scores: directions {ways[0]!r} and {ways[1]!r}; use one of them")
     a, b = scores.values.flatten(), reference.values.flatten()
     both = ~(a.isnan() | b.isnan())
+    if int(both.sum()) < _FEWEST:
+        raise InputError(
+            f"compare_scores: {int(both.sum())} heads are scored by both; expected at least "
+            f"{_FEWEST}"
+        )
     return MethodAgreement(scores, reference, spearman(a[both], b[both]), pearson(a[both], b[both]))
 
 

@@ -65,8 +65,11 @@ def check_heads(heads: Iterable[Head | str], n_layers: int, n_heads: int) -> tup
     Raises:
         InputError: a head lies outside a model of `n_layers` layers of `n_heads` heads.
     """
-    read = {Head.parse(head) if isinstance(head, str) else head for head in heads}
-    ordered = tuple(sorted(read))
+    read = [Head.parse(head) if isinstance(head, str) else head for head in heads]
+    for head in read:
+        if not isinstance(head, Head):
+            raise InputError(f"head {head!r}: expected Head(9, 6) or 'L9H6'")
+    ordered = tuple(sorted(set(read)))
     for head in ordered:
         if head.layer >= n_layers or head.head >= n_heads:
             raise InputError(

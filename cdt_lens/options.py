@@ -95,6 +95,8 @@ class TrainingOptions:
             value = getattr(self, name)
             if value not in allowed:
                 raise InputError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+        if not isinstance(self.keep_frozen, bool):
+            raise InputError(f"keep_frozen={self.keep_frozen!r}: expected true or false")
 
     def changed(self, **changes: Any) -> TrainingOptions:
         """These options with some of another value.

@@ -66,17 +66,19 @@ def scope_heads(scope: str, circuit: Circuit | None, *, seed: int = 0) -> tuple[
 
 
 def _near_zero(circuit: Circuit) -> tuple[Head, ...]:
-    """The heads of the smallest magnitude outside the circuit, as many as it has."""
+    """The scored heads of the smallest magnitude outside the circuit, as many as it has."""
     scores = circuit.scores
     if scores is None:
         raise InputError(
             "scope 'near-zero': the circuit has no scores; take it from HeadScores.select"
         )
-    outside = [h for h in all_heads(circuit.n_layers, circuit.n_heads) if h not in circuit]
+    everyone = all_heads(circuit.n_layers, circuit.n_heads)
+    scored = [h for h in everyone if not bool(scores[h.layer, h.head].isnan())]
+    outside = [h for h in scored if h not in circuit]
     if len(outside) < len(circuit):
         raise InputError(
-            f"scope 'near-zero': only {len(outside)} heads lie outside a circuit of "
-            f"{len(circuit)}; select a smaller circuit"
+            f"scope 'near-zero': only {len(outside)} scored heads lie outside a circuit of "
+            f"{len(circuit)}; select a smaller circuit, or score all heads"
         )
     outside.sort(key=lambda head: abs(float(scores[head.layer, head.head])))
     return tuple(sorted(outside[: len(circuit)]))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cdt_lens.artifacts import content_hash, load_artifact, save_artifact
-from cdt_lens.baselines import Baseline
+from cdt_lens.baselines import Baseline, check_baseline
 from cdt_lens.decompose import irrelevant_logits
 from cdt_lens.distributed import gather_items, is_main, shard
 from cdt_lens.errors import InputError
@@ -76,7 +76,7 @@ def score_heads(
     require_examples(examples)
     view = view_of(model)
     rules = resolve_rules(rules)
-    baseline.check_model(view)
+    check_baseline(baseline, view)
     chosen = None if heads is None else check_heads(heads, view.n_layers, view.n_heads)
     if chosen == ():
         raise InputError("score_heads: heads=[]: expected at least one head, or None for all")

@@ -28,7 +28,10 @@ from cdt_lens.model import ModelView, at_least_float32
 from cdt_lens.sites import Hook, Site
 from cdt_lens.slices import HeadSlice
 from cdt_lens.support import output_site
-from cdt_lens.weights import is_bias, is_norm, own_weights, place, sync_fused
+from cdt_lens.weights import family_of, is_bias, is_norm, own_weights, place, sync_fused
+
+# Relative size of a difference that half precision makes between a matrix and its scaled copy.
+_ROUNDING = 1e-2
 
 # Selected slices by weight name: the heads, and the values `[head, ...]`.
 Slices = Mapping[str, tuple[tuple[int, ...], Tensor]]
@@ -110,7 +113,8 @@ class SlicesAndWholes:
     slices: see `slices.head_slices`; wholes: names of whole weights, such as the norms'.
 
     Raises:
-        UnsupportedModelError: a whole weight is no parameter of the model.
+        UnsupportedModelError: a whole weight is no parameter of the model, or a tied embedding
+            that would be trained apart from its copy.
     """
 
     def __init__(
@@ -304,6 +308,27 @@ def _tied_end(view: ModelView, names: Sequence[str]) -> tuple[str, nn.Parameter]
     if view.is_bridge or "embed.W_E" not in names:
         return None
     embedding, end = view.tl.embed.W_E, view.tl.unembed.W_U
-    if embedding.shape != end.T.shape or not torch.equal(embedding, end.T):
+    if embedding.shape != end.T.shape:
         return None
-    return "embed.W_E", end
+    if torch.equal(embedding, end.T):
+        return "embed.W_E", end
+    scale = _scale(embedding.detach(), end.detach().T)
+    if family_of(view) is not None and scale is not None and abs(scale - 1) > _ROUNDING:
+        raise UnsupportedModelError(
+            f"{view.name}: embed.W_E is unembed.W_U times {scale:.4g}, one tied embedding that "
+            "HookedTransformer keeps twice; trained whole (scope 'full') the two would come apart. "
+            "Use the bridge, cdt_lens.load_model(..., backend='bridge'), or another scope"
+        )
+    return None
+
+
+def _scale(one: Tensor, other: Tensor) -> float | None:
+    """The c of one = c * other, up to rounding in half precision; None where there is none."""
+    product = square = other_square = 0.0
+    for a, b in zip(one.split(4096), other.split(4096), strict=True):  # vocabularies are large
+        a, b = at_least_float32(a), at_least_float32(b)
+        product += float((a * b).sum())
+        square += float(a.square().sum())
+        other_square += float(b.square().sum())
+    parallel = product**2 > (1 - _ROUNDING**2) * square * other_square
+    return product / other_square if parallel else None

@@ -6,11 +6,13 @@
    Llama, the output bias of the bridge. They must not be trained: no checkpoint has a place for
    them.
 3. The bridge runs some fused projections (GPT-NeoX) from split copies; `sync_fused` writes the
-   copies back into the fused parameter, which would otherwise keep the old weights.
+   copies back into the fused parameter, which would otherwise keep the old weights. A model for
+   which that would not be right is refused before anything is trained.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,13 +41,15 @@ END_WEIGHTS = (
 )
 _NORMS = ("q_norm", "k_norm", "ln1", "ln2", "ln1_post", "ln2_post", "ln_final")
 _QKV_BIASES = frozenset({"attn.b_Q", "attn.b_K", "attn.b_V"})
-# HookedTransformer has a zero bias everywhere; these families have only those named here.
+# HookedTransformer has a zero bias everywhere; these families have only those named here,
 _BIASES_IN_HOOKED = {
     "LlamaForCausalLM": frozenset(),
     "MistralForCausalLM": frozenset(),
     "Qwen2ForCausalLM": _QKV_BIASES,
     "Qwen3ForCausalLM": frozenset(),
 }
+# and these have every one, be it zero as in a fresh model.
+_EVERY_BIAS_IN_HOOKED = frozenset({"GPT2LMHeadModel", "GPTNeoXForCausalLM"})
 
 
 def canonical(names: str) -> str:
@@ -81,11 +85,20 @@ def own_weights(view: ModelView) -> dict[str, Tensor]:
 def _added(view: ModelView, name: str, value: Tensor) -> bool:
     if not is_bias(name) or is_norm(name):
         return False
-    family = str(getattr(view.tl.cfg, "original_architecture", None))
+    family = family_of(view)
     if name == "unembed.b_U":
-        return (view.is_bridge or family != "None") and not bool(value.any())
-    kept = None if view.is_bridge else _BIASES_IN_HOOKED.get(family)
-    return kept is not None and name.split(".", 2)[-1] not in kept
+        return (view.is_bridge or family is not None) and not bool(value.any())
+    if view.is_bridge or family is None or family in _EVERY_BIAS_IN_HOOKED:
+        return False
+    if family in _BIASES_IN_HOOKED:
+        return name.split(".", 2)[-1] not in _BIASES_IN_HOOKED[family]
+    # Any other family: what the class fills in for a bias that a checkpoint lacks is zero.
+    return not bool(value.any())
+
+
+def family_of(view: ModelView) -> str | None:
+    """The Hugging Face class that the weights are of, such as "LlamaForCausalLM", if any."""
+    return getattr(view.tl.cfg, "original_architecture", None) or None
 
 
 def holders(view: ModelView) -> dict[int, nn.Parameter]:
@@ -100,7 +113,8 @@ def check_trainable(view: ModelView) -> None:
     """Refuse models whose weights are not the ones that were trained and can be exported.
 
     Raises:
-        UnsupportedModelError: folded norms, or a switch that splits attention's input by head.
+        UnsupportedModelError: folded norms, a switch that splits attention's input by head, or a
+            fused projection that trained heads could not be written back into.
     """
     for flag in ("use_split_qkv_input", "use_attn_in"):
         if getattr(view.tl.cfg, flag, False):
@@ -117,6 +131,7 @@ def check_trainable(view: ModelView) -> None:
             "parameters to train and nothing to export; load it unprocessed, with "
             "cdt_lens.load_model(name) or HookedTransformer.from_pretrained_no_processing(name)"
         )
+    check_fused(view)
 
 
 def _norms_are_ones(view: ModelView) -> bool:
@@ -124,36 +139,69 @@ def _norms_are_ones(view: ModelView) -> bool:
     return bool(norms) and all(bool((value == 1).all()) for value in norms)
 
 
-def sync_fused(view: ModelView) -> None:
-    """Write split q, k, v of the bridge back into the fused projection that Hugging Face saves."""
-    if not view.is_bridge:
-        return
-    for block in view.blocks:
-        attn: Any = getattr(block, "attn", None)
-        fused = getattr(getattr(attn, "qkv", None), "original_component", None)
-        if fused is None:
-            continue
-        if place(attn.q.weight)[0] == place(fused.weight)[0]:  # GPT-2's are views of it
-            continue
-        with torch.no_grad():
-            _interleave(view, attn, fused)
+def check_fused(view: ModelView) -> None:
+    """Refuse a bridge whose q, k, v, put together as `sync_fused` does, are not its fused ones.
 
+    Shapes fit where the order does not (CodeGen), so only the values tell.
 
-def _interleave(view: ModelView, attn: Any, fused: nn.Module) -> None:
-    """GPT-NeoX: rows in the order (head, q k v, d_head)."""
-    for name in ("weight", "bias"):
-        target = getattr(fused, name, None)
-        parts: list[Any] = [getattr(getattr(attn, part), name, None) for part in ("q", "k", "v")]
-        if target is None or any(part is None for part in parts):
-            continue
-        stacked = torch.stack([part.detach() for part in parts])
-        mixed = rearrange(stacked, "t (h d) ... -> (h t d) ...", h=view.n_heads)
-        if mixed.shape != target.shape:
+    Raises:
+        UnsupportedModelError: names the fused module.
+    """
+    for where, target, mixed in _fused_copies(view):
+        # NaN is let by: `check_supported` names the weight that holds it.
+        if mixed is None or not torch.allclose(
+            mixed.to(target), target, rtol=0, atol=0, equal_nan=True
+        ):
             raise UnsupportedModelError(
-                f"{view.name}: a fused projection of shape {tuple(target.shape)} where "
-                f"{tuple(mixed.shape)} was expected; it cannot be written back"
+                f"{view.name}: {where} does not hold the q, k and v that the bridge runs, in an "
+                "order that trained weights can be written back in (GPT-2's or GPT-NeoX's), so "
+                "nothing of it can be trained; load the model again if you edited its weights, "
+                "else use another family"
+            )
+
+
+def sync_fused(view: ModelView) -> None:
+    """Write split q, k, v of the bridge back into the fused projection that Hugging Face saves.
+
+    Raises:
+        UnsupportedModelError: the shapes do not fit; `check_fused` would have said so before.
+    """
+    for where, target, mixed in _fused_copies(view):
+        if mixed is None:
+            raise UnsupportedModelError(
+                f"{view.name}: {where} has shape {tuple(target.shape)}, which its q, k and v do "
+                "not fill; they cannot be written back"
             )
         target.copy_(mixed)
+
+
+def _fused_copies(view: ModelView) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Fused weights and biases that the bridge does not run from: name, tensor, new value."""
+    for layer, block in enumerate(view.blocks if view.is_bridge else ()):
+        attn: Any = getattr(block, "attn", None)
+        fused = getattr(getattr(attn, "qkv", None), "original_component", None)
+        # GPT-2's split weights are views of the fused one, until the model is cast or moved.
+        if fused is None or place(attn.q.weight)[0] == place(fused.weight)[0]:
+            continue
+        by_columns = fused.weight.shape[-1] != attn.q.weight.shape[-1]
+        for name in ("weight", "bias"):
+            target = getattr(fused, name, None)
+            parts: list[Any] = [getattr(getattr(attn, part), name, None) for part in "qkv"]
+            if target is not None and all(part is not None for part in parts):
+                mixed = _together(view, [part.detach() for part in parts], by_columns)
+                fits = mixed is not None and mixed.shape == target.shape
+                yield f"blocks.{layer}.attn.qkv", target.detach(), mixed if fits else None
+
+
+def _together(view: ModelView, parts: list[Tensor], by_columns: bool) -> Tensor | None:
+    """q, k, v as one: columns (q k v, head, d_head) for GPT-2, rows (head, q k v, d_head) for NeoX.
+
+    None where their shapes are not equal (multi-query attention).
+    """
+    if len({part.shape for part in parts}) > 1:
+        return None
+    order = "t (h d) ... -> ... (t h d)" if by_columns else "t (h d) ... -> (h t d) ..."
+    return rearrange(torch.stack(parts), order, h=view.n_heads)
 
 
 def place(tensor: Tensor) -> tuple[int, int]:

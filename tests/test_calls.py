@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from checks import unchecked_types
+from checks import left_untouched, unchecked_types
 from shared import shared
+from tiny_models import prompts
 from tiny_tasks import examples, many
 from tiny_training import task as tiny_task
+from wrapped import wrap
 
 import cdt_lens as cdt
 
@@ -59,6 +62,38 @@ CALLS: dict[str, tuple[Call, str]] = {
     "a path for a graph": (
         lambda c: cdt.circuit_from_graph("g.json"), r"got str; read_graph\(path\) makes one",
     ),
+    "a name for a baseline": (
+        lambda c: cdt.score_heads(c.model, c.data, None, **QUIET),
+        r"baseline: expected Baseline, got NoneType; mean_activations\(model, task.train\)",
+    ),
+    "a task for zeros": (lambda c: cdt.zero_baseline(c.model, c.task), "Examples, got Task"),
+    "a number for a source": (
+        lambda c: cdt.decompose(c.model, c.data, [[7]], c.baseline), "source 7: expected Head",
+    ),
+    "a split to train on": (
+        lambda c: cdt.finetune(c.model, c.data), "finetune: expected Task, got Examples; give the task",
+    ),
+    "a split for the source": (
+        lambda c: cdt.finetune(c.model, c.task, source=c.data), "finetune: source: expected Task",
+    ),
+    "options as a dict": (
+        lambda c: cdt.finetune(c.model, c.task, options={"epochs": 1}), "or give them by name: epochs=5",
+    ),
+    "heads as pairs": (
+        lambda c: cdt.finetune(c.model, c.task, heads=[(0, 1)]), r"head \(0, 1\): expected Head\(9, 6\)",
+    ),
+    "scores for heads": (
+        lambda c: cdt.finetune(c.model, c.task, heads=c.scores), r"scores.select\(...\) makes a circuit",
+    ),
+    "one head for several": (
+        lambda c: cdt.finetune(c.model, c.task, heads=cdt.Head(0, 1)), r"\[Head\(9, 6\)\] is a list of one",
+    ),
+    "a rule that is none": (
+        lambda c: cdt.finetune(c.model, c.task, heads=["L0H1"], rule="gpa"), "rule='gpa': expected gap",
+    ),
+    "other words": (
+        lambda c: cdt.evaluate(c.model, c.data, c.other), r"the answer of label 'positive' is token 20",
+    ),
     "one size for three": (
         lambda c: cdt.load_task("ioi", tokenizer=object(), n=10), "the sizes of train, valid and test",
     ),
@@ -75,9 +110,11 @@ def made(tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Sim
     baseline = cdt.mean_activations(model, data, **QUIET)
     scores = cdt.one_pass(model, data, baseline, **QUIET)
     folder: Path = tmp_path_factory.mktemp("calls")
+    task = tiny_task()
+    ids = dict(zip(task.verbalizer_ids, [40, 20, 30], strict=True))
     return SimpleNamespace(
-        model=model, data=data, task=tiny_task(), baseline=baseline, scores=scores,
-        circuit=scores.select(k=2), folder=folder,
+        model=model, data=data, task=task, baseline=baseline, scores=scores,
+        circuit=scores.select(k=2), folder=folder, other=replace(task, verbalizer_ids=ids),
     )  # fmt: skip
 
 
@@ -102,3 +139,30 @@ def test_a_circuit_is_a_set_of_heads(made: SimpleNamespace):
     alike = (made.model, [circuit, circuit.heads], many(), made.baseline)
     first, second = cdt.circuit_metric(*alike, **QUIET).tolist()
     assert first == second
+
+
+def test_sources_go_by_name_too(made: SimpleNamespace):
+    named = cdt.decompose(made.model, made.data, ["L0H1", ["L1H2", cdt.Head(0, 0)]], made.baseline)
+    heads = cdt.decompose(
+        made.model, made.data, [cdt.Head(0, 1), [cdt.Head(1, 2), cdt.Head(0, 0)]], made.baseline
+    )
+    assert torch.equal(named.relevant, heads.relevant)
+
+
+def test_a_checkpoint_that_cannot_be_leaves_the_model_as_it_was(
+    tokenizer_folder: str, made: SimpleNamespace
+):
+    """LoRA puts layers of peft's into the model: none may stay behind."""
+    model = wrap("gpt2", "bridge", tokenizer_folder, torch.float32)
+    model(prompts(1, 3))  # at its first run a bridge attaches hooks of its own, for good
+    with unchecked_types(), left_untouched(model), pytest.raises(TypeError):
+        cdt.finetune(model, made.task, scope="lora", checkpoint=5, epochs=1, **QUIET)
+
+
+def test_the_norms_are_recorded_as_what_was_trained(tokenizer_folder: str, made: SimpleNamespace):
+    model = wrap("gpt2", "bridge", tokenizer_folder, torch.float32)
+    tuned = cdt.finetune(model, made.task, scope="norms", norms="none", epochs=1, **QUIET)
+    assert tuned.options["norms"] == "all"
+    refused = pytest.raises(cdt.InputError, match="keep_frozen='False': expected true or false")
+    with unchecked_types(), refused:
+        cdt.TrainingOptions().changed(keep_frozen="False")

@@ -168,3 +168,14 @@ def test_a_place_that_cannot_be_written_is_a_persons_mistake(tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="file/log.jsonl: cannot be written.*checkpoint is whole"):
         Log(tmp_path / "file" / "log.jsonl").write({"step": 1})
+
+
+@pytest.mark.parametrize("line", ['{"text": "a", "label": "b"}', "[1]", "text,label", '"step"'])
+def test_a_file_that_is_no_log_is_never_cut(tmp_path: Path, line: str):
+    """Somebody's data: a wrong name must not cost them."""
+    path = tmp_path / "train.jsonl"
+    path.write_text(f"{line}\n{line}\n", "utf-8")
+    for step in (-1, 3):
+        with pytest.raises(InputError, match="train.jsonl, line 1: not a line of a training log"):
+            Log(path).cut(step)
+    assert path.read_text("utf-8") == f"{line}\n{line}\n"

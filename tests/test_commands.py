@@ -50,7 +50,13 @@ def test_circuit_to_adapter_to_checkpoint(place: Path, tmp_path: Path):
         str(place / "data" / "test.csv"),
     )  # fmt: skip
     adapter = Adapter.load(out)
-    assert f"{adapter.elements:,} of" in printed and "2 heads" in printed
+    assert f"{adapter.elements:,} of" in printed
+    assert "2 heads and the norms of their layers" in " ".join(printed.split())
+    again = ["--model", model, "--out", str(out), *data(place, "train"), "--scope", "norms"]
+    kept = (out / "adapter.json").read_bytes()
+    with pytest.raises(CdtLensError, match="holds a finished adapter; name another folder"):
+        run("finetune", *again)
+    assert (out / "adapter.json").read_bytes() == kept
     assert adapter.provenance.options["norms"] == "circuit"
     assert adapter.provenance.options["clip"] == 0.5
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -86,6 +92,18 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, arguments: list[str]
             "finetune", "--model", str(place / "tiny"), "--out", str(tmp_path), *data(place),
             "--scope", "norms", *arguments,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scope", "told"),
+    [("full", "(100.00%): every weight;"), ("norms", "): the norms;"), ("lora", "): low-rank")],
+)
+def test_what_was_trained_is_told_as_it_was(place: Path, tmp_path: Path, scope: str, told: str):
+    printed = run(
+        "finetune", "--model", str(place / "tiny"), "--out", str(tmp_path / "out"), *data(place),
+        "--scope", scope, "--epochs", "1", "--backend", "bridge",
+    )  # fmt: skip
+    assert told in " ".join(printed.split())
 
 
 def test_a_transfer_from_its_file(place: Path, tmp_path: Path):

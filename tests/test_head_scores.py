@@ -263,3 +263,25 @@ def test_agreement_counts_the_heads_that_both_score():
 def test_agreement_of_another_shape_is_refused():
     with pytest.raises(InputError, match=r"\(2, 3\) against \(3, 2\)"):
         compare_scores(scores(), scores(VALUES.T.contiguous()))
+
+
+def test_scores_that_cannot_be_compared_are_refused():
+    """Each gave a correlation without a word."""
+    one = scores()
+    other_model = replace(one, provenance=replace(one.provenance, model_hash="00" * 32))
+    told = {**one.provenance.options, "direction": "strongest"}
+    strongest = replace(one, provenance=replace(one.provenance, options=told))
+    holed = torch.full_like(one.values, torch.nan)
+    holed[0, :2] = 1.0
+    for other, message in (
+        (other_model, "of two models"),
+        (strongest, "directions 'mean' and 'strongest'"),
+        (replace(one, values=holed), "2 heads are scored by both; expected at least 3"),
+    ):
+        with pytest.raises(InputError, match=message):
+            compare_scores(one, other)
+
+
+def test_no_resamples_are_no_interval():
+    with pytest.raises(InputError, match="resamples=0: expected at least 1"):
+        scores().select(confidence=0.95, resamples=0)

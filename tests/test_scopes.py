@@ -35,8 +35,17 @@ def test_near_zero_is_the_smallest_in_magnitude_outside_the_circuit():
 def test_near_zero_needs_scores_and_room():
     with pytest.raises(InputError, match="near-zero.*no scores.*HeadScores.select"):
         scope_heads("near-zero", circuit(scores=None))
-    with pytest.raises(InputError, match="only 3 heads lie outside a circuit of 5"):
+    with pytest.raises(InputError, match="only 3 scored heads lie outside a circuit of 5"):
         scope_heads("near-zero", circuit("L0H0", "L0H1", "L0H2", "L0H3", "L1H1"))
+
+
+def test_near_zero_takes_no_head_that_was_never_scored():
+    values = torch.tensor([[-0.10, -0.43, torch.nan, torch.nan], [-0.12, -0.02, torch.nan, -0.15]])
+    made = Circuit((Head(0, 1), Head(1, 3)), 2, 4, scores=values)
+    assert scope_heads("near-zero", made) == (Head(0, 0), Head(1, 1))
+    larger = Circuit((Head(0, 0), Head(0, 1), Head(1, 3)), 2, 4, scores=values)
+    with pytest.raises(InputError, match="only 2 scored heads lie outside a circuit of 3"):
+        scope_heads("near-zero", larger)
 
 
 def test_random_scopes_are_the_controls_of_the_same_seed():

@@ -15,7 +15,7 @@ import transformers
 from jaxtyping import Int
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 D_VOCAB = 128
 D_MODEL = 64  # a square: Gemma's embedding scale sqrt(d_model) is then the same number in any dtype
@@ -128,13 +128,48 @@ BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
 FAMILIES = tuple(BUILDERS)
 
 
+def _gpt2_like(config: type[PretrainedConfig], **more: int) -> PretrainedConfig:
+    """Of the families whose configuration has GPT-2's names."""
+    return config(
+        vocab_size=D_VOCAB, n_positions=64, n_embd=D_MODEL, n_layer=2, n_head=N_HEADS,
+        bos_token_id=1, eos_token_id=2, attn_implementation="eager", **more,
+    )  # fmt: skip
+
+
+def _falcon(multi_query: bool) -> PreTrainedModel:
+    config = transformers.FalconConfig(
+        vocab_size=D_VOCAB, hidden_size=D_MODEL, num_hidden_layers=2, num_attention_heads=N_HEADS,
+        alibi=False, multi_query=multi_query, new_decoder_architecture=False, parallel_attn=True,
+        bias=False, attn_implementation="eager",
+    )  # fmt: skip
+    return transformers.FalconForCausalLM(config)
+
+
+# Families that few tests read: each has its own way to keep q, k and v, or no biases.
+OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
+    "falcon": lambda: _falcon(multi_query=False),  # fused, in GPT-NeoX' order
+    "falcon_mq": lambda: _falcon(multi_query=True),  # fused, one head of keys and values
+    "codegen": lambda: transformers.CodeGenForCausalLM(  # fused, in an order of its own
+        _gpt2_like(transformers.CodeGenConfig, rotary_dim=8)
+    ),
+    "bigcode": lambda: transformers.GPTBigCodeForCausalLM(  # fused, one head of keys and values
+        _gpt2_like(transformers.GPTBigCodeConfig)
+    ),
+    "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**_GROUPED)),  # fused
+    "gptj": lambda: transformers.GPTJForCausalLM(  # biases in the MLP and at the end only
+        _gpt2_like(transformers.GPTJConfig, rotary_dim=8)
+    ),
+    "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**_NARROW_HEADS)),
+}
+
+
 def build(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """The tiny random model of a family, in eval mode, the same weights on every call.
 
-    Raises KeyError for a name outside FAMILIES.
+    Raises KeyError for a name outside FAMILIES and OTHERS.
     """
     with torch.random.fork_rng(), Float64Throughout() if dtype is torch.float64 else nullcontext():
-        model = BUILDERS[name]()
+        model = (BUILDERS | OTHERS)[name]()
     model = model.to(dtype).eval().requires_grad_(False)
     _randomise(model, torch.Generator().manual_seed(1))
     model.config.architectures = [type(model).__name__]
