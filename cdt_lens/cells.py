@@ -28,6 +28,7 @@ from cdt_lens.options import DEFAULT_RATES, TrainingOptions
 from cdt_lens.provenance import weight_hash
 from cdt_lens.runs import as_json, file_name, keep, kept
 from cdt_lens.scopes import scope_heads
+from cdt_lens.slices import selected_heads
 from cdt_lens.tasks import Batch, Examples, Task
 from cdt_lens.transfer_config import TransferConfig
 from cdt_lens.transfer_result import CELL_COLUMNS
@@ -40,8 +41,8 @@ _CELL, _BEFORE = "cdt_lens.transfer_cell", "cdt_lens.transfer_before"
 class Cells:
     """The cells of one run directory.
 
-    model: the proxy checkpoint; tasks: by language; faithfulness: f(circuit) on a task's
-    validation prompts.
+    model: the proxy checkpoint; tasks: by language; baseline_hash: of the source's means;
+    faithfulness: f(circuit) on a task's validation prompts.
     """
 
     config: TransferConfig
@@ -49,6 +50,7 @@ class Cells:
     model: Any
     tasks: Mapping[str, Task]
     circuit: Circuit
+    baseline_hash: str
     faithfulness: Callable[[Task], float]
     say: Say
     progress: bool = True
@@ -65,7 +67,10 @@ class Cells:
         """The untouched proxy model on a language."""
         path = self.folder / "before" / f"{file_name(language)}.json"
         task = self.tasks[language]
-        key = {"model": self._hash, "task": task.hash}
+        key = {
+            "model": self._hash, "task": task.hash, "baseline": self.baseline_hash,
+            "circuit": [str(head) for head in self.circuit.heads],
+        }  # fmt: skip
         found = kept(path, _BEFORE, key, self.say)
         if found is not None:
             return found["row"]
@@ -96,7 +101,9 @@ class Cells:
         found = kept(path, _CELL, key, self.say)
         if found is not None:
             return found
-        self._drop_stale(checkpoint, asdict(options))
+        view = view_of(self.model)
+        chosen = [str(head) for head in selected_heads(view, heads, kv=options.kv)]
+        drop_stale(checkpoint, {**key, "scope": scope, "heads": chosen}, self.say)
         self.say(f"{target}, {scope}, seed {seed}")
         cell: dict[str, Any] = {"key": key, "history": []}
         common = {"target": target, "scope": scope, "seed": seed, "heads": len(heads)}
@@ -120,18 +127,6 @@ class Cells:
         if is_main():
             remove_artifact(checkpoint)
         return cell
-
-    def _drop_stale(self, checkpoint: Path, options: dict[str, Any]) -> None:
-        """Remove what an interrupted cell with other settings has left."""
-        if not checkpoint.exists():
-            return
-        body, _ = load_artifact(checkpoint, format="cdt_lens.checkpoint", version=1)
-        wait_for_all()
-        if body["key"]["options"] != as_json(options) or body["key"]["model"] != self._hash:
-            self.say(f"{checkpoint}: of a run with other settings; removed")
-            if is_main():
-                remove_artifact(checkpoint)
-        wait_for_all()
 
     def _options(self, scope: str, seed: int) -> TrainingOptions:
         transfer = self.config.transfer
@@ -178,3 +173,20 @@ class Cells:
         if self.config.transfer.save_adapters and small and is_main():
             name = f"{result.scope}-{seed}"
             result.adapter.save(self.folder / "adapters" / file_name(target) / name)
+
+
+def drop_stale(checkpoint: Path, key: Mapping[str, Any], say: Say) -> None:
+    """Remove what an interrupted training with other settings or data has left.
+
+    key: what `finetune` will train, by the names that its checkpoint keeps.
+    """
+    if not checkpoint.exists():
+        return
+    kept = load_artifact(checkpoint, format="cdt_lens.checkpoint", version=1)[0]["key"]
+    wait_for_all()  # no process removes it before every one has looked
+    different = [name for name, value in as_json(dict(key)).items() if kept.get(name) != value]
+    if different:
+        say(f"{checkpoint}: of a run with other settings or data ({', '.join(different)}); removed")
+        if is_main():
+            remove_artifact(checkpoint)
+    wait_for_all()

@@ -89,8 +89,7 @@ def measure(
     draws: int = 5,
 ) -> FaithfulnessCurve:  # fmt: skip
     """The faithfulness curve on a split that the scores have not seen."""
-    data = split_of(run.task, split)
-    data = data.balanced(min(examples, most_balanced(data)), seed=run.settings.seed)
+    data = judged_on(run, split, examples)
     baseline, scores = load_baseline(run), load_scores(run)
     say(f"faithfulness on {len(data)} examples of {data.name}")
     curve = faithfulness_curve(
@@ -102,6 +101,31 @@ def measure(
         curve.save(run.path("faithfulness.json"))
     wait_for_all()
     return curve
+
+
+def judged_on(run: Run, split: str, examples: int) -> Examples:
+    """The examples of a split that faithfulness is measured on, balanced over the labels."""
+    data = split_of(run.task, split)
+    return data.balanced(min(examples, most_balanced(data)), seed=run.settings.seed)
+
+
+def curve_fits(
+    curve: FaithfulnessCurve, scores: HeadScores, baseline: Baseline, data: Examples | None
+) -> bool:
+    """Whether a curve was measured for these scores, with this baseline and on these examples."""
+    told, made = curve.provenance.options, scores.provenance
+    same_scores = told.get("scores") == made.options and told.get("scores_task") == made.task_hash
+    return same_scores and data is not None and made_from(curve, data, baseline)
+
+
+def _data_of(curve: FaithfulnessCurve, run: Run) -> Examples | None:
+    """What the curve's split and number of examples would draw from the data as they are now."""
+    told = curve.provenance
+    for split in ("train", "valid", "test"):
+        data = getattr(run.task, split)
+        if data.name == told.task and most_balanced(data):
+            return judged_on(run, split, sum(told.examples.values()))
+    return None
 
 
 def trace(
@@ -136,10 +160,13 @@ def report(run: Run, say: Say, *, prompts: int = 3, heads: int = 8) -> Path:
     results: list[object] = [circuit, scores]
     if run.path("faithfulness.json").exists():
         curve = FaithfulnessCurve.load(run.path("faithfulness.json"))
-        if curve.provenance.options.get("scores") == scores.provenance.options:
+        if curve_fits(curve, scores, load_baseline(run), _data_of(curve, run)):
             results.append(curve)
         else:
-            say("faithfulness.json was measured for other scores and is left out; measure again")
+            say(
+                "faithfulness.json was measured for other scores or on other examples and is left "
+                "out; measure again"
+            )
     if run.path("ablation.json").exists():
         exact = HeadScores.load(run.path("ablation.json"))
         if made_from(exact, run.scored(), load_baseline(run)):

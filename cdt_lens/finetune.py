@@ -224,11 +224,7 @@ def _check_lengths(view: ModelView, task: Task, source: Task | None) -> None:
     """Refuse before training what would fail in the middle, or read past the learned positions."""
     for examples in (task.train, task.valid, *(() if source is None else (source.valid,))):
         longest = max((len(example.tokens) for example in examples), default=0)
-        if longest > view.n_ctx:
-            raise InputError(
-                f"{examples.name}: a prompt of {longest} tokens: {view.name} reads at most "
-                f"{view.n_ctx}; shorten or truncate the prompts"
-            )
+        view.check_length(longest, f"{examples.name}: ")
 
 
 def make_trainable(

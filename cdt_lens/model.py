@@ -187,11 +187,6 @@ class ModelView:
         Raises:
             InputError: the prompts are longer than the model's context.
         """
-        if tokens.shape[1] > self.n_ctx:
-            raise InputError(
-                f"prompt of {tokens.shape[1]} tokens: {self.name} reads at most {self.n_ctx}; "
-                "shorten or truncate the prompts"
-            )
         activations: dict[Site, Tensor] = {}
         hooks = {site: _recorder(activations, site) for site in record}
         with self.quiet(), self.hooked(hooks):
@@ -203,7 +198,7 @@ class ModelView:
     ) -> tuple[tuple[Float[Tensor, "batch pos d_model"], ...], tuple[BlockCall, ...]]:
         """Residual streams before each block up to `stop` (default: to the end), and the calls.
 
-        Runs the model's own forward pass in the caller's mode and stops it there.
+        Runs the model's own forward pass in the caller's mode and stops it there. Raises as `run`.
         """
         resid: list[Tensor] = []
         calls: list[BlockCall] = []
@@ -242,7 +237,16 @@ class ModelView:
         with self.quiet():
             return self._forward(tokens.to(self.device))
 
+    def check_length(self, tokens: int, where: str = "") -> None:
+        """Refuse (InputError) a prompt longer than the context; rotary models would run on."""
+        if tokens > self.n_ctx:
+            raise InputError(
+                f"{where}prompt of {tokens} tokens: {self.name} reads at most {self.n_ctx}; "
+                "shorten or truncate the prompts"
+            )
+
     def _forward(self, tokens: Tensor) -> Tensor:
+        self.check_length(tokens.shape[1])
         if self.is_bridge:
             return self.tl(tokens, use_cache=False)
         # A tokenizer that pads on the left would make HookedTransformer mask real tokens that
@@ -306,10 +310,8 @@ class ModelView:
         ids = tokens.to(self.device)
         bias = getattr(unembed, "b_U", None)
         columns = at_least_float32(unembed.W_U.detach().T[ids])
-        offsets = (
-            torch.zeros_like(columns[..., 0]) if bias is None else bias.detach()[ids].to(columns)
-        )
-        return columns, offsets
+        zeros = torch.zeros_like(columns[..., 0])
+        return columns, zeros if bias is None else bias.detach()[ids].to(columns)
 
     @property
     def logit_softcap(self) -> float | None:
@@ -323,11 +325,8 @@ class ModelView:
         """The MLP's activation function at `layer`, or None if it cannot be told."""
         mlp = getattr(self.blocks[layer], "mlp", None)
         inner = getattr(mlp, "original_component", mlp)
-        for name in ("act_fn", "act", "activation_fn"):
-            function = getattr(inner, name, None)
-            if callable(function):
-                return function
-        return None
+        named: Any = (getattr(inner, name, None) for name in ("act_fn", "act", "activation_fn"))
+        return next((each for each in named if callable(each)), None)
 
 
 def view_of(model: nn.Module | ModelView) -> ModelView:

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from cdt_lens import display
 from cdt_lens import rules as rule
-from cdt_lens.baselines import Baseline, BaselineAt
+from cdt_lens.baselines import Baseline, BaselineAt, check_baseline
 from cdt_lens.caller_hooks import caller_hooks
 from cdt_lens.distributed import gather_items, is_main, shard
 from cdt_lens.errors import InputError, NonFiniteError, UnsupportedModelError
@@ -89,7 +89,7 @@ def one_pass(
     slopes = resolve_slopes(slopes)
     if not (steps in (None, "ends") or (isinstance(steps, int) and steps >= 1)):
         raise InputError(f"one_pass: steps={steps!r}: expected at least 1, 'ends' or None")
-    baseline.check_model(view)
+    check_baseline(baseline, view)
     options = {
         "method": method,
         "slopes": asdict(slopes),
@@ -128,7 +128,7 @@ def position_relevance(
     """
     require_examples(examples)
     view = view_of(model)
-    baseline.check_model(view)
+    check_baseline(baseline, view)
     passes = GatedPass(view, resolve_slopes(slopes))
     longest = max(len(example.tokens) for example in examples)
     out = torch.full((len(examples), view.n_layers, view.n_heads, longest), torch.nan)
@@ -260,11 +260,6 @@ class GatedPass:
     def _logits(self, batch: Batch, hooks: Mapping[Site, Hook]) -> Float[Tensor, "batch k"]:
         """Candidate logits with `hooks` in place, and the slopes if gradients are on."""
         view = self.view
-        if batch.tokens.shape[1] > view.n_ctx:
-            raise InputError(
-                f"prompt of {batch.tokens.shape[1]} tokens: {view.name} reads at most "
-                f"{view.n_ctx}; shorten or truncate the prompts"
-            )
         gradients = torch.is_grad_enabled()
         hooks = {**hooks, **(slope_hooks(view, self.slopes) if gradients else {})}
         with view.quiet(gradients=gradients), view.hooked(hooks):

@@ -13,22 +13,24 @@ interrupted cell goes on from its last checkpoint. Targets, scopes and seeds may
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cdt_lens.ablation import circuit_metric
 from cdt_lens.artifacts import atomic_write, load_artifact, remove_artifact, save_artifact
-from cdt_lens.cells import Cells
+from cdt_lens.cells import Cells, drop_stale
 from cdt_lens.choices import choices
 from cdt_lens.circuit import Circuit
 from cdt_lens.distributed import is_main, wait_for_all
 from cdt_lens.errors import InputError
-from cdt_lens.experiment import discover, load_baseline, measure
+from cdt_lens.experiment import curve_fits, discover, judged_on, load_baseline, measure
 from cdt_lens.export import export
 from cdt_lens.faithfulness import FaithfulnessCurve
 from cdt_lens.finetune import finetune
@@ -36,7 +38,8 @@ from cdt_lens.head_scores import HeadScores
 from cdt_lens.languages import make_language, with_train
 from cdt_lens.loading import load_model
 from cdt_lens.model import view_of
-from cdt_lens.provenance import provenance_of
+from cdt_lens.options import DEFAULT_RATES
+from cdt_lens.provenance import provenance_of, weight_hash
 from cdt_lens.report import render_report
 from cdt_lens.runs import Run, Settings, as_json, most_balanced
 from cdt_lens.tasks import Task
@@ -62,7 +65,8 @@ def run_transfer(
     `report.html`.
 
     Raises:
-        InputError: settings that cannot be run, or a folder of another experiment.
+        InputError: settings that cannot be run, a prompt longer than the model's context, or a
+            folder of another experiment.
     """
     experiment = Transfer(config, Path(folder), say, progress)
     result = experiment.run()
@@ -157,25 +161,61 @@ class Transfer:
         return self.config.proxy.checkpoint or str(self.folder / "proxy")
 
     def _train_proxy(self) -> None:
-        if self.config.proxy.checkpoint is not None:
+        """Make the proxy, or find one made from the same; every language is checked first."""
+        proxy, there = self.config.proxy, self._kept_proxy()
+        if proxy.checkpoint is not None or (there is not None and "key" not in there):
+            if proxy.checkpoint is None:
+                self.say(f"{self.proxy} is there already; what it was trained on is not recorded")
+            _check_data(self.model, self.tasks)
             return
-        if (self.folder / "proxy.json").exists() and Path(self.proxy).exists():
-            self.say(f"{self.proxy} is there already")
-            return
+        missing = None
+        try:
+            model = self._load(self.config.model)
+            base = weight_hash(view_of(model))
+        except InputError as error:
+            if there is None:
+                raise
+            # A finished run can be reported without its base model.
+            model, base, missing = self.model, there["key"]["model"], error
+            self.say(f"{error}; {self.proxy} is not compared with it")
+        tasks = self._tasks(model.tokenizer)
+        _check_data(model, tasks)
+        task = with_train(tasks[self.config.task.source], proxy.examples, proxy.training.seed)
+        key = as_json(
+            {
+                "train": task.train.hash, "valid": task.valid.hash, "model": base,
+                "options": asdict(proxy.training),
+            }
+        )  # fmt: skip
+        if there is not None:
+            different = [name for name in key if there["key"].get(name) != key[name]]
+            if not different:
+                self.say(f"{self.proxy} is there already")
+                return
+            if missing is not None:
+                raise missing
+            self.say(
+                f"{self.proxy} was trained with other settings or data ({', '.join(different)}); "
+                "training it again"
+            )
+        self._make_proxy(model, task, key)
+
+    def _kept_proxy(self) -> dict[str, Any] | None:
+        """What an earlier call has noted of the proxy that it trained; None without a proxy."""
+        path = self.folder / "proxy.json"
+        there = path.exists() and Path(self.proxy).exists()
+        return load_artifact(path, format=_PROXY, version=1)[0] if there else None
+
+    def _make_proxy(self, model: nn.Module, task: Task, key: dict[str, Any]) -> None:
         config = self.config
         self.say(f"proxy stage: {config.model} on {config.task.source}")
-        model = self._load(config.model)
-        # All languages: a mistake in the last one should not wait for the first one's training.
-        tasks = {name: make_language(config.task, name, model.tokenizer) for name in self.languages}
-        for each in tasks.values():
-            each.valid.require_some()
-            each.test.require_some()
-        task = with_train(
-            tasks[config.task.source], config.proxy.examples, config.proxy.training.seed
-        )
+        rate = config.proxy.training.learning_rate
+        options = replace(config.proxy.training, learning_rate=rate or DEFAULT_RATES["full"])
         checkpoint = self.folder / "proxy.checkpoint.json"
+        trained = {"model": key["model"], "task": task.hash, "options": asdict(options)}
+        drop_stale(checkpoint, trained, self.say)
         found = finetune(
-            model, task, scope="full", options=config.proxy.training,
+            model, task, scope="full", options=options,
             checkpoint=checkpoint, keep_checkpoint=True, log=self.folder / "proxy.log.jsonl",
             progress=self.progress,
         )  # fmt: skip
@@ -185,10 +225,12 @@ class Transfer:
             f"{last['target_accuracy']:.3f} after {found.best_epoch} epochs"
         )
         if is_main():
-            if not Path(self.proxy).exists():
-                export(found.adapter, config.model, self.proxy)
+            # Of other data, or of a call that ended before it was noted.
+            remove_artifact(self.folder / "proxy.json")
+            shutil.rmtree(self.proxy, ignore_errors=True)
+            export(found.adapter, config.model, self.proxy)
             body = {"history": found.history.to_dict("records"), "options": dict(found.options)}
-            save_artifact(self.folder / "proxy.json", body, format=_PROXY, version=1)
+            save_artifact(self.folder / "proxy.json", body | {"key": key}, format=_PROXY, version=1)
             remove_artifact(checkpoint)
         wait_for_all()
 
@@ -205,10 +247,10 @@ class Transfer:
     @cached_property
     def tasks(self) -> Mapping[str, Task]:
         """The task in every language."""
-        return {
-            language: make_language(self.config.task, language, self.model.tokenizer)
-            for language in self.languages
-        }
+        return self._tasks(self.model.tokenizer)
+
+    def _tasks(self, tokenizer: Any) -> dict[str, Task]:
+        return {name: make_language(self.config.task, name, tokenizer) for name in self.languages}
 
     @property
     def source(self) -> Task:
@@ -236,9 +278,9 @@ class Transfer:
     def _discover(self) -> None:
         """Baseline, scores, circuit and faithfulness; whatever is there already is kept."""
         _, scores, _ = discover(self.discovery, self.say)
-        curve = self.curve()
-        if curve is None or curve.provenance.options.get("scores") != scores.provenance.options:
-            d = self.config.discovery
+        d, curve = self.config.discovery, self.curve()
+        data = judged_on(self.discovery, "valid", d.faithfulness_examples)
+        if curve is None or not curve_fits(curve, scores, load_baseline(self.discovery), data):
             measure(self.discovery, self.say, examples=d.faithfulness_examples, draws=d.draws)
 
     def curve(self) -> FaithfulnessCurve | None:
@@ -250,8 +292,8 @@ class Transfer:
     def cells(self) -> Cells:
         """What trains and judges, or finds what was judged."""
         return Cells(
-            self.config, self.folder, self.model, self.tasks, self.circuit, self._faithfulness,
-            self.say, self.progress,
+            self.config, self.folder, self.model, self.tasks, self.circuit,
+            load_baseline(self.discovery).hash, self._faithfulness, self.say, self.progress,
         )  # fmt: skip
 
     def _faithfulness(self, task: Task) -> float:
@@ -297,3 +339,14 @@ class Transfer:
                 view_of(self.model), self.source.train, options={"proxy": self.proxy}
             ),
         )
+
+
+def _check_data(model: nn.Module, tasks: Mapping[str, Task]) -> None:
+    """Refuse now what would fail in the last cell, or be judged past the model's context."""
+    view = view_of(model)
+    for task in tasks.values():
+        task.valid.require_some()
+        task.test.require_some()
+        for split in (task.train, task.valid, task.test):
+            for number, example in enumerate(split, 1):
+                view.check_length(len(example.tokens), f"{split.name}, example {number}: ")

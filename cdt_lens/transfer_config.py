@@ -51,6 +51,7 @@ class TaskSettings:
 
     def __post_init__(self) -> None:
         _at_least(1, test_examples=self.test_examples)
+        _at_least(0, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ class TransferSettings:
 
     def __post_init__(self) -> None:
         _at_least(1, examples=self.examples, race_epochs=self.race_epochs)
+        for seed in self.seeds:
+            _at_least(0, seeds=seed)
         wrong = {s: r for s, r in self.learning_rates.items() if not r > 0}
         if wrong:
             raise InputError(f"learning_rates: expected numbers above 0, got {wrong}")

@@ -57,8 +57,12 @@ class TransferResult:
         return display.line(self, self.task, *told, f"{len(self.cells)} cells")
 
     def summary(self) -> pd.DataFrame:
-        """One row a (target, scope): means and standard deviations over the finished seeds."""
+        """One row a (target, scope): means and standard deviations over the finished seeds.
+
+        seeds: how many the means are over; asked: how many there are; diverged: how many broke off.
+        """
         rows = []
+        asked = len(self.seeds)
         for target in self.targets:
             for scope in self.scopes:
                 of = self.cells[(self.cells["target"] == target) & (self.cells["scope"] == scope)]
@@ -66,6 +70,7 @@ class TransferResult:
                     continue
                 seeds = int(of["accuracy"].notna().sum())
                 row: dict[str, Any] = {"target": target, "scope": scope, "seeds": seeds}
+                row |= {"asked": asked, "diverged": len(of) - seeds}
                 for name in ("accuracy", "macro_f1", "source_accuracy", "retention"):
                     row[name] = float(of[name].mean())
                     row[f"{name}_std"] = float(of[name].std(ddof=1)) if len(of) > 1 else math.nan
@@ -75,6 +80,11 @@ class TransferResult:
                 row["share"] = float(of["share"].mean())
                 rows.append(row)
         return pd.DataFrame(rows)
+
+    @property
+    def seeds(self) -> list[Any]:
+        """Every seed that has a run, finished or diverged."""
+        return sorted(set(self.cells["seed"])) if len(self.cells) else []
 
     def to_dataframe(self) -> pd.DataFrame:
         """The cells."""

@@ -21,6 +21,7 @@ from cdt_lens.transfer_figures import (
 from cdt_lens.transfer_tables import (
     Number,
     duration,
+    finished,
     mean_and_spread,
     runs_of,
     score,
@@ -112,7 +113,10 @@ def _training_facts(result: FineTuneResult) -> dict[str, str]:
 
 def _transfer_facts(result: TransferResult) -> dict[str, str]:
     seeds = seeds_of(result)
-    done = sum(len(runs_of(result, t, s)) for t in result.targets for s in result.scopes)
+    runs = [runs_of(result, t, s) for t in result.targets for s in result.scopes]
+    done = sum(map(finished, runs))
+    diverged = sum(map(len, runs)) - done
+    broken = f"; {diverged} diverged" if diverged else ""
     planned = len(result.targets) * len(result.scopes) * len(seeds)
     before = untouched(result, result.proxy, "accuracy")
     facts = {
@@ -120,7 +124,7 @@ def _transfer_facts(result: TransferResult) -> dict[str, str]:
         "Proxy language": f"{result.proxy} (accuracy {score(before)} before)",
         "Targets": f"{len(result.targets)}: {', '.join(result.targets)}",
         "Seeds": ", ".join(map(str, seeds)) or "none yet",
-        "Runs finished": f"{done} of {planned}" if planned else "none yet",
+        "Runs finished": f"{done} of {planned}{broken}" if planned else "none yet",
         "Chance (always the commonest label)": score(result.chance),
         "Test examples": _test_examples(result),
     }
@@ -146,17 +150,23 @@ def _outcome(result: TransferResult) -> tuple[str, str]:
     main = "decision" if "decision" in result.scopes else result.scopes[0]
     ran = set(result.cells["scope"]) if len(result.cells) else set()
     compared = [main, *(["full"] if "full" in ran - {main} else [])]
-    rows = []
+    rows, done = [], 0
     for target in result.targets:
-        runs = (runs_of(result, target, scope)["accuracy"] for scope in compared)
-        means = [untouched(result, target, "accuracy"), *(mean_and_spread(r)[0] for r in runs)]
-        rows += [means] if np.isfinite(means).all() else []
+        runs = [runs_of(result, target, scope) for scope in compared]
+        means = [mean_and_spread(each["accuracy"])[0] for each in runs]
+        means = [untouched(result, target, "accuracy"), *means]
+        if np.isfinite(means).all():
+            rows.append(means)
+            done += sum(map(finished, runs))
     if not rows:
         return "n/a", f"target accuracy of {main}: no target has finished"
     before, after, *full = np.mean(rows, axis=0)
     over = f"mean of {len(rows)} targets" if len(rows) > 1 else "one target"
     beside = f" (full: {full[0]:.3f})" if full else ""
-    words = f"target accuracy, untouched and after {main}{beside}, {over}"
+    asked = len(rows) * len(compared) * len(seeds_of(result))
+    what = "runs" if len(rows) * len(compared) > 1 else "seeds"
+    of = f", {done} of {asked} {what}" if done < asked else ""
+    words = f"target accuracy, untouched and after {main}{beside}, {over}{of}"
     return _change(before, after), words
 
 

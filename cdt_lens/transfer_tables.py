@@ -137,8 +137,13 @@ def runs_of(result: TransferResult, target: str, scope: str) -> pd.DataFrame:
 
 
 def seeds_of(result: TransferResult) -> list[Any]:
-    """Every seed with a finished run."""
-    return sorted(set(result.cells["seed"])) if len(result.cells) else []
+    """Every seed with a run, finished or diverged."""
+    return result.seeds
+
+
+def finished(runs: pd.DataFrame) -> int:
+    """How many runs have an accuracy: those that diverged have none."""
+    return int(np.isfinite(runs["accuracy"].to_numpy(dtype=float)).sum())
 
 
 def untouched(result: TransferResult, language: str, measure: str) -> float:
@@ -268,7 +273,7 @@ def _scope_rows(result: TransferResult, target: str) -> list[list[str]]:
         for number, share in zip(columns["trained_parameters"], shares, strict=True)
     ]
     planned = len(seeds_of(result))
-    done = (int(np.isfinite(each["accuracy"].to_numpy(dtype=float)).sum()) for each in runs)
+    done = (finished(each) for each in runs)
     seeds = [str(n) if n == planned else f"{n} of {planned}" for n in done]
     return [list(row) for row in zip(result.scopes, seeds, *columns.values(), strict=True)]
 

@@ -160,6 +160,18 @@ def test_a_prompt_longer_than_the_context_is_refused(tokenizer_folder):
         view.run(prompts(1, 65))
 
 
+@models(("gpt2", "llama"))
+def test_no_pass_reads_past_the_context(family, backend, tokenizer_folder):
+    """Learned positions would end in an IndexError, rotary ones run on without a word."""
+    view = shared(family, backend, tokenizer_folder)
+    for read in (view.run, view.stream, view.logits):
+        with left_untouched(view.tl), pytest.raises(InputError, match="^prompt of 65 tokens: .*64"):
+            read(prompts(1, 65))
+    with pytest.raises(InputError, match="^valid, example 3: prompt of 65 tokens: "):
+        view.check_length(65, "valid, example 3: ")
+    view.check_length(64)
+
+
 def test_another_class_is_refused_with_the_way_out(tokenizer_folder):
     for model in (nn.Linear(2, 2), build("gpt2")):
         assert not is_model(model)

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from saved import TEMPLATE, VERBALIZER, save_model, write_task
+from saved import TEMPLATE, VERBALIZER, save_model, write_csv, write_task
 
+from cdt_lens import experiment
 from cdt_lens.baselines import Baseline
 from cdt_lens.distributed import gather_items, is_main, shard, sum_over_processes, wait_for_all
 from cdt_lens.faithfulness import FaithfulnessCurve
 from cdt_lens.head_scores import HeadScores
+from cdt_lens.runs import Run, Settings, start_run
 
 
 def discover(place: Path, out: Path) -> list[str]:
@@ -81,3 +83,37 @@ def test_alone_everything_is_a_no_op():
     assert sum_over_processes(value) is value
     assert gather_items([1, 2]) == [1, 2]
     wait_for_all()
+
+
+def test_a_report_leaves_out_faithfulness_on_other_examples(tmp_path: Path):
+    """The scores, and so their options, are the same: only what was measured on is other."""
+    save_model(tmp_path / "tiny")
+    files = write_task(tmp_path / "data")
+    settings = Settings(
+        model=str(tmp_path / "tiny"), task="files", files={k: str(v) for k, v in files.items()},
+        template=TEMPLATE, verbalizer=VERBALIZER, backend="bridge", examples=6, k=2,
+    )  # fmt: skip
+    told: list[str] = []
+
+    def opened() -> Run:
+        return start_run(settings, tmp_path / "run", told.append)
+
+    def shown(run: Run) -> bool:
+        told.clear()
+        page = experiment.report(run, told.append).read_text("utf-8")
+        left_out = any("on other examples and is left out; measure again" in t for t in told)
+        assert left_out != ("CPR" in page)
+        return not left_out
+
+    run = opened()
+    experiment.discover(run, told.append)
+    for split in ("valid", "test"):
+        experiment.measure(run, told.append, split=split, examples=6, draws=1)
+        assert shown(run)
+    write_csv(files["valid"], 12, 77)
+    assert shown(opened()), "measured on test"
+    write_csv(files["test"], 12, 78)
+    run = opened()
+    assert not shown(run)
+    experiment.measure(run, told.append, split="test", examples=6, draws=1)
+    assert shown(run)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,9 @@ import torch
 from saved import TEMPLATE, VERBALIZER, save_model, write_csv
 from transformers import AutoModelForCausalLM
 
-from cdt_lens import cells, training, transfer
+from cdt_lens import cells, commands, training, transfer
 from cdt_lens.adapter import Adapter
+from cdt_lens.artifacts import load_artifact, save_artifact
 from cdt_lens.datasets import task_from_files
 from cdt_lens.errors import InputError, NonFiniteError
 from cdt_lens.evaluate import evaluate
@@ -20,6 +24,7 @@ from cdt_lens.loading import load_model
 from cdt_lens.transfer import run_transfer
 from cdt_lens.transfer_config import TransferConfig, config_of
 from cdt_lens.transfer_result import TransferResult
+from cdt_lens.transfer_sections import transfer_section
 
 SCOPES = ["full", "decision", "near-zero", "norms"]
 
@@ -59,6 +64,33 @@ def settings(place: Path, **changes: Any) -> TransferConfig:
         section = values.get(name)
         values[name] = section | value if isinstance(section, dict) else value
     return config_of(values)
+
+
+FEW: dict[str, Any] = {
+    "task": {"targets": ["near"]}, "transfer": {"scopes": ["norms"], "epochs": 1},
+    "proxy": {"epochs": 1},
+}  # fmt: skip
+
+
+@pytest.fixture
+def own(place: Path, tmp_path: Path) -> Path:
+    """A copy of the model and the data, for a test to change."""
+    shutil.copytree(place / "tiny", tmp_path / "tiny")
+    for language in ("source", "near", "far"):
+        shutil.copytree(place / language, tmp_path / language)
+    return tmp_path
+
+
+def swap_labels(path: Path) -> None:
+    """Correct a file's labels: bad and good change places."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        for row in rows:
+            other = {"good": "bad", "bad": "good"}.get(row["label"], row["label"])
+            writer.writerow({"text": row["text"], "label": other})
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +246,146 @@ def test_files_without_a_language_are_named(place: Path, tmp_path: Path):
     with pytest.raises(InputError, match=r"expected \[task\.files\.elsewhere\]"):
         run_transfer(settings(place, task=task), tmp_path / "run", quiet, progress=False)
     assert not (tmp_path / "run" / "proxy").exists(), "told before anything is trained"
+
+
+def test_a_proxy_of_other_data_is_trained_again(own: Path):
+    config, told = settings(own, **FEW), []
+    first = run_transfer(config, own / "run", quiet, progress=False)
+    for split in ("train", "valid"):
+        swap_labels(own / "source" / f"{split}.csv")
+    again = run_transfer(config, own / "run", told.append, progress=False)
+    assert any("proxy was trained with other settings or data (train, valid)" in t for t in told)
+    afresh = run_transfer(config, own / "afresh", quiet, progress=False)
+    assert again.provenance.model_hash == afresh.provenance.model_hash
+    assert again.provenance.model_hash != first.provenance.model_hash
+    assert again.before.equals(afresh.before) and again.discovery == afresh.discovery
+    told.clear()
+    run_transfer(config, own / "run", told.append, progress=False)
+    assert f"{own / 'run' / 'proxy'} is there already" in told
+
+
+def test_another_base_model_of_the_same_name_trains_the_proxy_again(own: Path):
+    run_transfer(settings(own, **FEW), own / "run", quiet, progress=False)
+    base = AutoModelForCausalLM.from_pretrained(own / "tiny")
+    base.get_input_embeddings().weight.data.mul_(1.1)
+    base.save_pretrained(own / "tiny")
+    told: list[str] = []
+    run_transfer(settings(own, **FEW), own / "run", told.append, progress=False)
+    assert any("trained with other settings or data (model); training it again" in t for t in told)
+
+
+def test_a_proxy_that_does_not_say_what_it_was_trained_on_is_kept(own: Path):
+    """As runs of earlier versions left it."""
+    config, told = settings(own, **FEW), []
+    first = run_transfer(config, own / "run", quiet, progress=False)
+    path = own / "run" / "proxy.json"
+    body, _ = load_artifact(path, format="cdt_lens.transfer_proxy", version=1)
+    old = {name: body[name] for name in ("history", "options")}
+    save_artifact(path, old, format="cdt_lens.transfer_proxy", version=1)
+    shutil.rmtree(own / "tiny")
+    again = run_transfer(config, own / "run", told.append, progress=False)
+    assert again.cells.equals(first.cells)
+    assert any("what it was trained on is not recorded" in t for t in told)
+
+
+def test_a_finished_run_needs_its_base_model_only_to_train(own: Path):
+    config, told = settings(own, **FEW), []
+    first = run_transfer(config, own / "run", quiet, progress=False)
+    shutil.rmtree(own / "tiny")
+    assert run_transfer(config, own / "run", told.append, progress=False).cells.equals(first.cells)
+    assert any("proxy is not compared with it" in t for t in told)
+    swap_labels(own / "source" / "train.csv")
+    with pytest.raises(InputError, match="tiny"):
+        run_transfer(config, own / "run", quiet, progress=False)
+    assert (own / "run" / "proxy").exists()
+
+
+def test_an_interrupted_proxy_stage_starts_over_with_other_data(own: Path, monkeypatch):
+    def cut(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transfer, "export", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_transfer(settings(own, **FEW), own / "run", quiet, progress=False)
+    monkeypatch.undo()
+    swap_labels(own / "source" / "train.csv")
+    told: list[str] = []
+    run_transfer(settings(own, **FEW), own / "run", told.append, progress=False)
+    assert any("proxy.checkpoint.json: of a run with other settings or data" in t for t in told)
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_faithfulness_is_measured_again_on_other_data(own: Path, split: str):
+    """On the target too: circuit and means come from the source."""
+    config = settings(own, **{**FEW, "proxy": {"checkpoint": str(own / "tiny")}})
+    first = run_transfer(config, own / "run", quiet, progress=False)
+    write_csv(own / "source" / f"{split}.csv", 24, 77)
+    again = run_transfer(config, own / "run", quiet, progress=False)
+    afresh = run_transfer(config, own / "afresh", quiet, progress=False)
+    assert again.discovery == afresh.discovery
+    assert again.discovery["CPR"] != first.discovery["CPR"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("ready", [True, False])
+def test_prompts_past_the_context_are_refused_before_anything_is_trained(
+    own: Path, family: str, ready: bool
+):
+    """Of the split, too, that is read last."""
+    model = save_model(own / family, family)
+    with open(own / "near" / "test.csv", "a", encoding="utf-8") as file:
+        file.write(" ".join(["w30"] * 100) + ",good\n")
+    told: list[str] = []
+    proxy = {"checkpoint": str(model)} if ready else {"epochs": 1}
+    config = settings(own, **{**FEW, "model": str(model), "proxy": proxy})
+    words = "^files/near/test, example 19: prompt of 102 tokens: .* reads at most 64; shorten"
+    with pytest.raises(InputError, match=words):
+        run_transfer(config, own / "run", told.append, progress=False)
+    assert not told and not (own / "run" / "proxy").exists()
+
+
+def test_an_interrupted_cell_starts_over_with_other_settings_and_else_goes_on(
+    own: Path, monkeypatch
+):
+    def interrupted(out: Path) -> TransferConfig:
+        config = settings(own, **{**FEW, "proxy": {"checkpoint": str(own / "tiny")}})
+        real = cells.finetune
+
+        def cut() -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(cells, "finetune", lambda *a, **k: real(*a, **{**k, "judge": cut}))
+            run_transfer(config, out, quiet, progress=False)
+        return config
+
+    told: list[str] = []
+    run_transfer(interrupted(own / "same"), own / "same", told.append, progress=False)
+    assert not any("removed" in t for t in told)
+    config = interrupted(own / "other")
+    fewer = dataclasses.replace(config.transfer, examples=12)
+    config = dataclasses.replace(config, transfer=fewer)
+    result = run_transfer(config, own / "other", told.append, progress=False)
+    assert any("norms-0.checkpoint.json: of a run with other settings" in t for t in told)
+    assert any("(task); removed" in t for t in told)
+    afresh = run_transfer(config, own / "afresh", quiet, progress=False)
+    assert result.cells.drop(columns="seconds").equals(afresh.cells.drop(columns="seconds"))
+
+
+def test_a_mean_over_fewer_seeds_than_asked_says_so(own: Path, monkeypatch, capsys):
+    real = cells.finetune
+
+    def diverge(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["options"].seed == 1:
+            raise NonFiniteError("step 3: the loss is nan")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(cells, "finetune", diverge)
+    few = {**FEW, "transfer": {"scopes": ["norms"], "seeds": [0, 1], "epochs": 1}}
+    result = run_transfer(settings(own, **few), own / "run", quiet, progress=False)
+    commands.show_transfer(result)
+    printed = capsys.readouterr().out
+    assert "means over fewer seeds than asked: near norms 1 of 2 seeds, 1 diverged" in printed
+    section = transfer_section(result, "s", [result])
+    assert section.facts["Runs finished"] == "1 of 2; 1 diverged"
+    assert section.headline[1].endswith("one target, 1 of 2 seeds")

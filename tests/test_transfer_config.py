@@ -102,6 +102,8 @@ def test_a_section_keeps_its_own_defaults():
         ("discovery", {"fraction": 7}, "fraction=7.0: expected more than 0"),
         ("discovery", {"rules": "stabel"}, "rules='stabel': .*did you mean 'stable'?"),
         ("transfer", {"examples": -1}, "examples=-1: expected at least 1"),
+        ("transfer", {"seeds": [0, -1]}, r"\[transfer\]: seeds=-1: expected at least 0"),
+        ("proxy", {"seed": -1}, "seed=-1: expected .*at least 0"),
         ("transfer", {"seed": 3}, r"seed=3: expected seeds = \[3\]"),
         ("transfer", {"learning_rates": {"full": 0}}, "learning_rates: expected numbers above 0"),
         ("proxy", {"training": {"epohcs": 9}}, "'epohcs': unknown; did you mean 'epochs'?"),
@@ -113,3 +115,8 @@ def test_values_out_of_range_are_told_before_anything_runs(
 ):
     with pytest.raises(InputError, match=told):
         config_of(LEAST | {section: change})
+
+
+def test_a_negative_seed_of_the_data_is_refused():
+    with pytest.raises(InputError, match=r"\[task\]: seed=-1: expected at least 0"):
+        config_of(LEAST | {"task": {**LEAST["task"], "seed": -1}})

@@ -53,6 +53,17 @@ def test_summary_is_mean_and_sample_deviation_over_seeds():
     assert math.isnan(found["accuracy_std"].iloc[1])
 
 
+def test_summary_counts_the_seeds_behind_a_mean_and_those_that_diverged():
+    cells = [
+        cell("0.3", "full", 0, 0.5),
+        cell("0.3", "full", 1, math.nan),
+        cell("b", "full", 1, 0.7),
+    ]
+    found = sample(cells).summary()
+    assert found[["seeds", "asked", "diverged"]].to_numpy().tolist() == [[1, 2, 1], [1, 2, 0]]
+    assert found["accuracy"].tolist() == [0.5, 0.7]
+
+
 def test_round_trip(tmp_path: Path):
     result = sample([cell("0.3", "full", 0, 0.123456789012345)])
     again = TransferResult.load(result.save(tmp_path / "result.json"))

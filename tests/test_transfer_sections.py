@@ -82,6 +82,17 @@ def test_a_transfer_is_headed_by_decision_beside_full_over_the_same_targets():
     assert section.title == "Transfer: nusax-senti from english"
 
 
+def test_seeds_that_diverged_are_counted_apart_and_told_beside_the_mean():
+    result = sample.transfer(("a", "b"), ("decision", "full"), seeds=(0, 1))
+    section = transfer(result)
+    assert section.facts["Runs finished"] == "8 of 8"
+    assert section.headline[1].endswith("mean of 2 targets")
+    cells = result.cells.assign(accuracy=[0.7, np.nan, 0.6, 0.6, 0.8, 0.7, 0.9, 0.9])
+    section = transfer(replace(result, cells=cells))
+    assert section.facts["Runs finished"] == "7 of 8; 1 diverged"
+    assert section.headline[1].endswith("mean of 2 targets, 7 of 8 runs")
+
+
 def test_a_transfer_without_decision_or_full_is_headed_by_its_first_scope():
     section = transfer(sample.transfer(("a",), ("norms", "lora")))
     assert "after norms, one target" in section.headline[1]
