@@ -26,7 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 from cdt_lens.errors import InputError
 from cdt_lens.options import SCOPES, TrainingOptions
 from cdt_lens.prompts import did_you_mean
-from cdt_lens.rules import DEFAULT_RULES, PRESETS
+from cdt_lens.rules import PRESETS
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,10 @@ class DiscoverySettings:
     baseline_examples: int | None = None
     k: int | None = None
     fraction: float | None = None
-    by: Literal["magnitude", "signed"] = "signed"
-    rules: str = DEFAULT_RULES
+    # Not the defaults of `discover`: heads to train may matter either way, and nothing that was
+    # measured speaks against it (docs/results/adaptation.md).
+    by: Literal["magnitude", "signed"] = "magnitude"
+    rules: str = "stable"
     positions: Literal["answer", "pooled", "right", "left"] = "answer"
     faithfulness_examples: int = 24
     draws: int = 3
