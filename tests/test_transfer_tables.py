@@ -129,7 +129,7 @@ def test_before_the_first_run_there_are_the_untouched_rows(cells: pd.DataFrame):
     shown = rows(tables.comparison_table(result))
     assert len(shown) == 3 * 7
     assert shown[1][:3] == ["decision", "0", "n/a"]
-    assert tables.seeds_of(result) == []
+    assert result.seeds == []
     assert rows(tables.runs_table(result)) == []
 
 
