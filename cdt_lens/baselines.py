@@ -321,9 +321,8 @@ def check_baseline(baseline: object, view: ModelView) -> None:
     Raises:
         InputError: names what was handed over. ArtifactError: of another model.
     """
-    expect(baseline, Baseline, "baseline", "mean_activations(model, task.train) makes one")
-    assert isinstance(baseline, Baseline)
-    baseline.check_model(view)
+    fix = "mean_activations(model, task.train) makes one"
+    expect(baseline, Baseline, "baseline", fix).check_model(view)
 
 
 def zero_baseline(model: nn.Module | ModelView, examples: Examples) -> Baseline:

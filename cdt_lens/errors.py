@@ -6,6 +6,8 @@ prints it as one line without a traceback.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class CdtLensError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -27,11 +29,12 @@ class NonFiniteError(CdtLensError):
     """A number left the finite range; the message names where and which rule to change."""
 
 
-def expect(value: object, kind: type, where: str, fix: str) -> None:
-    """Refuse a value of another type, as calls in a notebook easily hand over.
+def expect(value: Any, kind: type, where: str, fix: str) -> Any:
+    """`value`, unless it is of another type, as calls in a notebook easily hand over.
 
     Raises:
         InputError: names the place, both types and the fix.
     """
     if not isinstance(value, kind):
         raise InputError(f"{where}: expected {kind.__name__}, got {type(value).__name__}; {fix}")
+    return value

@@ -63,7 +63,8 @@ def check_heads(heads: Iterable[Head | str], n_layers: int, n_heads: int) -> tup
     """Return `heads` sorted and without repeats; `"L9H6"` is read as a head.
 
     Raises:
-        InputError: a head lies outside a model of `n_layers` layers of `n_heads` heads.
+        InputError: something that is no head, or a head outside a model of `n_layers` layers of
+            `n_heads` heads.
     """
     read = [Head.parse(head) if isinstance(head, str) else head for head in heads]
     for head in read:

@@ -249,7 +249,8 @@ class GatedPass:
                 raise
             raise InputError(
                 f"{self.view.name}: no gradient through your own hooks ({display.few(hooks)}); "
-                f"return a new tensor from them instead of editing in place ({error})"
+                "return a new tensor from them instead of editing in place "
+                f"({str(error).splitlines()[0]})"
             ) from error
         return [torch.zeros_like(w) if g is None else g for g, w in zip(found, by, strict=True)]
 

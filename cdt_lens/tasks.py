@@ -330,6 +330,4 @@ def require_examples(examples: object) -> None:
     fix = "give a split, such as task.train"
     if isinstance(examples, (list, tuple)):
         fix = "Examples(tuple(items), labels, name) makes one"
-    expect(examples, Examples, "examples", fix)
-    assert isinstance(examples, Examples)
-    examples.require_some()
+    expect(examples, Examples, "examples", fix).require_some()

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cdt_lens.ablation import circuit_metric
+from cdt_lens.ablation import measure_circuits
 from cdt_lens.artifacts import atomic_write, load_artifact, remove_artifact, save_artifact
 from cdt_lens.cells import Cells, drop_stale
 from cdt_lens.choices import choices
@@ -32,9 +32,10 @@ from cdt_lens.distributed import is_main, wait_for_all
 from cdt_lens.errors import InputError
 from cdt_lens.experiment import curve_fits, discover, judged_on, load_baseline, measure
 from cdt_lens.export import export
-from cdt_lens.faithfulness import FaithfulnessCurve
+from cdt_lens.faithfulness import FaithfulnessCurve, f_of
 from cdt_lens.finetune import finetune
 from cdt_lens.head_scores import HeadScores
+from cdt_lens.heads import all_heads
 from cdt_lens.languages import make_language, with_train
 from cdt_lens.loading import load_model
 from cdt_lens.model import view_of
@@ -300,13 +301,17 @@ class Transfer:
         """f(C) of the proxy circuit on validation prompts of `task`, with the source's means."""
         n = min(self.config.discovery.faithfulness_examples, most_balanced(task.valid))
         data = task.valid.balanced(n, seed=self.config.task.seed)
-        circuit, baseline = self.circuit, load_baseline(self.discovery)
-        sets = [circuit.heads + circuit.complement, circuit.heads, ()]
-        full, kept, empty = circuit_metric(
-            self.model, sets, data, baseline, batch_size=self.config.discovery.batch_size,
-            progress=self.progress,
-        ).tolist()  # fmt: skip
-        return (kept - empty) / (full - empty) if full != empty else float("nan")
+        view, heads = view_of(self.model), self.circuit.heads
+        everyone = all_heads(view.n_layers, view.n_heads)
+        try:
+            measured = measure_circuits(
+                view, [everyone, heads, ()], data, load_baseline(self.discovery),
+                metric="direction", task=None, batch_size=self.config.discovery.batch_size,
+                rows=self.config.discovery.rows, progress=self.progress,
+            )  # fmt: skip
+            return f_of(measured[heads], measured[everyone], measured[()])
+        except InputError:  # the data were checked before: no head changes anything on them
+            return float("nan")
 
     # ------------------------------------------------------------------ result
 

@@ -29,7 +29,6 @@ from cdt_lens.transfer_tables import (
     mean_in_words,
     runs_of,
     score,
-    seeds_of,
     untouched,
 )
 
@@ -321,7 +320,7 @@ def _legend(
         colour, marker = _look(result, place)
         handles[scope] = Line2D([], [], color=colour, marker=marker, markersize=8, linestyle="none")
     handles |= more
-    if len(seeds_of(result)) > 1:
+    if len(result.seeds) > 1:
         handles[mean] = _dot(8)
         handles["one seed"] = _dot(4)
     columns = max(2, int(figure.get_figwidth() / 2.4))

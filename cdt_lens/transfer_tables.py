@@ -136,11 +136,6 @@ def runs_of(result: TransferResult, target: str, scope: str) -> pd.DataFrame:
     return runs[(runs["target"] == target) & (runs["scope"] == scope)].sort_values("seed")
 
 
-def seeds_of(result: TransferResult) -> list[Any]:
-    """Every seed with a run, finished or diverged."""
-    return result.seeds
-
-
 def finished(runs: pd.DataFrame) -> int:
     """How many runs have an accuracy: those that diverged have none."""
     return int(np.isfinite(runs["accuracy"].to_numpy(dtype=float)).sum())
@@ -189,7 +184,7 @@ def comparison_table(result: TransferResult) -> Markup:
         target: [_untouched_row(result, target), *_scope_rows(result, target)]
         for target in result.targets
     }
-    several = len(seeds_of(result)) > 1
+    several = len(result.seeds) > 1
     notes = ["mean \u00b1 standard deviation over seeds (costs: mean)"] if several else []
     notes += [f"{BEST} best of the scopes", f"{BELOW} below the untouched proxy checkpoint"]
     headings = [measure.heading for measure in _MEASURES.values()]
@@ -272,7 +267,7 @@ def _scope_rows(result: TransferResult, target: str) -> list[list[str]]:
         number if share == "n/a" else Markup("{} ({})").format(number, share)
         for number, share in zip(columns["trained_parameters"], shares, strict=True)
     ]
-    planned = len(seeds_of(result))
+    planned = len(result.seeds)
     done = (finished(each) for each in runs)
     seeds = [str(n) if n == planned else f"{n} of {planned}" for n in done]
     return [list(row) for row in zip(result.scopes, seeds, *columns.values(), strict=True)]
