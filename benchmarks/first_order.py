@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import cdt_lens as cdt
-from cdt_lens.runs import file_name
+from cdt_lens.core.kept import file_name
 
 PAIRS = (
     ("one-pass", "cdt:stable"),

@@ -13,7 +13,8 @@ import warnings
 import torch
 
 import cdt_lens as cdt
-from cdt_lens.languages import with_train
+from cdt_lens.circuits.circuit import random_heads
+from cdt_lens.experiments.settings import with_train
 
 RATES = {
     "random": (1e-3, 3e-3),
@@ -37,7 +38,7 @@ def main() -> None:
     model = cdt.load_model(args.proxy, backend="bridge", dtype=getattr(torch, args.dtype))
     task = cdt.load_task("nusax-senti", args.language, tokenizer=model.tokenizer, folder=args.data)
     task = with_train(task, args.examples, 0)
-    heads = cdt.random_heads(args.heads, model.cfg.n_layers, model.cfg.n_heads, seed=0)
+    heads = random_heads(args.heads, model.cfg.n_layers, model.cfg.n_heads, seed=0)
     print("| scope | rate | accuracy before | after | loss | seconds |")
     for scope in args.scopes:
         for rate in RATES[scope]:

@@ -27,15 +27,15 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from cdt_lens.baselines import zero_baseline
-from cdt_lens.decompose import irrelevant_logits
-from cdt_lens.heads import all_heads
-from cdt_lens.loading import _bridge, _hooked, has_hooked_transformer
-from cdt_lens.model import ModelView
-from cdt_lens.propagate import Propagator
-from cdt_lens.rules import PRESETS
-from cdt_lens.support import check_supported
-from cdt_lens.tasks import Example, Examples
+from cdt_lens.decomposition.baseline import zero_baseline
+from cdt_lens.decomposition.decompose import irrelevant_logits
+from cdt_lens.decomposition.propagate import Propagator
+from cdt_lens.decomposition.rules import PRESETS
+from cdt_lens.models.heads import all_heads
+from cdt_lens.models.loading import _bridge, _hooked, has_hooked_transformer
+from cdt_lens.models.support import check_supported
+from cdt_lens.models.view import ModelView
+from cdt_lens.tasks.task import Example, Examples
 
 N_PROMPTS, N_TOKENS = 4, 16
 

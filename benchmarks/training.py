@@ -21,13 +21,14 @@ from typing import Any
 import torch
 
 import cdt_lens as cdt
-from cdt_lens.answers import AnswerPass
-from cdt_lens.checkpoints import State
-from cdt_lens.finetune import make_trainable
-from cdt_lens.model import view_of
-from cdt_lens.options import TrainingOptions
-from cdt_lens.tasks import Example, Examples, Task
-from cdt_lens.training import Trainer, _optimizer
+from cdt_lens.circuits.circuit import random_heads
+from cdt_lens.finetuning.answer_pass import AnswerPass
+from cdt_lens.finetuning.checkpoints import State
+from cdt_lens.finetuning.finetune import make_trainable
+from cdt_lens.finetuning.options import TrainingOptions
+from cdt_lens.finetuning.trainer import Trainer, _optimizer
+from cdt_lens.models.view import view_of
+from cdt_lens.tasks.task import Example, Examples, Task
 
 SCOPES = ("full", "lora", "decision", "decision-circuit-norms", "norms")
 
@@ -51,7 +52,7 @@ class Stepper:
     def __init__(self, view: Any, scope: str, task: Task, fraction: float) -> None:
         norms = "circuit" if scope.endswith("circuit-norms") else "all"
         options = TrainingOptions(learning_rate=1e-5, batch_size=len(task.train), norms=norms)
-        heads = cdt.random_heads(
+        heads = random_heads(
             round(fraction * view.n_layers * view.n_heads), view.n_layers, view.n_heads, seed=0
         )
         self.view = view

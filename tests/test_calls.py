@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from checks import left_untouched, unchecked_types
-from shared import shared
-from tiny_models import prompts
-from tiny_tasks import examples, many
-from tiny_training import task as tiny_task
-from wrapped import wrap
+from helpers.checks import left_untouched, unchecked_types
+from helpers.shared import shared
+from helpers.tiny_models import prompts
+from helpers.tiny_tasks import examples, many
+from helpers.tiny_training import task as tiny_task
+from helpers.wrapped import wrap
 
 import cdt_lens as cdt
+from cdt_lens.circuits.ablation import circuit_metric
+from cdt_lens.decomposition.baseline import zero_baseline
+from cdt_lens.interchange.graphs import circuit_from_graph, graph_from_circuit
 
 Call = Callable[[SimpleNamespace], Any]
 QUIET: dict[str, Any] = {"progress": False}
@@ -57,16 +60,16 @@ CALLS: dict[str, tuple[Call, str]] = {
         "expected Graph, got HeadScores; give a Circuit or a Graph",
     ),
     "scores for a circuit": (
-        lambda c: cdt.graph_from_circuit(c.scores), r"got HeadScores; scores.select\(...\) makes one",
+        lambda c: graph_from_circuit(c.scores), r"got HeadScores; scores.select\(...\) makes one",
     ),
     "a path for a graph": (
-        lambda c: cdt.circuit_from_graph("g.json"), r"got str; read_graph\(path\) makes one",
+        lambda c: circuit_from_graph("g.json"), r"got str; read_graph\(path\) makes one",
     ),
     "a name for a baseline": (
         lambda c: cdt.score_heads(c.model, c.data, None, **QUIET),
         r"baseline: expected Baseline, got NoneType; mean_activations\(model, task.train\)",
     ),
-    "a task for zeros": (lambda c: cdt.zero_baseline(c.model, c.task), "Examples, got Task"),
+    "a task for zeros": (lambda c: zero_baseline(c.model, c.task), "Examples, got Task"),
     "a number for a source": (
         lambda c: cdt.decompose(c.model, c.data, [[7]], c.baseline), "source 7: expected Head",
     ),
@@ -137,7 +140,7 @@ def test_a_circuit_is_a_set_of_heads(made: SimpleNamespace):
     with pytest.raises(cdt.InputError, match="expected the form L9H6"):
         assert "the first" in circuit
     alike = (made.model, [circuit, circuit.heads], many(), made.baseline)
-    first, second = cdt.circuit_metric(*alike, **QUIET).tolist()
+    first, second = circuit_metric(*alike, **QUIET).tolist()
     assert first == second
 
 

@@ -8,18 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_close, assert_same_bits, left_untouched
-from shared import models
-from tiny_models import prompts
-from tiny_tasks import examples
-from tiny_training import QUICK, task
+from helpers.checks import assert_close, assert_same_bits, left_untouched
+from helpers.shared import models
+from helpers.tiny_models import prompts
+from helpers.tiny_tasks import examples
+from helpers.tiny_training import QUICK, task
+from helpers.wrapped import needs_hooked, wrap
 from torch import Tensor, nn
-from wrapped import needs_hooked, wrap
 
 import cdt_lens as cdt
-from cdt_lens.caller_hooks import caller_hooks, lifted
-from cdt_lens.errors import InputError
-from cdt_lens.heads import all_heads
+from cdt_lens.circuits.ablation import circuit_metric
+from cdt_lens.core.errors import InputError
+from cdt_lens.decomposition.baseline import zero_baseline
+from cdt_lens.models.caller_hooks import caller_hooks, lifted
+from cdt_lens.models.heads import all_heads
+from cdt_lens.scoring.edge_scores import score_edges
 
 CLASSES = ("gpt2", "llama")
 DATA = examples()
@@ -37,14 +40,14 @@ def model(family: str, backend: str, tokenizer_folder: str) -> nn.Module:
 def calls(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
     """The numbers of each kind of function: plain, replayed, differentiated, trained."""
     quiet: dict[str, Any] = {"progress": False}
-    data, zero = DATA, cdt.zero_baseline(model, DATA)
+    data, zero = DATA, zero_baseline(model, DATA)
     return {
         "evaluate": lambda: torch.tensor(cdt.evaluate(model, data).direction),
         "mean_activations": lambda: cdt.mean_activations(model, data, **quiet).means,
         "score_heads": lambda: cdt.score_heads(model, data, zero, **quiet).values,
         "exact_ablation": lambda: cdt.exact_ablation(model, data, zero, **quiet).values,
         "one_pass": lambda: cdt.one_pass(model, data, zero, **quiet).values,
-        "circuit_metric": lambda: cdt.circuit_metric(model, [["L0H1"]], data, zero, **quiet),
+        "circuit_metric": lambda: circuit_metric(model, [["L0H1"]], data, zero, **quiet),
         "attention_view": lambda: cdt.attention_view(model, data[:1], [cdt.Head(1, 0)]).patterns[0],
         "finetune": lambda: torch.tensor(
             cdt.finetune(model, task(), **TUNED).history["train_loss"]
@@ -129,7 +132,7 @@ def test_we_work_inside_hooks_and_caches_and_leave_them_working(family, backend,
     look = [("blocks.0.attn.hook_z", lambda value, hook: seen.append(value))]
     with model.hooks(fwd_hooks=look), left_untouched(model):
         assert cdt.evaluate(model, DATA).direction == expected
-        cdt.exact_ablation(model, DATA, cdt.zero_baseline(model, DATA), progress=False)
+        cdt.exact_ablation(model, DATA, zero_baseline(model, DATA), progress=False)
     count = len(seen)
     assert count > 0
     _, after = model.run_with_cache(tokens)
@@ -164,7 +167,7 @@ def test_an_edit_is_a_part_of_the_model(family, backend, model, edit):
     assert abs(balanced(full) - plain) > 1e-3, "the edit does something"
     with left_untouched(model):
         assert_close(torch.tensor(cdt.evaluate(model, DATA).direction), balanced(full), atol=2e-5)
-        zero = cdt.zero_baseline(model, DATA)
+        zero = zero_baseline(model, DATA)
         scores = cdt.exact_ablation(model, DATA, zero, progress=False)
     assert len(scores.provenance.options["caller_hooks"]) == 1, "the result says so"
     for head in all_heads(scores.n_layers, scores.n_heads):
@@ -196,7 +199,7 @@ def test_means_and_patterns_are_of_the_edited_model(family, backend, model, edit
 def test_gradients_are_of_the_edited_model(family, backend, model, edit):
     """d(direction)/dz . z summed over positions, by hand on the edited model."""
     EDITS[edit](model)
-    zero = cdt.zero_baseline(model, DATA)
+    zero = zero_baseline(model, DATA)
     found = cdt.one_pass(model, DATA, zero, slopes="gradient", progress=False)
     batch = next(DATA[:1].batches(1))
     kept: dict[int, Tensor] = {}
@@ -225,7 +228,7 @@ def test_heads_that_a_hook_cuts_off_have_a_gradient_of_zero(family, backend, mod
     fast = cdt.one_pass(model, DATA, baseline, slopes="gradient", progress=False)
     assert float(exact.values[1].abs().max()) < 1e-6
     assert not fast.values[1].any() and bool(fast.values[0].all())
-    edges = cdt.score_edges(
+    edges = score_edges(
         model, DATA, cdt.mean_activations(model, DATA, mlps=True, progress=False),
         rules="ablation", progress=False,
     )  # fmt: skip
@@ -255,7 +258,7 @@ def test_a_hook_through_which_no_gradient_goes_is_named(family, backend, model):
         pattern[..., 0] *= 0.5
         return pattern
 
-    baseline = cdt.zero_baseline(model, DATA)
+    baseline = zero_baseline(model, DATA)
     with model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", in_place)]):
         if backend == "bridge":
             with pytest.raises(InputError, match="in place") as caught:
@@ -315,7 +318,7 @@ def test_an_edit_that_would_act_by_half_is_refused(family, backend, model, edit)
 
 @models(("gpt2",))
 def test_rules_that_do_not_follow_an_edit_are_refused_and_say_so(family, backend, model):
-    zero = cdt.zero_baseline(model, DATA)
+    zero = zero_baseline(model, DATA)
     rules = [cdt.Rules(attention="decomposed"), cdt.Rules(attention="half"), "linear"]
     quiet: dict[str, Any] = {"progress": False}
     handle = model.blocks[0].register_forward_hook(lambda *_: None)

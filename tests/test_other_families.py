@@ -7,23 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_same_bits, left_untouched
-from shared import EVERY_FAMILY, models, shared
-from tiny_models import D_MLP, D_MODEL, D_VOCAB, N_HEADS, build, prompts
-from tiny_training import HEADS as NAMES
-from tiny_training import QUICK, task
+from helpers.checks import assert_same_bits, left_untouched
+from helpers.shared import EVERY_FAMILY, models, shared
+from helpers.tiny_models import D_MLP, D_MODEL, D_VOCAB, N_HEADS, build, prompts
+from helpers.tiny_training import HEADS as NAMES, QUICK, task
+from helpers.wrapped import needs_hooked, tokenizer, view, wrap
 from torch import Tensor
-from wrapped import needs_hooked, tokenizer, view, wrap
 
-from cdt_lens.errors import UnsupportedModelError
-from cdt_lens.finetune import finetune
-from cdt_lens.heads import Head
-from cdt_lens.loading import _hooked
-from cdt_lens.model import ModelView
-from cdt_lens.options import SCOPES
-from cdt_lens.slices import head_slices
-from cdt_lens.trainable import SlicesAndWholes
-from cdt_lens.weights import check_trainable, is_bias, named_weights, own_weights, sync_fused
+from cdt_lens.core.errors import UnsupportedModelError
+from cdt_lens.finetuning.finetune import finetune
+from cdt_lens.finetuning.options import SCOPES
+from cdt_lens.finetuning.slices import head_slices
+from cdt_lens.finetuning.trainable import SlicesAndWholes
+from cdt_lens.models.heads import Head
+from cdt_lens.models.loading import _hooked
+from cdt_lens.models.view import ModelView
+from cdt_lens.models.weights import check_trainable, is_bias, named_weights, own_weights, sync_fused
 
 HEADS = tuple(map(Head.parse, NAMES))
 UNSCORED = [scope for scope in SCOPES if scope != "near-zero"]  # that needs a circuit's scores

@@ -4,20 +4,18 @@ against the official CD-T code's numbers."""
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from jaxtyping import Float
-from reference import (
+from helpers.places import FIXTURES
+from helpers.reference import (
     MLP,
     OFFICIAL,
     Decomposition,
@@ -37,7 +35,8 @@ from reference import (
     run_mlp,
     sign,
 )
-from tiny_models import D_MODEL, FAMILIES, Float64Throughout, build, prompts
+from helpers.tiny_models import D_MODEL, FAMILIES, Float64Throughout, build, prompts
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -496,8 +495,6 @@ def test_decomposed_attention_of_one_query_by_hand():
 
 
 # The official code's numbers ----------------------------------------------------------------------
-
-FIXTURES = Path(os.environ.get("CDT_FIXTURES", Path(__file__).parents[2] / "shared" / "fixtures"))
 
 
 class Official:

@@ -11,19 +11,19 @@ import json
 import re
 import struct
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.places import ROOT
 
 import cdt_lens
 
-ROOT = Path(__file__).parent.parent
 NAMES = (
     "01_find_a_circuit", "02_is_it_faithful", "03_adapt_to_a_new_language", "04_compare_methods",
     "05_your_own_data_and_model",
 )  # fmt: skip
 PUBLIC = {*cdt_lens.__all__, "__version__"}
+FROM_MODULES = {f"cdt_lens.{home}.{name}" for name, home in cdt_lens._FORMER_HOMES.items()}
 # Calls that may end a cell and show nothing.
 QUIET = ("filterwarnings", "disable_progress_bar")
 MACHINE = re.compile(r"(?<![\w.])/(?:root|home|Users|tmp|work|var|opt|usr|private|mnt)/|\b[A-Z]:\\")
@@ -65,6 +65,10 @@ def shows(code: str) -> bool:
     return not (isinstance(value, ast.Call) and getattr(value.func, "attr", "") in QUIET)
 
 
+def _ours(module: str) -> bool:
+    return module.split(".")[0] == "cdt_lens"
+
+
 def private_names(code: str) -> list[str]:
     """Whatever a cell uses of `cdt_lens`, or of any object, that is not public."""
     found = []
@@ -74,7 +78,8 @@ def private_names(code: str) -> list[str]:
             found += [name for name, alias in names if (name, alias) != ("cdt_lens", "cdt")]
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
-            found += [module] if module.split(".")[0] == "cdt_lens" else []
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            found += [name for name in names if _ours(name) and name not in FROM_MODULES]
         elif isinstance(node, ast.Attribute):
             ours = isinstance(node.value, ast.Name) and node.value.id == "cdt"
             if (ours and node.attr not in PUBLIC) or (not ours and node.attr.startswith("_")):
@@ -146,7 +151,7 @@ def test_the_way_with_a_real_model_is_told_in_public_names(name: str):
 @pytest.mark.parametrize(
     "code",
     [
-        "import cdt_lens.views", "import cdt_lens", "import cdt_lens.views as cdt",
+        "import cdt_lens.scoring.prompt_views", "import cdt_lens", "from cdt_lens.scoring import prompt_views as cdt",
         "from cdt_lens import Head", "from cdt_lens.views import x", "cdt.views", "cdt._version",
         "cdt.score_hedas(model)", "model._places", "f(model.blocks[0]._hooks)",
     ],

@@ -1,0 +1,1 @@
+"""Head scores, circuits, graphs, and how faithful a circuit is."""

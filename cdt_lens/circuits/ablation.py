@@ -1,0 +1,148 @@
+"""Mean-ablation experiments: the metric of a model in which only chosen heads are left.
+
+m(C) of method.md §6: every head outside C is set to the baseline, MLPs intact. An ablated model is
+the irrelevant stream under the all-through rules, so the engine of the decomposition runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from cdt_lens.circuits.measures import check_gap
+from cdt_lens.core.errors import InputError
+from cdt_lens.core.processes import gather_items, is_main, shard
+from cdt_lens.decomposition.baseline import Baseline, check_baseline
+from cdt_lens.decomposition.decompose import irrelevant_logits
+from cdt_lens.decomposition.propagate import Propagator
+from cdt_lens.decomposition.rules import PRESETS
+from cdt_lens.models.heads import Head, all_heads, check_heads
+from cdt_lens.models.view import ModelView, view_of
+from cdt_lens.tasks.metrics import balanced_mean, correct, task_direction
+from cdt_lens.tasks.task import Batch, Examples, Task, require_examples
+
+Metric = Literal["direction", "accuracy"]
+# Of the size of the task direction: what float32 leaves where ablation changes nothing.
+_ROUNDING = 1e-4
+
+
+def circuit_metric(
+    model: nn.Module | ModelView,
+    circuits: Sequence[Iterable[Head | str]],
+    examples: Examples,
+    baseline: Baseline,
+    *,
+    metric: Metric = "direction",
+    task: Task | None = None,
+    batch_size: int = 16,
+    rows: int | None = None,
+    progress: bool = True,
+) -> Float[Tensor, " circuit"]:
+    """m(C) of each circuit: the metric with every other head mean-ablated.
+
+    "direction" is the label-balanced mean task direction in logits; "accuracy" the label-balanced
+    share of examples whose best candidate is an answer (minus the task's prior, if it has one).
+
+    Raises:
+        InputError: no examples, an unknown metric, or a head outside the model.
+    """
+    if metric not in get_args(Metric):
+        raise InputError(f"metric={metric!r}: expected one of {', '.join(get_args(Metric))}")
+    table, labels = _by_example(
+        view_of(model), circuits, examples, baseline, metric, task, batch_size, rows, progress
+    )
+    return balanced_mean(table, labels)
+
+
+def _by_example(
+    view: ModelView,
+    circuits: Sequence[Iterable[Head | str]],
+    examples: Examples,
+    baseline: Baseline,
+    metric: Metric,
+    task: Task | None,
+    batch_size: int,
+    rows: int | None,
+    progress: bool,
+) -> tuple[Float[Tensor, "circuit example"], Int[Tensor, " example"]]:
+    """The metric of each circuit on each example, and the examples' labels."""
+    require_examples(examples)
+    check_baseline(baseline, view)
+    everyone = all_heads(view.n_layers, view.n_heads)
+    kept = [set(check_heads(c, view.n_layers, view.n_heads)) for c in circuits]
+    complements = [tuple(h for h in everyone if h not in inside) for inside in kept]
+    batches = list(examples.batches(batch_size, shard=shard()))
+    items: list[tuple[int, Tensor]] = []
+    total = len(batches) * len(circuits)
+    with tqdm(total=total, desc="circuits", disable=not (progress and is_main())) as bar:
+        for batch in batches:
+            values = _per_example(
+                view, batch.to(view.device), complements, baseline, metric, task, rows, bar
+            )
+            items += [(index, values[:, row]) for row, index in enumerate(batch.index)]
+    ordered = dict(gather_items(items))
+    table = torch.stack([ordered[i] for i in range(len(examples))], dim=-1)
+    labels = torch.tensor([examples.labels.index(e.label) for e in examples])
+    return table.double(), labels
+
+
+def _per_example(
+    view: ModelView,
+    batch: Batch,
+    complements: Sequence[tuple[Head, ...]],
+    baseline: Baseline,
+    metric: Metric,
+    task: Task | None,
+    rows: int | None,
+    bar: tqdm,
+) -> Float[Tensor, "circuit example"]:
+    # An ablated model is the irrelevant stream under the all-through rules: what is left when
+    # the complement's contribution is taken away.
+    propagator = Propagator(
+        view, batch.tokens, batch.lengths, baseline.for_batch(view, batch), PRESETS["ablation"]
+    )
+    logits = irrelevant_logits(propagator, complements, batch, rows=rows, done=bar.update)
+    if metric == "direction":
+        return task_direction(logits, batch.direction).float().cpu()
+    prior = None if task is None or task.prior is None else task.candidate_prior(batch)
+    right = correct(
+        logits, batch.is_answer, batch.is_candidate, None if prior is None else prior.to(logits)
+    )
+    return right.float().cpu()
+
+
+def measure_circuits(
+    view: ModelView,
+    circuits: Sequence[tuple[Head, ...]],
+    examples: Examples,
+    baseline: Baseline,
+    *,
+    metric: Metric,
+    task: Task | None,
+    batch_size: int,
+    rows: int | None,
+    progress: bool,
+) -> dict[tuple[Head, ...], float]:
+    """m(C) of each different circuit, computed once; see `circuit_metric`.
+
+    Raises:
+        InputError: all heads and none are among them, and differ by no more than rounding.
+    """
+    unique = list(dict.fromkeys(circuits))
+    table, labels = _by_example(
+        view, unique, examples, baseline, metric, task, batch_size, rows, progress
+    )
+    values = balanced_mean(table, labels).tolist()
+    measured = dict(zip(unique, values, strict=True))
+    everyone = all_heads(view.n_layers, view.n_heads)
+    if metric == "direction" and everyone in measured and () in measured:
+        # Means may cancel, so rounding is judged by the size of the examples' own values.
+        ends = table[[unique.index(everyone), unique.index(())]]
+        share = max(_ROUNDING, 4 * torch.finfo(view.dtype).eps)
+        check_gap(measured[everyone], measured[()], share * float(ends.abs().max(0).values.mean()))
+    return measured

@@ -1,0 +1,309 @@
+"""`Graph`: what a circuit's nodes hand to each other, edge by edge; no model is needed.
+
+The nodes are the embeddings, heads, MLPs and the logits (graph_nodes.py); an edge is what its
+target reads of what its source wrote into the residual stream. Scores are signed, in logits:
+positive = what goes along the edge (or through the node) pushes towards the gold label. None: not
+scored. Scores from another tool's file keep that tool's unit and sign, and `unit` says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from cdt_lens.circuits import graph as graph_dot
+from cdt_lens.circuits.nodes import (
+    LOGITS,
+    OWN_UNIT,
+    NodePlace,
+    Site,
+    edge_name,
+    parse_node,
+    why_no_edge,
+)
+from cdt_lens.core.display import INK, MUTED, NEGATIVE, POSITIVE
+from cdt_lens.core.errors import InputError
+from cdt_lens.models.heads import Head
+from cdt_lens.viz import graph_figure as graph_figures
+from cdt_lens.viz.svg import figure_html
+
+_HEAD = """digraph circuit {
+  rankdir=BT; nodesep=0.25; ranksep=0.45;
+  node [shape=box, style="rounded,filled", fillcolor="white", fontname="Helvetica", fontsize=11];
+  edge [fontname="Helvetica", fontsize=9, arrowsize=0.6];
+"""
+_FILL = {"input": "#d9d9d9", "head": "white", "mlp": "#efefef", "logits": "#d9d9d9"}
+
+_SHAPE = ("n_layers", "n_heads", "d_model", "parallel", "unit")
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """A node's score in logits (None: not scored), and whether it belongs to the circuit."""
+
+    score: float | None
+    in_graph: bool
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What `target` reads of `source`: by its queries, keys or values (site), or "" if no head.
+
+    score: in logits, + = towards the gold label (or the graph's unit); None: not scored.
+    """
+
+    source: str
+    target: str
+    site: Site
+    score: float | None
+    in_graph: bool = True
+
+    @property
+    def name(self) -> str:
+        """Such as "L0H1->L9H6<q>"."""
+        return edge_name(self.source, self.target, self.site)
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Nodes and edges of one model, with scores and with what belongs to the circuit.
+
+    nodes: by name, at least those that edges name; edges: scored or kept ones, not necessarily
+    all that the model has; d_model: where it is known; parallel: attention and MLP of a layer
+    read the same residual stream; unit: of the scores, in words.
+
+    Raises:
+        InputError: a node that the model has not, an edge to a node that is not there or that
+            runs against the residual stream, one given twice, or a score that is not finite.
+    """
+
+    n_layers: int
+    n_heads: int
+    nodes: Mapping[str, GraphNode] = field(repr=False)
+    edges: tuple[Edge, ...] = field(repr=False)
+    d_model: int | None = None
+    parallel: bool = False
+    unit: str = OWN_UNIT
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nodes", dict(self.nodes))
+        object.__setattr__(self, "edges", tuple(self.edges))
+        sizes = {"n_layers": self.n_layers, "n_heads": self.n_heads, "d_model": self.d_model}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise InputError(f"graph: {name}={size}, expected at least 1")
+        places = {name: parse_node(name, self.n_layers, self.n_heads) for name in self.nodes}
+        for name, node in self.nodes.items():
+            _check_score(node.score, f"node {name}")
+        seen: set[str] = set()
+        for edge in self.edges:
+            _check_edge(edge, places, self.parallel)
+            if edge.name in seen:
+                raise InputError(f"graph: edge {edge.name}: given twice; keep one of the two")
+            seen.add(edge.name)
+
+    def __repr__(self) -> str:
+        told = f"{len(self.kept_nodes)} nodes and {len(self.kept_edges)} edges"
+        return f"Graph({told} of {self.n_layers} layers of {self.n_heads} heads)"
+
+    @property
+    def short_unit(self) -> str:
+        """ "logits", or "" where the scores are another tool's."""
+        return "logits" if self.unit == OWN_UNIT else ""
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """The heads that belong to the circuit, in order."""
+        places = (parse_node(name, self.n_layers, self.n_heads) for name in self.kept_nodes)
+        return tuple(sorted(Head(p.layer, p.head) for p in places if p.kind == "head"))
+
+    @property
+    def kept_nodes(self) -> tuple[str, ...]:
+        """Names of the nodes that belong to the circuit."""
+        return tuple(name for name, node in self.nodes.items() if node.in_graph)
+
+    @property
+    def kept_edges(self) -> tuple[Edge, ...]:
+        """The edges that belong to the circuit: in the graph, and between nodes that are."""
+        return tuple(
+            edge
+            for edge in self.edges
+            if edge.in_graph
+            and self.nodes[edge.source].in_graph
+            and self.nodes[edge.target].in_graph
+        )
+
+    def top_edges(self, k: int, *, kept_only: bool = True) -> tuple[Edge, ...]:
+        """The at most `k` scored edges with the largest magnitude, the largest first.
+
+        Raises:
+            InputError: `k` is negative.
+        """
+        if k < 0:
+            raise InputError(f"top_edges: k={k}, expected at least 0")
+        edges = self.kept_edges if kept_only else self.edges
+        scored = [(abs(edge.score), edge) for edge in edges if edge.score is not None]
+        return tuple(edge for _, edge in sorted(scored, key=lambda pair: -pair[0])[:k])
+
+    def pruned(self) -> Graph:
+        """The same scores, keeping only what lies on a path of kept edges to the logits.
+
+        Nodes off such a path, and edges that do not end on one, leave the circuit.
+        """
+        places = {name: parse_node(name, self.n_layers, self.n_heads) for name in self.nodes}
+        reached = {LOGITS} & set(self.kept_nodes)
+        inside: set[str] = set()
+        # The last readers first: whether a target is on a path is known before its sources are.
+        late_first = sorted(
+            self.kept_edges, key=lambda e: places[e.target].step(self.parallel), reverse=True
+        )
+        for edge in late_first:
+            if edge.target in reached:
+                reached.add(edge.source)
+                inside.add(edge.name)
+        return replace(
+            self,
+            nodes={name: replace(n, in_graph=name in reached) for name, n in self.nodes.items()},
+            edges=tuple(replace(edge, in_graph=edge.name in inside) for edge in self.edges),
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row an edge: source, target, site, score in logits, and whether it is kept."""
+        columns = ["source", "target", "site", "score", "in_graph"]
+        rows = [(e.source, e.target, e.site, e.score, e.in_graph) for e in self.edges]
+        return pd.DataFrame(rows, columns=columns).astype({"score": float, "in_graph": bool})
+
+    def to_networkx(self) -> Any:
+        """A `networkx.MultiDiGraph`, an edge's key being its site.
+
+        Nodes have in_graph and, where scored, score; edges site, in_graph and, where scored,
+        score; the graph n_layers, n_heads, parallel, unit and, where known, d_model.
+        """
+        import networkx  # only here: it takes a moment to import
+
+        made = networkx.MultiDiGraph(**_known(**_shape(self)))
+        for name, node in self.nodes.items():
+            made.add_node(name, **_known(score=node.score, in_graph=node.in_graph))
+        for edge in self.edges:
+            values = _known(site=edge.site, score=edge.score, in_graph=edge.in_graph)
+            made.add_edge(edge.source, edge.target, edge.site, **values)
+        return made
+
+    def to_dot(self, kept_only: bool = True) -> str:
+        """The graph for Graphviz, input at the bottom; blue is positive, red and dashed negative.
+
+        The width of a line grows with the magnitude of its score; dotted lines have none.
+        """
+        return graph_dot.dot_text(self, kept_only=kept_only)
+
+    def plot(self, max_edges: int = 40) -> Figure:
+        """Drawing of the kept nodes, layers upwards, with the strongest kept edges."""
+        return graph_figures.graph_figure(self, max_edges=max_edges)
+
+    def _repr_html_(self) -> str:
+        return str(figure_html(self.plot()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, for a file; an edge is a row as in `to_dataframe`."""
+        nodes = {name: [node.score, node.in_graph] for name, node in self.nodes.items()}
+        edges = [[e.source, e.target, e.site, e.score, e.in_graph] for e in self.edges]
+        return {**_shape(self), "nodes": nodes, "edges": edges}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Graph:
+        """The inverse of `to_dict`.
+
+        Raises:
+            InputError: something that is no graph. KeyError, TypeError: a part is missing.
+        """
+        return cls(
+            nodes={name: GraphNode(*row) for name, row in values["nodes"].items()},
+            edges=tuple(Edge(*row) for row in values["edges"]),
+            **{name: values[name] for name in _SHAPE},
+        )
+
+
+def _shape(graph: Graph) -> dict[str, Any]:
+    return {name: getattr(graph, name) for name in _SHAPE}
+
+
+def _known(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_score(score: float | None, whose: str) -> None:
+    if score is not None and not math.isfinite(score):
+        raise InputError(
+            f"graph: {whose}.score: expected a finite number of logits, or None where it was not "
+            f"scored; got {score}"
+        )
+
+
+def _check_edge(edge: Edge, places: Mapping[str, NodePlace], parallel: bool) -> None:
+    where = f"graph: edge {edge.name}"
+    for end in (edge.source, edge.target):
+        if end not in places:
+            raise InputError(f"{where}: node {end!r} is not among the nodes; add it to them")
+    source, target = places[edge.source], places[edge.target]
+    why = why_no_edge(source, target, edge.site, parallel=parallel)
+    if why is not None:
+        raise InputError(f"{where}: {why}")
+    _check_score(edge.score, f"edge {edge.name}")
+
+
+def dot_text(graph: Graph, *, kept_only: bool = True) -> str:
+    """The kept part of `graph`, or all of it with what is not kept in thin grey outlines."""
+    kept_nodes, kept_edges = set(graph.kept_nodes), set(graph.kept_edges)
+    names = [name for name in graph.nodes if name in kept_nodes or not kept_only]
+    edges = [edge for edge in graph.edges if edge in kept_edges or not kept_only]
+    places = {name: parse_node(name, graph.n_layers, graph.n_heads) for name in names}
+    largest = max((abs(edge.score or 0.0) for edge in edges), default=0.0) or 1.0
+    lines = [_node(graph, name, places[name], name in kept_nodes) for name in names]
+    lines += _rows(places)
+    lines += [_edge(edge, largest, edge in kept_edges, graph.short_unit) for edge in edges]
+    return _HEAD + "".join(f"  {line}\n" for line in lines) + "}\n"
+
+
+def _node(graph: Graph, name: str, place: NodePlace, kept: bool) -> str:
+    score = graph.nodes[name].score
+    label = name if score is None else f"{name}\\n{score:+.3g}"
+    colours = {"color": INK if kept else "#bbbbbb", "fontcolor": INK if kept else MUTED}
+    return f"{_quoted(name)} {_attributes(label=label, fillcolor=_FILL[place.kind], **colours)};"
+
+
+def _rows(places: dict[str, NodePlace]) -> list[str]:
+    """The heads of a layer stand side by side."""
+    heads = {name: place.layer for name, place in places.items() if place.kind == "head"}
+    rows = groupby(sorted(heads, key=heads.__getitem__), key=heads.__getitem__)
+    return [f"{{ rank=same; {' '.join(f'{_quoted(name)};' for name in row)} }}" for _, row in rows]
+
+
+def _edge(edge: Edge, largest: float, kept: bool, unit: str) -> str:
+    score = edge.score
+    colour, style, words = MUTED, "dotted", "not scored"
+    if score is not None:
+        colour, style = (NEGATIVE, "dashed") if score < 0 else (POSITIVE, "solid")
+        words = f"{score:+.4g} {unit}".rstrip()
+    look = {
+        "label": edge.site,
+        "color": colour if kept else "#cccccc",
+        "style": style,
+        "penwidth": f"{0.6 + 3.9 * abs(score or 0.0) / largest if kept else 0.4:.2f}",
+        "tooltip": f"{edge.name}: {words}",
+    }
+    return f"{_quoted(edge.source)} -> {_quoted(edge.target)} {_attributes(**look)};"
+
+
+def _attributes(**values: str) -> str:
+    return f"[{', '.join(f'{name}={_quoted(value)}' for name, value in values.items() if value)}]"
+
+
+def _quoted(text: str) -> str:
+    """A quoted DOT string, whose only escape for itself is that of the quotation mark."""
+    return '"' + text.replace('"', '\\"') + '"'

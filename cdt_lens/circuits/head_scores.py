@@ -1,0 +1,241 @@
+"""`HeadScores`: one signed score per head with its standard error; selection of circuits from it.
+
+Selections of method.md §5: the top k or a fraction (signed or by magnitude), a threshold, heads
+whose score is stable under resampling of the examples, and near-zero heads as a control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from cdt_lens.circuits.circuit import Circuit
+from cdt_lens.core import display
+from cdt_lens.core.artifacts import load_artifact, save_artifact
+from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.models.heads import Head, all_heads
+from cdt_lens.models.provenance import Provenance
+from cdt_lens.viz import figures
+from cdt_lens.viz.svg import figure_html
+
+
+@dataclass(frozen=True, eq=False)
+class HeadScores:
+    """Signed relevance of every head, in logits: positive pushes towards the gold label.
+
+    values: label-balanced mean over examples; stderr: its standard error; per_example: d(rel) of
+    each example; direction: the full model's label-balanced mean task direction, in logits.
+    Heads that were not asked for are NaN.
+    """
+
+    values: Float[Tensor, "layer head"]
+    stderr: Float[Tensor, "layer head"] = field(repr=False)
+    per_example: Float[Tensor, "example layer head"] = field(repr=False)
+    example_labels: tuple[str, ...] = field(repr=False)
+    direction: float
+    method: str
+    provenance: Provenance = field(repr=False)
+
+    def __repr__(self) -> str:
+        best = [f"{h} {float(self.values[h.layer, h.head]):+.3g}" for h in self.ranking()]
+        told = f"{len(best)} heads on {len(self.example_labels)} examples"
+        return display.line(
+            self, self.method, told, display.few(best, 4), f"direction {self.direction:+.3g} logits"
+        )
+
+    @property
+    def n_layers(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def n_heads(self) -> int:
+        return self.values.shape[1]
+
+    def ranking(self, by: Literal["magnitude", "signed"] = "magnitude") -> tuple[Head, ...]:
+        """All scored heads, the largest first; ties in order of layer and head."""
+        if by not in ("magnitude", "signed"):
+            raise InputError(f"by={by!r}: expected 'magnitude' or 'signed'")
+        keys = (self.values.abs() if by == "magnitude" else self.values).flatten()
+        order = torch.argsort(keys.nan_to_num(nan=-torch.inf), descending=True, stable=True)
+        everyone = all_heads(self.n_layers, self.n_heads)
+        return tuple(everyone[i] for i in order.tolist() if not torch.isnan(keys[i]))
+
+    def top(self, k: int, by: Literal["magnitude", "signed"] = "magnitude") -> tuple[Head, ...]:
+        """The `k` heads with the largest magnitude (or signed score), the largest first."""
+        ranking = self.ranking(by)
+        if not 0 <= k <= len(ranking):
+            raise InputError(f"k={k}: expected 0 to {len(ranking)}, the number of scored heads")
+        return ranking[:k]
+
+    def near_zero(self, k: int) -> Circuit:
+        """The `k` heads with the smallest magnitude, a control (method.md §5)."""
+        ranking = self.ranking()
+        if not 0 <= k <= len(ranking):
+            raise InputError(f"k={k}: expected 0 to {len(ranking)}, the number of scored heads")
+        return self.circuit(ranking[len(ranking) - k :], {"rule": "near-zero", "k": k})
+
+    def select(
+        self,
+        *,
+        k: int | None = None,
+        fraction: float | None = None,
+        threshold: float | None = None,
+        confidence: float | None = None,
+        by: Literal["magnitude", "signed"] = "signed",
+        resamples: int = 1000,
+        seed: int = 0,
+    ) -> Circuit:
+        """Choose a circuit by exactly one of `k`, `fraction`, `threshold`, `confidence`.
+
+        k, fraction: that many of the heads, rounded, at least one. threshold: scores (magnitudes)
+        of at least that many logits. confidence: heads whose bootstrap interval of that level over
+        examples, drawn within each label, excludes 0 (and lies above it, if `by="signed"`).
+
+        Raises:
+            InputError: none or several of the four, or a value out of range.
+        """
+        # Plain numbers, whatever numpy or torch gave, so that they can be saved.
+        given = {
+            "k": None if k is None else int(k),
+            "fraction": None if fraction is None else float(fraction),
+            "threshold": None if threshold is None else float(threshold),
+            "confidence": None if confidence is None else float(confidence),
+        }
+        chosen = {name: value for name, value in given.items() if value is not None}
+        if len(chosen) != 1:
+            raise InputError(
+                f"select: expected exactly one of {', '.join(given)}, got "
+                f"{', '.join(chosen) or 'none'}"
+            )
+        ranking = self.ranking(by)
+        if k is not None:
+            heads = self.top(int(k), by)
+        elif fraction is not None:
+            if not 0 < fraction <= 1:
+                raise InputError(f"select: fraction={fraction}, expected more than 0 and at most 1")
+            heads = ranking[: max(1, round(fraction * len(ranking)))]
+        elif threshold is not None:
+            if threshold != threshold:
+                raise InputError("select: threshold is NaN, expected logits")
+            heads = tuple(h for h in ranking if self._key(h, by) >= threshold)
+        else:
+            heads = self._confident(float(confidence or 0.0), by, resamples, seed)
+            chosen |= {"resamples": resamples, "seed": seed}
+        return self.circuit(heads, {"by": by, **chosen})
+
+    def circuit(self, heads: Sequence[Head], selection: Mapping[str, Any]) -> Circuit:
+        """A circuit of chosen heads that carries these scores and their provenance."""
+        return Circuit(
+            heads=tuple(heads),
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            scores=self.values,
+            stderr=self.stderr,
+            selection={"method": self.method, **selection},
+            provenance=self.provenance,
+        )
+
+    def _key(self, head: Head, by: str) -> float:
+        value = float(self.values[head.layer, head.head])
+        return abs(value) if by == "magnitude" else value
+
+    def _confident(self, level: float, by: str, resamples: int, seed: int) -> tuple[Head, ...]:
+        fewest = min(self.example_labels.count(label) for label in set(self.example_labels))
+        if fewest < 2:
+            raise InputError(
+                "select: confidence needs at least two examples of each label to draw again from; "
+                "score more examples, or select by k or fraction"
+            )
+        if not 0 < level < 1:
+            raise InputError(f"select: confidence={level}, expected between 0 and 1, such as 0.95")
+        if resamples < 1:
+            raise InputError(f"select: resamples={resamples}: expected at least 1")
+        generator = torch.Generator().manual_seed(seed)
+        labels = label_index(self.example_labels)
+        flat = self.per_example.flatten(1).double()
+        total = torch.zeros(resamples, flat.shape[1], dtype=torch.float64)
+        for label in labels.unique():
+            group = flat[labels == label]
+            draw = torch.randint(len(group), (resamples, len(group)), generator=generator)
+            weights = torch.zeros(resamples, len(group), dtype=torch.float64)
+            weights.scatter_add_(1, draw, torch.ones_like(draw, dtype=torch.float64))
+            total += weights @ group / len(group)
+        means = total / len(labels.unique())
+        low = means.quantile((1 - level) / 2, dim=0)
+        high = means.quantile((1 + level) / 2, dim=0)
+        keep = low > 0 if by == "signed" else (low > 0) | (high < 0)
+        everyone = all_heads(self.n_layers, self.n_heads)
+        inside = {everyone[i] for i in keep.nonzero().flatten().tolist()}
+        return tuple(h for h in self.ranking() if h in inside)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a head: name, layer, index, score and standard error in logits."""
+        return pd.DataFrame(
+            [
+                {
+                    "head": str(h),
+                    "layer": h.layer,
+                    "index": h.head,
+                    "score": float(self.values[h.layer, h.head]),
+                    "stderr": float(self.stderr[h.layer, h.head]),
+                }
+                for h in all_heads(self.n_layers, self.n_heads)
+            ]
+        )
+
+    def heatmap(self, circuit: Circuit | None = None) -> Figure:
+        """Map of the scores, layer x head, with the heads of `circuit` outlined."""
+        return figures.heatmap(self, circuit=circuit)
+
+    def bars(self, k: int = 20) -> Figure:
+        """The `k` heads with the largest magnitude, with their standard errors."""
+        return figures.bars(self, k)
+
+    def _repr_html_(self) -> str:
+        return str(figure_html(self.heatmap()))
+
+    def save(self, path: str | Path) -> Path:
+        """Save as JSON beside safetensors, whole or not at all."""
+        body = {
+            "example_labels": list(self.example_labels),
+            "direction": self.direction,
+            "method": self.method,
+            "provenance": self.provenance.to_dict(),
+        }
+        tensors = {"values": self.values, "stderr": self.stderr, "per_example": self.per_example}
+        return save_artifact(path, body, format="cdt_lens.scores", version=1, tensors=tensors)
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadScores:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: no such file. ArtifactError: damaged, or another kind of file.
+        """
+        body, tensors = load_artifact(path, format="cdt_lens.scores", version=1)
+        try:
+            return cls(
+                values=tensors["values"],
+                stderr=tensors["stderr"],
+                per_example=tensors["per_example"],
+                example_labels=tuple(body["example_labels"]),
+                direction=body["direction"],
+                method=body["method"],
+                provenance=Provenance.from_dict(body["provenance"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"{path}: not a whole scores file ({error})") from error
+
+
+def label_index(labels: Sequence[str]) -> Int[Tensor, " example"]:
+    """Labels as numbers, in alphabetical order."""
+    names = sorted(set(labels))
+    return torch.tensor([names.index(label) for label in labels])

@@ -1,0 +1,115 @@
+"""Names of the nodes of a circuit graph, and which node may read which.
+
+1. The nodes are "input" (the embeddings), heads "L9H6", MLPs "M3" and "logits".
+2. Each writes into the residual stream, and reads what was written before it: a head of layer l
+   everything before layer l, an MLP of layer l the heads of layer l as well, unless attention and
+   MLP stand in parallel (Pythia), and the logits everything.
+3. A head reads at three sites, its queries, keys and values; the other nodes at one, "".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from cdt_lens.core.errors import InputError
+from cdt_lens.models.heads import Head
+
+Site = Literal["q", "k", "v", ""]
+INPUT, LOGITS = "input", "logits"
+# What scores are counted in: this package's, and what is known of those in other tools' files.
+OWN_UNIT = "logits (+ = towards the gold label)"
+OTHER_UNIT = "the unit and with the sign of the tool that made them"
+
+# No leading zeros: a node has one name.
+_NAME = re.compile(r"L(0|[1-9][0-9]*)H(0|[1-9][0-9]*)|M(0|[1-9][0-9]*)")
+
+
+@dataclass(frozen=True)
+class NodePlace:
+    """Where a node stands: its layer (-1: the input, `n_layers`: the logits), and its head."""
+
+    kind: Literal["input", "head", "mlp", "logits"]
+    layer: int
+    head: int = 0
+
+    def step(self, parallel: bool) -> int:
+        """When the node reads and writes: it reads what nodes of smaller steps have written."""
+        return 2 * self.layer + (self.kind == "mlp" and not parallel)
+
+
+def parse_node(name: str, n_layers: int, n_heads: int) -> NodePlace:
+    """Read a node's name.
+
+    Raises:
+        InputError: another form, or a node outside a model of `n_layers` layers of `n_heads` heads.
+    """
+    if name == INPUT:
+        return NodePlace("input", -1)
+    if name == LOGITS:
+        return NodePlace("logits", n_layers)
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise InputError(
+            f"node {name!r}: expected input, a head such as L9H6, an MLP such as M3, or logits"
+        )
+    layer, head, mlp = (None if group is None else int(group) for group in match.groups())
+    place = NodePlace("head", layer or 0, head or 0) if mlp is None else NodePlace("mlp", mlp)
+    if place.layer >= n_layers or place.head >= n_heads:
+        raise InputError(
+            f"node {name!r}: the model has layers 0-{n_layers - 1} of heads 0-{n_heads - 1}"
+        )
+    return place
+
+
+def node_names(n_layers: int, n_heads: int) -> tuple[str, ...]:
+    """Every node of a model, in the order of the residual stream."""
+    names = [INPUT]
+    for layer in range(n_layers):
+        names += [str(Head(layer, head)) for head in range(n_heads)]
+        names.append(f"M{layer}")
+    return (*names, LOGITS)
+
+
+def possible_edges(
+    n_layers: int, n_heads: int, *, parallel: bool = False
+) -> Iterator[tuple[str, str, Site]]:
+    """Every (source, target, site) of a model: by layer, heads first, and there by source."""
+    written = [INPUT]
+    for layer in range(n_layers):
+        heads = [str(Head(layer, head)) for head in range(n_heads)]
+        mlp = f"M{layer}"
+        readers = [*heads, mlp] if parallel else heads
+        for source in written:
+            for target in readers:
+                yield from ((source, target, site) for site in _sites(target))
+        written += heads
+        if not parallel:
+            yield from ((source, mlp, "") for source in written)
+        written.append(mlp)
+    yield from ((source, LOGITS, "") for source in written)
+
+
+def why_no_edge(
+    source: NodePlace, target: NodePlace, site: str, *, parallel: bool = False
+) -> str | None:
+    """What is wrong with an edge between two nodes; None: a model has it."""
+    if source.step(parallel) >= target.step(parallel):
+        beside = " (attention and MLP of a layer are parallel)" if parallel else ""
+        return f"runs against the residual stream: a node reads what was written before it{beside}"
+    if target.kind == "head" and site not in ("q", "k", "v"):
+        return f"site {site!r}: expected q, k or v, as its target is a head"
+    if target.kind != "head" and site:
+        return f"site {site!r}: expected none, as its target is no head"
+    return None
+
+
+def edge_name(source: str, target: str, site: Site) -> str:
+    """Such as "L0H1->L9H6<q>" or "M3->logits"."""
+    return f"{source}->{target}" + (f"<{site}>" if site else "")
+
+
+def _sites(target: str) -> tuple[Site, ...]:
+    return ("q", "k", "v") if target.startswith("L") else ("",)

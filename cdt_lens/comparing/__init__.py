@@ -1,0 +1,1 @@
+"""Methods of scoring heads, side by side."""

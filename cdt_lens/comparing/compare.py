@@ -1,0 +1,252 @@
+"""Compare methods of scoring heads, on one model and task or on planted circuits.
+
+1. Checks that cost nothing, then m(full) and m(empty) on the held-out examples: a task in which the
+   heads do nothing is refused before the first sweep.
+2. Each method scores all heads, against the clock (`timed_scores`).
+3. The circuits of its two rankings are measured on the held-out examples (`measured_circuits`), and
+   so are those of random rankings; all of it together is a `Comparison`.
+
+Whatever is finished is kept: a kill loses the method that was running at most, and of a sweep no
+more than a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from cdt_lens.circuits.circuit import random_heads
+from cdt_lens.circuits.faithfulness import checked_fractions, sizes_at
+from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.circuits.measures import MIB_FRACTIONS
+from cdt_lens.comparing.comparison import (
+    RANKINGS,
+    YARDSTICK,
+    Comparison,
+    MethodResult,
+    RankingCurve,
+)
+from cdt_lens.comparing.measured_circuits import MeasuredCircuits
+from cdt_lens.comparing.timed_scores import TimedScorer, TimedScores
+from cdt_lens.core.errors import InputError, NonFiniteError, expect
+from cdt_lens.core.kept import Say
+from cdt_lens.decomposition.baseline import Baseline, check_baseline
+from cdt_lens.models.caller_hooks import caller_hooks
+from cdt_lens.models.provenance import provenance_of
+from cdt_lens.models.support import check_supported
+from cdt_lens.models.view import ModelView, view_of
+from cdt_lens.scoring.agreement import auroc, average_precision, compare_scores
+from cdt_lens.scoring.methods import DEFAULT_METHODS, METHODS, method_of
+from cdt_lens.tasks.task import Examples, require_examples
+
+# A share of the task direction: scores below it do not tell heads apart.
+_NOTHING = 1e-4
+
+
+def compare_methods(
+    model: nn.Module | ModelView,
+    train: Examples,
+    valid: Examples,
+    baseline: Baseline,
+    methods: Iterable[str] = DEFAULT_METHODS,
+    *,
+    truth: Any = None,
+    fractions: Sequence[float] = MIB_FRACTIONS,
+    draws: int = 5,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    batch_size: int = 16,
+    rows: int | None = None,
+    progress: bool = True,
+    say: Say | None = None,
+) -> Comparison:
+    """Score `train` by every method, and judge the rankings on the held-out `valid`.
+
+    Exact mean-ablation, the yardstick, always runs. A method that is refused on this model keeps
+    its row, with the reason.
+
+    Args:
+        truth: `[layer, head]`, True or 1 at the heads of a planted circuit; draws: random rankings;
+            seed: of these and of methods that draw; folder: where each method's scores and each
+            circuit's metric are kept; a call with the same model, data and baseline goes on there.
+
+    Raises:
+        InputError: an unknown method, no examples, held-out examples that are all among the scored
+            ones, a truth that is no mask of the heads, heads that change nothing on the held-out
+            examples, or a folder for a model with hooks of the caller's (what they do is not known
+            to the files in it).
+        UnsupportedModelError: a component of the model has no rule.
+        NonFiniteError: the yardstick itself left the finite range.
+    """
+    names = checked_methods(methods)
+    fractions = checked_fractions(fractions)
+    view = view_of(model)
+    say = say or (lambda _: None)
+    shared = _check(view, train, valid, baseline, draws, say)
+    mask = None if truth is None else _mask(truth, (view.n_layers, view.n_heads))
+    check_supported(view)
+    place = None if folder is None else Path(folder)
+    if place is not None and caller_hooks(view.tl):
+        raise InputError(
+            f"compare_methods: the model has hooks of your own ({caller_hooks(view.tl)[0]}), and "
+            f"what is kept in {place} could not be told from numbers without them; leave folder "
+            "out, or take the hooks off"
+        )
+    how: dict[str, Any] = {"batch_size": batch_size, "rows": rows, "progress": progress}
+    kept_at = None if place is None else place / "circuits.json"
+    circuits = MeasuredCircuits(view, valid, baseline, kept_at, say, **how)
+    scorer = TimedScorer(view, train, baseline, place, say, seed, **how)
+    scored = [scorer.score(name) for name in names]
+    exact = scored[0].scores
+    if exact is None:
+        raise NonFiniteError(f"the yardstick was refused: {scored[0].refused}")
+    sizes = sizes_at(fractions, view.n_layers * view.n_heads)
+    results = []
+    for each in scored:
+        say(f"faithfulness: {each.method}")
+        results.append(_judged(each, exact, mask, circuits, fractions, sizes))
+    say("faithfulness: random rankings")
+    options = {
+        "methods": list(names), "draws": draws, "metric": "direction", "held_out": valid.name,
+        "held_out_hash": valid.hash, "held_out_scored": shared, "baseline": baseline.kind,
+        "baseline_hash": baseline.hash, "batch_size": batch_size,
+        "threads": torch.get_num_threads(), "device": str(view.device),
+        "dtype": str(view.dtype)[6:],
+    }  # fmt: skip
+    return Comparison(
+        methods=tuple(results),
+        fractions=fractions,
+        sizes=sizes,
+        random=_random_rankings(circuits, fractions, sizes, draws, seed),
+        scored=len(train),
+        held_out=len(valid),
+        direction=exact.direction,
+        full=circuits.full,
+        empty=circuits.empty,
+        provenance=provenance_of(view, train, options=options, seed=seed),
+    )
+
+
+def checked_methods(methods: Iterable[str]) -> tuple[str, ...]:
+    """Known names, each once, the yardstick first.
+
+    Raises:
+        InputError: an unknown name, or none.
+    """
+    names = tuple(dict.fromkeys(methods))
+    if not names:
+        raise InputError(f"methods: expected any of {', '.join(METHODS)}; got none")
+    for name in names:
+        method_of(name)
+    return (YARDSTICK, *(name for name in names if name != YARDSTICK))
+
+
+def _check(
+    view: ModelView,
+    train: Examples,
+    valid: Examples,
+    baseline: Baseline,
+    draws: int,
+    say: Say,
+) -> int:
+    """Refuse what cannot be compared, before anything runs; the held-out prompts also scored."""
+    if draws < 1:
+        raise InputError(f"draws={draws}: expected at least 1 random ranking")
+    require_examples(train)
+    expect(valid, Examples, "valid", "give a split, such as task.valid")
+    if not len(valid):
+        raise InputError(
+            f"{valid.name}: no held-out examples to judge the rankings on; give a validation split"
+        )
+    seen = {(example.tokens, example.label) for example in train}
+    shared = sum((example.tokens, example.label) in seen for example in valid)
+    if shared == len(valid):
+        raise InputError(
+            f"{valid.name}: the held-out examples are all among the scored ones; rankings must be "
+            "judged on others"
+        )
+    if shared:
+        say(f"{shared} of the {len(valid)} held-out prompts are among the scored ones too")
+    check_baseline(baseline, view)
+    return shared
+
+
+def _mask(truth: Any, shape: tuple[int, int]) -> Bool[Tensor, "layer head"]:
+    """`truth` as booleans: an array, tensor or nested list of True and False, or of 1 and 0."""
+    try:
+        found = torch.as_tensor(truth)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"truth: expected an array of {shape}, True or False ({error})") from error
+    mask = found.bool().cpu()
+    if tuple(found.shape) != shape or mask.all() or not mask.any():
+        raise InputError(
+            f"truth: {int(mask.sum())} heads of {tuple(found.shape)}; expected some, not all, of "
+            f"{shape}"
+        )
+    if not torch.equal(mask.to(found.dtype), found.cpu()):
+        raise InputError("truth: expected True and False, or 1 and 0, at each head")
+    return mask
+
+
+def _judged(
+    scored: TimedScores,
+    exact: HeadScores,
+    truth: Bool[Tensor, "layer head"] | None,
+    circuits: MeasuredCircuits,
+    fractions: tuple[float, ...],
+    sizes: tuple[int, ...],
+) -> MethodResult:
+    """Everything that one method's scores are worth."""
+    told: dict[str, Any] = {
+        "method": scored.method,
+        "description": method_of(scored.method).description,
+    }
+    scores = scored.scores
+    if scores is None:
+        return MethodResult(**told, refused=scored.refused)
+    found = compare_scores(scores, exact)
+    rankings = {by: scores.ranking(by) for by in RANKINGS}
+    kept = {by: [tuple(sorted(r[:size])) for size in sizes] for by, r in rankings.items()}
+    circuits.measure([circuit for each in kept.values() for circuit in each])
+    curves = {by: RankingCurve.of(fractions, circuits.curve(each)) for by, each in kept.items()}
+    if truth is not None:
+        magnitude = _magnitude(scores)
+        told["auroc"] = auroc(magnitude, truth)
+        told["average_precision"] = average_precision(magnitude, truth)
+    return MethodResult(
+        **told,
+        spearman=found.spearman,
+        pearson=found.pearson,
+        signed=curves["signed"],
+        magnitude=curves["magnitude"],
+        seconds=scored.seconds,
+        forward_passes=scored.passes,
+    )
+
+
+def _magnitude(scores: HeadScores) -> Float[Tensor, "layer head"]:
+    """Magnitudes of the scores; what float32 leaves of heads that do nothing is 0, and tied."""
+    magnitude = scores.values.abs()
+    scale = max(abs(scores.direction), float(magnitude.max()))
+    return torch.where(magnitude < _NOTHING * scale, 0.0, magnitude)
+
+
+def _random_rankings(
+    circuits: MeasuredCircuits,
+    fractions: tuple[float, ...],
+    sizes: tuple[int, ...],
+    draws: int,
+    seed: int,
+) -> tuple[RankingCurve, ...]:
+    """Curves of rankings drawn by lot; the circuits of a draw hold its smaller ones."""
+    shape = (circuits.view.n_layers, circuits.view.n_heads)
+    drawn = [
+        [random_heads(size, *shape, seed=seed + draw) for size in sizes] for draw in range(draws)
+    ]
+    circuits.measure([circuit for each in drawn for circuit in each])
+    return tuple(RankingCurve.of(fractions, circuits.curve(each)) for each in drawn)

@@ -1,0 +1,362 @@
+"""`Comparison`: methods of scoring heads side by side, on one model and one task.
+
+1. Every method scores all heads on the same examples.
+2. Agreement: rank and linear correlation with exact mean-ablation of single heads, the yardstick.
+3. Use: the top heads are kept and the rest mean-ablated on held-out examples; f over the share of
+   heads kept gives CPR and CMD (MIB, arXiv 2504.13151), ranking by the score and by its magnitude.
+4. Cost: seconds, and these as a multiple of one plain forward pass of the scored examples.
+5. Truth, where a circuit was planted: AUROC and average precision of the magnitudes.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from cdt_lens.circuits.measures import cmd, cpr
+from cdt_lens.core import display
+from cdt_lens.core.artifacts import load_artifact, save_artifact
+from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.models.provenance import Provenance
+from cdt_lens.viz import comparison_figures, comparison_tables
+from cdt_lens.viz.svg import figure_html
+
+_FORMAT, _PLANTED, _VERSION = "cdt_lens.comparison", "cdt_lens.planted_comparison", 1
+
+YARDSTICK = "exact"  # the method that the others' scores are compared with
+RANKINGS: tuple[Literal["signed", "magnitude"], ...] = ("signed", "magnitude")
+# Whether a measure is better when large (+1) or small (-1).
+_BETTER = {
+    "spearman": 1, "pearson": 1, "cpr": 1, "cmd": -1, "auroc": 1, "average_precision": 1,
+    "seconds": -1, "forward_passes": -1,
+}  # fmt: skip
+_NUMBERS = ("spearman", "pearson", "seconds", "forward_passes", "auroc", "average_precision")
+
+
+@dataclass(frozen=True)
+class RankingCurve:
+    """f of the top heads of one ranking at each size (1 = the full model), and its areas."""
+
+    f: tuple[float, ...] = field(repr=False)
+    cpr: float
+    cmd: float
+
+    @classmethod
+    def of(cls, fractions: Sequence[float], f: Sequence[float]) -> RankingCurve:
+        """The curve through `f`, one value a fraction of the heads."""
+        values = torch.tensor(f, dtype=torch.float64)
+        return cls(tuple(f), float(cpr(fractions, values)), float(cmd(fractions, values)))
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """What one method's scores are worth; NaN is not measured, or has no meaning.
+
+    spearman, pearson: with exact mean-ablation, over all heads; signed, magnitude: faithfulness of
+    the ranking by score, and by its magnitude; seconds: to score all heads (NaN where the sweep was
+    interrupted); forward_passes: the same in plain forward passes; auroc, average_precision: of
+    the magnitudes, against the planted circuit; refused: why the method gave no scores.
+    """
+
+    method: str
+    description: str = ""
+    spearman: float = math.nan
+    pearson: float = math.nan
+    signed: RankingCurve | None = None
+    magnitude: RankingCurve | None = None
+    seconds: float = math.nan
+    forward_passes: float = math.nan
+    auroc: float = math.nan
+    average_precision: float = math.nan
+    refused: str | None = None
+
+    def __repr__(self) -> str:
+        measures = ("spearman", "cpr", "cmd", "average_precision", "seconds")
+        known = {name: self.value(name) for name in measures}
+        told = [f"{name} {value:.3g}" for name, value in known.items() if not math.isnan(value)]
+        return display.line(self, self.method, *told, self.refused or "")
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row: the method's numbers as they are, NaN where there are none."""
+        return pd.DataFrame([_row(self)])
+
+    def _repr_html_(self) -> str:
+        return display.html(f"{self.method}: {self.description}", self.to_dataframe())
+
+    def curve(self, by: Literal["signed", "magnitude"]) -> RankingCurve | None:
+        """The curve of one ranking; None where the method was refused.
+
+        Raises:
+            InputError: an unknown ranking.
+        """
+        if by not in RANKINGS:
+            raise InputError(f"by={by!r}: expected 'signed' or 'magnitude'")
+        return self.signed if by == "signed" else self.magnitude
+
+    def value(self, measure: str, by: Literal["signed", "magnitude"] | None = None) -> float:
+        """One number by name; of "cpr" and "cmd" the better of both rankings, or the one asked for.
+
+        Raises:
+            InputError: an unknown measure or ranking.
+        """
+        if measure not in _BETTER:
+            raise InputError(f"measure {measure!r}: expected one of {', '.join(_BETTER)}")
+        if measure not in ("cpr", "cmd"):
+            return float(getattr(self, measure))
+        curves = [self.curve(each) for each in (RANKINGS if by is None else (by,))]
+        areas = [getattr(curve, measure) for curve in curves if curve is not None]
+        return float(_best_of(areas, measure)) if areas else math.nan
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Methods of scoring heads, compared on one model and task.
+
+    fractions, sizes: shares of the heads kept, and how many these are; random: curves of random
+    rankings; scored, held_out: numbers of examples; direction: the full model's label-balanced mean
+    task direction on the scored ones; full, empty: the same on the held-out ones with all heads and
+    with none; all three in logits.
+    """
+
+    methods: tuple[MethodResult, ...]
+    fractions: tuple[float, ...]
+    sizes: tuple[int, ...]
+    random: tuple[RankingCurve, ...] = field(repr=False)
+    scored: int
+    held_out: int
+    direction: float
+    full: float
+    empty: float
+    provenance: Provenance = field(repr=False)
+
+    def __repr__(self) -> str:
+        return display.line(self, self.model, self.task, display.few(self.names))
+
+    @property
+    def task(self) -> str:
+        """The scored examples' name."""
+        return self.provenance.task
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return self.provenance.model
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The methods' names, in order."""
+        return tuple(each.method for each in self.methods)
+
+    def __getitem__(self, method: str) -> MethodResult:
+        found = next((each for each in self.methods if each.method == method), None)
+        if found is None:
+            raise InputError(f"method {method!r}: expected one of {', '.join(self.names)}")
+        return found
+
+    def best(
+        self, measure: str, by: Literal["signed", "magnitude"] | None = None
+    ) -> MethodResult | None:
+        """The method with the best value, the first of equals; None where nothing was measured.
+
+        measure: "spearman", "pearson" (the yardstick, which has 1 by definition, is left out),
+        "cpr", "cmd" (the better of both rankings, or of the one that `by` names), "auroc",
+        "average_precision", "seconds" or "forward_passes".
+
+        Raises:
+            InputError: an unknown measure or ranking.
+        """
+        agreement = measure in ("spearman", "pearson")
+        values = {
+            each.method: each.value(measure, by)
+            for each in self.methods
+            if not (agreement and each.method == YARDSTICK)
+        }
+        known = {name: value for name, value in values.items() if not math.isnan(value)}
+        if not known:
+            return None
+        best = _best_of(list(known.values()), measure)
+        return self[next(name for name, value in known.items() if value == best)]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a method: its numbers as they are, NaN where there are none."""
+        return pd.DataFrame([_row(each) for each in self.methods])
+
+    def random_areas(self) -> dict[str, float]:
+        """Median CPR and CMD of the random rankings."""
+        return {
+            name: statistics.median([getattr(c, name) for c in self.random] or [math.nan])
+            for name in ("cpr", "cmd")
+        }
+
+    def table(self) -> pd.DataFrame:
+        """The numbers as text, `*` at the best of a column (the yardstick agrees with itself)."""
+        return comparison_tables.plain(self)
+
+    def plot(self) -> Figure:
+        """Faithfulness curves, CPR and CMD beside random rankings, agreement against cost."""
+        return comparison_figures.comparison(self)
+
+    def _repr_html_(self) -> str:
+        return str(comparison_tables.html(self) + figure_html(self.plot()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested values, numbers that are not known as None."""
+        return {
+            "methods": [_without_nan(asdict(each)) for each in self.methods],
+            "fractions": list(self.fractions),
+            "sizes": list(self.sizes),
+            "random": [asdict(each) for each in self.random],
+            "scored": self.scored,
+            "held_out": self.held_out,
+            "direction": self.direction,
+            "full": self.full,
+            "empty": self.empty,
+            "provenance": self.provenance.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Comparison:
+        """The inverse of `to_dict`."""
+        return cls(
+            methods=tuple(_method(each) for each in values["methods"]),
+            fractions=tuple(values["fractions"]),
+            sizes=tuple(values["sizes"]),
+            random=tuple(_curve(each) for each in values["random"]),
+            scored=values["scored"],
+            held_out=values["held_out"],
+            direction=values["direction"],
+            full=values["full"],
+            empty=values["empty"],
+            provenance=Provenance.from_dict(values["provenance"]),
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Save as JSON, whole or not at all.
+
+        Raises:
+            InputError: the place cannot be written.
+        """
+        return save_artifact(path, self.to_dict(), format=_FORMAT, version=_VERSION)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Comparison:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: no such file. ArtifactError: damaged, another kind of file, or newer.
+        """
+        body, _ = load_artifact(path, format=_FORMAT, version=_VERSION)
+        try:
+            return cls.from_dict(body)
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"{path}: not a whole comparison ({error})") from error
+
+
+def _row(result: MethodResult) -> dict[str, Any]:
+    row: dict[str, Any] = {"method": result.method}
+    row |= {"spearman": result.spearman, "pearson": result.pearson}
+    for measure in ("cpr", "cmd"):
+        row |= {f"{measure}_{by}": result.value(measure, by) for by in RANKINGS}
+    row |= {name: getattr(result, name) for name in _NUMBERS[2:]}
+    return row | {"refused": result.refused}
+
+
+def _best_of(values: Sequence[float], measure: str) -> float:
+    return max(values) if _BETTER[measure] > 0 else min(values)
+
+
+def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    # JSON has no NaN.
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
+
+
+def _method(values: Mapping[str, Any]) -> MethodResult:
+    given = dict(values)
+    for name in _NUMBERS:
+        given[name] = math.nan if given[name] is None else float(given[name])
+    for by in RANKINGS:
+        given[by] = None if given[by] is None else _curve(given[by])
+    return MethodResult(**given)
+
+
+def _curve(values: Mapping[str, Any]) -> RankingCurve:
+    return RankingCurve(tuple(values["f"]), values["cpr"], values["cmd"])
+
+
+@dataclass(frozen=True, eq=False)
+class PlantedComparison:
+    """Methods compared on planted circuits, by the circuit's name.
+
+    why: what is planted in each circuit, in words.
+    """
+
+    circuits: Mapping[str, Comparison]
+    why: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def __repr__(self) -> str:
+        return display.line(self, display.few(self.methods), f"on {display.few(self.circuits)}")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Every method of any circuit, in order."""
+        return tuple(dict.fromkeys(name for each in self.circuits.values() for name in each.names))
+
+    def matrix(self, measure: str = "average_precision") -> pd.DataFrame:
+        """A measure by method (rows) and circuit (columns); NaN where the method was refused."""
+        columns = {
+            name: each.to_dataframe().set_index("method")[measure]
+            for name, each in self.circuits.items()
+        }
+        return pd.DataFrame(columns, dtype=float).reindex(list(self.methods))
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a circuit and method, with every number."""
+        parts = [each.to_dataframe().assign(circuit=name) for name, each in self.circuits.items()]
+        rows = [row for part in parts for row in part.to_dict("records")]
+        names = [c for c in (parts[0].columns if parts else ()) if c != "circuit"]
+        return pd.DataFrame(rows, columns=["circuit", *names])
+
+    def table(self, measure: str = "average_precision") -> pd.DataFrame:
+        """A measure as text, `*` at the best of a circuit; a mean only over all circuits."""
+        return comparison_tables.planted_plain(self, measure)
+
+    def plot(self) -> Figure:
+        """AUROC and average precision of each method on each circuit."""
+        return comparison_figures.planted(self)
+
+    def _repr_html_(self) -> str:
+        return str(
+            comparison_tables.planted_html(self, "average_precision") + figure_html(self.plot())
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Save as JSON, whole or not at all.
+
+        Raises:
+            InputError: the place cannot be written.
+        """
+        circuits = [{"name": name, **each.to_dict()} for name, each in self.circuits.items()]
+        body = {"circuits": circuits, "why": dict(self.why)}
+        return save_artifact(path, body, format=_PLANTED, version=_VERSION)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PlantedComparison:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: no such file. ArtifactError: damaged, another kind of file, or newer.
+        """
+        body, _ = load_artifact(path, format=_PLANTED, version=_VERSION)
+        try:
+            circuits = {each["name"]: Comparison.from_dict(each) for each in body["circuits"]}
+            return cls(circuits, body["why"])
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"{path}: not a whole comparison ({error})") from error

@@ -1,0 +1,1 @@
+"""Contextual decomposition (CD-T, arXiv 2407.00886)."""

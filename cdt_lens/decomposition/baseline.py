@@ -1,0 +1,370 @@
+"""The reference value of each head's z: a label-balanced streaming mean (method.md §2).
+
+No counterfactual prompts are needed: the mean over labels of the per-label means of `hook_z`, so
+that a label with more examples does not pull it. One pass, constant memory. Free text has no
+aligned positions, so a *slot* says which positions share a mean:
+
+- "answer" (default): the answer position by itself, all other real positions pooled;
+- "pooled": one mean for all real positions;
+- "right": one mean per position counted from the answer (beyond the longest prompt averaged, the
+  mean of all positions);
+- "left": one mean per position counted from the start, for templated prompts.
+
+`zero_baseline` and `counterfactual_baseline` are the other references of the literature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pandas as pd
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from cdt_lens.core import display
+from cdt_lens.core.artifacts import content_hash, load_artifact, save_artifact
+from cdt_lens.core.errors import ArtifactError, InputError, expect
+from cdt_lens.core.processes import is_main, shard, sum_over_processes
+from cdt_lens.models.provenance import Provenance, provenance_of
+from cdt_lens.models.support import check_supported
+from cdt_lens.models.view import ModelView, view_of
+from cdt_lens.tasks.task import Batch, Examples, require_examples
+
+Slots = Literal["answer", "pooled", "right", "left"]
+# Reference values at a layer, [batch, pos, head, d_head] or broadcastable to it.
+BaselineAt = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """Reference values of z for every head, and of the outputs of MLPs if asked for.
+
+    kind: one of the slots, "zero" or "counterfactual"; means: `[layer, slot, head, d_head]`, in
+    the units of z (empty unless the kind is a slot); pairs: the tokens of each prompt's
+    counterfactual; mlp_means: of what each MLP adds to the residual stream, or None.
+    """
+
+    kind: str
+    means: Float[Tensor, "layer slot head d_head"] = field(repr=False)
+    provenance: Provenance = field(repr=False)
+    pairs: Mapping[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False)
+    mlp_means: Float[Tensor, "layer slot d_model"] | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        shape = "layers {}, slots {}, heads {}".format(*self.means.shape[:3])
+        mlps = "" if self.mlp_means is None else "with MLPs"
+        return display.line(
+            self, self.kind, self.provenance.task, shape if self.means.numel() else "", mlps
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a layer and head: the norm of its mean z, averaged over slots; in units of z."""
+        norms = self.means.float().norm(dim=-1)
+        rows = [
+            (layer, head, value)
+            for layer, values in enumerate(norms.mean(1).tolist())
+            for head, value in enumerate(values)
+        ]
+        return display.flat_frame(["layer", "head", "norm"], rows)
+
+    def _repr_html_(self) -> str:
+        title = f"Baseline {self.kind} from {self.provenance.task}"
+        return display.html(title, self.to_dataframe())
+
+    @property
+    def hash(self) -> str:
+        """sha256 of everything that changes a number: kind, model, task and the means."""
+        told = self.provenance
+        pairs = sorted([list(k), list(v)] for k, v in self.pairs.items())
+        what = [self.kind, told.model_hash, told.task_hash, _digest(self.means), pairs]
+        return content_hash(what + ([] if self.mlp_means is None else [_digest(self.mlp_means)]))
+
+    def check_model(self, model: nn.Module | ModelView) -> None:
+        """Refuse to use the baseline with a model whose weights are not those it was made with.
+
+        Raises:
+            ArtifactError: the weight hashes differ; the message shows both.
+        """
+        self.provenance.check_model(view_of(model), "this baseline")
+
+    def for_batch(self, view: ModelView, batch: Batch) -> BaselineAt:
+        """The values for one batch: a function of the layer giving `[batch, pos, head, d_head]`.
+
+        Raises:
+            InputError: made for a model of another shape, or for shorter templated prompts.
+        """
+        if self.kind == "zero":
+            zero = torch.zeros((), device=view.device, dtype=view.dtype)
+            return lambda _layer: zero
+        if self.kind == "counterfactual":
+            return self._paired(view, batch)
+        expected = (view.n_layers, view.n_heads, view.d_head)
+        found = (self.means.shape[0], *self.means.shape[2:])
+        if found != expected:
+            raise InputError(
+                f"baseline: made for {found[0]} layers of {found[1]} heads of width {found[2]}; "
+                f"this model has {expected[0]} of {expected[1]} of {expected[2]}; "
+                "compute it again with mean_activations"
+            )
+        slots = self._slots(batch.lengths, batch.tokens.shape[1]).to(view.device)
+        means = self.means.to(view.device, view.dtype)
+        return lambda layer: means[layer][slots]
+
+    def mlps_for_batch(self, view: ModelView, batch: Batch) -> BaselineAt:
+        """The same for what MLPs add to the stream: of the layer, giving `[batch, pos, d_model]`.
+
+        Raises:
+            InputError: the baseline was made without MLPs, or for another model or prompts.
+        """
+        if self.kind == "zero":
+            return self.for_batch(view, batch)
+        if self.kind == "counterfactual":
+            return self._paired(view, batch, "mlp_out")
+        if self.mlp_means is None:
+            raise InputError(
+                "baseline: it holds no values for MLPs; make it with mean_activations(model, "
+                "examples, mlps=True)"
+            )
+        self.for_batch(view, batch)  # refuses another model
+        slots = self._slots(batch.lengths, batch.tokens.shape[1]).to(view.device)
+        means = self.mlp_means.to(view.device, view.dtype)
+        return lambda layer: means[layer][slots]
+
+    def _slots(self, lengths: Int[Tensor, " batch"], n_pos: int) -> Int[Tensor, "batch pos"]:
+        return _slot_of(self.kind, lengths, n_pos).clamp(max=self._last_slot(n_pos))
+
+    def _last_slot(self, n_pos: int) -> int:
+        n_slots = self.means.shape[1]
+        if self.kind == "left" and n_pos > n_slots:
+            raise InputError(
+                f"baseline: its prompts had {n_slots} positions, these have {n_pos}; a mean per "
+                "position from the left needs prompts of one template; use positions='answer'"
+            )
+        return n_slots - 1
+
+    def _paired(self, view: ModelView, batch: Batch, site: str = "z") -> BaselineAt:
+        tokens = batch.tokens.clone()
+        for row, length in enumerate(batch.lengths.tolist()):
+            ids = self.pairs.get(tuple(batch.tokens[row, :length].tolist()))
+            if ids is None:
+                raise InputError(
+                    f"baseline: example {batch.index[row]} has no counterfactual prompt; make the "
+                    "baseline with the examples that are scored"
+                )
+            tokens[row, :length] = torch.tensor(ids)
+        trace = view.run(tokens, [s for s in view.sites if s[0] == site])
+        return lambda layer: trace[site, layer]
+
+    def save(self, path: str | Path) -> Path:
+        """Save as JSON beside safetensors, atomically; counterfactual baselines are not files.
+
+        Raises:
+            InputError: a counterfactual baseline, or a place that cannot be written.
+        """
+        if self.kind == "counterfactual":
+            raise InputError("a counterfactual baseline holds prompts, not means; save the task")
+        body = {"kind": self.kind, "provenance": self.provenance.to_dict()}
+        tensors = {"means": self.means} if self.means.numel() else {}
+        if self.mlp_means is not None:
+            tensors["mlp_means"] = self.mlp_means
+        return save_artifact(path, body, format="cdt_lens.baseline", version=1, tensors=tensors)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Baseline:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: no such file. ArtifactError: damaged, or another kind of file.
+        """
+        body, tensors = load_artifact(path, format="cdt_lens.baseline", version=1)
+        try:
+            told = Provenance.from_dict(body["provenance"])
+            means = tensors.get("means", torch.zeros(0, 0, 0, 0))
+            return cls(body["kind"], means, told, mlp_means=tensors.get("mlp_means"))
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"{path}: not a whole baseline file ({error})") from error
+
+
+def _digest(means: Tensor) -> str:
+    return hashlib.sha256(means.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _slot_of(kind: str, lengths: Int[Tensor, " batch"], n_pos: int) -> Int[Tensor, "batch pos"]:
+    """Which mean each position uses; positions after the answer are padding and get any."""
+    positions = torch.arange(n_pos, device=lengths.device)
+    from_right = rearrange(lengths, "batch -> batch 1") - 1 - positions
+    if kind == "answer":
+        return (from_right == 0).long()
+    if kind == "right":
+        return from_right.clamp(min=0)
+    if kind == "left":
+        return positions.expand(len(lengths), n_pos)
+    return torch.zeros(len(lengths), n_pos, dtype=torch.long, device=lengths.device)
+
+
+def mean_activations(
+    model: nn.Module | ModelView,
+    examples: Examples,
+    *,
+    positions: Slots = "answer",
+    mlps: bool = False,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Baseline:
+    """Label-balanced mean of every head's z over `examples` (method.md §2), in one pass.
+
+    mlps: of what every MLP adds to the residual stream as well, as graphs of circuits need.
+    Under `accelerate launch` each process reads its share and the sums are added.
+
+    Raises:
+        InputError: no examples, or an unknown choice of positions.
+        UnsupportedModelError: a component of the model has no rule.
+    """
+    if positions not in get_args(Slots):
+        raise InputError(f"positions={positions!r}: expected one of {', '.join(get_args(Slots))}")
+    require_examples(examples)
+    view = view_of(model)
+    check_supported(view)
+    sums, mlp_sums, counts = _streaming_sums(view, examples, positions, mlps, batch_size, progress)
+    if positions == "answer" and not bool(counts[:, 0].any()):
+        raise InputError(
+            f"{examples.name}: no prompt has a position before the answer, so there is no mean for "
+            "it; use positions='pooled'"
+        )
+    means = _balanced(rearrange(sums, "n l s h d -> n l s (h d)"), counts)
+    means = rearrange(means, "l s (h d) -> l s h d", h=view.n_heads)
+    mlp_means = None if mlp_sums is None else _balanced(mlp_sums, counts)
+    if not bool(torch.isfinite(means).all()):
+        raise InputError(f"{view.name}: z is not finite on {examples.name}; check the weights")
+    if mlp_means is not None and not bool(torch.isfinite(mlp_means).all()):
+        raise InputError(
+            f"{view.name}: an MLP's output is not finite on {examples.name}; load it in float32"
+        )
+    options = {"kind": positions}
+    provenance = provenance_of(view, examples, options=options)
+    return Baseline(
+        positions, means.float(), provenance,
+        mlp_means=None if mlp_means is None else mlp_means.float(),
+    )  # fmt: skip
+
+
+def _balanced(
+    sums: Float[Tensor, "label layer slot d"], counts: Float[Tensor, "label slot"]
+) -> Float[Tensor, "layer slot d"]:
+    """The mean over labels of each label's mean."""
+    per_label = sums / counts.clamp(min=1)[:, None, :, None]
+    # A slot that some label never reaches (its prompts are shorter) is a mean over the others.
+    present = (counts > 0).double()
+    weights = present / present.sum(0).clamp(min=1)
+    return torch.einsum("ns,nlsd->lsd", weights, per_label)
+
+
+def _streaming_sums(
+    view: ModelView,
+    examples: Examples,
+    positions: Slots,
+    mlps: bool,
+    batch_size: int,
+    progress: bool,
+) -> tuple[
+    Float[Tensor, "label layer slot head d_head"],
+    Float[Tensor, "label layer slot d_model"] | None,
+    Float[Tensor, "label slot"],
+]:
+    """Sums of z, of MLP outputs, and numbers of positions, per label and slot; of all processes."""
+    longest = max(len(example.tokens) for example in examples)
+    # "right" has one slot more, the mean of all positions, for longer prompts than these.
+    n_slots = {"answer": 2, "pooled": 1, "right": longest + 1}.get(positions, longest)
+    n_labels = len(examples.labels)
+    # float64 on the CPU: one summation order for every device, and devices without float64.
+    sums = torch.zeros(
+        n_labels, view.n_layers, n_slots, view.n_heads, view.d_head, dtype=torch.float64
+    )
+    counts = torch.zeros(n_labels, n_slots, dtype=torch.float64)
+    mlp_width = view.d_model if mlps else 0
+    mlp_sums = torch.zeros(n_labels, view.n_layers, n_slots, mlp_width, dtype=torch.float64)
+    sites = [("z", layer) for layer in range(view.n_layers)]
+    mlp_sites = [s for s in view.sites if s[0] == "mlp_out"] if mlps else []
+    batches = list(examples.batches(batch_size, shard=shard()))
+    for batch in tqdm(batches, desc="baseline", disable=not (progress and is_main()), leave=False):
+        trace = view.run(batch.tokens, [*sites, *mlp_sites])
+        n_pos = batch.tokens.shape[1]
+        slots = _slot_of(positions, batch.lengths, n_pos)
+        real = torch.arange(n_pos) < batch.lengths[:, None]
+        member = torch.nn.functional.one_hot(slots, n_slots).double()
+        if positions == "right":
+            member[..., -1] = 1
+        member *= real[..., None]
+        label = torch.nn.functional.one_hot(batch.label_index, n_labels).double()
+        counts += torch.einsum("bn,bps->ns", label, member)
+        for layer in range(view.n_layers):
+            z = trace["z", layer].cpu().double()
+            per_example = torch.einsum("bps,bphd->bshd", member, z)
+            sums[:, layer] += torch.einsum("bn,bshd->nshd", label, per_example)
+        for site in mlp_sites:
+            out = torch.einsum("bps,bpd->bsd", member, trace[site].cpu().double())
+            mlp_sums[:, site[1]] += torch.einsum("bn,bsd->nsd", label, out)
+    summed = sum_over_processes(mlp_sums) if mlps else None
+    return sum_over_processes(sums), summed, sum_over_processes(counts)
+
+
+def check_baseline(baseline: object, view: ModelView) -> None:
+    """Refuse what is no baseline, or one of another model's shape.
+
+    Raises:
+        InputError: names what was handed over. ArtifactError: of another model.
+    """
+    fix = "mean_activations(model, task.train) makes one"
+    expect(baseline, Baseline, "baseline", fix).check_model(view)
+
+
+def zero_baseline(model: nn.Module | ModelView, examples: Examples) -> Baseline:
+    """Reference value 0 for every head: its whole z counts as relevant."""
+    require_examples(examples)
+    view = view_of(model)
+    return Baseline("zero", torch.zeros(0, 0, 0, 0), _named(view, examples, "zero"))
+
+
+def counterfactual_baseline(
+    model: nn.Module | ModelView, examples: Examples, pairs: Examples
+) -> Baseline:
+    """Reference values from a run on another prompt: example i of `pairs` for example i.
+
+    Any part of `examples` may be scored with it later, in any order.
+
+    Raises:
+        InputError: no examples, numbers or lengths that differ, or one prompt with two partners.
+    """
+    require_examples(examples)
+    view = view_of(model)
+    if len(examples) != len(pairs):
+        raise InputError(
+            f"counterfactual_baseline: {len(examples)} examples and {len(pairs)} counterfactual "
+            "prompts; expected one for each"
+        )
+    found: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for i, (example, pair) in enumerate(zip(examples, pairs, strict=True)):
+        if len(example.tokens) != len(pair.tokens):
+            raise InputError(
+                f"counterfactual_baseline: example {i} has {len(example.tokens)} tokens, its "
+                f"counterfactual prompt {len(pair.tokens)}; expected as many"
+            )
+        if found.setdefault(example.tokens, pair.tokens) != pair.tokens:
+            raise InputError(
+                f"counterfactual_baseline: the prompt of example {i} occurs twice, with different "
+                "counterfactual prompts; take one of them out"
+            )
+    empty = torch.zeros(0, 0, 0, 0)
+    return Baseline("counterfactual", empty, _named(view, pairs, "counterfactual"), found)
+
+
+def _named(view: ModelView, examples: Examples, kind: str) -> Provenance:
+    options: Mapping[str, Any] = {"kind": kind}
+    return provenance_of(view, examples, options=options)

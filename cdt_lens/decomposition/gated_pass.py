@@ -1,0 +1,194 @@
+"""One forward pass with a gate on every head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from cdt_lens.core import display
+from cdt_lens.core.errors import InputError, NonFiniteError, UnsupportedModelError
+from cdt_lens.decomposition import rules as rule
+from cdt_lens.decomposition.baseline import BaselineAt
+from cdt_lens.decomposition.slopes import Slopes, slope_hooks
+from cdt_lens.models.caller_hooks import caller_hooks
+from cdt_lens.models.heads import Head
+from cdt_lens.models.sites import Hook, Site
+from cdt_lens.models.support import Support, check_caller_hooks, check_supported
+from cdt_lens.models.view import ModelView, at_least_float32
+from cdt_lens.tasks.metrics import Direction, strongest_competitor, task_direction
+from cdt_lens.tasks.task import Batch
+
+# Where the gates of all heads stand, from 0 (ablated) to 1 (as they are).
+Steps = int | Literal["ends"] | None
+
+
+def _points(steps: Steps) -> list[float]:
+    if steps is None:
+        return [1.0]
+    if steps == "ends":
+        return [0.0, 1.0]
+    return [(i + 0.5) / steps for i in range(steps)]
+
+
+class GatedPass:
+    """The model's own forward pass, with a gate on every head and the slopes of `slopes`."""
+
+    def __init__(self, view: ModelView, slopes: Slopes) -> None:
+        self.view, self.slopes = view, slopes
+        if any(parameter.is_inference() for parameter in view.tl.parameters()):
+            raise InputError(
+                f"{view.name}: its weights were made under torch.inference_mode, which allows no "
+                "backward pass; load the model outside of it"
+            )
+        self.support: Support = check_supported(view)
+        has_mlp = {layer for site, layer in view.sites if site == "mlp_out"}
+        if slopes.touches_mlp and has_mlp - self.support.plain_mlp:
+            raise UnsupportedModelError(
+                f"{view.name}: the MLP is not act(x W_in) or act(x W_gate) * x W_in, so only "
+                "activation='tangent' with product='tangent' has a meaning; use slopes='stable'"
+            )
+
+    def scores(
+        self, batch: Batch, baseline: BaselineAt, steps: Steps, direction: Direction
+    ) -> tuple[Float[Tensor, "example layer head pos"], Float[Tensor, " example"]]:
+        """d(direction) / d(gate) by position, averaged over the path; and the plain direction."""
+        view = self.view
+        self._check_caller_hooks(batch)
+        weights = batch.direction
+        if direction == "strongest":
+            # The competitor is fixed by the plain model.
+            plain = self._plain_logits(batch)
+            weights = strongest_competitor(plain, batch.is_answer, batch.is_candidate)
+        points = _points(steps)
+        total: Tensor | None = None
+        full = torch.zeros(len(batch.index))
+        for point in points:
+            gates: dict[int, Tensor] = {}
+            # Whatever mode the caller is in.
+            with torch.inference_mode(False), torch.enable_grad():
+                d = task_direction(
+                    self._logits(batch, self._gate_hooks(baseline, point, gates)), weights
+                )
+                found = self._gradient(d, [gates[layer] for layer in range(view.n_layers)])
+            stacked = torch.stack([at_least_float32(g) for g in found])
+            total = stacked if total is None else total + stacked
+            full = d.detach()
+        assert total is not None
+        if points[-1] != 1.0:
+            full = task_direction(self._plain_logits(batch), weights)
+        mean = total / len(points)
+        by_position = rearrange(mean, "layer example pos head 1 -> example layer head pos")
+        self._check_finite(by_position, full)
+        return by_position, full
+
+    def _check_finite(
+        self, by_position: Float[Tensor, "example layer head pos"], full: Float[Tensor, " example"]
+    ) -> None:
+        # A NaN would pass for a head that was not asked for.
+        if not bool(torch.isfinite(full).all()):
+            raise NonFiniteError(
+                f"{self.view.name}: its own logits are not finite on these prompts; load it in "
+                "float32"
+            )
+        bad = (~torch.isfinite(by_position)).any(-1).any(0).nonzero().tolist()
+        if bad:
+            raise NonFiniteError(
+                f"{self.view.name}: the scores of {len(bad)} heads are not finite under these "
+                f"slopes; first: {Head(*bad[0])}; load the model in float32"
+            )
+
+    def _check_caller_hooks(self, batch: Batch) -> None:
+        """Refuse hooks of the caller's through which these slopes are not the model's."""
+        by_formula = self.slopes.touches_mlp or self.slopes.norm == "frozen"
+        edits = "slopes by formula (norm='frozen', or other than 'tangent' in the MLP)"
+        check_caller_hooks(
+            self.view, batch.tokens, batch.lengths, edits=edits if by_formula else None
+        )
+
+    def gradients(self, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """Gradient of the direction by the activation at each site, as the slopes have it."""
+        probes: dict[Site, Tensor] = {}
+
+        def probe_at(site: Site) -> Hook:
+            def hook(value: Tensor) -> Tensor:
+                probes[site] = torch.zeros_like(value, requires_grad=True)
+                return value + probes[site]
+
+            return hook
+
+        with torch.inference_mode(False), torch.enable_grad():
+            logits = self._logits(batch, {site: probe_at(site) for site in sites})
+            d = task_direction(logits, batch.direction)
+            found = self._gradient(d, [probes[site] for site in sites])
+        return dict(zip(sites, found, strict=True))
+
+    def _gradient(self, d: Float[Tensor, " example"], by: Sequence[Tensor]) -> list[Tensor]:
+        """Gradient of the sum of `d`; 0 where a hook of the caller's cut the way to the logits.
+
+        Raises:
+            InputError: a hook of the caller's edits in place what the gradient needs.
+        """
+        if not d.requires_grad:
+            return [torch.zeros_like(each) for each in by]
+        try:
+            found = torch.autograd.grad(d.sum(), by, allow_unused=True)
+        except RuntimeError as error:
+            hooks = caller_hooks(self.view.tl)
+            if not hooks or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise InputError(
+                f"{self.view.name}: no gradient through your own hooks ({display.few(hooks)}); "
+                "return a new tensor from them instead of editing in place "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+        return [torch.zeros_like(w) if g is None else g for g, w in zip(found, by, strict=True)]
+
+    def _plain_logits(self, batch: Batch) -> Float[Tensor, "batch k"]:
+        with torch.no_grad():
+            return self._logits(batch, {})
+
+    def _logits(self, batch: Batch, hooks: Mapping[Site, Hook]) -> Float[Tensor, "batch k"]:
+        """Candidate logits with `hooks` in place, and the slopes if gradients are on."""
+        view = self.view
+        gradients = torch.is_grad_enabled()
+        hooks = {**hooks, **(slope_hooks(view, self.slopes) if gradients else {})}
+        with view.quiet(gradients=gradients), view.hooked(hooks):
+            resid = view.stream(batch.tokens)[0][-1]
+            rows = torch.arange(len(batch.index), device=resid.device)
+            answer = resid[rows, batch.lengths.to(resid.device) - 1]
+            normed = at_least_float32(view.normed(answer))
+        columns, offsets = view.unembedding(batch.candidates)
+        logits = einsum(normed, columns, "b d, b k d -> b k") + offsets
+        cap = view.logit_softcap
+        if cap is None:
+            return logits
+        if self.slopes.activation == "tangent":
+            return cap * torch.tanh(logits / cap)
+        plain = logits.detach()
+        slope = rule.secant(lambda x: cap * torch.tanh(x / cap), plain)
+        return cap * torch.tanh(plain / cap) + slope * (logits - plain)
+
+    # ------------------------------------------------------------------ hooks
+
+    def _gate_hooks(
+        self, baseline: BaselineAt, point: float, gates: dict[int, Tensor]
+    ) -> dict[Site, Hook]:
+        def gate_at(layer: int) -> Hook:
+            def hook(z: Tensor) -> Tensor:
+                gate = torch.full(
+                    (*z.shape[:-1], 1), point, dtype=z.dtype, device=z.device, requires_grad=True
+                )
+                gates[layer] = gate
+                away = z - baseline(layer).to(z.dtype)
+                # At the plain model the value of z must not lose a bit.
+                here = z if point == 1.0 else z + (point - 1.0) * away
+                return here + (gate - point) * away
+
+            return hook
+
+        return {("z", layer): gate_at(layer) for layer in range(self.view.n_layers)}

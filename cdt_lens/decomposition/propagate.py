@@ -1,0 +1,194 @@
+"""Carry the irrelevant stream through the model's own forward pass (method.md §3).
+
+1. One ordinary run of a batch records what the rules will need.
+2. A chunk of source sets becomes (source x example) rows; all start from the recorded residual
+   stream at the earliest source layer, where irrelevant = full.
+3. The rows go through the model's own blocks. Hooks put the rule in place of the plain step: the
+   recorded scale for a norm's own, the bias share taken back after a linear map, the recorded
+   pattern, the activation's secant, and at `hook_z` of a source head the baseline.
+4. Decomposed attention needs no attention code: the hooks hand the model rel_q, rel_k and rel_v,
+   so that what arrives at `hook_z` is rel_z = softmax(rel_q rel_k^T) rel_v by the model's own
+   rotary embedding, grouping, scale, soft-cap and mask; the hook returns z - rel_z.
+5. The end is read at each prompt's last token, for a few candidate tokens only.
+
+Linear maps, rotary embeddings, grouped heads and gates need no code of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cdt_lens.core.errors import UnsupportedModelError
+from cdt_lens.decomposition import rules as rule
+from cdt_lens.decomposition.baseline import BaselineAt
+from cdt_lens.decomposition.hooks import MlpResets, Resets, RuleHooks, Tap, norm_hooks
+from cdt_lens.decomposition.rules import Rules
+from cdt_lens.models.sites import Hook, Site
+from cdt_lens.models.support import Support, check_caller_hooks, check_supported, output_site
+from cdt_lens.models.trace import Trace
+from cdt_lens.models.view import ModelView, at_least_float32
+
+
+class Propagator:
+    """One batch of prompts, ready to carry irrelevant streams for any source sets."""
+
+    def __init__(
+        self,
+        view: ModelView,
+        tokens: Int[Tensor, "batch pos"],
+        lengths: Int[Tensor, " batch"],
+        baseline: BaselineAt,
+        rules: Rules,
+        *,
+        record: Sequence[Site] = (),
+        record_rules: bool = True,
+        mlp_baseline: BaselineAt | None = None,
+    ) -> None:
+        self.view = view
+        self.rules = rules
+        self.support: Support = check_supported(view)
+        self.baseline = baseline
+        self.mlp_baseline = mlp_baseline
+        self._check_rules()
+        self.trace: Trace = view.run(tokens, [*(self._needed() if record_rules else ()), *record])
+        self.lengths = lengths.to(view.device)
+        check_caller_hooks(view, tokens, lengths, edits=self._not_followed())
+        answer = self.at_answer(self.trace.resid[-1])
+        self.final: dict[Site, Tensor] = {}
+        names = [(f"{n}.{p}", view.n_layers) for n in view.norms(view.n_layers) for p in _PARTS]
+        hooks: dict[Site, Hook] = {site: _keep(self.final, site) for site in names}
+        self.normed = at_least_float32(view.final_norm(answer, hooks))
+
+    # ------------------------------------------------------------------ what the rules need
+
+    def _check_rules(self) -> None:
+        name = self.view.name
+        has_mlp = {layer for site, layer in self.view.sites if site == "mlp_out"}
+        if self.rules.mlp_by_formula and has_mlp - self.support.plain_mlp:
+            raise UnsupportedModelError(
+                f"{name}: the MLP is not act(x W_in) or act(x W_gate) * x W_in, so only "
+                "activation='through' with product='through' has a rule"
+            )
+        if self.rules.norm == "frozen" and self.rules.bias == "proportional":
+            for norm, layer in (("ln1_post", 0), ("ln2_post", 0)):
+                if self.biased(f"{norm}.out", layer):
+                    raise UnsupportedModelError(
+                        f"{name}: {norm} has a bias, for which bias='proportional' has no rule "
+                        "behind a projection; use bias='irrelevant'"
+                    )
+        if self.rules.sign and not any(site == "pre" for site, _ in self.view.sites) and has_mlp:
+            raise UnsupportedModelError(
+                f"{name}: the MLP has no hook point before its activation, where the sign rule "
+                "applies; use sign=False"
+            )
+
+    def _not_followed(self) -> str | None:
+        """The rule under which a step is not the model's own on the irrelevant part, if any."""
+        if self.rules.attention in ("decomposed", "half"):
+            return f"attention={self.rules.attention!r}"
+        return "a rule for the MLP by formula" if self.rules.mlp_by_formula else None
+
+    def biased(self, name: str, layer: int) -> bool:
+        """Whether the rules share out a bias at this site."""
+        return self.rules.bias == "proportional" and (name, layer) in self.support.biases
+
+    def _needed(self) -> list[Site]:
+        """The sites that an ordinary run must record for these rules."""
+        rules, sites = self.rules, []
+        for layer in range(self.view.n_layers):
+            for norm in self.view.norms(layer):
+                if rules.norm == "frozen":
+                    sites.append((f"{norm}.scale", layer))
+                    if self.biased(f"{norm}.out", layer):
+                        sites.append((f"{norm}.in", layer))
+                if rules.attention == "decomposed" and norm in ("q_norm", "k_norm"):
+                    sites.append((f"{norm}.out", layer))
+            for name in ("q", "k", "v"):
+                if rules.attention == "decomposed" or self.biased(name, layer):
+                    sites.append((name, layer))
+            sites.append(("z", layer))
+            if rules.attention in ("frozen", "half"):
+                sites.append(("pattern", layer))
+            if rules.attention == "half":
+                sites.append(("v", layer))
+            outputs = [output_site(self.view, name, layer) for name in ("attn_out", "mlp_out")]
+            mlp = [("pre", layer), ("pre_linear", layer), outputs[1]]
+            if rules.sign:
+                sites += [*mlp, ("resid_post", layer)]
+            if rules.mlp_by_formula:
+                sites += [("pre", layer), ("pre_linear", layer)]
+            sites += [site for site in (outputs[0], *mlp) if self.biased(*site)]
+        return [site for site in dict.fromkeys(sites) if site in self.view.sites]
+
+    # ------------------------------------------------------------------ carrying the stream
+
+    def propagate(
+        self,
+        resets: Resets,
+        taps: Mapping[Site, Tap] | None = None,
+        mlp_resets: MlpResets | None = None,
+    ) -> Float[Tensor, "source batch d_model"]:
+        """Irrelevant final residual stream at each prompt's last token, before the final norm.
+
+        taps: called with the irrelevant part `[source, batch, pos, ...]` at a site.
+        """
+        mlp_resets = mlp_resets or {}
+        start = min([*resets, *mlp_resets])
+        n_sources = next(iter([*resets.values(), *mlp_resets.values()])).shape[0]
+        hooks = RuleHooks(self, n_sources, start, resets, taps or {}, mlp_resets)
+        resid = self.trace.resid[start].repeat(n_sources, 1, 1)
+        out = self.view.replay(self.trace, resid, start, hooks.build())
+        return self.at_answer(out.reshape(n_sources, *self.trace.resid[-1].shape))[:, :, 0]
+
+    def candidate_logits(
+        self, resid: Float[Tensor, "source batch d_model"], candidates: Int[Tensor, "batch k"]
+    ) -> Float[Tensor, "source batch k"]:
+        """Irrelevant logits of candidate tokens from the irrelevant final residual stream."""
+        view, rules, layer = self.view, self.rules, self.view.n_layers
+        n_sources, batch, _ = resid.shape
+        rows = resid.reshape(n_sources * batch, 1, -1)
+        hooks: dict[Site, Hook] = {}
+        if rules.norm == "frozen":
+            for norm in view.norms(layer):
+                hooks |= norm_hooks(self, norm, layer, n_sources, self.final)
+        normed = at_least_float32(view.final_norm(rows, hooks)).reshape(n_sources, batch, -1)
+        columns, bias = view.unembedding(candidates)
+        irrel = torch.einsum("sbd,bkd->sbk", normed, columns) + bias
+        full = torch.einsum("bd,bkd->bk", self.normed[:, 0], columns) + bias
+        if rules.bias == "proportional" and bool(bias.any()):
+            irrel = rule.take_back_bias(irrel, full, bias, rules.eps)
+        return self._softcap(irrel, full)
+
+    def full_logits(self, candidates: Int[Tensor, "batch k"]) -> Float[Tensor, "batch k"]:
+        """The plain model's logits of candidate tokens at each prompt's last token."""
+        columns, bias = self.view.unembedding(candidates)
+        logits = torch.einsum("bd,bkd->bk", self.normed[:, 0], columns) + bias
+        cap = self.view.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _softcap(self, irrel: Tensor, full: Tensor) -> Tensor:
+        cap = self.view.logit_softcap
+        if cap is None:
+            return irrel
+        return rule.activated(
+            lambda x: cap * torch.tanh(x / cap), irrel, full, self.rules.activation
+        )
+
+    def at_answer(self, resid: Float[Tensor, "*rows batch pos d"]) -> Tensor:
+        """`[..., batch, 1, d_model]` at the last real token of each prompt."""
+        rows = torch.arange(resid.shape[-3], device=resid.device)
+        return resid[..., rows, self.lengths.to(resid.device) - 1, :].unsqueeze(-2)
+
+
+_PARTS = ("in", "scale", "out")
+
+
+def _keep(memory: dict[Site, Tensor], site: Site) -> Hook:
+    def hook(value: Tensor) -> None:
+        memory[site] = value.detach()
+
+    return hook

@@ -1,0 +1,195 @@
+"""Linear stand-ins for the nonlinearities, as hooks that change gradients and no value.
+
+"frozen" treats norm scales, attention patterns, activation secants f(x)/x and half of each
+product's factors as constants, which makes a backward pass give exactly the numbers of a sweep with
+the "linear" rules; "tangent" is the plain derivative, and all tangent is attribution patching.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cdt_lens.core.errors import InputError
+from cdt_lens.decomposition import rules as rule
+from cdt_lens.models.sites import Hook, Site
+from cdt_lens.models.view import ModelView, at_least_float32
+
+Slope = Literal["frozen", "tangent"]
+Attention = Literal["frozen", "half", "tangent"]
+Share = Literal["half", "gate", "tangent"]
+Paths = Literal["all", "direct"]
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """The linear stand-in of each nonlinearity.
+
+    norm, attention, activation: "frozen" (the scale, the pattern, the secant f(x)/x is a constant)
+    or "tangent" (the derivative); attention may be "half": the pattern and the values each get half
+    of what they make together. product: of a gated MLP's f(g) * u, "half" gives each factor
+    half of the product, "gate" takes the gate for a constant, "tangent" the derivative.
+    paths: "all", or "direct" for what a head writes straight to the logits, past every later block.
+    """
+
+    norm: Slope = "frozen"
+    attention: Attention = "frozen"
+    activation: Slope = "frozen"
+    product: Share = "half"
+    paths: Paths = "all"
+
+    def __post_init__(self) -> None:
+        kinds = {
+            "norm": Slope, "attention": Attention, "activation": Slope, "product": Share,
+            "paths": Paths,
+        }  # fmt: skip
+        rule.check_choices("slopes", self, kinds)
+
+    @property
+    def touches_mlp(self) -> bool:
+        """Whether the MLP's slopes differ from its derivative."""
+        return self.paths == "all" and (self.activation == "frozen" or self.product != "tangent")
+
+
+SLOPES: dict[str, Slopes] = {
+    # The transpose of the "linear" preset of `rules`.
+    "linear": Slopes(),
+    # The first-order form of the "stable" preset: only the pattern is a constant.
+    "stable": Slopes("tangent", "frozen", "tangent", "tangent"),
+    # The first-order form of the "shared" preset.
+    "shared": Slopes("tangent", "half", "tangent", "tangent"),
+    # Attribution patching.
+    "gradient": Slopes("tangent", "tangent", "tangent", "tangent"),
+    # Direct logit attribution.
+    "direct": Slopes(paths="direct"),
+}
+
+
+def resolve_slopes(slopes: str | Slopes) -> Slopes:
+    """Slopes by a preset's name, or the slopes themselves.
+
+    Raises:
+        InputError: no preset has that name.
+    """
+    if isinstance(slopes, Slopes):
+        return slopes
+    if slopes not in SLOPES:
+        raise InputError(f"slopes={slopes!r}: expected one of {', '.join(SLOPES)}, or a Slopes")
+    return SLOPES[slopes]
+
+
+def slope_hooks(view: ModelView, slopes: Slopes) -> dict[Site, Hook]:
+    """Hooks that leave every value as it is and give its gradient the slopes."""
+    hooks: dict[Site, Hook] = {}
+    for layer in range(view.n_layers + 1):
+        if slopes.norm == "frozen":
+            for norm in _norms_of(view, layer, slopes.paths):
+                hooks |= _frozen_norm(norm, layer, view.norm_bias(norm, layer))
+        if layer == view.n_layers:
+            continue
+        constants = ["pattern"] if slopes.attention == "frozen" else []
+        if slopes.paths == "direct":
+            constants = ["pattern", "v", "mlp_out"]
+        for name in constants:
+            if (name, layer) in view.sites:
+                hooks[name, layer] = Tensor.detach
+        if slopes.attention == "half" and slopes.paths == "all":
+            hooks |= {("pattern", layer): _half_gradient, ("v", layer): _half_gradient}
+        if slopes.touches_mlp and ("mlp_out", layer) in view.sites:
+            hooks |= _mlp_slopes(view, slopes, layer)
+    return hooks
+
+
+def _norms_of(view: ModelView, layer: int, paths: Paths) -> list[str]:
+    """The norms of a layer that the gradient passes."""
+    # The norm behind an MLP may give out what the site "mlp_out" has cut, so it is left alone.
+    direct = ("ln1_post", "ln_final")
+    return [norm for norm in view.norms(layer) if paths == "all" or norm in direct]
+
+
+def _mlp_slopes(view: ModelView, slopes: Slopes, layer: int) -> dict[Site, Hook]:
+    function = view.activation(layer)
+    assert function is not None  # a plain MLP has one
+    gated = ("pre_linear", layer) in view.sites
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Hook:
+        def hook(value: Tensor) -> None:
+            seen[name] = value
+
+        return hook
+
+    def post(value: Tensor) -> Tensor:
+        pre = seen["pre"]
+        plain = pre.detach()
+        slope = _slope(function, plain, slopes.activation)
+        if not gated:
+            return value.detach() + slope * (pre - plain)
+        linear = seen["pre_linear"]
+        to_gate, to_linear = {"half": (0.5, 0.5), "gate": (0, 1), "tangent": (1, 1)}[slopes.product]
+        through_gate = to_gate * slope * linear.detach() * (pre - plain)
+        through_linear = to_linear * function(plain) * (linear - linear.detach())
+        return value.detach() + through_gate + through_linear
+
+    sites: dict[Site, Hook] = {("pre", layer): keep("pre"), ("post", layer): post}
+    if gated:
+        sites["pre_linear", layer] = keep("pre_linear")
+    return sites
+
+
+def _half_gradient(value: Tensor) -> Tensor:
+    return value.detach() + (value - value.detach()) / 2
+
+
+def _slope(function: Any, plain: Tensor, kind: Slope) -> Tensor:
+    """f(x)/x or f'(x), as a constant."""
+    with torch.enable_grad():
+        if kind == "frozen":
+            return rule.secant(function, plain).detach()
+        x = plain.detach().requires_grad_(True)
+        (found,) = torch.autograd.grad(function(x).sum(), x)
+    return found
+
+
+def _frozen_norm(norm: str, layer: int, bias: Tensor | None) -> dict[Site, Hook]:
+    """Hooks that leave a norm's value and take its scale for a constant in the backward pass.
+
+    out = w c / s + b, so multiplying w c / s by s(x) / s with s as a constant in the denominator
+    cancels the scale's own gradient, ds = <c, dx> / (d s). Editing the scale itself would not do:
+    `TransformerBridge` computes what follows from it without gradients.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep_input(value: Tensor) -> None:
+        seen["x"] = value
+
+    def keep_scale(value: Tensor) -> None:
+        seen["scale"] = value.detach()
+
+    def cancel(out: Tensor) -> Tensor:
+        # Squares of a residual stream go beyond half precision.
+        x, scale = at_least_float32(seen["x"]), at_least_float32(seen["scale"])
+        scale = scale.reshape(*x.shape[:-1], 1)
+        c = _numerator(x.detach(), scale)
+        moved = (c * x).mean(-1, keepdim=True)
+        relative = (moved - moved.detach()) / scale**2
+        weighted = out if bias is None else out - bias
+        return out + weighted.detach() * relative.to(out.dtype)
+
+    return {
+        (f"{norm}.in", layer): keep_input,
+        (f"{norm}.scale", layer): keep_scale,
+        (f"{norm}.out", layer): cancel,
+    }
+
+
+def _numerator(x: Tensor, scale: Tensor) -> Tensor:
+    """What the norm divides: x, or x less its mean, whichever the scale belongs to."""
+    centred = x - x.mean(-1, keepdim=True)
+    of_x, of_centred = (v.square().mean(-1, keepdim=True) for v in (x, centred))
+    squared = scale.square()
+    rms = (of_x - squared).abs().mean() <= (of_centred - squared).abs().mean()
+    return x if bool(rms) else centred

@@ -1,0 +1,1 @@
+"""Run directories: the settings and the stages of discovery, comparison and transfer."""

@@ -1,0 +1,179 @@
+"""A tiny language model of the pseudo-languages, made in half a minute, for demos and tests.
+
+1. Tokenizer: a token a word, split at white space; so " positive" after "Sentiment:" is one
+   token, and the new line before "Sentiment:" is white space like any other.
+2. Model: Llama architecture, 4 layers of 8 heads with grouped keys and values, tied embeddings.
+3. Pre-training predicts the next word of unlabelled "reviews", of English and of the language at
+   each distance in equal shares. A review is a few sentences of one language and one mood; that
+   they share a mood is all that tells good words from bad ones. At first the reviews are plain
+   (one clause a sentence, no negation), then more and more often any sentences. Without that
+   start so small a model does not find the moods at all.
+4. What it never sees: "Sentiment:", a label word, a translation beside its original (every
+   language has draws of its own), or a sentence of any train, valid or test split: `pseudo.py`
+   keeps a part for this alone.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from cdt_lens.core.errors import InputError
+from cdt_lens.models.hugging_face import third_party_noise_off
+from cdt_lens.tasks.pseudo_languages import (
+    TEMPLATE,
+    VERBALIZER,
+    pseudo_sentences,
+    pseudo_vocabulary,
+)
+
+SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
+CONTEXT = 256
+STEPS = 400  # a language
+BATCH_SIZE = 32
+LEARNING_RATE = 4e-3
+WARM_UP = 0.1  # share of the steps
+REVIEWS = 2000  # of each language and kind
+PLAIN_SENTENCES, SENTENCES = 5, 3  # in a review of each kind
+
+
+def make_demo_model(
+    folder: str | Path,
+    *,
+    distances: Sequence[float | int | str],
+    seed: int = 0,
+    steps: int | None = None,
+    say: Callable[[str], None] = lambda _text: None,
+) -> Path:
+    """Pre-train a tiny model on English and the languages at `distances`, saved in `folder`.
+
+    The folder is an ordinary Hugging Face one, whole or not there. The same seed on the same
+    machine gives the same weights; no global random state moves. `steps` is 400 a language if
+    not given: about half a minute on two cores for two distances.
+
+    Raises:
+        InputError: a folder that is not empty, no step, or a distance outside 0 to 1.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists and is no empty folder; name another or empty it")
+    languages = ("source", *distances)
+    steps = STEPS * len(languages) if steps is None else steps
+    if steps < 1:
+        raise InputError(f"{folder}: steps={steps}: expected at least 1")
+    tokenizer = demo_tokenizer(distances)
+    say(f"writing reviews in {len(languages)} languages")
+    plain = _encoded(tokenizer, languages, seed, plain=True)
+    full = _encoded(tokenizer, languages, seed, plain=False)
+    model = _new_model(len(tokenizer), seed)
+    for step, loss in _pretrain(model, _batches(plain, full, steps, seed), steps):
+        if step % 100 == 0:
+            say(f"pre-training step {step} of {steps}: {loss:.3f} nats a word")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work,
+        third_party_noise_off(),
+    ):
+        model.save_pretrained(Path(work) / "model")
+        tokenizer.save_pretrained(Path(work) / "model")
+        if folder.exists():
+            folder.rmdir()
+        os.replace(Path(work) / "model", folder)
+    return folder
+
+
+def demo_tokenizer(distances: Sequence[float | int | str]) -> PreTrainedTokenizerBase:
+    """One token for each word of English and of the languages, and for cue and label words."""
+    cue = TEMPLATE.format(text="").split()
+    answers = [word.strip() for word in VERBALIZER.values()]
+    words = (*SPECIAL, ".", *cue, *answers, *pseudo_vocabulary(distances))
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    pad, unknown, begin, end = SPECIAL
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=pad, unk_token=unknown, bos_token=begin, eos_token=end,
+        model_max_length=CONTEXT,
+    )  # fmt: skip
+
+
+def _new_model(d_vocab: int, seed: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=d_vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+        # So small a model learns slowly from the usual 0.02.
+        initializer_range=0.08,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase,
+    languages: Sequence[float | int | str],
+    seed: int,
+    *,
+    plain: bool,
+) -> list[Int[Tensor, " pos"]]:
+    """Token ids of the reviews of one kind, in all languages."""
+    texts: list[str] = []
+    for number, distance in enumerate(languages):
+        size = PLAIN_SENTENCES if plain else SENTENCES
+        # A seed of its own for each language: no sentence is there in translation.
+        own = (seed * len(languages) + number) * 2 + plain
+        rows = pseudo_sentences(REVIEWS * size, distance, own, part="unlabelled", plain=plain)
+        for label in VERBALIZER:
+            mood = [row["text"] for row in rows if row["label"] == label]
+            groups = (mood[i : i + size] for i in range(0, len(mood) - size + 1, size))
+            texts += [" . ".join(group) + " ." for group in groups]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [torch.tensor([tokenizer.bos_token_id, *ids]) for ids in encoded]
+
+
+def _batches(
+    plain: Sequence[Tensor], full: Sequence[Tensor], steps: int, seed: int
+) -> Iterator[Int[Tensor, "batch pos"]]:
+    """Right-padded batches: plain reviews in the first third, at last hardly any."""
+    draw = random.Random(seed)
+    for step in range(steps):
+        kind = full if draw.random() < (step / steps - 0.35) / 0.55 else plain
+        yield pad_sequence(draw.choices(kind, k=BATCH_SIZE), batch_first=True, padding_value=0)
+
+
+def _pretrain(
+    model: LlamaForCausalLM, batches: Iterator[Int[Tensor, "batch pos"]], steps: int
+) -> Iterator[tuple[int, float]]:
+    """AdamW with a linear warm-up and decay; yields each step's number and loss in nats a word."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    model.train()
+    for step, tokens in enumerate(batches, start=1):
+        progress = step / steps
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * min(progress / WARM_UP, (1 - progress) / (1 - WARM_UP))
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+        loss = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        yield step, loss.item()
+    model.eval()

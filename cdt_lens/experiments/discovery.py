@@ -1,0 +1,254 @@
+"""The stages of a discovery run: discover a circuit, ablate, measure faithfulness, report.
+
+Each takes an opened run directory (`runs`), reuses what is there for the same model and data, and
+saves what it makes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+from cdt_lens.circuits.ablation import Metric
+from cdt_lens.circuits.circuit import Circuit
+from cdt_lens.circuits.faithfulness import FaithfulnessCurve, faithfulness_curve
+from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.core.errors import InputError
+from cdt_lens.core.kept import Say
+from cdt_lens.core.processes import is_main, wait_for_all
+from cdt_lens.decomposition.baseline import Baseline, mean_activations
+from cdt_lens.experiments.runs import Run, check_run_model, stage
+from cdt_lens.experiments.settings import Settings
+from cdt_lens.scoring.agreement import MethodAgreement, compare_scores
+from cdt_lens.scoring.iterative import trace_circuit
+from cdt_lens.scoring.methods import exact_ablation
+from cdt_lens.scoring.prompt_views import attention_view, token_relevance
+from cdt_lens.scoring.sweep import score_heads
+from cdt_lens.tasks.evaluate import Evaluation, evaluate
+from cdt_lens.tasks.task import Examples, Task, most_balanced
+from cdt_lens.viz.report.report import render_report
+
+
+def discover(run: Run, say: Say) -> tuple[Circuit, HeadScores, Evaluation]:
+    """Baseline, scores, circuit; each saved when done and reused when there."""
+    settings = run.settings
+    evaluation = evaluate(run.model, run.scored(), run.task)
+    if evaluation.examples < settings.examples:
+        say(f"only {evaluation.examples} examples can be balanced over the labels")
+    prior = "label-prior calibrated" if run.task.prior else "uncalibrated"
+    f1 = "" if evaluation.macro_f1 is None else f", macro-F1 {evaluation.macro_f1:.3f}"
+    say(
+        f"{run.task.name}: accuracy {evaluation.accuracy:.3f}{f1} ({prior}), mean direction "
+        f"{evaluation.direction:+.3f} logits on the {evaluation.examples} examples to be scored"
+    )
+    baseline = make_baseline(run, say)
+    scores = stage(
+        run, "scores.json", HeadScores.load, lambda: _scores(run, baseline), say,
+        fits=lambda found: made_from(found, run.scored(), baseline),
+    )  # fmt: skip
+    circuit = _select(scores, settings)
+    if is_main():
+        circuit.save(run.path("circuit.json"))
+    wait_for_all()
+    return circuit, scores, evaluation
+
+
+def make_baseline(run: Run, say: Say) -> Baseline:
+    """The run's baseline, averaged now or by an earlier call."""
+    baseline: Baseline = stage(
+        run, "baseline.json", Baseline.load, lambda: _baseline(run), say,
+        fits=lambda found: found.provenance.task_hash == run.averaged().hash,
+    )  # fmt: skip
+    return baseline
+
+
+def made_from(found: HeadScores | FaithfulnessCurve, data: Examples, baseline: Baseline) -> bool:
+    """Whether a result was computed on these examples with this baseline."""
+    told = found.provenance
+    return told.task_hash == data.hash and told.options.get("baseline_hash") == baseline.hash
+
+
+def ablate(run: Run, say: Say) -> MethodAgreement:
+    """Exact mean-ablation of every head, and how well the scores predict it."""
+    baseline, scores = load_baseline(run), load_scores(run)
+
+    def compute() -> HeadScores:
+        return exact_ablation(
+            run.model, run.scored(), baseline, direction=run.settings.direction,
+            batch_size=run.settings.batch_size, rows=run.settings.rows,
+            checkpoint=run.path("ablation.partial.json"),
+        )  # fmt: skip
+
+    reference = stage(
+        run, "ablation.json", HeadScores.load, compute, say,
+        fits=lambda found: made_from(found, run.scored(), baseline),
+    )  # fmt: skip
+    return compare_scores(scores, reference)
+
+
+def measure(
+    run: Run, say: Say, *, split: str = "valid", examples: int = 48, metric: Metric = "direction",
+    draws: int = 5,
+) -> FaithfulnessCurve:  # fmt: skip
+    """The faithfulness curve on a split that the scores have not seen."""
+    data = judged_on(run, split, examples)
+    baseline, scores = load_baseline(run), load_scores(run)
+    say(f"faithfulness on {len(data)} examples of {data.name}")
+    curve = faithfulness_curve(
+        run.model, scores, data, baseline, by=run.settings.by, metric=metric, draws=draws,
+        seed=run.settings.seed, task=run.task, batch_size=run.settings.batch_size,
+        rows=run.settings.rows,
+    )  # fmt: skip
+    if is_main():
+        curve.save(run.path("faithfulness.json"))
+    wait_for_all()
+    return curve
+
+
+def judged_on(run: Run, split: str, examples: int) -> Examples:
+    """The examples of a split that faithfulness is measured on, balanced over the labels."""
+    data = split_of(run.task, split)
+    return data.balanced(min(examples, most_balanced(data)), seed=run.settings.seed)
+
+
+def curve_fits(
+    curve: FaithfulnessCurve, scores: HeadScores, baseline: Baseline, data: Examples | None
+) -> bool:
+    """Whether a curve was measured for these scores, with this baseline and on these examples."""
+    told, made = curve.provenance.options, scores.provenance
+    same_scores = told.get("scores") == made.options and told.get("scores_task") == made.task_hash
+    return same_scores and data is not None and made_from(curve, data, baseline)
+
+
+def _data_of(curve: FaithfulnessCurve, run: Run) -> Examples | None:
+    """What the curve's split and number of examples would draw from the data as they are now."""
+    told = curve.provenance
+    for split in ("train", "valid", "test"):
+        data = getattr(run.task, split)
+        if data.name == told.task and most_balanced(data):
+            return judged_on(run, split, sum(told.examples.values()))
+    return None
+
+
+def trace(
+    run: Run, say: Say, *, examples: int | None = None, width: int = 8, fan_in: int = 3
+) -> Circuit:
+    """The graph of what feeds what, from the logits down (`edges.trace_circuit`), in `graph.json`.
+
+    examples: as many of the training examples, balanced; those that the scores use if None.
+    """
+    data = run.scored()
+    if examples is not None:
+        data = data.balanced(min(examples, most_balanced(data)), seed=run.settings.seed)
+    say(f"edges on {len(data)} examples of {data.name}")
+    baseline = mean_activations(
+        run.model, run.averaged(), positions=run.settings.positions, mlps=True,
+        batch_size=run.settings.batch_size,
+    )  # fmt: skip
+    circuit = trace_circuit(
+        run.model, data, baseline, width=width, fan_in=fan_in,
+        batch_size=run.settings.batch_size, rows=run.settings.rows,
+    )  # fmt: skip
+    if is_main():
+        circuit.save(run.path("graph.json"))
+    wait_for_all()
+    return circuit
+
+
+def report(run: Run, say: Say, *, prompts: int = 3, heads: int = 8) -> Path:
+    """One HTML file of everything that the run directory holds, with views of a few prompts."""
+    circuit, scores = Circuit.load(run.path("circuit.json")), load_scores(run)
+    circuit.check_model(run.model)
+    results: list[object] = [circuit, scores]
+    if run.path("faithfulness.json").exists():
+        curve = FaithfulnessCurve.load(run.path("faithfulness.json"))
+        if curve_fits(curve, scores, load_baseline(run), _data_of(curve, run)):
+            results.append(curve)
+        else:
+            say(
+                "faithfulness.json was measured for other scores or on other examples and is left "
+                "out; measure again"
+            )
+    if run.path("ablation.json").exists():
+        exact = HeadScores.load(run.path("ablation.json"))
+        if made_from(exact, run.scored(), load_baseline(run)):
+            results.append(compare_scores(scores, exact))
+        else:
+            say("ablation.json was computed on other examples and is left out; run discover again")
+    if run.path("graph.json").exists():
+        traced = Circuit.load(run.path("graph.json"))
+        traced.check_model(run.model)
+        results.append(traced.graph)
+    shown = _short(run.task.valid if len(run.task.valid) else run.task.train, prompts)
+    say(f"views of {len(shown)} prompts")
+    strongest = [h for h in scores.ranking() if h in circuit][:heads]
+    results.append(attention_view(run.model, shown, strongest))
+    results.append(
+        token_relevance(
+            run.model, shown, circuit.heads, load_baseline(run), rules=run.settings.rules
+        )
+    )
+    title = f"{run.task.name}: {len(circuit)} heads of {circuit.provenance.model}"  # type: ignore[union-attr]
+    return render_report(*results, path=run.path("report.html"), title=title)
+
+
+def _short(examples: Examples, n: int) -> Examples:
+    """The `n` shortest prompts, taking the labels in turn: what fits a page is read."""
+    by_label = [
+        sorted((e for e in examples if e.label == label), key=lambda e: len(e.tokens))
+        for label in examples.labels
+    ]
+    turns = [e for row in itertools.zip_longest(*by_label) for e in row if e is not None]
+    return replace(examples, items=tuple(turns[:n]))
+
+
+def load_scores(run: Run) -> HeadScores:
+    """The run's scores, which must be this model's."""
+    scores = HeadScores.load(run.path("scores.json"))
+    check_run_model(run, scores.provenance, "scores.json")
+    return scores
+
+
+def load_baseline(run: Run) -> Baseline:
+    """The run's baseline, which must be this model's."""
+    baseline = Baseline.load(run.path("baseline.json"))
+    check_run_model(run, baseline.provenance, "baseline.json")
+    return baseline
+
+
+def split_of(task: Task, name: str) -> Examples:
+    """A split by name.
+
+    Raises:
+        InputError: an unknown split, or one without examples.
+    """
+    if name not in ("train", "valid", "test"):
+        raise InputError(f"split {name!r}: expected train, valid or test")
+    examples: Examples = getattr(task, name)
+    examples.require_some()
+    return examples
+
+
+def _baseline(run: Run) -> Baseline:
+    settings = run.settings
+    return mean_activations(
+        run.model, run.averaged(), positions=settings.positions, batch_size=settings.batch_size
+    )
+
+
+def _scores(run: Run, baseline: Baseline) -> HeadScores:
+    settings = run.settings
+    scores = score_heads(
+        run.model, run.scored(), baseline, rules=settings.rules, direction=settings.direction,
+        batch_size=settings.batch_size, rows=settings.rows,
+        checkpoint=run.path("scores.partial.json"),
+    )  # fmt: skip
+    # The seed drew the examples.
+    return replace(scores, provenance=replace(scores.provenance, seed=settings.seed))
+
+
+def _select(scores: HeadScores, settings: Settings) -> Circuit:
+    if settings.k is None and settings.fraction is None:
+        return scores.select(fraction=0.1, by=settings.by)
+    return scores.select(k=settings.k, fraction=settings.fraction, by=settings.by)

@@ -1,0 +1,167 @@
+"""Run directories: settings, the model and task they name, and stages that are done once.
+
+A run directory holds `run.json` (the settings), `baseline`, `scores`, `circuit`, `ablation`,
+`faithfulness` (JSON, with tensors beside them) and `report.html`. Every file is written whole; a
+stage whose file is there for the same settings is not run again, and a sweep that was cut off
+goes on after its last finished batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cdt_lens.core.artifacts import load_artifact, remove_artifact, save_artifact
+from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.core.kept import Say
+from cdt_lens.core.processes import is_main, wait_for_all
+from cdt_lens.experiments.settings import Settings, load_for, make_task
+from cdt_lens.models.view import view_of
+from cdt_lens.tasks.evaluate import calibrate
+from cdt_lens.tasks.task import Examples, Task, most_balanced
+
+# Settings that may change when a run goes on: they change no score.
+_FREE_SETTINGS = ("batch_size", "rows", "device", "k", "fraction", "by")
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run directory: its settings, and the model and task they name."""
+
+    folder: Path
+    settings: Settings
+    model: nn.Module
+    task: Task
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def scored(self) -> Examples:
+        """The training examples that the scores are computed on."""
+        train = self.task.train
+        return train.balanced(
+            min(self.settings.examples, most_balanced(train)), seed=self.settings.seed
+        )
+
+    def averaged(self) -> Examples:
+        """The training examples that the baseline is averaged over: all, or as many as set."""
+        n = self.settings.baseline_examples
+        if n is None:
+            return self.task.train
+        return self.task.train.balanced(
+            min(n, most_balanced(self.task.train)), seed=self.settings.seed
+        )
+
+
+def start_run(settings: Settings, folder: str | Path, say: Say) -> Run:
+    """Open a run directory for `settings`, new or as an earlier call left it.
+
+    Raises:
+        InputError: the folder holds a run with other settings.
+    """
+    folder = Path(folder)
+    path = folder / "run.json"
+    wanted = json.loads(json.dumps(asdict(settings)))
+    if path.exists():
+        body, _ = load_artifact(path, format="cdt_lens.run", version=1)
+        different = [
+            name
+            for name, value in wanted.items()
+            if name not in _FREE_SETTINGS and body["settings"].get(name) != value
+        ]
+        if different:
+            raise InputError(
+                f"{folder}: holds a run with other settings ({', '.join(different)}); "
+                "name another folder, or remove it"
+            )
+    run = _open(folder, settings, say)
+    _check_size(run)
+    if is_main():
+        save_artifact(path, {"settings": wanted}, format="cdt_lens.run", version=1)
+    wait_for_all()
+    return run
+
+
+def open_run(folder: str | Path, say: Say) -> Run:
+    """Open a run directory that `discover` has made.
+
+    Raises:
+        InputError: the folder holds no run.
+    """
+    path = Path(folder) / "run.json"
+    if not path.exists():
+        raise InputError(f"{folder}: holds no run (no run.json); make one with cdt-lens discover")
+    body, _ = load_artifact(path, format="cdt_lens.run", version=1)
+    return _open(Path(folder), Settings.from_dict(body["settings"]), say)
+
+
+def _open(folder: Path, settings: Settings, say: Say) -> Run:
+    model = load_for(settings, say)
+    task = make_task(settings, model.tokenizer)
+    if settings.calibrate:
+        task = calibrate(model, task)
+    return Run(folder, settings, model, task)
+
+
+def _check_size(run: Run) -> None:
+    """Refuse an impossible circuit size before the sweep, not after it."""
+    k, fraction = run.settings.k, run.settings.fraction
+    view = view_of(run.model)
+    heads = view.n_layers * view.n_heads
+    if k is not None and fraction is not None:
+        raise InputError("circuit size: expected k or fraction, got both")
+    if k is not None and not 0 < k <= heads:
+        raise InputError(f"k={k}: the model has {heads} heads")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise InputError(f"fraction={fraction}: expected more than 0 and at most 1")
+
+
+def check_run_model(run: Run, provenance: Any, name: str) -> None:
+    """Refuse a file of the run that another model made."""
+    provenance.check_model(view_of(run.model), str(run.path(name)))
+
+
+def stage(
+    run: Run,
+    name: str,
+    load: Callable[[Path], Any],
+    compute: Callable[[], Any],
+    say: Say,
+    *,
+    fits: Callable[[Any], bool],
+) -> Any:
+    """The stage's file if it is this model's and `fits` the data; else compute it and save it."""
+    path = run.path(name)
+    found = _found(run, name, load, say, fits) if path.exists() else None
+    wait_for_all()  # no process writes before every one has looked
+    if found is not None:
+        say(f"{path} is there already")
+        return found
+    result = compute()
+    if is_main():
+        result.save(path)
+        for rest in path.parent.glob(f"{path.stem}.partial*.json"):
+            remove_artifact(rest)
+    wait_for_all()
+    return result
+
+
+def _found(
+    run: Run, name: str, load: Callable[[Path], Any], say: Say, fits: Callable[[Any], bool]
+) -> Any | None:
+    """What the stage's file holds, or None where it has to be made again."""
+    try:
+        found = load(run.path(name))
+        check_run_model(run, found.provenance, name)
+    except ArtifactError as error:
+        say(f"{error}; making it again")
+        return None
+    if not fits(found):
+        say(f"{run.path(name)} was made from other data; making it again")
+        return None
+    return found

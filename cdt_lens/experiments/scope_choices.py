@@ -1,0 +1,60 @@
+"""What each rule for `scope="auto"` would have chosen in a transfer, and whether it was right.
+
+The rules see validation data only. The race is read from the cells' own runs after `race_epochs`;
+"better" is told by the test split, afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cdt_lens.experiments.transfer_config import TransferConfig
+from cdt_lens.finetuning.scopes import choose_by_gap, choose_by_race
+from cdt_lens.tasks.task import Task
+
+_RACERS = ("decision", "near-zero")
+
+
+def choices(
+    config: TransferConfig, tasks: Mapping[str, Task], before: Sequence[Mapping[str, Any]],
+    cells: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of `TransferResult.auto`: one a (target, seed, rule) in which both scopes finished."""
+    by_place = {(c["row"]["target"], c["row"]["seed"], c["row"]["scope"]): c for c in cells}
+    judged = {row["language"]: row["valid_accuracy"] for row in before}
+    rows: list[dict[str, Any]] = []
+    for target in config.task.targets:
+        for seed in config.transfer.seeds:
+            racers = {
+                scope: by_place[target, seed, scope]
+                for scope in _RACERS
+                if by_place.get((target, seed, scope), {}).get("history")
+            }
+            if len(racers) == len(_RACERS):
+                gap = choose_by_gap(
+                    judged[config.task.source], judged[target], tasks[target].valid.chance
+                )
+                race = choose_by_race(_raced(racers, config.transfer.race_epochs))
+                place = {"target": target, "seed": seed}
+                rows += [place | _judged(choice, racers) for choice in (gap, race)]
+    return rows
+
+
+def _raced(racers: Mapping[str, Any], epochs: int) -> dict[str, Mapping[str, Any]]:
+    """Each racer's first look at validation data from this epoch on."""
+    return {
+        scope: next((row for row in cell["history"] if row["epoch"] >= epochs), cell["history"][-1])
+        for scope, cell in racers.items()
+    }
+
+
+def _judged(choice: Any, racers: Mapping[str, Any]) -> dict[str, Any]:
+    accuracy = {scope: cell["row"]["accuracy"] for scope, cell in racers.items()}
+    tie = len(set(accuracy.values())) == 1
+    better = "tie" if tie else max(accuracy, key=lambda scope: accuracy[scope])
+    return {
+        "rule": choice.rule, "chosen": choice.scope, "better": better,
+        "right": tie or better == choice.scope,
+        "inputs": ", ".join(f"{name} {value:.3f}" for name, value in choice.inputs.items()),
+    }  # fmt: skip

@@ -1,0 +1,358 @@
+"""The transfer experiment (CT-SFT, arXiv 2601.08146): every scope on every target, side by side.
+
+1. Proxy stage: full fine-tuning on the source language, exported as a Hugging Face folder.
+2. Discovery: the circuit in that checkpoint on source data, its faithfulness on validation prompts.
+3. Cells: for each target, seed and scope the proxy checkpoint is fine-tuned anew and judged. Every
+   choice (epoch, scope) is made on validation data; the test split is read by the last act of a
+   cell, once.
+4. Result: tables, figures and one HTML report.
+
+Each finished piece lies in the run directory with what it was made from, and is not made again; an
+interrupted cell goes on from its last checkpoint. Targets, scopes and seeds may be added later.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cdt_lens.circuits.ablation import measure_circuits
+from cdt_lens.circuits.circuit import Circuit
+from cdt_lens.circuits.faithfulness import FaithfulnessCurve, f_of
+from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.core.artifacts import atomic_write, load_artifact, remove_artifact, save_artifact
+from cdt_lens.core.errors import InputError
+from cdt_lens.core.kept import as_json
+from cdt_lens.core.processes import is_main, wait_for_all
+from cdt_lens.experiments.discovery import curve_fits, discover, judged_on, load_baseline, measure
+from cdt_lens.experiments.runs import Run
+from cdt_lens.experiments.scope_choices import choices
+from cdt_lens.experiments.settings import Settings, make_language, with_train
+from cdt_lens.experiments.transfer_cells import Cells, drop_stale
+from cdt_lens.experiments.transfer_config import TransferConfig
+from cdt_lens.finetuning.export import export
+from cdt_lens.finetuning.finetune import finetune
+from cdt_lens.finetuning.options import DEFAULT_RATES
+from cdt_lens.finetuning.transfer_result import (
+    AUTO_COLUMNS,
+    BEFORE_COLUMNS,
+    CELL_COLUMNS,
+    TransferResult,
+    table,
+)
+from cdt_lens.models.heads import all_heads
+from cdt_lens.models.loading import load_model
+from cdt_lens.models.provenance import provenance_of, weight_hash
+from cdt_lens.models.view import view_of
+from cdt_lens.tasks.task import Task, most_balanced
+from cdt_lens.viz.report.report import render_report
+
+Say = Callable[[str], None]
+_RUN, _PROXY = "cdt_lens.transfer_run", "cdt_lens.transfer_proxy"
+
+
+def run_transfer(
+    config: TransferConfig, folder: str | Path, say: Say, *, progress: bool = True
+) -> TransferResult:
+    """Run what is left of an experiment and write its result, figures and report.
+
+    The folder then holds `result.json`, `cells.csv`, `summary.csv`, two PNG figures and
+    `report.html`.
+
+    Raises:
+        InputError: settings that cannot be run, a prompt longer than the model's context, or a
+            folder of another experiment.
+    """
+    experiment = Transfer(config, Path(folder), say, progress)
+    result = experiment.run()
+    if is_main():
+        _write(experiment, result)
+    wait_for_all()
+    return result
+
+
+def _write(experiment: Transfer, result: TransferResult) -> None:
+    import io
+
+    from cdt_lens.viz.training_figures import accuracies, trade_off
+
+    folder = experiment.folder
+    result.save(folder / "result.json")
+    atomic_write(folder / "cells.csv", result.cells.to_csv(index=False))
+    atomic_write(folder / "summary.csv", result.summary().to_csv(index=False))
+    for name, draw in (("trade_off", trade_off), ("accuracies", accuracies)):
+        picture = io.BytesIO()
+        draw(result).savefig(picture, format="png", dpi=150, bbox_inches="tight")
+        atomic_write(folder / f"{name}.png", picture.getvalue())
+    curve = experiment.curve()
+    scores = HeadScores.load(experiment.discovery.path("scores.json"))
+    parts: list[object] = [result, experiment.circuit, scores]
+    parts += [] if curve is None else [curve]
+    title = f"{result.task}: {result.proxy} to {', '.join(result.targets)}"
+    render_report(*parts, path=folder / "report.html", title=title)
+
+
+@dataclass
+class Transfer:
+    """A run directory of a transfer experiment; `run` does what is left to do."""
+
+    config: TransferConfig
+    folder: Path
+    say: Say
+    progress: bool = True
+
+    def run(self) -> TransferResult:
+        """All stages, each once.
+
+        Raises:
+            InputError: the folder holds an experiment with another model, task or proxy.
+        """
+        self._settle()
+        self._train_proxy()
+        self._discover()
+        before = [self.cells.before(language) for language in self.languages]
+        transfer = self.config.transfer
+        cells = [
+            self.cells.cell(target, scope, seed)
+            for target in self.config.task.targets
+            for seed in transfer.seeds
+            for scope in transfer.scopes
+        ]
+        return self._result(before, cells)
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """The source and the targets."""
+        return (self.config.task.source, *self.config.task.targets)
+
+    def _settle(self) -> None:
+        """Keep the settings in the folder, or check that they are the ones kept there."""
+        path = self.folder / "transfer.json"
+        wanted = self.config.to_dict()
+        # Cells know their own data, so that targets, and their files, may be added later.
+        wanted = {**wanted, "task": {**wanted["task"], "targets": (), "files": {}}}
+        for free in ("transfer", "device"):
+            wanted.pop(free)
+        wanted = as_json(wanted)
+        if path.exists():
+            kept = load_artifact(path, format=_RUN, version=1)[0]["settings"]
+            if isinstance(kept.get("task"), dict):
+                kept["task"]["files"] = {}
+            different = [name for name in wanted if kept.get(name) != wanted[name]]
+            if different:
+                raise InputError(
+                    f"{self.folder}: holds an experiment with other settings "
+                    f"({', '.join(different)}); name another folder, or remove it"
+                )
+        if is_main():
+            save_artifact(path, {"settings": wanted}, format=_RUN, version=1)
+        wait_for_all()
+
+    # ------------------------------------------------------------------ proxy
+
+    @property
+    def proxy(self) -> str:
+        """Where the proxy checkpoint is."""
+        return self.config.proxy.checkpoint or str(self.folder / "proxy")
+
+    def _train_proxy(self) -> None:
+        """Make the proxy, or find one made from the same; every language is checked first."""
+        proxy, there = self.config.proxy, self._kept_proxy()
+        if proxy.checkpoint is not None or (there is not None and "key" not in there):
+            if proxy.checkpoint is None:
+                self.say(f"{self.proxy} is there already; what it was trained on is not recorded")
+            _check_data(self.model, self.tasks)
+            return
+        missing = None
+        try:
+            model = self._load(self.config.model)
+            base = weight_hash(view_of(model))
+        except InputError as error:
+            if there is None:
+                raise
+            # A finished run can be reported without its base model.
+            model, base, missing = self.model, there["key"]["model"], error
+            self.say(f"{error}; {self.proxy} is not compared with it")
+        tasks = self._tasks(model.tokenizer)
+        _check_data(model, tasks)
+        task = with_train(tasks[self.config.task.source], proxy.examples, proxy.training.seed)
+        key = as_json(
+            {
+                "train": task.train.hash, "valid": task.valid.hash, "model": base,
+                "options": asdict(proxy.training),
+            }
+        )  # fmt: skip
+        if there is not None:
+            different = [name for name in key if there["key"].get(name) != key[name]]
+            if not different:
+                self.say(f"{self.proxy} is there already")
+                return
+            if missing is not None:
+                raise missing
+            self.say(
+                f"{self.proxy} was trained with other settings or data ({', '.join(different)}); "
+                "training it again"
+            )
+        self._make_proxy(model, task, key)
+
+    def _kept_proxy(self) -> dict[str, Any] | None:
+        """What an earlier call has noted of the proxy that it trained; None without a proxy."""
+        path = self.folder / "proxy.json"
+        there = path.exists() and Path(self.proxy).exists()
+        return load_artifact(path, format=_PROXY, version=1)[0] if there else None
+
+    def _make_proxy(self, model: nn.Module, task: Task, key: dict[str, Any]) -> None:
+        config = self.config
+        self.say(f"proxy stage: {config.model} on {config.task.source}")
+        rate = config.proxy.training.learning_rate
+        options = replace(config.proxy.training, learning_rate=rate or DEFAULT_RATES["full"])
+        checkpoint = self.folder / "proxy.checkpoint.json"
+        trained = {"model": key["model"], "task": task.hash, "options": asdict(options)}
+        drop_stale(checkpoint, trained, self.say)
+        found = finetune(
+            model, task, scope="full", options=options,
+            checkpoint=checkpoint, keep_checkpoint=True, log=self.folder / "proxy.log.jsonl",
+            progress=self.progress,
+        )  # fmt: skip
+        last = found.after
+        self.say(
+            f"{task.name}: validation accuracy {found.before['target_accuracy']:.3f} before, "
+            f"{last['target_accuracy']:.3f} after {found.best_epoch} epochs"
+        )
+        if is_main():
+            # Of other data, or of a call that ended before it was noted.
+            remove_artifact(self.folder / "proxy.json")
+            shutil.rmtree(self.proxy, ignore_errors=True)
+            export(found.adapter, config.model, self.proxy)
+            body = {"history": found.history.to_dict("records"), "options": dict(found.options)}
+            save_artifact(self.folder / "proxy.json", body | {"key": key}, format=_PROXY, version=1)
+            remove_artifact(checkpoint)
+        wait_for_all()
+
+    def _load(self, source: str) -> Any:
+        config = self.config
+        dtype = getattr(torch, config.dtype)
+        return load_model(source, backend=config.backend, device=config.device, dtype=dtype)
+
+    @cached_property
+    def model(self) -> Any:
+        """The proxy model."""
+        return self._load(self.proxy)
+
+    @cached_property
+    def tasks(self) -> Mapping[str, Task]:
+        """The task in every language."""
+        return self._tasks(self.model.tokenizer)
+
+    def _tasks(self, tokenizer: Any) -> dict[str, Task]:
+        return {name: make_language(self.config.task, name, tokenizer) for name in self.languages}
+
+    @property
+    def source(self) -> Task:
+        return self.tasks[self.config.task.source]
+
+    # ------------------------------------------------------------------ discovery
+
+    @cached_property
+    def discovery(self) -> Run:
+        """The discovery run of the proxy model on the source language."""
+        d, task = self.config.discovery, self.config.task
+        settings = Settings(
+            model=self.proxy, task=task.name, language=task.source, data=task.data,
+            examples=d.examples, baseline_examples=d.baseline_examples, k=d.k,
+            fraction=d.fraction, by=d.by, rules=d.rules, positions=d.positions,
+            batch_size=d.batch_size, rows=d.rows, seed=task.seed, dtype=self.config.dtype,
+        )  # fmt: skip
+        return Run(self.folder / "discovery", settings, self.model, self.source)
+
+    @property
+    def circuit(self) -> Circuit:
+        """The circuit that discovery saved."""
+        return Circuit.load(self.discovery.path("circuit.json"))
+
+    def _discover(self) -> None:
+        """Baseline, scores, circuit and faithfulness; whatever is there already is kept."""
+        _, scores, _ = discover(self.discovery, self.say)
+        d, curve = self.config.discovery, self.curve()
+        data = judged_on(self.discovery, "valid", d.faithfulness_examples)
+        if curve is None or not curve_fits(curve, scores, load_baseline(self.discovery), data):
+            measure(self.discovery, self.say, examples=d.faithfulness_examples, draws=d.draws)
+
+    def curve(self) -> FaithfulnessCurve | None:
+        """The faithfulness curve on the source's validation split, if measured."""
+        path = self.discovery.path("faithfulness.json")
+        return FaithfulnessCurve.load(path) if path.exists() else None
+
+    @cached_property
+    def cells(self) -> Cells:
+        """What trains and judges, or finds what was judged."""
+        return Cells(
+            self.config, self.folder, self.model, self.tasks, self.circuit,
+            load_baseline(self.discovery).hash, self._faithfulness, self.say, self.progress,
+        )  # fmt: skip
+
+    def _faithfulness(self, task: Task) -> float:
+        """f(C) of the proxy circuit on validation prompts of `task`, with the source's means."""
+        n = min(self.config.discovery.faithfulness_examples, most_balanced(task.valid))
+        data = task.valid.balanced(n, seed=self.config.task.seed)
+        view, heads = view_of(self.model), self.circuit.heads
+        everyone = all_heads(view.n_layers, view.n_heads)
+        try:
+            measured = measure_circuits(
+                view, [everyone, heads, ()], data, load_baseline(self.discovery),
+                metric="direction", task=None, batch_size=self.config.discovery.batch_size,
+                rows=self.config.discovery.rows, progress=self.progress,
+            )  # fmt: skip
+            return f_of(measured[heads], measured[everyone], measured[()])
+        except InputError:  # the data were checked before: no head changes anything on them
+            return float("nan")
+
+    # ------------------------------------------------------------------ result
+
+    def _result(self, before: list[dict[str, Any]], cells: list[dict[str, Any]]) -> TransferResult:
+        """What is finished, as tables."""
+        config = self.config
+        scores = HeadScores.load(self.discovery.path("scores.json"))
+        curve = self.curve()
+        facts: dict[str, Any] = {
+            "heads in the circuit": len(self.circuit),
+            "heads of the model": scores.n_layers * scores.n_heads,
+            "proxy direction (logits)": round(scores.direction, 3),
+        }
+        for row in before:
+            facts[f"f(circuit) on {row['language']}"] = round(row["faithfulness"], 3)
+        if curve is not None:
+            facts |= {"CPR": round(curve.cpr, 3), "CMD": round(curve.cmd, 3)}
+        return TransferResult(
+            task=config.task.name,
+            proxy=config.task.source,
+            targets=config.task.targets,
+            scopes=config.transfer.scopes,
+            cells=table([cell["row"] for cell in cells], CELL_COLUMNS),
+            before=table(before, BEFORE_COLUMNS),
+            chance=self.cells.judged(self.tasks[config.task.targets[0]]).chance,
+            auto=table(choices(config, self.tasks, before, cells), AUTO_COLUMNS),
+            discovery=facts,
+            settings=as_json(config.to_dict()),
+            provenance=provenance_of(
+                view_of(self.model), self.source.train, options={"proxy": self.proxy}
+            ),
+        )
+
+
+def _check_data(model: nn.Module, tasks: Mapping[str, Task]) -> None:
+    """Refuse now what would fail in the last cell, or be judged past the model's context."""
+    view = view_of(model)
+    for task in tasks.values():
+        task.valid.require_some()
+        task.test.require_some()
+        for split in (task.train, task.valid, task.test):
+            for number, example in enumerate(split, 1):
+                view.check_length(len(example.tokens), f"{split.name}, example {number}: ")

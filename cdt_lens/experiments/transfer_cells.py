@@ -1,0 +1,192 @@
+"""Cells of a transfer experiment: one target, one scope, one seed, trained and judged once.
+
+Each cell is a file with its row of the table, its history and the key of what it was made from
+(model, data, heads, options); an interrupted one goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cdt_lens.circuits.circuit import Circuit
+from cdt_lens.core.artifacts import load_artifact, remove_artifact
+from cdt_lens.core.errors import NonFiniteError
+from cdt_lens.core.kept import as_json, file_name, keep, kept
+from cdt_lens.core.processes import is_main, wait_for_all
+from cdt_lens.experiments.settings import with_train
+from cdt_lens.experiments.transfer_config import TransferConfig
+from cdt_lens.finetuning.answer_pass import AnswerPass
+from cdt_lens.finetuning.finetune import finetune
+from cdt_lens.finetuning.options import DEFAULT_RATES, TrainingOptions
+from cdt_lens.finetuning.result import FineTuneResult
+from cdt_lens.finetuning.scopes import scope_heads
+from cdt_lens.finetuning.slices import selected_heads
+from cdt_lens.finetuning.transfer_result import CELL_COLUMNS
+from cdt_lens.models.provenance import weight_hash
+from cdt_lens.models.view import view_of
+from cdt_lens.tasks.evaluate import Evaluation, evaluate
+from cdt_lens.tasks.task import Batch, Examples, Task, drawn
+
+Say = Callable[[str], None]
+_CELL, _BEFORE = "cdt_lens.transfer_cell", "cdt_lens.transfer_before"
+
+
+@dataclass
+class Cells:
+    """The cells of one run directory.
+
+    model: the proxy checkpoint; tasks: by language; baseline_hash: of the source's means;
+    faithfulness: f(circuit) on a task's validation prompts.
+    """
+
+    config: TransferConfig
+    folder: Path
+    model: Any
+    tasks: Mapping[str, Task]
+    circuit: Circuit
+    baseline_hash: str
+    faithfulness: Callable[[Task], float]
+    say: Say
+    progress: bool = True
+
+    @cached_property
+    def _hash(self) -> str:
+        return weight_hash(view_of(self.model))
+
+    @property
+    def _source(self) -> Task:
+        return self.tasks[self.config.task.source]
+
+    def before(self, language: str) -> dict[str, Any]:
+        """The untouched proxy model on a language."""
+        path = self.folder / "before" / f"{file_name(language)}.json"
+        task = self.tasks[language]
+        key = {
+            "model": self._hash, "task": task.hash, "baseline": self.baseline_hash,
+            "circuit": [str(head) for head in self.circuit.heads],
+        }  # fmt: skip
+        found = kept(path, _BEFORE, key, self.say)
+        if found is not None:
+            return found["row"]
+        self.say(f"the proxy model as it is on {task.name}")
+        test = self._on_test(task)
+        row = {
+            "language": language, "accuracy": test.accuracy, "macro_f1": test.macro_f1,
+            "valid_accuracy": evaluate(self.model, task.valid, task).accuracy,
+            "examples": test.examples, "faithfulness": self.faithfulness(task),
+        }  # fmt: skip
+        keep(path, _BEFORE, {"key": key, "row": row})
+        return row
+
+    def cell(self, target: str, scope: str, seed: int) -> dict[str, Any]:
+        """One target, scope and seed: train, then judge on the test splits."""
+        place = self.folder / "cells" / file_name(target) / f"{scope}-{seed}"
+        path = place.with_name(f"{place.name}.json")
+        checkpoint = place.with_name(f"{place.name}.checkpoint.json")
+        options = self._options(scope, seed)
+        task = with_train(self.tasks[target], self.config.transfer.examples, seed)
+        heads = scope_heads(scope, self.circuit, seed=seed)
+        key = as_json(
+            {
+                "model": self._hash, "task": task.hash, "source": self._source.hash,
+                "heads": [str(head) for head in heads], "options": asdict(options),
+            }
+        )  # fmt: skip
+        found = kept(path, _CELL, key, self.say)
+        if found is not None:
+            return found
+        view = view_of(self.model)
+        chosen = [str(head) for head in selected_heads(view, heads, kv=options.kv)]
+        drop_stale(checkpoint, {**key, "scope": scope, "heads": chosen}, self.say)
+        self.say(f"{target}, {scope}, seed {seed}")
+        cell: dict[str, Any] = {"key": key, "history": []}
+        common = {"target": target, "scope": scope, "seed": seed, "heads": len(heads)}
+        common |= {"learning_rate": options.learning_rate}
+        try:
+            result = finetune(
+                self.model, task, heads=self.circuit, scope=scope, source=self._source,
+                options=options, checkpoint=checkpoint, keep_checkpoint=True,
+                judge=lambda: (self._on_test(self.tasks[target]), self._on_test(self._source)),
+                log=place.with_name(f"{place.name}.log.jsonl"), progress=self.progress,
+            )  # fmt: skip
+        except NonFiniteError as error:
+            self.say(str(error))
+            nothing = dict.fromkeys(CELL_COLUMNS, float("nan"))
+            cell["row"] = nothing | common | {"stopped": f"diverged: {error}"}
+        else:
+            cell["row"] = common | self._judged(result, target)
+            cell["history"] = result.history.to_dict("records")
+            self._save_adapter(result, target, seed)
+        keep(path, _CELL, cell)
+        if is_main():
+            remove_artifact(checkpoint)
+        return cell
+
+    def _options(self, scope: str, seed: int) -> TrainingOptions:
+        transfer = self.config.transfer
+        rate = transfer.learning_rates.get(scope, transfer.training.learning_rate)
+        rate = DEFAULT_RATES[scope] if rate is None else rate
+        return replace(transfer.training, seed=seed, learning_rate=rate)
+
+    def _judged(self, result: FineTuneResult, target: str) -> dict[str, Any]:
+        """The row of a finished cell."""
+        on_target, on_source = result.judged
+        before = self.before(self.config.task.source)["accuracy"]
+        self.say(
+            f"  test accuracy {on_target.accuracy:.3f}, source {on_source.accuracy:.3f} "
+            f"(was {before:.3f}), {result.seconds:.0f} s"
+        )
+        return {
+            "accuracy": on_target.accuracy, "macro_f1": on_target.macro_f1,
+            "source_accuracy": on_source.accuracy, "source_macro_f1": on_source.macro_f1,
+            "retention": on_source.accuracy / before if before else float("nan"),
+            "valid_accuracy": float(result.after["target_accuracy"]),
+            "valid_loss": float(result.after["target_loss"]), "best_epoch": result.best_epoch,
+            "trained_parameters": result.trained_parameters, "share": result.share,
+            "seconds": result.seconds, "stopped": result.stopped,
+        }  # fmt: skip
+
+    def judged(self, task: Task) -> Examples:
+        """The test examples that a task is judged on: all, or as many as set, always the same."""
+        n = self.config.task.test_examples
+        return task.test if n is None else drawn(task.test, n, self.config.task.seed)
+
+    def _on_test(self, task: Task) -> Evaluation:
+        """The last word: the test split, once a cell and once for the untouched model."""
+        test = self.judged(task)
+        view = view_of(self.model)
+
+        def logits(batch: Batch) -> Tensor:
+            with view.quiet():
+                return AnswerPass(view).candidates(batch).float().cpu()
+
+        return evaluate(view, test, task, logits_of=logits)
+
+    def _save_adapter(self, result: FineTuneResult, target: str, seed: int) -> None:
+        small = result.scope not in ("full", "lora")
+        if self.config.transfer.save_adapters and small and is_main():
+            name = f"{result.scope}-{seed}"
+            result.adapter.save(self.folder / "adapters" / file_name(target) / name)
+
+
+def drop_stale(checkpoint: Path, key: Mapping[str, Any], say: Say) -> None:
+    """Remove what an interrupted training with other settings or data has left.
+
+    key: what `finetune` will train, by the names that its checkpoint keeps.
+    """
+    if not checkpoint.exists():
+        return
+    kept = load_artifact(checkpoint, format="cdt_lens.checkpoint", version=1)[0]["key"]
+    wait_for_all()  # no process removes it before every one has looked
+    different = [name for name, value in as_json(dict(key)).items() if kept.get(name) != value]
+    if different:
+        say(f"{checkpoint}: of a run with other settings or data ({', '.join(different)}); removed")
+        if is_main():
+            remove_artifact(checkpoint)
+    wait_for_all()

@@ -1,0 +1,1 @@
+"""Circuit-targeted fine-tuning (CT-SFT, arXiv 2601.08146)."""

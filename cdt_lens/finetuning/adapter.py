@@ -1,0 +1,214 @@
+"""`Adapter`: what fine-tuning learnt, as a small file; put on, taken off, exported.
+
+1. It holds the trained slices and whole weights (norms) by TransformerLens name, with the hash of
+   the base model's weights. The names and shapes are the same for both model classes.
+2. `apply` writes exactly these elements and keeps what stood there; `remove` puts it back, bit for
+   bit. A model with other weights is refused with both hashes.
+3. `export` writes a plain Hugging Face folder: the base checkpoint with these elements replaced,
+   fused projections included, every other weight bit-identical.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from cdt_lens.core import display
+from cdt_lens.core.artifacts import load_artifact, save_artifact
+from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.finetuning.slices import HeadSlice
+from cdt_lens.finetuning.trainable import Slices
+from cdt_lens.models.heads import Head
+from cdt_lens.models.provenance import Provenance
+from cdt_lens.models.view import ModelView, view_of
+from cdt_lens.models.weights import check_fused, named_weights, sync_fused
+
+_FORMAT, _VERSION = "cdt_lens.adapter", 1
+_FILE = "adapter.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """Trained elements of a model.
+
+    slices: by weight name, the heads (key/value heads for W_K, W_V, b_K, b_V) and their values
+    `[head, ...]`; whole: weights that were trained whole; heads: the query heads that were
+    selected; provenance: with the base model's hash.
+    """
+
+    scope: str
+    heads: tuple[Head, ...]
+    slices: Slices = field(repr=False)
+    whole: Mapping[str, Tensor] = field(repr=False)
+    provenance: Provenance = field(repr=False)
+
+    def __repr__(self) -> str:
+        told = f"{self.elements:,} elements of {len(self.slices) + len(self.whole)} weights"
+        return display.line(self, self.scope, display.few(self.heads), told)
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return sum(v.numel() for _, v in self.slices.values()) + sum(
+            v.numel() for v in self.whole.values()
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the model that it was trained in."""
+        values = [*(v for _, v in self.slices.values()), *self.whole.values()]
+        return values[0].dtype if values else torch.float32
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a weight: name, trained heads (None: whole), elements."""
+        rows: list[dict[str, Any]] = [
+            {"weight": name, "heads": list(index), "elements": values.numel()}
+            for name, (index, values) in self.slices.items()
+        ]
+        rows += [
+            {"weight": name, "heads": None, "elements": values.numel()}
+            for name, values in self.whole.items()
+        ]
+        return pd.DataFrame(rows, columns=["weight", "heads", "elements"])
+
+    def _repr_html_(self) -> str:
+        title = f"Adapter, scope {self.scope}: {self.elements:,} trained elements"
+        return display.html(title, self.to_dataframe())
+
+    # ------------------------------------------------------------------ on and off
+
+    def apply(self, model: nn.Module | ModelView, *, check: bool = True) -> Applied:
+        """Write the trained elements into `model`, which must hold the base weights.
+
+        Raises:
+            ArtifactError: another model (both hashes are shown).
+            InputError: the model lacks a weight, or has one of another shape; nothing is written.
+            UnsupportedModelError: a fused projection in an order of its own.
+        """
+        view = view_of(model)
+        if check:
+            self.provenance.check_model(view, "this adapter")
+        check_fused(view)
+        parts, whole = self._places(view)
+        before = {name: part.read() for name, part in parts.items()}
+        before_whole = {name: value.clone() for name, value in whole.items()}
+        with torch.no_grad():
+            for name, part in parts.items():
+                part.write(self.slices[name][1].to(part.whole.device))
+            for name, value in whole.items():
+                value.copy_(self.whole[name])
+        sync_fused(view)
+        return Applied(view, parts, before, whole, before_whole)
+
+    @contextmanager
+    def applied(self, model: nn.Module | ModelView, *, check: bool = True) -> Iterator[None]:
+        """Within the `with` the model has the trained elements; afterwards its own again."""
+        handle = self.apply(model, check=check)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _places(self, view: ModelView) -> tuple[dict[str, HeadSlice], dict[str, Tensor]]:
+        weights = named_weights(view)
+
+        def weight(name: str, shape: tuple[int, ...], skip: int) -> Tensor:
+            found = weights.get(name)
+            if found is None or tuple(found.shape[skip:]) != shape[skip:]:
+                has = "no such weight" if found is None else f"shape {tuple(found.shape)}"
+                raise InputError(
+                    f"adapter: {name} of shape {shape} does not fit {view.name}: {has}; "
+                    "use the base model that it was trained on"
+                )
+            return found
+
+        parts = {}
+        for name, (index, values) in self.slices.items():
+            _, layer, _, role = name.split(".")
+            whole = weight(name, tuple(values.shape), 1)
+            if max(index) >= whole.shape[0]:
+                raise InputError(f"adapter: {name}: head {max(index)} is outside {view.name}")
+            parts[name] = HeadSlice(int(layer), role, index, whole)
+        return parts, {n: weight(n, tuple(v.shape), 0) for n, v in self.whole.items()}
+
+    # ------------------------------------------------------------------ on disk
+
+    def save(self, folder: str | Path) -> Path:
+        """Save as `adapter.json` with its tensors beside it; whole or not at all.
+
+        Raises:
+            InputError: the place cannot be written.
+        """
+        body = {
+            "scope": self.scope,
+            "heads": [str(head) for head in self.heads],
+            "slices": {name: list(index) for name, (index, _) in self.slices.items()},
+            "provenance": self.provenance.to_dict(),
+        }
+        tensors = {f"slice/{name}": value for name, (_, value) in self.slices.items()}
+        tensors |= {f"whole/{name}": value for name, value in self.whole.items()}
+        path = _file_of(folder)
+        return save_artifact(path, body, format=_FORMAT, version=_VERSION, tensors=tensors)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Adapter:
+        """Read what `save` wrote; `folder` may also be the JSON file itself.
+
+        Raises:
+            InputError: no such file. ArtifactError: damaged, another kind of file, or newer.
+        """
+        path = _file_of(folder)
+        body, tensors = load_artifact(path, format=_FORMAT, version=_VERSION)
+        try:
+            return cls(
+                scope=body["scope"],
+                heads=tuple(Head.parse(text) for text in body["heads"]),
+                slices={
+                    name: (tuple(index), tensors[f"slice/{name}"])
+                    for name, index in body["slices"].items()
+                },
+                whole={
+                    name.removeprefix("whole/"): value
+                    for name, value in tensors.items()
+                    if name.startswith("whole/")
+                },
+                provenance=Provenance.from_dict(body["provenance"]),
+            )
+        except (KeyError, TypeError, InputError) as error:
+            raise ArtifactError(f"{path}: not a whole adapter ({error})") from error
+
+
+@dataclass(eq=False)
+class Applied:
+    """An adapter on a model, with what stood there before."""
+
+    view: ModelView
+    parts: Mapping[str, HeadSlice] = field(repr=False)
+    before: Mapping[str, Tensor] = field(repr=False)
+    whole: Mapping[str, Tensor] = field(repr=False)
+    before_whole: Mapping[str, Tensor] = field(repr=False)
+    removed: bool = False
+
+    def remove(self) -> None:
+        """Put the base model's elements back, bit for bit; a second call changes nothing."""
+        if self.removed:
+            return
+        self.removed = True
+        for name, part in self.parts.items():
+            part.write(self.before[name])
+        with torch.no_grad():
+            for name, value in self.whole.items():
+                value.copy_(self.before_whole[name])
+        sync_fused(self.view)
+
+
+def _file_of(folder: str | Path) -> Path:
+    path = Path(folder)
+    return path if path.suffix == ".json" else path / _FILE

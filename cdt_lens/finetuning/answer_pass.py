@@ -1,0 +1,92 @@
+"""The training pass: logits at the answer position, with gradients, and no more work than needed.
+
+1. The model's own forward pass is stopped before the unembedding; only the answer position is
+   normed and unembedded, so that nothing of size (positions x vocabulary) exists.
+2. Where nothing below a layer is trained, the residual stream that enters it can be kept per
+   example (`first_layer`), and every later epoch starts there.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import einsum
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from cdt_lens.models.trace import BlockCall
+from cdt_lens.models.view import ModelView, at_least_float32
+from cdt_lens.tasks.task import Batch, Examples
+
+
+class AnswerPass:
+    """Calls give logits `[batch, d_vocab]` at the answer position, in at least float32.
+
+    first_layer: keep what enters this layer for each prompt and start there; the layers below,
+    with the embedding, must not change while this object is used. 0 keeps nothing.
+    """
+
+    def __init__(self, view: ModelView, *, first_layer: int = 0) -> None:
+        self.view = view
+        self.first_layer = first_layer
+        self._kept: dict[tuple[int, ...], Float[Tensor, "pos d_model"]] = {}
+        self._calls: dict[int, tuple[BlockCall, ...]] = {}
+
+    def __call__(self, batch: Batch) -> Float[Tensor, "batch d_vocab"]:
+        return self.view.read_out(self._answers(batch))
+
+    def candidates(self, batch: Batch) -> Float[Tensor, "batch k"]:
+        """Logits of the candidate tokens, unembedded in at least float32, to judge a model by.
+
+        In half precision whole logits lie on a coarse grid and tie. No gradient reaches the
+        unembedding this way: train on the whole logits.
+        """
+        view = self.view
+        normed = view.normed(self._answers(batch))
+        columns, offsets = view.unembedding(batch.candidates)
+        logits = einsum(at_least_float32(normed), columns, "b d, b k d -> b k") + offsets
+        cap = view.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def _answers(self, batch: Batch) -> Float[Tensor, "batch d_model"]:
+        """The residual stream at the answer position, after the last block."""
+        view = self.view
+        if self.first_layer:
+            resid = view.through(
+                self._entering(batch), self._calls_of(batch.tokens.shape[1]), self.first_layer
+            )
+        else:
+            resid = view.stream(batch.tokens)[0][-1]
+        rows = torch.arange(len(batch.index), device=resid.device)
+        return resid[rows, batch.lengths.to(resid.device) - 1]
+
+    def prepare(self, examples: Examples, batch_size: int) -> None:
+        """Run the layers below once for all `examples`, in batches that do not depend on chance.
+
+        Rounding depends on a batch's width, so that filling in the order of training would make a
+        resumed run differ from an uninterrupted one.
+        """
+        if self.first_layer:
+            for batch in examples.batches(batch_size):
+                self._entering(batch)
+
+    def _entering(self, batch: Batch) -> Float[Tensor, "batch pos d_model"]:
+        keys = [
+            tuple(row[:length].tolist())
+            for row, length in zip(batch.tokens, batch.lengths.tolist(), strict=True)
+        ]
+        if any(key not in self._kept for key in keys):
+            with torch.no_grad():
+                stream = self.view.stream(batch.tokens, self.first_layer)[0][self.first_layer]
+            for key, row in zip(keys, stream, strict=True):
+                self._kept[key] = row[: len(key)].clone()
+        return pad_sequence([self._kept[key] for key in keys], batch_first=True)
+
+    def _calls_of(self, width: int) -> tuple[BlockCall, ...]:
+        """How the model calls its blocks for prompts of this width; one row serves any number."""
+        if width not in self._calls:
+            tokens = torch.zeros(1, width, dtype=torch.long)
+            with torch.no_grad():
+                _, calls = self.view.stream(tokens)
+            self._calls[width] = calls[self.first_layer :]
+        return self._calls[width]

@@ -1,0 +1,313 @@
+"""`finetune`: circuit-targeted supervised fine-tuning (CT-SFT, arXiv 2601.08146), and its controls.
+
+1. The scope names what is trained: the circuit's slices and the norms (`decision`), the same number
+   of other heads (`near-zero`, `random`, `random-per-layer`), `norms`, `full` or `lora`.
+2. One loop trains it on the target language's examples and judges it on the validation split, of
+   the source language too: accuracy after / before there is the retention.
+3. The result carries an adapter. The caller's model is put back as it was, unless `keep=True`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import pandas as pd
+import torch
+from torch import nn
+
+from cdt_lens.circuits.circuit import Circuit
+from cdt_lens.core.errors import InputError, expect
+from cdt_lens.finetuning.adapter import Adapter
+from cdt_lens.finetuning.answer_pass import AnswerPass
+from cdt_lens.finetuning.checkpoints import Checkpoint, Log
+from cdt_lens.finetuning.lora import LowRank
+from cdt_lens.finetuning.options import DEFAULT_RATES, TrainingOptions
+from cdt_lens.finetuning.result import FineTuneResult
+from cdt_lens.finetuning.scopes import (
+    HEAD_SCOPES,
+    ScopeChoice,
+    check_scope,
+    choose_by_gap,
+    choose_by_race,
+    scope_heads,
+)
+from cdt_lens.finetuning.slices import (
+    check_slices,
+    head_slices,
+    norm_weights,
+    selected_heads,
+    siblings,
+)
+from cdt_lens.finetuning.trainable import SlicesAndWholes, Trainable
+from cdt_lens.finetuning.trainer import Trained, Trainer
+from cdt_lens.models.heads import Head, check_heads
+from cdt_lens.models.provenance import provenance_of, weight_hash
+from cdt_lens.models.support import check_caller_hooks, check_supported
+from cdt_lens.models.view import ModelView, view_of
+from cdt_lens.models.weights import check_trainable, own_weights, place
+from cdt_lens.tasks.evaluate import evaluate
+from cdt_lens.tasks.task import Task
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _with_gradients(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` outside of a caller's `torch.inference_mode`, where no tensor has a gradient."""
+
+    @functools.wraps(function)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return outside
+
+
+@_with_gradients
+def finetune(
+    model: nn.Module | ModelView,
+    task: Task,
+    *,
+    heads: Circuit | Iterable[Head | str] | None = None,
+    scope: str | None = None,
+    source: Task | None = None,
+    options: TrainingOptions | None = None,
+    rule: Literal["gap", "race"] = "gap",
+    checkpoint: str | Path | None = None,
+    keep_checkpoint: bool = False,
+    log: str | Path | None = None,
+    keep: bool = False,
+    judge: Callable[[], Any] | None = None,
+    progress: bool = True,
+    **changes: Any,
+) -> FineTuneResult:
+    """Train `scope` of a model on `task.train`, judged on `task.valid` after each epoch.
+
+    heads: the circuit, or its heads (default scope `decision`); `near-zero` needs a circuit with
+        scores; `norms`, `full` and `lora` need no heads.
+    scope: one of `options.SCOPES`, or "auto": `decision` or `near-zero`, chosen by `rule` before
+        training from validation data only; the choice and its inputs are kept in the result.
+    rule: "gap" (see `scopes.choose_by_gap`; needs `source`) or "race": one epoch of each.
+    source: the task in the language that the model already does, to follow forgetting; never
+        trained on, and only its validation split is looked at.
+    checkpoint: a file to go on from after an interruption; it is removed when the run is done,
+        unless `keep_checkpoint=True`: the same call then gives the same result again at once.
+    log: a JSON-lines file with a line a step and a line a look.
+    keep: leave the trained values in the model.
+    judge: called once with the best values in the model; what it returns is `result.judged`. For
+        `lora` in half precision that is more exact than its merged, rounded adapter.
+    changes: training options by name, such as `epochs=5`, `learning_rate=1e-4`.
+
+    Raises:
+        InputError: an option, scope, head or split that cannot be trained with.
+        ArtifactError: a circuit of another model (both hashes are shown).
+        UnsupportedModelError: folded norms, or a weight that is missing or tied.
+        NonFiniteError: a loss or gradient became NaN or infinite; the step is named.
+    """
+    view = view_of(model)
+    expect(task, Task, "finetune", "give the task, whose train and valid splits are used")
+    if source is not None:
+        expect(source, Task, "finetune: source", "give the source task, not one of its splits")
+    if options is not None:
+        expect(options, TrainingOptions, "finetune: options", "or give them by name: epochs=5")
+    if rule not in ("gap", "race"):
+        raise InputError(f"rule={rule!r}: expected gap or race")
+    scope = scope or ("decision" if heads is not None else "full")
+    options = (options or TrainingOptions()).changed(**changes)
+    if scope == "auto":
+        choice = _choose(view, task, heads, source, options, rule, progress)
+        found = finetune(
+            view, task, heads=heads, scope=choice.scope, source=source, options=options,
+            checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, log=log, keep=keep,
+            judge=judge, progress=progress,
+        )  # fmt: skip
+        return replace(found, options={**found.options, "chosen_by": asdict(choice)})
+    check_scope(scope)
+    if options.learning_rate is None:
+        options = options.changed(learning_rate=DEFAULT_RATES[scope])
+    if scope == "norms":  # which is all of them, whatever the head scopes of a run train
+        options = options.changed(norms="all")
+    check_splits(task, source, options)
+    _check_lengths(view, task, source)
+    circuit = _circuit(view, heads)
+    # With kv="groups" whole groups are trained, and reported as the heads.
+    chosen = selected_heads(view, scope_heads(scope, circuit, seed=options.seed), kv=options.kv)
+    check_trainable(view)
+    check_supported(view)
+    batch = next(task.train.batches(options.batch_size))
+    check_caller_hooks(view, batch.tokens, batch.lengths)
+    base = weight_hash(view)
+    key = {
+        "scope": scope, "heads": [str(head) for head in chosen], "options": asdict(options),
+        "model": base, "task": task.hash, "source": None if source is None else source.hash,
+    }  # fmt: skip
+    told: dict[str, Any] = {"scope": scope, **asdict(options)}
+    provenance = provenance_of(view, task.train, options=told, seed=options.seed)
+    stored = None if checkpoint is None else Checkpoint(checkpoint, key)
+    written = None if log is None else Log(log)
+    trainable = make_trainable(view, scope, chosen, options)
+    first = _lowest_trained(view, trainable) if options.keep_frozen else 0
+    done = False
+    try:
+        with trainable.attached():
+            trained = Trainer(
+                AnswerPass(view, first_layer=first), trainable, task, options, source, stored,
+                written, progress, f"{task.name} {scope}",
+            ).run()  # fmt: skip
+            judged = None if judge is None else judge()
+        learnt = trainable.learnt()
+        adapter = Adapter(scope, chosen, learnt.slices, learnt.whole, provenance)
+        done = True
+    finally:
+        if not (keep and done):
+            trainable.restore()
+    if keep:
+        _keep(view, trainable, adapter)
+    if stored is not None and not keep_checkpoint:
+        stored.remove()
+    result = _result(view, scope, chosen, options, trainable, trained, adapter)
+    return replace(result, judged=judged)
+
+
+def _choose(
+    view: ModelView, task: Task, heads: Circuit | Iterable[Head | str] | None,
+    source: Task | None, options: TrainingOptions, rule: str, progress: bool,
+) -> ScopeChoice:  # fmt: skip
+    """Decide between `decision` and `near-zero` before the run, on validation data only."""
+    if not len(task.valid):
+        raise InputError(f"scope 'auto': {task.name} has no validation split to choose by")
+    if rule == "gap":
+        if source is None:
+            raise InputError("scope 'auto' by the gap rule: pass source=, the task it came from")
+        source.valid.require_some()
+        before = evaluate(view, source.valid, source).accuracy
+        now = evaluate(view, task.valid, task).accuracy
+        return choose_by_gap(before, now, task.valid.chance)
+    short = options.changed(epochs=1, patience=None, evaluate_every=1)
+    raced: dict[str, dict[str, Any]] = {}
+    for scope in ("decision", "near-zero"):
+        found = finetune(view, task, heads=heads, scope=scope, options=short, progress=progress)
+        raced[scope] = found.to_dataframe().to_dict("records")[-1]  # type: ignore[assignment]
+    return choose_by_race(raced)
+
+
+def check_splits(task: Task, source: Task | None, options: TrainingOptions) -> None:
+    """Refuse data that cannot be learnt from, or not judged as asked.
+
+    Raises:
+        InputError: an empty split, one with a single label, or no labels for macro-F1.
+    """
+    task.train.require_some()
+    present = [label for label, n in task.train.counts.items() if n]
+    if len(present) < 2:
+        raise InputError(
+            f"{task.train.name}: all {len(task.train)} examples have the label {present[0]!r}; "
+            "there is nothing to tell apart. Add examples of another label"
+        )
+    if options.patience is not None and not len(task.valid):
+        raise InputError(
+            f"patience={options.patience}: {task.name} has no validation split to judge by"
+        )
+    if options.metric == "macro_f1" and not task.verbalizer_ids:
+        raise InputError(f"metric='macro_f1': {task.name} has no verbalizer; use accuracy")
+    if source is not None:
+        source.valid.require_some()
+
+
+def _check_lengths(view: ModelView, task: Task, source: Task | None) -> None:
+    """Refuse before training what would fail in the middle, or read past the learned positions."""
+    for examples in (task.train, task.valid, *(() if source is None else (source.valid,))):
+        longest = max((len(example.tokens) for example in examples), default=0)
+        view.check_length(longest, f"{examples.name}: ")
+
+
+def make_trainable(
+    view: ModelView, scope: str, heads: tuple[Head, ...], options: TrainingOptions
+) -> Trainable:
+    """What `scope` trains.
+
+    Raises:
+        UnsupportedModelError: a weight is missing, tied, or not what the model runs.
+    """
+    if scope == "lora":
+        return LowRank(view, rank=options.lora_rank, alpha=options.lora_alpha, seed=options.seed)
+    if scope == "full":
+        return SlicesAndWholes(view, (), tuple(own_weights(view)))
+    if scope == "norms":
+        return SlicesAndWholes(view, (), tuple(norm_weights(view, "all")))
+    slices = head_slices(view, heads, kv=options.kv)
+    check_slices(view, slices)
+    return SlicesAndWholes(view, slices, tuple(norm_weights(view, options.norms, heads)))
+
+
+def _circuit(view: ModelView, heads: Circuit | Iterable[Head | str] | None) -> Circuit | None:
+    if heads is None:
+        return None
+    if isinstance(heads, Circuit):
+        heads.check_model(view)
+        return heads
+    if isinstance(heads, Head | str) or not isinstance(heads, Iterable):
+        raise InputError(
+            f"heads: expected a circuit or several heads, got {type(heads).__name__}; "
+            "scores.select(...) makes a circuit, and [Head(9, 6)] is a list of one"
+        )
+    shape = (view.n_layers, view.n_heads)
+    return Circuit(check_heads(heads, *shape), *shape)
+
+
+def _lowest_trained(view: ModelView, trainable: Trainable) -> int:
+    """The first layer with something to train; 0 where the embedding is trained too."""
+    learnt = getattr(trainable, "slices", ())
+    layers = [part.layer for part in learnt]
+    for name in getattr(trainable, "wholes", ()):
+        if name.startswith("blocks."):
+            layers.append(int(name.split(".")[1]))
+        elif not name.startswith(("ln_final", "unembed")):
+            return 0
+    return min(layers, default=0)
+
+
+def _keep(view: ModelView, trainable: Trainable, adapter: Adapter) -> None:
+    """Leave the learnt values in the model, without anything of the training around them."""
+    trainable.restore()
+    adapter.apply(view, check=False)
+
+
+def _result(
+    view: ModelView, scope: str, heads: tuple[Head, ...], options: TrainingOptions,
+    trainable: Trainable, trained: Trained, adapter: Adapter,
+) -> FineTuneResult:  # fmt: skip
+    return FineTuneResult(
+        scope=scope,
+        heads=heads,
+        siblings=siblings(view, heads, kv=options.kv) if scope in HEAD_SCOPES else (),
+        n_layers=view.n_layers,
+        n_heads=view.n_heads,
+        trained_parameters=sum(master.value.numel() for master in trainable.masters),
+        total_parameters=count_parameters(view),
+        options=asdict(options),
+        history=pd.DataFrame(trained.history),
+        best_epoch=trained.best_epoch,
+        stopped=trained.stopped,
+        seconds=trained.seconds,
+        provenance=adapter.provenance,
+        adapter=adapter,
+    )
+
+
+def count_parameters(view: ModelView) -> int:
+    """Parameters of the model, a tied embedding counted once."""
+    own = own_weights(view)
+    seen = {place(value): value.numel() for value in own.values()}
+    total = sum(seen.values())
+    embedding, end = own["embed.W_E"], own["unembed.W_U"]
+    separate = place(embedding) != place(end) and embedding.shape == end.T.shape
+    if separate and not view.is_bridge and bool((embedding == end.T).all()):
+        total -= end.numel()
+    return total

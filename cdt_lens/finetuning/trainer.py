@@ -1,0 +1,336 @@
+"""The training loop, the same for every scope: AdamW over a `Trainable`'s masters.
+
+1. Each epoch draws its batches from (seed, epoch) alone; prompts of like length share a batch.
+2. A step: the loss of each part of the batch, its gradients summed (over processes as well), the
+   norm of the selected gradients clipped, AdamW with decay on matrices only, masters written back.
+3. After each epoch the model is judged on validation data; the best epoch's values are kept and
+   written back at the end. `patience` ends a run that gets no better.
+4. A checkpoint holds masters, moments, the best values and the history: a resumed run ends bit for
+   bit like an uninterrupted one on the same machine. A loss or gradient that is not finite stops
+   the run before it reaches the weights.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from cdt_lens.core.errors import InputError, NonFiniteError
+from cdt_lens.core.processes import is_main, shard, sum_over_processes
+from cdt_lens.finetuning.answer_pass import AnswerPass
+from cdt_lens.finetuning.checkpoints import Checkpoint, Log, State
+from cdt_lens.finetuning.options import TrainingOptions
+from cdt_lens.finetuning.trainable import Trainable
+from cdt_lens.tasks.evaluate import evaluate
+from cdt_lens.tasks.metrics import answer_loss
+from cdt_lens.tasks.task import Batch, Examples, Task
+
+_BUCKET = 8  # batches that are sorted by length together
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a run went: rows of the history, the epoch whose values are the best, why it ended."""
+
+    history: Sequence[dict[str, Any]]
+    best_epoch: int
+    stopped: str
+    seconds: float
+
+
+@dataclass
+class Trainer:
+    """One run of the loop over `task.train`, judged on `task.valid`.
+
+    source: a second task whose validation accuracy is followed (forgetting), never trained on;
+    name: what messages and the progress bar call the run.
+    """
+
+    passes: AnswerPass
+    trainable: Trainable
+    task: Task
+    options: TrainingOptions
+    source: Task | None = None
+    checkpoint: Checkpoint | None = None
+    log: Log | None = None
+    progress: bool = True
+    name: str = "training"
+
+    def run(self) -> Trained:
+        """Train until the last epoch or until it gets no better; the model then holds the best.
+
+        Must be called within `trainable.attached()`.
+
+        Raises:
+            NonFiniteError: a loss or gradient is not finite; the last checkpoint stays.
+        """
+        if self.options.learning_rate is None:
+            raise InputError("learning_rate: expected a number; finetune chooses the default")
+        optimizer = _optimizer(self.trainable, self.options)
+        state = self._begin(optimizer)
+        total = self.options.epochs * self._steps_per_epoch
+        with (
+            self.passes.view.quiet(gradients=True),
+            tqdm(
+                total=total, initial=state.step, desc=self.name, unit="step", leave=False,
+                disable=not (self.progress and is_main()),
+            ) as bar,
+        ):  # fmt: skip
+            while state.stopped is None and state.epoch < self.options.epochs:
+                self._epoch(state, optimizer, bar)
+                self._look(state)
+                self._save(state, optimizer)
+        self._put(state.best)
+        why = state.stopped or "all epochs"
+        return Trained(state.history, state.best_epoch, why, state.seconds)
+
+    @property
+    def _steps_per_epoch(self) -> int:
+        return math.ceil(len(self.task.train) / self.options.batch_size)
+
+    def _begin(self, optimizer: torch.optim.Optimizer) -> State:
+        # All of them before the first step: a resumed run must keep the same bits.
+        source = () if self.source is None else (self.source.valid,)
+        with self.passes.view.quiet():
+            for examples in (self.task.train, self.task.valid, *source):
+                if len(examples):
+                    self.passes.prepare(examples, self.options.eval_batch_size)
+        state = None if self.checkpoint is None else self.checkpoint.load()
+        if state is not None:
+            self._put(state.masters)
+            _load_moments(optimizer, self.trainable, state.moments)
+        if self.log is not None:
+            self.log.cut(-1 if state is None else state.step)
+        if state is None:
+            state = State(masters={}, best=self._values())
+            self._add_row(state, train_loss=math.nan)
+        return state
+
+    # ------------------------------------------------------------------ an epoch
+
+    def _epoch(self, state: State, optimizer: torch.optim.Optimizer, bar: Any) -> None:
+        rate = _rates(self.options, self.options.epochs * self._steps_per_epoch)
+        batches = epoch_batches(self.task.train, self.options, state.epoch)
+        done = state.step - state.epoch * self._steps_per_epoch
+        for index in batches[done:]:
+            started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = rate(state.step)
+            loss, norm = self._step(index, optimizer, state)
+            state.seconds += time.perf_counter() - started
+            if self.log is not None:
+                row = {"step": state.step + 1, "epoch": state.epoch + 1, "loss": loss}
+                self.log.write(row | {"grad_norm": norm, "learning_rate": rate(state.step)})
+            state.step += 1
+            state.loss_sum += loss
+            state.loss_count += 1
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}")
+            every = self.options.checkpoint_every
+            if every and state.step % every == 0 and state.step % self._steps_per_epoch:
+                self._save(state, optimizer)
+        state.epoch += 1
+
+    def _step(
+        self, index: Sequence[int], optimizer: torch.optim.Optimizer, state: State
+    ) -> tuple[float, float]:
+        """One step on the examples `index`; the mean loss in nats and the gradient's norm."""
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in self._parts(index):
+            loss = self._loss(batch) / len(index)
+            total += loss.detach().double().cpu()
+            loss.backward()
+        total = sum_over_processes(total)
+        masters = [master.value for master in self.trainable.masters]
+        if shard()[1] > 1:
+            _sum_gradients(masters)
+        where = f"{self.name}: step {state.step + 1} (epoch {state.epoch + 1})"
+        norm = nn.utils.clip_grad_norm_(masters, self.options.clip or math.inf)
+        for what, value in (("loss", float(total)), ("norm of the gradient", float(norm))):
+            if not math.isfinite(value):
+                raise NonFiniteError(f"{where}: the {what} is {value}; {self._advice()}")
+        optimizer.step()
+        self.trainable.write()
+        return float(total), float(norm)
+
+    def _advice(self) -> str:
+        kept = "the model is as it was before training"
+        if self.checkpoint is not None and self.checkpoint.path.exists():
+            kept = (
+                f"the last good state is kept in {self.checkpoint.path}; to train with other "
+                "options, remove it or name another place"
+            )
+        return (
+            f"{kept}. Lower the learning rate ({self.options.learning_rate:g} now) or clip harder"
+        )
+
+    def _parts(self, index: Sequence[int]) -> Iterator[Batch]:
+        """This process's share of a batch, as many examples at a time as memory allows."""
+        rank, world = shard()
+        own = index[rank::world]
+        if not own:
+            return iter(())
+        examples = self.task.train
+        chosen = Examples(tuple(examples[i] for i in own), examples.labels, examples.name)
+        return chosen.batches(self.options.micro_batch or len(own))
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """The sum of the batch's losses, in nats."""
+        logits = self.passes(batch)
+        moved = batch.to(logits.device)
+        candidates = logits.gather(1, moved.candidates)
+        loss = answer_loss(candidates, moved.is_answer, moved.is_candidate)
+        if self.options.loss == "vocabulary":
+            among = candidates.masked_fill(~moved.is_candidate, -torch.inf).logsumexp(-1)
+            loss = loss + logits.logsumexp(-1) - among
+        return loss.sum()
+
+    # ------------------------------------------------------------------ looking and keeping
+
+    def _look(self, state: State) -> None:
+        """Judge the model on validation data; keep its values when they are the best so far."""
+        last = state.epoch == self.options.epochs
+        if state.epoch % self.options.evaluate_every and not last:
+            return
+        mean = state.loss_sum / max(state.loss_count, 1)
+        state.loss_sum, state.loss_count = 0.0, 0
+        rows = [*state.history]
+        row = self._add_row(state, train_loss=mean)
+        best = max(rows, key=lambda r: _rank(r, self.options))
+        # Without validation data the last epoch is the one to keep.
+        if not len(self.task.valid) or _rank(row, self.options) > _rank(best, self.options):
+            state.best_epoch, state.best = state.epoch, self._values()
+        looks = [r["epoch"] for r in state.history].index(state.best_epoch)
+        since = len(state.history) - 1 - looks
+        if self.options.patience is not None and since >= self.options.patience and not last:
+            state.stopped = f"early: no better for {since} evaluations"
+
+    def _add_row(self, state: State, *, train_loss: float) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "epoch": state.epoch, "step": state.step, "train_loss": train_loss,
+            "learning_rate": self.options.learning_rate, "target_loss": math.nan,
+            "target_accuracy": math.nan, "target_macro_f1": math.nan, "source_accuracy": math.nan,
+            "seconds": state.seconds,
+        }  # fmt: skip
+        if len(self.task.valid):
+            found = self._evaluate(self.task, self.task.valid)
+            f1 = math.nan if found.macro_f1 is None else found.macro_f1
+            row |= {"target_loss": found.loss, "target_accuracy": found.accuracy}
+            row["target_macro_f1"] = f1
+        if self.source is not None:
+            row["source_accuracy"] = self._evaluate(self.source, self.source.valid).accuracy
+        state.history.append(row)
+        if self.log is not None:
+            told = {k: None if v != v else v for k, v in row.items()}  # JSON has no NaN
+            self.log.write({"kind": "validation", **told})
+        return row
+
+    def _evaluate(self, task: Task, examples: Examples) -> Any:
+        view = self.passes.view
+
+        def logits(batch: Batch) -> Tensor:
+            with view.quiet():
+                return self.passes.candidates(batch).float().cpu()
+
+        return evaluate(
+            view, examples, task, batch_size=self.options.eval_batch_size, logits_of=logits
+        )
+
+    def _save(self, state: State, optimizer: torch.optim.Optimizer) -> None:
+        if self.checkpoint is not None:
+            state.masters = self._values()
+            state.moments = _moments(optimizer, self.trainable)
+            self.checkpoint.save(state)
+
+    def _values(self) -> dict[str, Tensor]:
+        return {m.name: m.value.detach().clone() for m in self.trainable.masters}
+
+    def _put(self, values: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for master in self.trainable.masters:
+                master.value.copy_(values[master.name])
+        self.trainable.write()
+
+
+def epoch_batches(
+    examples: Examples, options: TrainingOptions, epoch: int
+) -> list[tuple[int, ...]]:
+    """The batches of an epoch as positions: every example once, prompts of like length together."""
+    draw = random.Random(f"{options.seed}/{epoch}")
+    order = list(range(len(examples)))
+    draw.shuffle(order)
+    size = options.batch_size
+    grouped: list[int] = []
+    for start in range(0, len(order), size * _BUCKET):
+        bucket = order[start : start + size * _BUCKET]
+        grouped += sorted(bucket, key=lambda i: -len(examples[i].tokens))
+    batches = [tuple(grouped[i : i + size]) for i in range(0, len(grouped), size)]
+    draw.shuffle(batches)
+    return batches
+
+
+def _optimizer(trainable: Trainable, options: TrainingOptions) -> torch.optim.Optimizer:
+    groups = [
+        {
+            "params": [m.value for m in trainable.masters if m.decay == decay],
+            "weight_decay": options.weight_decay if decay else 0.0,
+        }
+        for decay in (True, False)
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0)
+
+
+def _rates(options: TrainingOptions, steps: int) -> Callable[[int], float]:
+    """The learning rate before each step, by transformers' own schedule."""
+    dummy = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+    # A warm-up to the very end would have transformers give the last step the rate 0.
+    warm = min(math.ceil(options.warmup * steps), max(steps - 1, 0))
+    factor = get_scheduler(options.schedule, dummy, warm, max(steps, 1)).lr_lambdas[0]
+    # Step 0 of a warm-up would have rate 0 and be lost; count from 1 there.
+    return lambda step: options.learning_rate * factor(step + 1 if step < warm else step)
+
+
+def _rank(row: dict[str, Any], options: TrainingOptions) -> tuple[float, float]:
+    """What is better compares greater; equal accuracies are told apart by the loss."""
+    loss = -row["target_loss"]
+    return (loss, loss) if options.metric == "loss" else (row[f"target_{options.metric}"], loss)
+
+
+def _sum_gradients(masters: Sequence[nn.Parameter]) -> None:
+    """Gradients summed over all processes, in one message."""
+    for master in masters:
+        if master.grad is None:  # this process had no part of the batch
+            master.grad = torch.zeros_like(master)
+    flat = torch.cat([m.grad.flatten() for m in masters if m.grad is not None])
+    total = sum_over_processes(flat)
+    pieces = total.split([m.numel() for m in masters])
+    for master, piece in zip(masters, pieces, strict=True):
+        master.grad = piece.view_as(master).clone()
+
+
+def _moments(optimizer: torch.optim.Optimizer, trainable: Trainable) -> dict[str, Tensor]:
+    return {
+        f"{m.name}|{key}": value
+        for m in trainable.masters
+        for key, value in optimizer.state[m.value].items()
+    }
+
+
+def _load_moments(
+    optimizer: torch.optim.Optimizer, trainable: Trainable, moments: dict[str, Tensor]
+) -> None:
+    values = {m.name: m.value for m in trainable.masters}
+    for name, value in moments.items():
+        weight, _, key = name.rpartition("|")
+        where = value.to(values[weight].device) if key != "step" else value
+        optimizer.state[values[weight]][key] = where

@@ -1,0 +1,161 @@
+"""`TransferResult`: what every scope did to every target and to the source, over the seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from cdt_lens.core import display
+from cdt_lens.core.artifacts import load_artifact, save_artifact
+from cdt_lens.core.errors import ArtifactError
+from cdt_lens.models.provenance import Provenance
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FORMAT, _VERSION = "cdt_lens.transfer", 1
+_TABLES = ("cells", "before", "auto")
+CELL_COLUMNS = (
+    "target", "scope", "seed", "accuracy", "macro_f1", "source_accuracy", "source_macro_f1",
+    "retention", "valid_accuracy", "valid_loss", "best_epoch", "heads", "trained_parameters",
+    "share", "seconds", "learning_rate", "stopped",
+)  # fmt: skip
+BEFORE_COLUMNS = ("language", "accuracy", "macro_f1", "valid_accuracy", "examples")
+_TEXT = {"target", "scope", "stopped", "language", "rule", "chosen", "better", "right", "inputs"}
+AUTO_COLUMNS = ("target", "seed", "rule", "chosen", "better", "right", "inputs")
+
+
+@dataclass(frozen=True, eq=False)
+class TransferResult:
+    """A finished transfer experiment, or what there is of it.
+
+    cells: one row a (target, scope, seed), measured on the test split: accuracy and macro-F1 of the
+    target; source_accuracy after the transfer and retention (after / before); before: the proxy
+    checkpoint untouched, a row a language; chance: accuracy of always giving the commonest label;
+    auto: what the rules for choosing a scope chose, and whether that was the better one.
+    """
+
+    task: str
+    proxy: str
+    targets: tuple[str, ...]
+    scopes: tuple[str, ...]
+    cells: pd.DataFrame = field(repr=False)
+    before: pd.DataFrame = field(repr=False)
+    chance: float
+    auto: pd.DataFrame = field(repr=False)
+    discovery: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    provenance: Provenance | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        told = f"{self.proxy} to {display.few(self.targets)}", display.few(self.scopes)
+        return display.line(self, self.task, *told, f"{len(self.cells)} cells")
+
+    def summary(self) -> pd.DataFrame:
+        """One row a (target, scope): means and standard deviations over the finished seeds.
+
+        seeds: how many the means are over; asked: how many there are; diverged: how many broke off.
+        """
+        rows = []
+        asked = len(self.seeds)
+        for target in self.targets:
+            for scope in self.scopes:
+                of = self.cells[(self.cells["target"] == target) & (self.cells["scope"] == scope)]
+                if not len(of):
+                    continue
+                seeds = int(of["accuracy"].notna().sum())
+                row: dict[str, Any] = {"target": target, "scope": scope, "seeds": seeds}
+                row |= {"asked": asked, "diverged": len(of) - seeds}
+                for name in ("accuracy", "macro_f1", "source_accuracy", "retention"):
+                    row[name] = float(of[name].mean())
+                    row[f"{name}_std"] = float(of[name].std(ddof=1)) if len(of) > 1 else math.nan
+                row["seconds"] = float(of["seconds"].mean())
+                trained = of["trained_parameters"].dropna()  # NaN where a run diverged
+                row["trained_parameters"] = int(trained.iloc[0]) if len(trained) else 0
+                row["share"] = float(of["share"].mean())
+                rows.append(row)
+        return pd.DataFrame(rows)
+
+    @property
+    def seeds(self) -> list[Any]:
+        """Every seed that has a run, finished or diverged."""
+        return sorted(set(self.cells["seed"])) if len(self.cells) else []
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """The cells."""
+        return self.cells.copy()
+
+    def plot(self) -> Figure:
+        """Target accuracy against retention, a panel a target."""
+        from cdt_lens.viz.training_figures import trade_off
+
+        return trade_off(self)
+
+    def _repr_html_(self) -> str:
+        title = f"{self.task}: {self.proxy} to {', '.join(self.targets)}"
+        return display.html(title, self.summary())
+
+    def save(self, path: str | Path) -> Path:
+        """Save as JSON, whole or not at all.
+
+        Raises:
+            InputError: the place cannot be written.
+        """
+        body: dict[str, Any] = {
+            "task": self.task, "proxy": self.proxy, "targets": list(self.targets),
+            "scopes": list(self.scopes), "chance": self.chance,
+            "discovery": dict(self.discovery), "settings": dict(self.settings),
+            "provenance": None if self.provenance is None else self.provenance.to_dict(),
+        }  # fmt: skip
+        for name in _TABLES:
+            body[name] = _to_json(getattr(self, name))
+        return save_artifact(path, body, format=_FORMAT, version=_VERSION)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TransferResult:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: no such file. ArtifactError: damaged, another kind of file, or newer.
+        """
+        body, _ = load_artifact(path, format=_FORMAT, version=_VERSION)
+        try:
+            told = body["provenance"]
+            tables = {name: _from_json(body[name]) for name in _TABLES}
+            return cls(
+                task=body["task"], proxy=body["proxy"], targets=tuple(body["targets"]),
+                scopes=tuple(body["scopes"]), chance=body["chance"],
+                discovery=body["discovery"], settings=body["settings"],
+                provenance=None if told is None else Provenance.from_dict(told), **tables,
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{path}: not a whole transfer result ({error})") from error
+
+
+def _to_json(values: pd.DataFrame) -> dict[str, Any]:
+    # JSON has no NaN; numpy's numbers are no JSON.
+    rows = [[_plain(cell) for cell in row] for row in values.itertuples(index=False)]
+    return {"columns": list(values.columns), "rows": rows}
+
+
+def _plain(cell: Any) -> Any:
+    value = cell.item() if hasattr(cell, "item") else cell
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _from_json(told: Mapping[str, Any]) -> pd.DataFrame:
+    """As it was: a target called "0.3" stays text, a missing number is NaN again."""
+    found = pd.DataFrame(told["rows"], columns=told["columns"])
+    for name in set(found) - _TEXT:
+        found[name] = pd.to_numeric(found[name])
+    return found
+
+
+def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> pd.DataFrame:
+    """Rows as a table with these columns, also where there are none."""
+    return pd.DataFrame(rows, columns=list(columns))

@@ -1,0 +1,244 @@
+"""Circuits and their graphs in the files of other tools: MIB and EAP-IG, GraphML, Graphviz.
+
+What a file looks like inside stands in mib_files.py; here is which file it is, and how a graph
+becomes a circuit and a circuit a graph. Scores of other tools keep their unit and their sign, and
+`Graph.unit` says so: theirs may be negative where something helps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import ParseError
+
+import torch
+from torch import nn
+
+from cdt_lens.circuits.circuit import Circuit
+from cdt_lens.circuits.graph import Edge, Graph, GraphNode
+from cdt_lens.circuits.nodes import OTHER_UNIT, Site, node_names, possible_edges
+from cdt_lens.core.artifacts import atomic_write
+from cdt_lens.core.errors import ArtifactError, InputError, expect
+from cdt_lens.interchange.mib import json_text, pt_bytes, read_json, read_pt
+from cdt_lens.interchange.mib_schema import count, field_of, flag, number, text_of
+from cdt_lens.models.heads import Head, all_heads
+from cdt_lens.models.view import ModelView, view_of
+
+
+def read_graph(path: str | Path) -> Graph:
+    """Read a circuit graph: MIB's or EAP-IG's .json or .pt, or .graphml as `write_graph` makes it.
+
+    Every score and membership is read as it stands; those of a .pt are float32.
+
+    Raises:
+        InputError: no such file, another ending, or a field that is missing or malformed; the
+            message names file and field. ArtifactError: the file is damaged.
+    """
+    path = Path(path)
+    read = {".json": read_json, ".pt": read_pt, ".graphml": _read_graphml}.get(path.suffix)
+    if read is None:
+        raise InputError(f"{path}: expected a graph to read from .json, .pt or .graphml")
+    return read(path)
+
+
+def write_graph(
+    graph: Graph | Circuit,
+    path: str | Path,
+    *,
+    d_model: int | None = None,
+    parallel: bool | None = None,
+) -> Path:
+    """Write a graph, or a circuit's, by the ending of `path`: .json, .pt, .graphml or .dot.
+
+    .json and .pt are MIB's and EAP-IG's, and hold every edge of the model: 100 MB of JSON at 32
+    layers of 32 heads, 20 MB of .pt, whose scores are float32. They need d_model: the graph's,
+    the circuit's by its provenance, or the one given here; likewise parallel. A circuit without a
+    graph is written as `graph_from_circuit` makes it. .dot holds the kept part alone, for Graphviz.
+
+    Raises:
+        InputError: neither a graph nor a circuit, another ending, no or another d_model, another
+            parallel, or a place that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in (".json", ".pt", ".graphml", ".dot"):
+        raise InputError(f"{path}: expected a graph to go to .json, .pt, .graphml or .dot")
+    if isinstance(graph, Circuit):
+        graph = graph_from_circuit(graph, parallel=parallel)
+    expect(graph, Graph, "write_graph", "give a Circuit or a Graph")
+    _same_blocks(graph.parallel, parallel)
+    if d_model is not None:
+        graph = _with_width(graph, d_model)
+    if path.suffix == ".dot":
+        return atomic_write(path, graph.to_dot())
+    if path.suffix == ".graphml":
+        return atomic_write(path, _graphml(graph))
+    if graph.d_model is None:
+        raise InputError(
+            f"{path}: the width of the residual stream is not known, and MIB's files hold it; "
+            "give it as d_model"
+        )
+    write = json_text if path.suffix == ".json" else pt_bytes
+    return atomic_write(path, write(graph, graph.d_model))
+
+
+def graph_from_circuit(circuit: Circuit, *, parallel: bool | None = None) -> Graph:
+    """The circuit's graph; for one of heads alone, what its heads and all MLPs can hand on.
+
+    Heads carry their scores and belong to the graph if they belong to the circuit; the input, the
+    MLPs and the logits belong to it without a score, and so does every edge between what belongs
+    to it. This is how MIB evaluates a circuit of nodes: it ranks those that have a score (`--level
+    node`), keeps those that have none, and every edge between kept nodes.
+
+    parallel: whether attention and MLP of a layer read the same residual stream (Pythia); None:
+    as the circuit's graph or provenance says.
+
+    Raises:
+        InputError: no circuit, or a `parallel` that is not known, or not the one that is.
+    """
+    expect(circuit, Circuit, "graph_from_circuit", "scores.select(...) makes one")
+    recorded = {} if circuit.provenance is None else circuit.provenance.model_shape
+    d_model = recorded.get("d_model")
+    if circuit.graph is not None:
+        _same_blocks(circuit.graph.parallel, parallel)
+        return replace(circuit.graph, d_model=circuit.graph.d_model or d_model)
+    known = recorded.get("parallel")
+    if known is not None:
+        _same_blocks(bool(known), parallel)
+        parallel = bool(known)
+    if parallel is None:
+        raise InputError(
+            "graph_from_circuit: the circuit does not tell whether attention and MLP of a layer "
+            "read the same stream; give parallel=True (as in Pythia) or parallel=False"
+        )
+    shape = (circuit.n_layers, circuit.n_heads)
+    inside = {str(head) for head in circuit.heads}
+    nodes = {
+        name: GraphNode(_score(circuit, name), name in inside or not name.startswith("L"))
+        for name in node_names(*shape)
+    }
+    edges = tuple(
+        Edge(source, target, site, None)
+        for source, target, site in possible_edges(*shape, parallel=parallel)
+        if nodes[source].in_graph and nodes[target].in_graph
+    )
+    return Graph(*shape, nodes, edges, d_model=d_model, parallel=parallel)
+
+
+def circuit_from_graph(graph: Graph, model: nn.Module | ModelView | None = None) -> Circuit:
+    """The circuit of the heads that belong to `graph`, with their scores, and the graph itself.
+
+    Raises:
+        InputError: no graph, or `model` is of another shape; the message names the field.
+    """
+    expect(graph, Graph, "circuit_from_graph", "read_graph(path) makes one")
+    if model is not None:
+        _check_shape(graph, view_of(model))
+    scores = torch.full((graph.n_layers, graph.n_heads), torch.nan, dtype=torch.float64)
+    for head in all_heads(graph.n_layers, graph.n_heads):
+        node = graph.nodes.get(str(head))
+        if node is not None and node.score is not None:
+            scores[head.layer, head.head] = node.score
+    return Circuit(
+        heads=graph.heads,
+        n_layers=graph.n_layers,
+        n_heads=graph.n_heads,
+        scores=None if scores.isnan().all() else scores,
+        selection={"method": "graph", "rule": "heads in the graph", "unit": graph.unit},
+        graph=graph,
+    )
+
+
+def _same_blocks(known: bool, given: bool | None) -> None:
+    if given not in (None, known):
+        raise InputError(f"parallel={given}, the graph's is {known}; leave it out")
+
+
+def _with_width(graph: Graph, d_model: int) -> Graph:
+    if graph.d_model not in (None, d_model):
+        raise InputError(
+            f"write_graph: d_model={d_model}, the graph's is {graph.d_model}; leave it out"
+        )
+    return replace(graph, d_model=d_model)
+
+
+def _score(circuit: Circuit, name: str) -> float | None:
+    if circuit.scores is None or not name.startswith("L"):
+        return None
+    head = Head.parse(name)
+    value = float(circuit.scores[head.layer, head.head])
+    return None if value != value else value
+
+
+def _check_shape(graph: Graph, view: ModelView) -> None:
+    model = {
+        "n_layers": (graph.n_layers, view.n_layers),
+        "n_heads": (graph.n_heads, view.n_heads),
+        "d_model": (graph.d_model, view.d_model),
+        "parallel_attn_mlp": (
+            graph.parallel,
+            view.parallel,
+        ),
+    }
+    for name, (ours, theirs) in model.items():
+        if ours is not None and ours != theirs:
+            raise InputError(
+                f"cfg.{name}: {ours}, the model has {theirs}; use the model that the graph is of"
+            )
+
+
+def _graphml(graph: Graph) -> str:
+    import networkx  # only here: it takes a moment to import
+
+    made = graph.to_networkx()
+    names = {(e.source, e.target, e.site): e.name for e in graph.edges}
+    networkx.set_edge_attributes(made, names, "name")
+    return "\n".join(networkx.generate_graphml(made, edge_id_from_attribute="name")) + "\n"
+
+
+def _read_graphml(path: Path) -> Graph:
+    import networkx  # only here: it takes a moment to import
+
+    try:
+        text = path.read_text("utf-8")
+        found = networkx.parse_graphml(text, edge_key_type=str, force_multigraph=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (ParseError, networkx.NetworkXError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{path}: damaged: not whole GraphML ({error})") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    shape: dict[str, Any] = {
+        name: count(field_of(found.graph, name, str(path)), f"{path}: {name}")
+        for name in ("n_layers", "n_heads")
+    }
+    d_model = found.graph.get("d_model")
+    shape["d_model"] = None if d_model is None else count(d_model, f"{path}: d_model")
+    shape["parallel"] = flag(field_of(found.graph, "parallel", str(path)), f"{path}: parallel")
+    shape["unit"] = text_of(found.graph.get("unit", OTHER_UNIT), f"{path}: unit")
+    nodes = {
+        name: GraphNode(*_values(data, f"{path}: {name}")) for name, data in found.nodes.items()
+    }
+    edges = tuple(
+        Edge(source, target, _site(data, at), *_values(data, at))
+        for source, target, data in found.edges(data=True)
+        for at in (f"{path}: {source}->{target}",)
+    )
+    try:
+        return Graph(nodes=nodes, edges=edges, **shape)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _site(data: dict[str, Any], at: str) -> Site:
+    # GraphML has no empty text: what reads at one place alone has no site.
+    site = data.get("site", "")
+    if site not in ("q", "k", "v", ""):
+        raise InputError(f"{at}: site: expected q, k, v or nothing, got {site!r}")
+    return site
+
+
+def _values(data: dict[str, Any], at: str) -> tuple[float | None, bool]:
+    score = data.get("score")
+    kept = flag(field_of(data, "in_graph", at), f"{at}: in_graph")
+    return None if score is None else number(score, f"{at}: score"), kept

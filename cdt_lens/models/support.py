@@ -1,0 +1,340 @@
+"""Whether a model's architecture is one that the rules describe; checked once, by numbers.
+
+1. Components with no rule are refused by name (mixture of experts, ALiBi, attention sinks, ...).
+2. One ordinary run on a few tokens checks the identities that the rules rely on: residual adds,
+   z = pattern @ v, logits = softcap(unembedding(final norm)).
+3. One run on zeros reads every bias where the rules use it (a linear map of 0 is its bias), and
+   shows that edits at the hook points are obeyed, which TransformerBridge does not always do.
+
+What fails is refused with the component's name; a number is never silently wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from cdt_lens.core.errors import InputError, UnsupportedModelError
+from cdt_lens.models.caller_hooks import caller_hooks, lifted
+from cdt_lens.models.sites import Hook, Site
+from cdt_lens.models.trace import Trace
+from cdt_lens.models.view import ModelView, at_least_float32
+
+_PROBE_LENGTH = 7
+
+
+@dataclass(frozen=True)
+class Support:
+    """What the check learnt: biases by site (only the non-zero ones), and what is missing.
+
+    biases: q, k, v `[head, d_head]`; pre, pre_linear `[d_mlp]`; the output projections of
+        attention and MLP (see `output_site`) and "<norm>.out" `[d_model]`.
+    plain_mlp: layers whose MLP is act(pre) or act(pre) * pre_linear, as frozen activations need.
+    """
+
+    biases: Mapping[Site, Tensor] = field(repr=False)
+    plain_mlp: frozenset[int]
+
+
+def output_site(view: ModelView, name: str, layer: int) -> Site:
+    """Where the output projection of attention ("attn_out") or MLP ("mlp_out") is seen.
+
+    With a norm behind the projection, as in Gemma 2 and 3, that is the norm's input.
+    """
+    before_norm = ("ln1_post.in" if name == "attn_out" else "ln2_post.in", layer)
+    return before_norm if before_norm in view.sites else (name, layer)
+
+
+# What was learnt, with the state of the weights that it was learnt from.
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[object, Support]]
+_CHECKED = weakref.WeakKeyDictionary()
+
+
+def check_supported(view: ModelView) -> Support:
+    """Check `view`'s model against the rules, once for its present weights.
+
+    Raises:
+        UnsupportedModelError: a component has no rule; the message names it.
+        InputError: a weight is not finite.
+    """
+    _refuse_flags(view)
+    state = _weights_state(view)
+    before = _CHECKED.get(view.tl)
+    if before is not None and before[0] == state:
+        return before[1]
+    # What an architecture is, the caller's hooks do not change.
+    with lifted(view.tl):
+        found = _check(view)
+    _CHECKED[view.tl] = (state, found)
+    return found
+
+
+def check_caller_hooks(
+    view: ModelView,
+    tokens: Int[Tensor, "batch pos"],
+    lengths: Int[Tensor, " batch"],
+    *,
+    edits: str | None = None,
+) -> None:
+    """Refuse hooks of the caller's that act where we do not go; one run of the batch shows it.
+
+    edits: what cannot be followed when a hook edits an activation, in words; None: all can be.
+
+    Raises:
+        InputError: a hook changes what stands between the last residual stream and the logits, or
+            gives something else at each call; or one edits, and `edits` says what is against it.
+    """
+    names = caller_hooks(view.tl)
+    if not names:
+        return
+    where = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    trace = view.run(tokens)
+    rows, last = torch.arange(len(tokens)), lengths.cpu() - 1
+    ours = _whole_logits(view, trace.resid[-1][rows, last].unsqueeze(1))
+    own = at_least_float32(view.logits(tokens)[rows, last])
+    tolerance = 1e-4 if view.dtype in (torch.float32, torch.float64) else 3e-2
+    if not bool((ours - own).abs().max() <= tolerance * own.abs().max()):
+        raise InputError(
+            f"{view.name}: your hooks (on {where}) change the logits behind the last block, or "
+            "give something else at each call; only the answer position is normed and unembedded "
+            "here, so they would act by half. Take them off, or edit inside a block"
+        )
+    if edits is None:
+        return
+    with lifted(view.tl):
+        plain = view.run(tokens)
+    if any(_differ(a, b, torch.float32) for a, b in zip(trace.resid, plain.resid, strict=True)):
+        raise InputError(
+            f"{view.name}: your hooks (on {where}) edit activations, which {edits} would follow "
+            "by half; use rules='ablation' or exact_ablation, or take the hooks off"
+        )
+
+
+def _whole_logits(
+    view: ModelView, resid: Float[Tensor, "batch 1 d_model"]
+) -> Float[Tensor, "batch d_vocab"]:
+    """All logits of a few residual vectors, in the way in which candidates are unembedded."""
+    vocabulary = torch.arange(view.tl.unembed.W_U.shape[-1])
+    columns, offsets = view.unembedding(vocabulary[None])
+    logits = at_least_float32(view.final_norm(resid)[:, 0]) @ columns[0].T + offsets[0]
+    cap = view.logit_softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _weights_state(view: ModelView) -> object:
+    """Something that changes when the weights do: training must not leave old biases behind.
+
+    Version counters miss edits through `.data`, so the values of small parameters, which hold
+    the biases and the norms, count as well.
+    """
+    parameters = list(view.tl.parameters())
+    small = [p.detach().float().flatten() for p in parameters if p.numel() < 65536]
+    values = torch.cat(small).cpu().numpy().tobytes() if small else b""
+    # Inference tensors have no version.
+    where = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
+    return where, hashlib.sha256(values).hexdigest()
+
+
+def _check(view: ModelView) -> Support:
+    for name, parameter in view.tl.named_parameters():
+        if not bool(torch.isfinite(parameter.detach()).all()):
+            raise InputError(f"{view.name}: weight {name} holds NaN or infinity; load it again")
+    _refuse_by_name(view)
+    generator = torch.Generator().manual_seed(0)
+    length = min(_PROBE_LENGTH, view.n_ctx)
+    vocabulary = view.tl.unembed.W_U.shape[-1]
+    tokens = torch.randint(vocabulary, (2, length), generator=generator)
+    unseen = (".in", ".out")
+    record = [s for s in view.sites if not s[0].endswith(unseen) or s[0] == "ln1.out"]
+    trace = view.run(tokens, record)
+    for site in record:
+        if site not in trace and site[1] < view.n_layers:
+            _refuse(view, f"layer {site[1]}'s hook point for {site[0]}, which never fires")
+    _check_residual(view, trace)
+    _check_attention(view, trace)
+    _check_logits(view, trace, tokens)
+    _check_norms(view, trace)
+    biases = _read_biases(view, trace)
+    plain = frozenset(layer for layer in range(view.n_layers) if _is_plain_mlp(view, trace, layer))
+    return Support(biases, plain)
+
+
+def _refuse(view: ModelView, component: str) -> None:
+    raise UnsupportedModelError(
+        f"{view.name}: {component}: no propagation rule exists for it, so no score would be right"
+    )
+
+
+def _refuse_flags(view: ModelView) -> None:
+    """Switches that a caller may turn at any time and that the rules do not see through."""
+    if view.n_kv_heads == view.n_heads and not view.is_bridge:
+        return
+    for flag in ("ungroup_grouped_query_attention", "use_split_qkv_input", "use_attn_in"):
+        if getattr(view.tl.cfg, flag, False):
+            raise UnsupportedModelError(
+                f"{view.name}: cfg.{flag} is on, which takes grouped heads or norms past their "
+                f"hook points; turn it off (model.set_{flag}(False))"
+            )
+
+
+def _refuse_by_name(view: ModelView) -> None:
+    cfg = view.tl.cfg
+    config = view.hf_config
+
+    def flag(name: str) -> object:
+        return getattr(cfg, name, None) or getattr(config, name, None)
+
+    if flag("num_experts") or flag("num_local_experts"):
+        _refuse(view, "mixture-of-experts MLP")
+    if flag("positional_embedding_type") in ("alibi", "shortformer", "relative_positional_bias"):
+        _refuse(view, f"{flag('positional_embedding_type')} positions inside attention")
+    for name in ("clip_qkv", "use_logn_attn", "use_attention_sinks", "gated_q_proj"):
+        if flag(name):
+            _refuse(view, f"{name} in attention")
+    if int(getattr(cfg, "n_devices", None) or 1) > 1:
+        _refuse(view, "a model spread over several devices")
+    if getattr(cfg, "attention_dir", "causal") != "causal":
+        _refuse(view, "bidirectional attention")
+    for layer, block in enumerate(view.blocks):
+        # The generic bridge hands attention to Hugging Face: its pattern can be read, not edited.
+        if type(getattr(block, "attn", None)).__name__ == "AttentionBridge":
+            _refuse(view, "attention whose pattern TransformerBridge cannot edit")
+        for name in ("q", "k", "v", "pattern", "z", "attn_out", "resid_post"):
+            if (name, layer) not in view.sites:
+                _refuse(view, f"layer {layer} without a hook point for {name}")
+
+
+def _differ(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a and b differ by more than a component's absence could explain as rounding."""
+    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+    a, b = a.float(), b.float()
+    return bool((a - b).norm() > tolerance * (b.norm() + 1e-6))
+
+
+def _check_residual(view: ModelView, trace: Trace) -> None:
+    for layer in range(view.n_layers):
+        seen = trace.activations.get(("ln1.out", layer))
+        if seen is not None and torch.equal(seen, trace["attn_out", layer]):
+            _refuse(view, f"layer {layer}'s norm behind attention under the name ln1 (OLMo 2 here)")
+    for layer in range(view.n_layers):
+        total = trace.resid[layer] + trace["attn_out", layer]
+        if ("mlp_out", layer) in trace:
+            total = total + trace["mlp_out", layer]
+        if _differ(total, trace["resid_post", layer], view.dtype):
+            _refuse(view, f"layer {layer}'s residual add (it is not resid + attn_out + mlp_out)")
+        if _differ(trace["resid_post", layer], trace.resid[layer + 1], view.dtype):
+            _refuse(view, f"what stands between layer {layer} and the next")
+
+
+def _check_attention(view: ModelView, trace: Trace) -> None:
+    group = view.n_heads // view.n_kv_heads
+    for layer in range(view.n_layers):
+        value = trace["v", layer].repeat_interleave(group, dim=2)
+        pattern = trace["pattern", layer].to(value.dtype)
+        z = torch.einsum("bhqk,bkhd->bqhd", pattern, value)
+        if _differ(z, trace["z", layer], view.dtype):
+            _refuse(view, f"layer {layer}'s attention (z is not pattern @ v)")
+
+
+def _check_logits(view: ModelView, trace: Trace, tokens: Tensor) -> None:
+    candidates = torch.arange(min(64, view.tl.unembed.W_U.shape[-1])).expand(tokens.shape[0], -1)
+    columns, offsets = view.unembedding(candidates)
+    normed = at_least_float32(view.final_norm(trace.resid[-1][:, -1:])[:, 0])
+    logits = torch.einsum("bd,bkd->bk", normed, columns) + offsets
+    cap = view.logit_softcap
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    own = view.logits(tokens)[:, -1].gather(1, candidates.to(view.device))
+    if _differ(logits, own, view.dtype):
+        _refuse(view, "what stands between the unembedding and the logits")
+
+
+def _check_norms(view: ModelView, trace: Trace) -> None:
+    """A norm must divide by the scale at its hook point: twice the scale, half the output."""
+    for layer in range(view.n_layers + 1):
+        for norm in view.norms(layer):
+            if norm == "ln_final":
+                continue
+            once = _normed(view, trace, layer, norm, 1.0)
+            twice = _normed(view, trace, layer, norm, 2.0)
+            zero = _normed(view, trace, layer, norm, 1e30)  # only the bias is left
+            if _differ(2 * (twice - zero), once - zero, view.dtype):
+                _refuse(view, f"layer {layer}'s norm {norm} (it does not divide by its hook_scale)")
+
+
+def _normed(view: ModelView, trace: Trace, layer: int, norm: str, factor: float) -> Tensor:
+    out: dict[str, Tensor] = {}
+    hooks: dict[Site, Hook] = {
+        (f"{norm}.scale", layer): lambda scale: scale * factor,
+        (f"{norm}.out", layer): lambda value: out.update(value=value),
+    }
+    try:
+        view.replay(trace, trace.resid[layer], layer, hooks, stop=layer + 1)
+    except AttributeError:  # the bridge cannot edit the scale of a norm without weights
+        _refuse(view, f"layer {layer}'s norm {norm} (its scale cannot be edited)")
+    return out["value"]
+
+
+def _read_biases(view: ModelView, trace: Trace) -> dict[Site, Float[Tensor, "*bias"]]:
+    """Biases as what each linear map makes of 0, layer by layer."""
+    biases: dict[Site, Tensor] = {}
+    for layer in range(view.n_layers):
+        for site, value in _zero_run(view, trace, layer).items():
+            if bool(value.any()):
+                biases[site] = value[0, 0].clone()
+        for norm in view.norms(layer):
+            biases |= _norm_bias(view, norm, layer)
+    return biases | _norm_bias(view, "ln_final", view.n_layers)
+
+
+def _zero_run(view: ModelView, trace: Trace, layer: int) -> dict[Site, Tensor]:
+    """Run one block on zeros, zeroing again after each nonlinearity; what each map gave."""
+    given: dict[Site, Tensor] = {}
+    hooks: dict[Site, Hook] = {}
+
+    def keep(site: Site) -> None:
+        hooks[site] = lambda value: given.update({site: value.detach().clone()})
+
+    def zero(site: Site) -> None:
+        hooks[site] = torch.zeros_like
+
+    for norm in view.norms(layer):
+        zero((f"{norm}.out", layer))
+    outputs = [output_site(view, name, layer) for name in ("attn_out", "mlp_out")]
+    for site in [*((name, layer) for name in ("q", "k", "v", "pre", "pre_linear", "z")), *outputs]:
+        keep(site)
+    # A pattern of zeros must give a z of exactly 0, whatever v is: then the edit was obeyed.
+    zero(("pattern", layer))
+    zero(("post", layer))
+    hooks = {site: hook for site, hook in hooks.items() if site in view.sites}
+    view.replay(trace, torch.zeros_like(trace.resid[layer]), layer, hooks, stop=layer + 1)
+    if bool(given.pop(("z", layer)).any()):
+        _refuse(view, f"layer {layer}'s attention pattern, whose edits are ignored")
+    return given
+
+
+def _norm_bias(view: ModelView, norm: str, layer: int) -> dict[Site, Tensor]:
+    """The bias of a norm under its site, if it has one."""
+    site = (f"{norm}.out", layer)
+    if site not in view.sites:
+        return {}
+    bias = view.norm_bias(norm, layer)
+    return {} if bias is None or not bool(bias.any()) else {site: bias}
+
+
+def _is_plain_mlp(view: ModelView, trace: Trace, layer: int) -> bool:
+    """Whether `post` is act(pre), times pre_linear where there is one."""
+    function = view.activation(layer)
+    if function is None or ("pre", layer) not in trace or ("post", layer) not in trace:
+        return False
+    with torch.no_grad():
+        post = function(trace["pre", layer])
+    if ("pre_linear", layer) in trace:
+        post = post * trace["pre_linear", layer]
+    return not _differ(post, trace["post", layer], view.dtype)

@@ -1,0 +1,71 @@
+"""What an ordinary forward pass left at the hook points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from cdt_lens.core.errors import UnsupportedModelError
+from cdt_lens.models.sites import Hook, Site
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """How the model called one block: what follows the residual stream in its arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One ordinary run: residual streams before each block and after the last, and activations."""
+
+    resid: tuple[Float[Tensor, "batch pos d_model"], ...]
+    calls: tuple[BlockCall, ...]
+    activations: Mapping[Site, Tensor] = field(repr=False)
+
+    def __getitem__(self, site: Site) -> Tensor:
+        return self.activations[site]
+
+    def __contains__(self, site: Site) -> bool:
+        return site in self.activations
+
+
+def _recorder(activations: dict[Site, Tensor], site: Site) -> Hook:
+    def record(value: Tensor) -> None:
+        activations[site] = value.detach()
+
+    return record
+
+
+def _shared_calls(calls: list[BlockCall], batch: int) -> tuple[BlockCall, ...]:
+    """Block arguments that serve any number of rows: one row of each per-example tensor.
+
+    Right-padded prompts share masks and positions, so that one row stands for all; a model whose
+    rows differ cannot be replayed and is refused.
+    """
+    seen: dict[int, Any] = {}
+
+    def one_row(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(one_row(item) for item in value)
+        if not isinstance(value, Tensor) or batch == 1 or value.shape[:1] != (batch,):
+            return value
+        if id(value) not in seen:
+            if not bool((value == value[:1]).all()):
+                raise UnsupportedModelError(
+                    "the model passes its blocks a mask or positions that differ between prompts "
+                    "padded on the right; no rule exists for that"
+                )
+            seen[id(value)] = value[:1]
+        return seen[id(value)]
+
+    return tuple(
+        BlockCall(one_row(call.args), {k: one_row(v) for k, v in call.kwargs.items()})
+        for call in calls
+    )

@@ -1,0 +1,1 @@
+"""Models whose circuit is known by construction, to test methods against."""

@@ -1,0 +1,1 @@
+"""Every way to score heads and edges."""

@@ -1,0 +1,298 @@
+"""Scores of the edges between heads, MLPs and the logits (CD-T, arXiv 2407.00886, §3.3).
+
+1. Every head and every MLP is a source once. Its irrelevant stream goes up through the model under
+   the rules; what is left of the task direction at the end is the edge to the logits.
+2. On the way its relevant part at the q, k and v of every later head is noted. An edge's score is
+   what the target's own contribution loses when that part alone is taken from its q (k, v):
+   sum over positions of <z - z(q - rel_q), g>, with g the gradient of the task direction at z.
+   For an MLP as target it is <rel part of its output, g>. In logits, + = towards the gold label.
+
+An edge stands for all paths from source to target, as in CD-T, not for the direct one alone. The
+gradient is the full model's, so an edge that changes its target far (an MLP that makes the large
+activations of an attention sink) may score beyond the direction itself: read it as a first order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import pandas as pd
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from cdt_lens.circuits.nodes import Site
+from cdt_lens.core import display
+from cdt_lens.core.errors import InputError, NonFiniteError
+from cdt_lens.core.processes import gather_items, is_main, shard
+from cdt_lens.decomposition.baseline import Baseline, check_baseline
+from cdt_lens.decomposition.decompose import (
+    build_mlp_resets,
+    build_resets,
+    check_finite,
+    rows_per_chunk,
+)
+from cdt_lens.decomposition.gated_pass import GatedPass
+from cdt_lens.decomposition.hooks import Tap
+from cdt_lens.decomposition.propagate import Propagator
+from cdt_lens.decomposition.rules import Rules, resolve_rules
+from cdt_lens.decomposition.slopes import SLOPES
+from cdt_lens.models.heads import Head, Mlp, all_heads
+from cdt_lens.models.sites import Hook
+from cdt_lens.models.view import ModelView, at_least_float32, view_of
+from cdt_lens.tasks.metrics import balanced_mean, task_direction
+from cdt_lens.tasks.task import Batch, Examples, require_examples
+
+Unit = Head | Mlp
+_SITES: tuple[Site, Site, Site] = ("q", "k", "v")
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeScores:
+    """Every edge's score, signed, in logits, label-balanced over the examples.
+
+    sources: all heads and MLPs, by layer; to_logits: d(rel) of each; to_heads: by the target's
+    site (q, k, v) and place; to_mlps: by the target's layer. 0 where no edge is.
+    """
+
+    sources: tuple[Unit, ...]
+    to_logits: Float[Tensor, " source"]
+    to_heads: Float[Tensor, "source site layer head"]
+    to_mlps: Float[Tensor, "source layer"]
+
+    def __repr__(self) -> str:
+        return display.line(self, f"{len(self.sources)} sources", f"{int(self._count())} edges")
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row an edge: source, target, site and score in logits, the strongest first."""
+        return edges_frame(self)
+
+    def _repr_html_(self) -> str:
+        return display.html("Scores of edges, in logits", self.to_dataframe())
+
+    def _count(self) -> int:
+        return sum(int(v.count_nonzero()) for v in (self.to_logits, self.to_heads, self.to_mlps))
+
+    def into(self, target: Unit | str) -> Iterator[tuple[Unit, Site, float]]:
+        """(source, site, score) of each edge that ends in `target`, the strongest first.
+
+        Raises:
+            InputError: no unit of this model; "L9H6" and "M9" are read as one.
+        """
+        named = {str(unit): unit for unit in self.sources}
+        if str(target) not in named:
+            raise InputError(f"edges into {target}: the units are {display.few(self.sources)}")
+        target = named[str(target)]
+        found: list[tuple[Unit, Site, float]] = []
+        for number, source in enumerate(self.sources):
+            if isinstance(target, Mlp):
+                found.append((source, "", float(self.to_mlps[number, target.layer])))
+                continue
+            values = self.to_heads[number, :, target.layer, target.head].tolist()
+            found += [(source, site, value) for site, value in zip(_SITES, values, strict=True)]
+        kept = [edge for edge in found if edge[2] != 0]
+        return iter(sorted(kept, key=lambda edge: -abs(edge[2])))
+
+
+# The gradients need tensors made outside of the caller's inference mode.
+@torch.inference_mode(False)
+def score_edges(
+    model: nn.Module | ModelView,
+    examples: Examples,
+    baseline: Baseline,
+    *,
+    rules: str | Rules = "shared",
+    batch_size: int = 16,
+    rows: int | None = None,
+    progress: bool = True,
+) -> EdgeScores:
+    """Scores of all edges between heads, MLPs and the logits, in about four sweeps' time.
+
+    Raises:
+        InputError: no examples, a baseline without MLPs for a model that has them, or rules with
+            context="both", which speaks of the logits alone.
+        UnsupportedModelError: a component of the model has no rule.
+        NonFiniteError: a source left the finite range under these rules.
+    """
+    require_examples(examples)
+    view = view_of(model)
+    rules = resolve_rules(rules)
+    if rules.context != "full":
+        raise InputError(
+            "score_edges: rules with context='both' say nothing of what is inside the model; use "
+            "context='full', such as the preset 'shared'"
+        )
+    check_baseline(baseline, view)
+    sources = _units(view)
+    items: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
+    batches = list(examples.batches(batch_size, shard=shard()))
+    hidden = not (progress and is_main())
+    with tqdm(total=len(batches) * len(sources), desc="edges", unit="unit", disable=hidden) as bar:
+        for batch in batches:
+            sweep = _EdgeSweep(view, batch.to(view.device), baseline, rules, sources)
+            for chunk in sweep.chunks(rows):
+                sweep.run(chunk)
+                bar.update(len(chunk))
+            sweep.check_finite()
+            items += sweep.by_example()
+    done = dict(gather_items(items))
+    labels = torch.tensor([examples.labels.index(example.label) for example in examples])
+
+    def mean(part: int) -> Tensor:
+        table = torch.stack([done[i][part] for i in range(len(examples))], dim=-1)
+        return balanced_mean(table.double(), labels).float()
+
+    return EdgeScores(sources, mean(0), mean(1), mean(2))
+
+
+def depth(unit: Unit) -> tuple[int, bool]:
+    """Where a unit stands on the way up; the MLP of a layer after its heads."""
+    return unit.layer, isinstance(unit, Mlp)
+
+
+def _units(view: ModelView) -> tuple[Unit, ...]:
+    heads: tuple[Unit, ...] = all_heads(view.n_layers, view.n_heads)
+    mlps = tuple(Mlp(layer) for name, layer in view.sites if name == "mlp_out")
+    return tuple(sorted([*heads, *mlps], key=lambda unit: (*depth(unit), getattr(unit, "head", 0))))
+
+
+class _Stop(Exception):
+    """Ends a replay once z is known."""
+
+
+class _EdgeSweep:
+    """All sources over one batch; fills tables of (source, ..., example)."""
+
+    def __init__(
+        self,
+        view: ModelView,
+        batch: Batch,
+        baseline: Baseline,
+        rules: Rules,
+        sources: tuple[Unit, ...],
+    ) -> None:
+        self.view, self.batch, self.sources = view, batch, sources
+        self.mlps = [site for site in view.sites if site[0] == "mlp_out"]
+        heads = [("z", layer) for layer in range(view.n_layers)]
+        self.run_of = Propagator(
+            view, batch.tokens, batch.lengths, baseline.for_batch(view, batch), rules,
+            record=[*heads, *self.mlps],
+            mlp_baseline=baseline.mlps_for_batch(view, batch) if self.mlps else None,
+        )  # fmt: skip
+        passes = GatedPass(view, SLOPES["gradient"])
+        gradients = passes.gradients(batch, [*heads, *self.mlps])
+        self.slopes = {site: at_least_float32(slope) for site, slope in gradients.items()}
+        self.full = self.run_of.full_logits(batch.candidates)
+        n, examples = len(sources), len(batch.index)
+        self.to_logits = torch.zeros(n, examples)
+        self.irrel = self.full.expand(n, *self.full.shape).clone()
+        self.to_heads = torch.zeros(n, 3, view.n_layers, view.n_heads, examples)
+        self.to_mlps = torch.zeros(n, view.n_layers, examples)
+
+    def chunks(self, rows: int | None) -> Iterator[list[int]]:
+        size = max(1, rows_per_chunk(self.run_of, rows) // len(self.batch.index))
+        for _, group in groupby(range(len(self.sources)), key=lambda i: self.sources[i].layer):
+            members = list(group)
+            yield from (members[at : at + size] for at in range(0, len(members), size))
+
+    def run(self, chunk: list[int]) -> None:
+        """Carry the streams of a chunk (of one first layer) up, and read every edge from it."""
+        chosen = [(self.sources[i],) for i in chunk]
+        layer = self.sources[chunk[0]].layer
+        seen: dict[tuple[str, int], Tensor] = {}
+
+        def keep(site: tuple[str, int]) -> Tap:
+            def tap(value: Tensor) -> None:
+                seen[site] = value
+
+            return tap
+
+        later_layers = range(layer + 1, self.view.n_layers)
+        sites: list[tuple[str, int]] = [(name, later) for later in later_layers for name in _SITES]
+        # What rounding leaves in a parallel MLP of the source's own layer is no edge.
+        first = layer + self.view.parallel
+        sites += [site for site in self.mlps if site[1] >= first]
+        resid = self.run_of.propagate(
+            build_resets(chosen, self.batch, self.view.n_heads),
+            {site: keep(site) for site in sites},
+            build_mlp_resets(chosen, self.batch),
+        )
+        irrel = self.run_of.candidate_logits(resid, self.batch.candidates)
+        self.irrel[chunk] = irrel
+        relevant = task_direction(self.full - irrel, self.batch.direction)
+        self.to_logits[chunk] = relevant.to(self.to_logits)
+        for later in later_layers:
+            for number, name in enumerate(_SITES):
+                lost = self._lost_z(later, name, seen[name, later])
+                self.to_heads[chunk, number, later] = lost.to(self.to_heads)
+        for site in self.mlps:
+            if site not in seen:
+                continue
+            away = at_least_float32(self.run_of.trace[site] - seen[site])
+            lost = einsum(away, self.slopes[site], "s b p d, b p d -> s b").to(self.to_mlps)
+            # An MLP is no target of itself.
+            own = torch.tensor([self.sources[i] == Mlp(site[1]) for i in chunk])
+            self.to_mlps[chunk, site[1]] = lost.masked_fill(own[:, None], 0.0)
+
+    def _lost_z(self, layer: int, name: str, irrel: Tensor) -> Float[Tensor, "source head example"]:
+        """<z - z with `irrel` in place of q, k or v, gradient at z>, for every head of a layer."""
+        trace, n_sources = self.run_of.trace, irrel.shape[0]
+        found: dict[str, Tensor] = {}
+
+        def put(value: Tensor) -> Tensor:
+            return irrel.reshape(value.shape)
+
+        def stop(value: Tensor) -> None:
+            found["z"] = value
+            raise _Stop
+
+        hooks: dict[tuple[str, int], Hook] = {(name, layer): put, ("z", layer): stop}
+        rows = trace.resid[layer].repeat(n_sources, 1, 1)
+        with contextlib.suppress(_Stop):
+            self.view.replay(trace, rows, layer, hooks, stop=layer + 1)
+        z = rearrange(found["z"], "(s b) p h d -> s b p h d", s=n_sources)
+        away = at_least_float32(trace["z", layer] - z)
+        return einsum(away, self.slopes["z", layer], "s b p h d, b p h d -> s h b")
+
+    def check_finite(self) -> None:
+        """Refuse sources that left the finite range."""
+        check_finite(self.run_of, [(unit,) for unit in self.sources], self.batch, self.irrel)
+        for table in (self.to_heads, self.to_mlps):
+            bad = (~torch.isfinite(table)).flatten(1).any(1).nonzero().flatten().tolist()
+            if bad:
+                raise NonFiniteError(
+                    f"{self.view.name}: edges from {len(bad)} units are not finite; first: "
+                    f"{self.sources[bad[0]]}; load the model in float32"
+                )
+
+    def by_example(self) -> list[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
+        # Copies: a view would carry its whole table along to the other processes.
+        logits, heads, mlps = (
+            [part.clone() for part in table.unbind(-1)]
+            for table in (self.to_logits, self.to_heads, self.to_mlps)
+        )
+        return list(zip(self.batch.index, zip(logits, heads, mlps, strict=True), strict=True))
+
+
+def edges_frame(scores: EdgeScores) -> pd.DataFrame:
+    """One row an edge that has a score: source, target, site and score, the strongest first."""
+    rows: list[tuple[str, str, str, float]] = []
+    heads, mlps, ends = (
+        each.tolist() for each in (scores.to_heads, scores.to_mlps, scores.to_logits)
+    )
+    for number, source in enumerate(map(str, scores.sources)):
+        rows.append((source, "logits", "", ends[number]))
+        rows += [(source, f"M{n}", "", value) for n, value in enumerate(mlps[number])]
+        for site, layers in zip("qkv", heads[number], strict=True):
+            rows += [
+                (source, f"L{layer}H{head}", site, value)
+                for layer, values in enumerate(layers)
+                for head, value in enumerate(values)
+            ]
+    kept = sorted((row for row in rows if row[-1]), key=lambda row: -abs(row[-1]))
+    return pd.DataFrame(kept, columns=["source", "target", "site", "score"])

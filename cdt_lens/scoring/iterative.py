@@ -1,0 +1,114 @@
+"""What feeds the heads that matter: the iterative algorithm of CD-T (arXiv 2407.00886, §3.3).
+
+From the logits to the units (heads and MLPs) most relevant to them, from each of these to the units
+most relevant to its queries, keys and values, or to its input, until the layers end:
+
+1. Every edge has a score (`edge_scores`).
+2. `width` units are taken at the logits.
+3. From the last layer down, the `fan_in` strongest edges of each unit taken are kept, and the units
+   that they come from are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from cdt_lens.circuits.circuit import Circuit
+from cdt_lens.circuits.graph import Edge, Graph, GraphNode
+from cdt_lens.circuits.nodes import LOGITS
+from cdt_lens.core.errors import InputError
+from cdt_lens.decomposition.baseline import Baseline
+from cdt_lens.decomposition.rules import Rules, resolve_rules
+from cdt_lens.models.heads import Head
+from cdt_lens.models.provenance import provenance_of
+from cdt_lens.models.view import ModelView, view_of
+from cdt_lens.scoring.edge_scores import EdgeScores, Unit, depth, score_edges
+from cdt_lens.tasks.task import Examples
+
+
+def trace_circuit(
+    model: nn.Module | ModelView,
+    examples: Examples,
+    baseline: Baseline,
+    *,
+    width: int = 8,
+    fan_in: int = 3,
+    rules: str | Rules = "shared",
+    batch_size: int = 16,
+    rows: int | None = None,
+    progress: bool = True,
+) -> Circuit:
+    """A circuit with its graph, found backwards from the logits (arXiv 2407.00886, §3.3).
+
+    width: units taken at the logits; fan_in: edges kept into each unit taken. The circuit's heads
+    are the graph's; its scores are those of the edges to the logits. `baseline` needs `mlps=True`
+    where the model has MLPs. Raises what `score_edges` raises, and
+
+    Raises:
+        InputError: width or fan_in below 1.
+    """
+    _check_widths(width, fan_in)
+    view = view_of(model)
+    rules = resolve_rules(rules)
+    scores = score_edges(
+        view, examples, baseline, rules=rules, batch_size=batch_size, rows=rows, progress=progress
+    )
+    edges = select_edges(scores, width=width, fan_in=fan_in)
+    options = {
+        "method": "iterative-cdt",
+        "rules": rules.to_dict(),
+        "baseline_hash": baseline.hash,
+        "width": width,
+        "fan_in": fan_in,
+    }
+    return _circuit(view, scores, edges, provenance_of(view, examples, options=options))
+
+
+def select_edges(scores: EdgeScores, *, width: int, fan_in: int) -> tuple[Edge, ...]:
+    """The edges of step 3: into the logits, then into each unit taken, from the last layer down.
+
+    Raises:
+        InputError: width or fan_in below 1.
+    """
+    _check_widths(width, fan_in)
+    order = scores.to_logits.abs().argsort(descending=True, stable=True)[:width].tolist()
+    edges = [Edge(str(scores.sources[i]), LOGITS, "", float(scores.to_logits[i])) for i in order]
+    taken: set[Unit] = {scores.sources[i] for i in order}
+    # An MLP reads the heads of its own layer, so it comes before them on the way down.
+    for target in sorted(scores.sources, key=depth, reverse=True):
+        if target not in taken:
+            continue
+        for source, site, value in list(scores.into(target))[:fan_in]:
+            edges.append(Edge(str(source), str(target), site, value))
+            taken.add(source)
+    return tuple(edges)
+
+
+def _check_widths(width: int, fan_in: int) -> None:
+    if width < 1 or fan_in < 1:
+        raise InputError(f"width={width}, fan_in={fan_in}: expected at least 1 of each")
+
+
+def _circuit(
+    view: ModelView, scores: EdgeScores, edges: Sequence[Edge], provenance: object
+) -> Circuit:
+    named = {str(unit): number for number, unit in enumerate(scores.sources)}
+    kept = {edge.source for edge in edges} | {edge.target for edge in edges} - {LOGITS}
+    nodes = {
+        name: GraphNode(float(scores.to_logits[number]), name in kept)
+        for name, number in named.items()
+    }
+    nodes[LOGITS] = GraphNode(None, True)
+    graph = Graph(view.n_layers, view.n_heads, nodes, tuple(edges), view.d_model, view.parallel)
+    by_head = torch.zeros(view.n_layers, view.n_heads)
+    for unit, value in zip(scores.sources, scores.to_logits.tolist(), strict=True):
+        if isinstance(unit, Head):
+            by_head[unit.layer, unit.head] = value
+    return Circuit(
+        graph.heads, view.n_layers, view.n_heads, by_head,
+        selection={"rule": "iterative", "edges": len(edges)},
+        provenance=provenance, graph=graph,  # type: ignore[arg-type]
+    )  # fmt: skip

@@ -1,0 +1,288 @@
+"""The methods that score heads, under one interface: same task, same baseline, signed, in logits.
+
+exact                  mean-ablation of each head, the yardstick
+cdt:<rules>            contextual decomposition with a preset's rules (arXiv 2407.00886), or
+                       with rules spelt out: cdt:norm=frozen+attention=decomposed
+one-pass[:<slopes>]    the decomposition's linear forms, one backward pass for all heads; slopes
+                       by a preset's name or spelt out likewise
+attribution-patching   z's gradient times its distance from the baseline (Nanda 2023;
+                       Syed et al., arXiv 2310.10348)
+integrated-gradients   the same, averaged over 5 midpoints of the path on which all heads go
+                       together from ablated to plain (arXiv 1703.01365; for gates of heads)
+direct                 direct logit attribution: what a head writes straight to the logits
+random                 scores from a seed, the floor
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.core.errors import InputError, did_you_mean
+from cdt_lens.decomposition.baseline import Baseline, check_baseline
+from cdt_lens.decomposition.decompose import check_finite
+from cdt_lens.decomposition.gated_pass import Steps
+from cdt_lens.decomposition.propagate import Propagator
+from cdt_lens.decomposition.rules import PRESETS, Rules, resolve_rules
+from cdt_lens.decomposition.slopes import SLOPES, Slopes
+from cdt_lens.models.heads import Head
+from cdt_lens.models.provenance import provenance_of
+from cdt_lens.models.view import ModelView, view_of
+from cdt_lens.scoring.one_pass import one_pass
+from cdt_lens.scoring.sweep import collect_scores, score_heads
+from cdt_lens.tasks.metrics import Direction, task_direction
+from cdt_lens.tasks.task import Examples, require_examples
+
+IG_STEPS = 5
+
+
+def exact_ablation(
+    model: nn.Module | ModelView,
+    examples: Examples,
+    baseline: Baseline,
+    *,
+    heads: Sequence[Head | str] | None = None,
+    direction: Direction = "mean",
+    batch_size: int = 16,
+    rows: int | None = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> HeadScores:
+    """What each head's mean-ablation takes away from the task direction, exactly.
+
+    score = d(full) - d(with the head's z set to the baseline), in logits: positive = the head
+    pushes towards the gold label. A real intervention on the model: every rule is *through*, so
+    this is `score_heads` with the "ablation" preset. Raises what `score_heads` raises.
+    """
+    return score_heads(
+        model,
+        examples,
+        baseline,
+        rules="ablation",
+        heads=heads,
+        direction=direction,
+        batch_size=batch_size,
+        rows=rows,
+        checkpoint=checkpoint,
+        method="mean-ablation",
+        progress=progress,
+    )
+
+
+def attribution_patching(
+    model: nn.Module | ModelView,
+    examples: Examples,
+    baseline: Baseline,
+    *,
+    direction: Direction = "mean",
+    batch_size: int = 16,
+    progress: bool = True,
+) -> HeadScores:
+    """<d(direction)/dz, z - baseline> of each head, summed over positions, in logits.
+
+    The first-order estimate of `exact_ablation`; positive = pushes towards the gold label. Raises
+    what `one_pass` raises.
+    """
+    return one_pass(
+        model, examples, baseline, slopes="gradient", direction=direction, batch_size=batch_size,
+        method="attribution-patching", progress=progress,
+    )  # fmt: skip
+
+
+def integrated_gradients(
+    model: nn.Module | ModelView,
+    examples: Examples,
+    baseline: Baseline,
+    *,
+    steps: int = IG_STEPS,
+    direction: Direction = "mean",
+    batch_size: int = 16,
+    progress: bool = True,
+) -> HeadScores:
+    """Gradients by each head's gate, averaged over `steps` midpoints from ablated to plain.
+
+    The gates of all heads move together, so the scores add up to m(full) - m(empty) in logits, up
+    to the step size. Raises what `one_pass` raises.
+    """
+    return one_pass(
+        model, examples, baseline, slopes="gradient", steps=steps, direction=direction,
+        batch_size=batch_size, method="integrated-gradients", progress=progress,
+    )  # fmt: skip
+
+
+def direct_attribution(
+    model: nn.Module | ModelView,
+    examples: Examples,
+    baseline: Baseline,
+    *,
+    direction: Direction = "mean",
+    batch_size: int = 16,
+    progress: bool = True,
+) -> HeadScores:
+    """Direct logit attribution: (z - baseline) W_O through the final norm's scale, in logits.
+
+    No later block sees it; positive = pushes towards the gold label. Raises what `one_pass` raises.
+    """
+    return one_pass(
+        model, examples, baseline, slopes="direct", direction=direction, batch_size=batch_size,
+        method="direct", progress=progress,
+    )  # fmt: skip
+
+
+def random_scores(
+    model: nn.Module | ModelView,
+    examples: Examples,
+    baseline: Baseline,
+    *,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> HeadScores:
+    """Normal deviates for scores, the same for every example: the floor of any comparison."""
+    require_examples(examples)
+    view = view_of(model)
+    check_baseline(baseline, view)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(view.n_layers * view.n_heads, generator=generator)
+    done: dict[int, Tensor] = {}
+    for batch in examples.batches(batch_size):
+        batch = batch.to(view.device)
+        run = Propagator(
+            view, batch.tokens, batch.lengths, baseline.for_batch(view, batch), PRESETS["ablation"]
+        )
+        check_finite(run, (), batch, run.full_logits(batch.candidates)[None, :0])
+        full = task_direction(run.full_logits(batch.candidates), batch.direction).float().cpu()
+        done |= {i: torch.cat([scores, d[None]]) for i, d in zip(batch.index, full, strict=True)}
+    options = {"method": "random", "seed": seed, "baseline_hash": baseline.hash}
+    provenance = provenance_of(view, examples, options=options)
+    return collect_scores(view, examples, done, None, "random", provenance)
+
+
+_SWEEP = ("batch_size", "rows", "checkpoint", "progress")
+_BACKWARD = ("batch_size", "progress")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to score heads: its name in tables, one line on what it does, the options it takes."""
+
+    name: str
+    description: str
+    run: Callable[..., HeadScores] = dataclasses.field(repr=False)
+    takes: tuple[str, ...] = _BACKWARD
+
+
+def _decomposed(name: str, rules: str | Rules) -> Method:
+    passes = "two forward passes" if resolve_rules(rules).context == "both" else "one forward pass"
+    words = f"contextual decomposition, {passes} a head"
+    return Method(name, words, partial(score_heads, rules=rules, method=name), _SWEEP)
+
+
+def _backward(name: str, description: str, slopes: str | Slopes, steps: Steps = None) -> Method:
+    return Method(name, description, partial(one_pass, slopes=slopes, steps=steps, method=name))
+
+
+_ALL = (
+    Method("exact", "mean-ablation of each head, the yardstick", exact_ablation, _SWEEP),
+    *(_decomposed(f"cdt:{name}", name) for name in PRESETS if name != "ablation"),
+    _backward("one-pass", "the stable rules to first order, one backward pass", "stable"),
+    _backward(
+        "one-pass:two-ended", "the two-ended rules to first order, two backward passes",
+        "gradient", "ends",
+    ),
+    _backward("one-pass:shared", "the shared rules to first order, one backward pass", "shared"),
+    _backward("one-pass:linear", "the linear rules, one backward pass", "linear"),
+    Method(
+        "attribution-patching", "gradient times distance from the baseline", attribution_patching
+    ),
+    Method(
+        "integrated-gradients", f"gradients averaged over {IG_STEPS} points from ablated to plain",
+        integrated_gradients,
+    ),
+    Method("direct", "what a head writes straight to the logits", direct_attribution),
+    Method("random", "scores from a seed, the floor", random_scores, ("batch_size", "seed")),
+)  # fmt: skip
+METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
+# One backward pass gives the numbers of the linear sweep.
+DEFAULT_METHODS: tuple[str, ...] = tuple(name for name in METHODS if name != "cdt:linear")
+
+
+def method_of(name: str) -> Method:
+    """The method of that name: one of `METHODS`, or "cdt:" or "one-pass:" with a preset's name or
+    choices spelt out.
+
+    Raises:
+        InputError: no such method, rule or value.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    kind, _, spelt = name.partition(":")
+    if kind == "cdt" and spelt in PRESETS:
+        return _decomposed(name, spelt)
+    if kind == "one-pass" and spelt in SLOPES:
+        return _backward(name, f"the {spelt} slopes, one backward pass", spelt)
+    if kind == "cdt" and "=" in spelt:
+        return _decomposed(name, Rules(**_spelt(name, spelt, Rules)))
+    if kind == "one-pass" and "=" in spelt:
+        return _backward(
+            name, "linear rules, one backward pass", Slopes(**_spelt(name, spelt, Slopes))
+        )
+    raise InputError(
+        f"method {name!r}: unknown{did_you_mean(name, METHODS)}; expected one of "
+        f"{', '.join(METHODS)}, or choices spelt out, such as cdt:norm=frozen+attention=half"
+    )
+
+
+def _spelt(method: str, spelt: str, kind: type[Rules] | type[Slopes]) -> dict[str, Any]:
+    """Choices of `kind` from name=value+name=value."""
+    hints = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for part in spelt.split("+"):
+        name, _, value = part.partition("=")
+        if name in values:
+            raise InputError(f"method {method!r}: {name} is given twice; keep one of the two")
+        switch = hints.get(name) is bool
+        allowed = ("true", "false") if switch else get_args(hints.get(name))
+        if value not in allowed:
+            known = ", ".join(n for n in hints if n != "eps")
+            raise InputError(
+                f"method {method!r}: {part!r} is no rule; expected name=value with a name of "
+                f"{known}" + (f", and {name} one of {', '.join(allowed)}" if allowed else "")
+            )
+        values[name] = value == "true" if switch else value
+    return values
+
+
+def score_by(
+    method: str,
+    model: nn.Module | ModelView,
+    examples: Examples,
+    baseline: Baseline,
+    *,
+    batch_size: int = 16,
+    rows: int | None = None,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> HeadScores:
+    """Scores of all heads by the method of that name: signed, in logits, with standard errors.
+
+    checkpoint serves the sweeps ("exact", "cdt:...") alone; seed serves "random".
+
+    Raises:
+        InputError: no such method. UnsupportedModelError: its rules mean nothing for this model.
+        NonFiniteError: its rules left the finite range.
+    """
+    found = method_of(method)
+    options = {
+        "batch_size": batch_size, "rows": rows, "checkpoint": checkpoint, "seed": seed,
+        "progress": progress,
+    }  # fmt: skip
+    return found.run(model, examples, baseline, **{name: options[name] for name in found.takes})

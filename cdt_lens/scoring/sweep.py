@@ -1,0 +1,223 @@
+"""A sweep over source heads, projected on the task direction: one signed score per head.
+
+1. Each batch of examples is run once as it is.
+2. For every head, the irrelevant stream is carried from that head to the end (`decompose`), and
+   d(rel) = d(full) - d(irrel) is read at the answer position.
+3. score(l, h) = label-balanced mean over examples of d(rel), in logits (method.md §4): positive
+   pushes towards the gold label. The standard error over examples comes with it.
+
+With `rules="ablation"` the same sweep is the exact effect of mean-ablating each head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from cdt_lens.circuits.head_scores import HeadScores, label_index
+from cdt_lens.core.artifacts import content_hash, load_artifact, save_artifact
+from cdt_lens.core.errors import InputError
+from cdt_lens.core.processes import gather_items, is_main, shard
+from cdt_lens.decomposition.baseline import Baseline, check_baseline
+from cdt_lens.decomposition.decompose import irrelevant_logits
+from cdt_lens.decomposition.propagate import Propagator
+from cdt_lens.decomposition.rules import DEFAULT_RULES, Rules, resolve_rules
+from cdt_lens.models.heads import Head, all_heads, check_heads
+from cdt_lens.models.provenance import Provenance, provenance_of
+from cdt_lens.models.view import ModelView, view_of
+from cdt_lens.tasks.metrics import (
+    Direction,
+    balanced_mean,
+    balanced_stderr,
+    strongest_competitor,
+    task_direction,
+)
+from cdt_lens.tasks.task import Batch, Examples, require_examples
+
+
+def score_heads(
+    model: nn.Module | ModelView,
+    examples: Examples,
+    baseline: Baseline,
+    *,
+    rules: str | Rules = DEFAULT_RULES,
+    heads: Sequence[Head | str] | None = None,
+    direction: Direction = "mean",
+    batch_size: int = 16,
+    rows: int | None = None,
+    checkpoint: str | Path | None = None,
+    method: str = "cdt",
+    progress: bool = True,
+) -> HeadScores:
+    """Relevance of each head (method.md §4): signed, in logits, with standard errors.
+
+    Args:
+        rules: a preset's name or `Rules`; heads: the ones to score, all if None.
+        direction: "mean", or "strongest" for the competitor that the full model rates highest.
+        rows: (source x example) rows per forward pass, at least batch_size; the sources are
+            halved when memory runs out.
+        checkpoint: a file that keeps finished batches, so that an interrupted call resumes.
+
+    Under `accelerate launch` each process scores its share of the examples.
+
+    Raises:
+        InputError: no examples, or heads outside the model.
+        UnsupportedModelError: a component of the model has no rule.
+        NonFiniteError: a head left the finite range; names it, the layer and the rule to change.
+    """
+    require_examples(examples)
+    view = view_of(model)
+    rules = resolve_rules(rules)
+    check_baseline(baseline, view)
+    chosen = None if heads is None else check_heads(heads, view.n_layers, view.n_heads)
+    if chosen == ():
+        raise InputError("score_heads: heads=[]: expected at least one head, or None for all")
+    sources = all_heads(view.n_layers, view.n_heads) if chosen is None else chosen
+    options = {
+        "method": method,
+        "rules": rules.to_dict(),
+        **recorded_options(baseline, direction),
+        "heads": "all" if chosen is None else [str(h) for h in chosen],
+    }
+    provenance = provenance_of(view, examples, options=options)
+    sweep = _Sweep(view, examples, baseline, rules, sources, direction, rows)
+    rows_done = sweep.run(batch_size, _store(checkpoint, provenance), progress)
+    return collect_scores(view, examples, rows_done, sources, method, provenance)
+
+
+def recorded_options(baseline: Baseline, direction: Direction) -> dict[str, Any]:
+    """What the provenance of any scores tells of their baseline and direction.
+
+    Raises:
+        InputError: an unknown direction.
+    """
+    if direction not in get_args(Direction):
+        raise InputError(f"direction={direction!r}: expected {' or '.join(get_args(Direction))}")
+    return {
+        "direction": direction,
+        "baseline": baseline.kind,
+        "baseline_task": baseline.provenance.task_hash,
+        "baseline_hash": baseline.hash,
+    }
+
+
+@dataclass
+class _Sweep:
+    """What does not change from batch to batch."""
+
+    view: ModelView
+    examples: Examples
+    baseline: Baseline
+    rules: Rules
+    sources: tuple[Head, ...]
+    direction: Direction
+    rows: int | None
+
+    def run(
+        self, batch_size: int, store: _Store | None, progress: bool
+    ) -> dict[int, Float[Tensor, " source_and_direction"]]:
+        """d(rel) of each source, then d(full), for each example index; from all processes."""
+        done = {} if store is None else store.read()
+        batches = [
+            batch
+            for batch in self.examples.batches(batch_size, shard=shard())
+            if not set(batch.index) <= done.keys()
+        ]
+        total = len(batches) * len(self.sources)
+        with tqdm(
+            total=total, desc="heads", unit="head", disable=not (progress and is_main())
+        ) as bar:
+            for batch in batches:
+                done |= self._batch(batch.to(self.view.device), bar)
+                if store is not None:
+                    store.write(done)
+        items = gather_items(list(done.items()))
+        return dict(items)
+
+    def _batch(self, batch: Batch, bar: tqdm) -> dict[int, Tensor]:
+        propagator = Propagator(
+            self.view, batch.tokens, batch.lengths,
+            self.baseline.for_batch(self.view, batch), self.rules,
+        )  # fmt: skip
+        full = propagator.full_logits(batch.candidates)
+        weights = batch.direction
+        if self.direction == "strongest":
+            weights = strongest_competitor(full, batch.is_answer, batch.is_candidate)
+        sets = [(head,) for head in self.sources]
+        irrel = irrelevant_logits(propagator, sets, batch, rows=self.rows, done=bar.update)
+        relevant = task_direction(full - irrel, weights)
+        both = torch.cat([relevant, task_direction(full, weights)[None]]).float().cpu()
+        return {index: both[:, row] for row, index in enumerate(batch.index)}
+
+
+def collect_scores(
+    view: ModelView,
+    examples: Examples,
+    done: Mapping[int, Tensor],
+    sources: Sequence[Head] | None,
+    method: str,
+    provenance: Provenance,
+) -> HeadScores:
+    """Scores from each example's row: d(rel) of every source (None: all heads), then d(full)."""
+    sources = all_heads(view.n_layers, view.n_heads) if sources is None else sources
+    table = torch.stack([done[i] for i in range(len(examples))])
+    labels = tuple(example.label for example in examples)
+    index = label_index(labels)
+    per_example = torch.full((len(examples), view.n_layers, view.n_heads), torch.nan)
+    for column, head in enumerate(sources):
+        per_example[:, head.layer, head.head] = table[:, column]
+    by_head = per_example.double().permute(1, 2, 0)
+    return HeadScores(
+        values=balanced_mean(by_head, index).float(),
+        stderr=balanced_stderr(by_head, index).float(),
+        per_example=per_example,
+        example_labels=labels,
+        direction=float(balanced_mean(table[:, -1].double(), index)),
+        method=method,
+        provenance=provenance,
+    )
+
+
+@dataclass(frozen=True)
+class _Store:
+    """Finished examples on disk, under a key of everything that changes their numbers."""
+
+    path: Path
+    key: str
+
+    def read(self) -> dict[int, Tensor]:
+        """What an interrupted call with the same key had finished; nothing if it is new.
+
+        Raises:
+            InputError: of another run. ArtifactError: damaged, or no checkpoint at all.
+        """
+        if not self.path.exists():
+            return {}
+        body, tensors = load_artifact(self.path, format="cdt_lens.sweep", version=1)
+        if body["key"] != self.key:
+            raise InputError(
+                f"{self.path}: a checkpoint of another run (model, task or options differ); "
+                "remove it or name another file"
+            )
+        return dict(zip(body["index"], tensors["rows"], strict=True))
+
+    def write(self, done: Mapping[int, Tensor]) -> None:
+        body = {"key": self.key, "index": list(done)}
+        tensors = {"rows": torch.stack(list(done.values()))}
+        save_artifact(self.path, body, format="cdt_lens.sweep", version=1, tensors=tensors)
+
+
+def _store(path: str | Path | None, provenance: Provenance) -> _Store | None:
+    if path is None:
+        return None
+    rank, world = shard()
+    path = Path(path) if world == 1 else Path(path).with_suffix(f".{rank}of{world}.json")
+    what = [provenance.model_hash, provenance.task_hash, provenance.options]
+    return _Store(path, content_hash(what))

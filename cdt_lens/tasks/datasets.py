@@ -1,0 +1,372 @@
+"""Where tasks come from: known data sets, files of one's own, the hub, and generators.
+
+1. A source is read into one `Table` a split: rows, and where each row stands, for error messages.
+2. Labels are words from here on: integers are refused unless their names are known. The number of
+   rows is compared with what was published, so that merged or truncated data are refused.
+3. Few-shot examples are drawn from train and leave it; `limit` then draws rows of each split.
+4. `PromptFormat` makes the prompts; the result is a `Task`.
+
+NusaX-Senti: arXiv 2205.15960. XNLI: arXiv 1809.05053; its dev split is divided into train and
+valid, and rows that share a premise stay together.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from cdt_lens.core.errors import InputError, did_you_mean
+from cdt_lens.tasks import pseudo_languages as pseudo
+from cdt_lens.tasks.generated import DEFAULT_SIZES, GENERATORS
+from cdt_lens.tasks.prompts import PromptFormat, check_tokenizer
+from cdt_lens.tasks.rows import SPLITS, Table, hub_tables, read_table
+from cdt_lens.tasks.task import Examples, Task
+
+
+@dataclass(frozen=True)
+class KnownDataset:
+    """A published data set: its prompt, where it lies in a folder and on the hub, and its size.
+
+    `languages` maps folder names to hub configurations. `files` and `counts` are by split;
+    `divided` names a column: valid is then divided into train and valid by runs of equal cells.
+    """
+
+    template: str
+    verbalizer: Mapping[str, str]
+    repo: str
+    languages: Mapping[str, str]
+    files: Mapping[str, str]
+    counts: Mapping[str, int]
+    label_names: tuple[str, ...]
+    divided: str | None = None
+
+
+_NUSAX_NAMES = (
+    "acehnese balinese banjarese buginese english indonesian javanese madurese minangkabau ngaju "
+    "sundanese toba_batak"
+)
+_NUSAX_CODES = "ace ban bjn bug eng ind jav mad min nij sun bbc"
+_XNLI_LANGUAGES = "ar bg de el en es fr hi ru sw th tr ur vi zh"
+KNOWN: Mapping[str, KnownDataset] = MappingProxyType(
+    {
+        "nusax-senti": KnownDataset(
+            template="{text}\nSentiment:",
+            verbalizer={"negative": " negative", "neutral": " neutral", "positive": " positive"},
+            repo="mteb/NusaX-senti",
+            languages=dict(zip(_NUSAX_NAMES.split(), _NUSAX_CODES.split(), strict=True)),
+            files={split: "{language}/" + split + ".csv" for split in SPLITS},
+            counts={"train": 500, "valid": 100, "test": 400},
+            label_names=("negative", "neutral", "positive"),
+        ),
+        "xnli": KnownDataset(
+            template="{premise}\nQuestion: {hypothesis} True, False, or Neither?\nAnswer:",
+            verbalizer={"entailment": " True", "neutral": " Neither", "contradiction": " False"},
+            repo="facebook/xnli",
+            languages={code: code for code in _XNLI_LANGUAGES.split()},
+            files={"valid": "dev-{language}.tsv.gz", "test": "test-{language}.tsv.gz"},
+            counts={"valid": 2490, "test": 5010},
+            label_names=("entailment", "neutral", "contradiction"),
+            divided="premise",
+        ),
+    }
+)
+TASK_NAMES = (*KNOWN, *GENERATORS, pseudo.PSEUDO_TASK)
+
+
+def load_task(
+    name: str,
+    config: str | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path | None = None,
+    template: str | None = None,
+    verbalizer: Mapping[str, str] | None = None,
+    shots: int = 0,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    max_length: int | None = None,
+    truncate: bool = False,
+    limit: int | None = None,
+    n: Sequence[int] | None = None,
+    check_counts: bool = True,
+    revision: str | None = None,
+) -> Task:
+    """A task by name: "nusax-senti" or "xnli" with `config` = language, or a generated one.
+
+    Without `folder` the data come from the Hugging Face hub (`revision` pins them). `shots`
+    balanced train examples stand before every prompt and leave train; `limit` draws that many rows
+    of each split. Generated tasks ("ioi", "greater-than", "gendered-pronoun") take `n`, the sizes
+    of train, valid and test. `seed` decides every draw. "pseudo-sentiment" is generated too, with
+    `config` = "source" or the distance of the language from it, such as "0.6".
+
+    Raises:
+        InputError: an unknown name or language, data that cannot be read or are not whole, or an
+            option that does not apply.
+    """
+    if name not in TASK_NAMES:
+        raise InputError(
+            f"task {name!r}: unknown{did_you_mean(name, TASK_NAMES)}; expected one of "
+            f"{', '.join(TASK_NAMES)} (or use task_from_files, task_from_hub)"
+        )
+    check_tokenizer(tokenizer)
+    if n is not None and (not isinstance(n, Sequence) or len(n) != 3):
+        raise InputError(f"task {name!r}: n={n!r}: expected the sizes of train, valid and test")
+    if name in GENERATORS:
+        given: dict[str, Any] = {"config": config, "folder": folder, "template": template}
+        given |= {"shots": shots or None, "verbalizer": verbalizer, "revision": revision}
+        _refuse(name, "is generated", given)
+        sizes = [_at_most(name, limit, size) for size in n or DEFAULT_SIZES]
+        return GENERATORS[name](tokenizer, n=sizes, seed=seed, prepend_bos=prepend_bos)
+    known = KNOWN.get(name)
+    format = PromptFormat(
+        tokenizer,
+        (known.template if known else pseudo.TEMPLATE) if template is None else template,
+        (known.verbalizer if known else pseudo.VERBALIZER) if verbalizer is None else verbalizer,
+        prepend_bos=prepend_bos,
+        max_length=max_length,
+        truncate=truncate,
+    )
+    if known is None:
+        _refuse(name, "is generated", {"folder": folder, "revision": revision})
+        splits = pseudo.pseudo_splits(config, n or pseudo.SIZES, seed)
+        tables = {
+            s: Table(rows, [f"{name}, {r['text']!r}" for r in rows]) for s, rows in splits.items()
+        }
+        return _build(f"{name}/{config}", tables, format, shots=shots, seed=seed, limit=limit)
+    _refuse(name, "has the sizes of its data (use limit)", {"n": n})
+    language = _language(name, config)
+    tables = _known_tables(name, language, folder, format=format, revision=revision)
+    if check_counts:
+        _check_counts(f"{name}/{language}", tables, known.counts)
+    if known.divided is not None:
+        tables |= _divide(tables["valid"], known.divided, seed=seed)
+    return _build(f"{name}/{language}", tables, format, shots=shots, seed=seed, limit=limit)
+
+
+def task_from_files(
+    paths: Mapping[str, str | Path],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    verbalizer: Mapping[str, str],
+    label_column: str = "label",
+    name: str = "files",
+    quoting: bool | None = None,
+    shots: int = 0,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    max_length: int | None = None,
+    truncate: bool = False,
+    limit: int | None = None,
+) -> Task:
+    """A task from one CSV, TSV or JSONL file a split (also .gz): `{"train": path, "test": path}`.
+
+    The template names columns in braces. `quoting=None` reads quoted cells in CSV and takes
+    quotation marks in TSV as they stand. Other options as in `load_task`.
+
+    Raises:
+        InputError: a mistake in a file, named with its line (the header is line 1) and column.
+    """
+    unknown = [split for split in paths if split not in SPLITS]
+    if unknown or not paths:
+        raise InputError(f"paths: expected splits among {', '.join(SPLITS)}, got {list(paths)}")
+    format = PromptFormat(
+        tokenizer, template, verbalizer, label_column, prepend_bos=prepend_bos,
+        max_length=max_length, truncate=truncate,
+    )  # fmt: skip
+    tables = {split: read_table(path, quoting=quoting) for split, path in paths.items()}
+    return _build(name, tables, format, shots=shots, seed=seed, limit=limit)
+
+
+def task_from_hub(
+    repo: str,
+    config: str | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    verbalizer: Mapping[str, str],
+    label_column: str = "label",
+    label_names: Sequence[str] | None = None,
+    splits: Mapping[str, str] | None = None,
+    revision: str | None = None,
+    data_dir: str | None = None,
+    shots: int = 0,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+    max_length: int | None = None,
+    truncate: bool = False,
+    limit: int | None = None,
+) -> Task:
+    """A task from any data set of the Hugging Face hub, or a local folder that `datasets` reads.
+
+    The template names columns in braces. Integer labels get their names from the data set's
+    ClassLabel, or from `label_names` in order. `splits` maps train, valid and test to the data
+    set's splits; None takes those with the usual names. Other options as in `load_task`.
+
+    Raises:
+        InputError: the data cannot be had, lack a column or split, or have labels without names.
+    """
+    format = PromptFormat(
+        tokenizer, template, verbalizer, label_column, prepend_bos=prepend_bos,
+        max_length=max_length, truncate=truncate,
+    )  # fmt: skip
+    tables = hub_tables(
+        repo,
+        config,
+        columns=format.columns,
+        label_column=label_column,
+        label_names=label_names,
+        splits=splits,
+        revision=revision,
+        data_dir=data_dir,
+    )
+    name = repo if config is None else f"{repo}/{config}"
+    return _build(name, tables, format, shots=shots, seed=seed, limit=limit)
+
+
+def _refuse(name: str, reason: str, options: Mapping[str, object]) -> None:
+    for option, value in options.items():
+        if value is not None:
+            raise InputError(f"task {name!r} {reason}: {option}={value!r} does not apply")
+
+
+def _language(name: str, config: str | None) -> str:
+    """The folder name of a language given by name or hub code."""
+    languages = KNOWN[name].languages
+    for language, code in languages.items():
+        if config in (language, code):
+            return language
+    options = dict.fromkeys((*languages, *languages.values()))
+    hint = did_you_mean(config or "", options)
+    raise InputError(
+        f"task {name!r}: config {config!r}: expected a language{hint}; one of {', '.join(options)}"
+    )
+
+
+def _known_tables(
+    name: str,
+    language: str,
+    folder: str | Path | None,
+    *,
+    format: PromptFormat,
+    revision: str | None,
+) -> dict[str, Table]:
+    known = KNOWN[name]
+    if folder is None:
+        return hub_tables(
+            known.repo,
+            known.languages[language],
+            columns=format.columns,
+            label_column=format.label_column,
+            label_names=known.label_names,
+            splits={"valid": "validation", "test": "test"} if known.divided else None,
+            revision=revision,
+            data_dir=None,
+        )
+    _refuse(name, "is read from a folder", {"revision": revision})
+    files = {split: file.format(language=language) for split, file in known.files.items()}
+    bases = (Path(folder), Path(folder, name))
+    base = next((b for b in bases if any((b / file).exists() for file in files.values())), None)
+    if base is None:
+        raise InputError(
+            f"folder {folder}: expected {', '.join(files.values())} in it or in its folder {name}"
+        )
+    return {split: read_table(base / file) for split, file in files.items()}
+
+
+def _check_counts(where: str, tables: Mapping[str, Table], counts: Mapping[str, int]) -> None:
+    for split, expected in counts.items():
+        got = len(tables[split].rows) if split in tables else 0
+        if got != expected:
+            raise InputError(
+                f"{where}: split {split} has {got} rows, expected {expected}: the data are cut "
+                "short, or several languages are merged; get them again, or pass "
+                "check_counts=False if that is meant"
+            )
+
+
+def _divide(table: Table, column: str, *, seed: int) -> dict[str, Table]:
+    """80 % train and 20 % valid, drawn among runs of rows that share `column`."""
+    positions = range(len(table.rows))
+    groups = [list(run) for _, run in groupby(positions, lambda i: table.rows[i].get(column))]
+    chosen = set(random.Random(seed).sample(range(len(groups)), round(0.8 * len(groups))))
+    train = [i for number, run in enumerate(groups) if number in chosen for i in run]
+    valid = [i for number, run in enumerate(groups) if number not in chosen for i in run]
+    return {"train": table.pick(train), "valid": table.pick(valid)}
+
+
+def _build(
+    name: str,
+    tables: Mapping[str, Table],
+    format: PromptFormat,
+    *,
+    shots: int,
+    seed: int,
+    limit: int | None,
+) -> Task:
+    tables = dict(tables)
+    for table in tables.values():
+        table.check_columns((*format.columns, format.label_column), format.labels)
+    if shots:
+        format, tables["train"] = _few_shot(name, tables.get("train"), format, shots, seed=seed)
+    splits = {split: Examples((), format.labels, f"{name}/{split}") for split in SPLITS}
+    for split, table in tables.items():
+        size = len(table.rows)
+        index = random.Random(seed).sample(range(size), _at_most(name, limit, size))
+        table = table.pick(sorted(index))
+        splits[split] = format.examples(table.rows, name=f"{name}/{split}", places=table.places)
+    return Task(
+        name=name,
+        labels=format.labels,
+        verbalizer=dict(format.verbalizer),
+        verbalizer_ids=format.verbalizer_ids,
+        template=format.template,
+        content_free=format.content_free(f"{name}/content-free"),
+        prefix=format.prefix,
+        train=splits["train"],
+        valid=splits["valid"],
+        test=splits["test"],
+    )
+
+
+def _at_most(name: str, limit: int | None, size: int) -> int:
+    if limit is not None and limit < 1:
+        raise InputError(f"{name}: limit={limit}: expected at least 1")
+    return size if limit is None else min(size, limit)
+
+
+def _few_shot(
+    name: str, table: Table | None, format: PromptFormat, shots: int, *, seed: int
+) -> tuple[PromptFormat, Table]:
+    """The format with a prefix of `shots` label-balanced rows, and the rows that are left."""
+    n_labels = len(format.labels)
+    if shots < 0 or shots % n_labels:
+        raise InputError(
+            f"{name}: shots={shots}: expected a multiple of {n_labels}, the number of labels"
+        )
+    if table is None:
+        raise InputError(f"{name}: shots={shots}: there is no train split to draw them from")
+    pairs = zip(table.rows, table.places, strict=True)
+    checked = [format.check_row(row, place) for row, place in pairs]
+    generator = random.Random(seed)
+    chosen: list[int] = []
+    for label in format.labels:
+        positions = [i for i, (_, own) in enumerate(checked) if own == label]
+        if len(positions) <= shots // n_labels:
+            raise InputError(
+                f"{name}: shots={shots}: train has only {len(positions)} rows with label "
+                f"{label!r} and one must remain; use fewer shots"
+            )
+        chosen += generator.sample(positions, shots // n_labels)
+    generator.shuffle(chosen)
+    shown = [format.render(checked[i][0]) + format.verbalizer[checked[i][1]] for i in chosen]
+    prefix = "".join(f"{example}\n\n" for example in shown)
+    rest = [i for i in range(len(checked)) if i not in set(chosen)]
+    return replace(format, prefix=prefix), table.pick(rest)

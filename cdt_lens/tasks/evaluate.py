@@ -1,0 +1,167 @@
+"""How well a model does a task as it stands: accuracy, macro-F1, mean direction; label priors.
+
+A zero-shot model prefers some labels whatever the text says. The prior of a label is its mean
+logit on content-free prompts ("N/A", "", "[MASK]"; contextual calibration, arXiv 2102.09690), and
+accuracy compares logits minus priors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from cdt_lens.core import display
+from cdt_lens.core.errors import InputError
+from cdt_lens.core.processes import gather_items, shard
+from cdt_lens.decomposition.propagate import Propagator
+from cdt_lens.decomposition.rules import PRESETS
+from cdt_lens.models.view import ModelView, view_of
+from cdt_lens.tasks.metrics import answer_loss, balanced_mean, correct, macro_f1, task_direction
+from cdt_lens.tasks.task import Batch, Examples, Task, require_examples
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results on one split: shares from 0 to 1, and the label-balanced mean direction in logits.
+
+    loss is the mean cross-entropy over the candidates, in nats; macro_f1 is None where the labels
+    do not name the answers (generated tasks); confusion counts examples by gold and predicted
+    label.
+    """
+
+    split: str
+    accuracy: float
+    macro_f1: float | None
+    direction: float
+    loss: float
+    examples: int
+    confusion: pd.DataFrame | None = field(default=None, repr=False)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row: shares from 0 to 1, the direction in logits, the loss in nats."""
+        names = ("split", "examples", "accuracy", "macro_f1", "direction", "loss")
+        return pd.DataFrame([{name: getattr(self, name) for name in names}])
+
+    def _repr_html_(self) -> str:
+        parts = [self.to_dataframe()]
+        if self.confusion is not None:
+            named = self.confusion.rename_axis(columns=None).reset_index()
+            parts.append(named.rename(columns={"gold": "gold \\ predicted"}))
+        return display.html(f"Evaluation on {self.split}", *parts)
+
+
+def evaluate(
+    model: nn.Module | ModelView,
+    examples: Examples,
+    task: Task | None = None,
+    *,
+    batch_size: int = 32,
+    logits_of: Callable[[Batch], Tensor] | None = None,
+) -> Evaluation:
+    """Accuracy, macro-F1, mean task direction and loss on `examples`.
+
+    task: supplies the verbalizer (for macro-F1) and the label prior, if it has one; logits_of:
+    gives the candidates' logits `[batch, k]` in another way than the model's ordinary run.
+
+    Raises:
+        InputError: no examples, or a task whose labels have other tokens than theirs.
+    """
+    require_examples(examples)
+    if task is not None:
+        _check_words(examples, task)
+    view = view_of(model)
+    items: list[tuple[int, tuple[bool, float, float, int]]] = []
+    for batch in examples.batches(batch_size, shard=shard()):
+        logits = candidate_logits(view, batch) if logits_of is None else logits_of(batch)
+        direction = task_direction(logits, batch.direction)
+        losses = answer_loss(logits, batch.is_answer, batch.is_candidate)
+        prior = None if task is None else task.candidate_prior(batch).to(logits)
+        right = correct(logits, batch.is_answer, batch.is_candidate, prior)
+        shifted = logits if prior is None else logits - prior
+        # In a tie with an answer the other candidate counts, as it does for accuracy.
+        others = shifted.masked_fill(batch.is_answer | ~batch.is_candidate, -torch.inf)
+        best = torch.where(
+            right,
+            shifted.masked_fill(~batch.is_answer, -torch.inf).argmax(-1),
+            others.argmax(-1),
+        )
+        for row, index in enumerate(batch.index):
+            token = int(batch.candidates[row, best[row]])
+            values = (bool(right[row]), float(direction[row]), float(losses[row]), token)
+            items.append((index, values))
+    found = dict(gather_items(items))
+    rows = [found[i] for i in range(len(examples))]
+    labels = torch.tensor([examples.labels.index(e.label) for e in examples])
+    f1, confusion = _by_label(examples, [row[-1] for row in rows], task)
+    return Evaluation(
+        split=examples.name,
+        accuracy=sum(row[0] for row in rows) / len(rows),
+        macro_f1=f1,
+        direction=float(balanced_mean(torch.tensor([row[1] for row in rows]), labels)),
+        loss=math.fsum(row[2] for row in rows) / len(rows),
+        examples=len(rows),
+        confusion=confusion,
+    )
+
+
+def candidate_logits(view: ModelView, batch: Batch) -> Tensor:
+    """The model's logits of the candidates at the answer position, `[batch, k]`, on the CPU."""
+    zero = torch.zeros((), device=view.device, dtype=view.dtype)
+    run = Propagator(
+        view, batch.tokens, batch.lengths.to(view.device), lambda _: zero, PRESETS["ablation"],
+        record_rules=False,
+    )  # fmt: skip
+    return run.full_logits(batch.candidates).float().cpu()
+
+
+def label_prior(model: nn.Module | ModelView, task: Task) -> dict[str, float]:
+    """Mean logit of each label on content-free prompts, minus the mean over labels; in logits.
+
+    Raises:
+        InputError: the task has no verbalizer, so its labels have no logits.
+    """
+    if not len(task.content_free):
+        raise InputError(f"task {task.name}: no content-free prompts, so no label prior")
+    view = view_of(model)
+    batch = next(task.content_free.batches(len(task.content_free), sort_by_length=False))
+    logits = candidate_logits(view, batch)
+    by_token = {int(t): logits[batch.candidates == t].mean() for t in batch.candidates.unique()}
+    values = {label: float(by_token[id]) for label, id in task.verbalizer_ids.items()}
+    mean = sum(values.values()) / len(values)
+    return {label: value - mean for label, value in values.items()}
+
+
+def calibrate(model: nn.Module | ModelView, task: Task) -> Task:
+    """`task` with the model's label prior, which accuracy then takes off."""
+    return task.with_prior(label_prior(model, task))
+
+
+def _check_words(examples: Examples, task: Task) -> None:
+    """Refuse a task that would take one label's token for another's."""
+    for example in examples if task.verbalizer_ids else ():
+        if example.answers != (task.verbalizer_ids.get(example.label),):
+            raise InputError(
+                f"{examples.name}: the answer of label {example.label!r} is token "
+                f"{example.answers[0]}, in task {task.name} it is "
+                f"{task.verbalizer_ids.get(example.label)}; give the task that they are of"
+            )
+
+
+def _by_label(
+    examples: Examples, tokens: list[int], task: Task | None
+) -> tuple[float | None, pd.DataFrame | None]:
+    if task is None or not task.verbalizer_ids:
+        return None, None
+    names = {id: label for label, id in task.verbalizer_ids.items()}
+    predicted = [names[token] for token in tokens]
+    gold = [example.label for example in examples]
+    table = pd.crosstab(
+        pd.Categorical(gold, task.labels), pd.Categorical(predicted, task.labels), dropna=False
+    )
+    table.index.name, table.columns.name = "gold", "predicted"
+    return macro_f1(predicted, gold, task.labels), table

@@ -1,0 +1,317 @@
+"""Generated tasks with known behaviour: indirect object, greater-than, gendered pronoun.
+
+1. Words are drawn with a seed from the lists below, of which only those count that are one token of
+   the tokenizer with a leading space: so every filled-in template has one length.
+2. Labels alternate, so each split is balanced; no prompt occurs twice anywhere.
+3. `ioi`: "When A and B met ..., B gave a book to" -> A (arXiv 2211.00593, section 2).
+   `greater_than`: "... from the year 1732 to the year 17" -> 33 to 99 (arXiv 2305.00586, §2).
+   `gendered_pronoun`: "Yes, Mary is a very good doctor, isn't" -> she.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from transformers import PreTrainedTokenizerBase
+
+from cdt_lens.core.errors import InputError
+from cdt_lens.tasks.prompts import bos_ids, check_boundary, encode, verbalizer_token_ids
+from cdt_lens.tasks.task import Example, Examples, Task
+
+DEFAULT_SIZES = (128, 64, 64)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+MEN = _words(
+    "Adam Alan Andrew Anthony Ben Brian Charles Daniel David Edward Eric Frank George Henry Jack "
+    "James John Joseph Kevin Mark Martin Michael Paul Peter Richard Robert Simon Steven Thomas Tom"
+)
+WOMEN = _words(
+    "Alice Amanda Amy Anna Anne Barbara Carol Catherine Christine Claire Diana Elizabeth Emily "
+    "Emma "
+    "Helen Jane Jennifer Jessica Julia Karen Kate Laura Linda Lisa Maria Mary Michelle Nancy "
+    "Rachel Sarah Susan"
+)
+PLACES = _words(
+    "bank beach bridge church farm garden hospital hotel house library market museum office park "
+    "school station theater village"
+)
+THINGS = _words(
+    "bag ball book bottle box camera card coat cup gift hat key letter map phone ring ticket watch"
+)
+ROLES = _words(
+    "coach cook dancer doctor driver friend guide judge lawyer neighbor painter runner singer "
+    "student teacher worker writer"
+)
+EVENTS = _words(
+    "alliance battle campaign conflict crisis drought famine festival fight journey mission plague "
+    "project siege strike trial voyage war"
+)
+CENTURIES = range(11, 18)
+
+IOI_TEMPLATES = (
+    "When {first} and {second} met at the {place}, {subject} handed a {thing} to",
+    "After {first} and {second} came home from the {place}, {subject} gave a {thing} to",
+    "While {first} and {second} were working at the {place}, {subject} passed a {thing} to",
+    "Once {first} and {second} had left the {place}, {subject} decided to give a {thing} to",
+)
+GREATER_THAN_TEMPLATE = "The {event} lasted from the year {stem}{start} to the year {stem}"
+PRONOUN_TEMPLATES = (
+    "Yes, {name} is a very good {role}, isn't",
+    "I heard that {name} became a {role} because",
+    "My friend {name} works as a {role}, and last week",
+    "Everyone knows that {name} was a {role} when",
+)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    prompt: str
+    answers: tuple[int, ...]
+    others: tuple[int, ...]
+    word: str
+    fields: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What a generator hands to `_build`; `draw` makes one prompt of a label."""
+
+    name: str
+    labels: tuple[str, ...]
+    template: str
+    draw: Callable[[str, random.Random], _Draft]
+    verbalizer: Mapping[str, str] = field(default_factory=dict)
+
+
+def ioi(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n: Sequence[int] = DEFAULT_SIZES,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+) -> Task:
+    """Indirect object identification; the label is the order of the names, "ABBA" or "BABA".
+
+    The answer is the indirect object's name (A), the other token the subject's (B), which stands
+    twice. `n` gives the sizes of train, valid and test (arXiv 2211.00593).
+
+    Raises:
+        InputError: too few of the words are single tokens, or too many prompts are asked for.
+    """
+    names = _single_tokens(tokenizer, "ioi", "names", MEN + WOMEN, minimum=6)
+    places = list(_single_tokens(tokenizer, "ioi", "places", PLACES, minimum=3))
+    things = list(_single_tokens(tokenizer, "ioi", "things", THINGS, minimum=3))
+
+    def draw(label: str, generator: random.Random) -> _Draft:
+        answer, subject = generator.sample(list(names), 2)
+        first, second = (answer, subject) if label == "ABBA" else (subject, answer)
+        words = {"first": first, "second": second, "subject": subject}
+        words |= {"place": generator.choice(places), "thing": generator.choice(things)}
+        prompt = generator.choice(IOI_TEMPLATES).format_map(words)
+        fields = {**words, "indirect_object": answer}
+        return _Draft(prompt, (names[answer],), (names[subject],), f" {answer}", fields)
+
+    recipe = _Recipe("ioi", ("ABBA", "BABA"), "\n".join(IOI_TEMPLATES), draw)
+    return _build(recipe, tokenizer, n=n, seed=seed, prepend_bos=prepend_bos)
+
+
+def greater_than(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n: Sequence[int] = DEFAULT_SIZES,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+) -> Task:
+    """Years: an end must be later than its start; the label is the start's half of the range.
+
+    Where the tokenizer has two-digit tokens, the prompt ends after the century ("17") and the
+    answers are the tokens 33 to 99 for a start in 1732, the others 00 to 32; label "early" is a
+    start in 00-49, "late" one in 50-99. Where it splits years into digits, the prompt ends after
+    the decade ("173"), the answers are 3 to 9, the others 0 to 2, and "early" is 0-4. Only endings
+    count that the tokenizer itself would write after the stem (arXiv 2305.00586).
+
+    Raises:
+        InputError: the tokenizer does neither, or too many prompts are asked for.
+    """
+    events = list(_single_tokens(tokenizer, "greater-than", "events", EVENTS, minimum=3))
+    endings, stems = _year_stems(tokenizer)
+    half = len(endings) // 2
+
+    def draw(label: str, generator: random.Random) -> _Draft:
+        stem = generator.choice(list(stems))
+        ids = stems[stem]
+        last = max(ids)
+        starts = [e for e in ids if e != last and (endings.index(e) < half) == (label == "early")]
+        start = generator.choice(starts)
+        words = {"event": generator.choice(events), "stem": stem, "start": start}
+        answers = tuple(ids[e] for e in ids if e > start)
+        others = tuple(ids[e] for e in ids if e <= start)
+        word = next(e for e in ids if e > start)
+        return _Draft(GREATER_THAN_TEMPLATE.format_map(words), answers, others, word, words)
+
+    recipe = _Recipe("greater-than", ("early", "late"), GREATER_THAN_TEMPLATE, draw)
+    return _build(recipe, tokenizer, n=n, seed=seed, prepend_bos=prepend_bos)
+
+
+def gendered_pronoun(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n: Sequence[int] = DEFAULT_SIZES,
+    seed: int = 0,
+    prepend_bos: bool | None = None,
+) -> Task:
+    """The pronoun that follows a name: labels "he" and "she", answers " he" and " she".
+
+    Raises:
+        InputError: too few of the words are single tokens, or too many prompts are asked for.
+    """
+    name = "gendered-pronoun"
+    people = {
+        "he": list(_single_tokens(tokenizer, name, "men's names", MEN, minimum=3)),
+        "she": list(_single_tokens(tokenizer, name, "women's names", WOMEN, minimum=3)),
+    }
+    roles = list(_single_tokens(tokenizer, name, "roles", ROLES, minimum=3))
+    verbalizer = {"he": " he", "she": " she"}
+    ids = verbalizer_token_ids(tokenizer, verbalizer)
+
+    def draw(label: str, generator: random.Random) -> _Draft:
+        words = {"name": generator.choice(people[label]), "role": generator.choice(roles)}
+        prompt = generator.choice(PRONOUN_TEMPLATES).format_map(words)
+        others = tuple(ids[other] for other in ids if other != label)
+        return _Draft(prompt, (ids[label],), others, verbalizer[label], words)
+
+    recipe = _Recipe(name, tuple(ids), "\n".join(PRONOUN_TEMPLATES), draw, verbalizer)
+    return _build(recipe, tokenizer, n=n, seed=seed, prepend_bos=prepend_bos)
+
+
+GENERATORS: Mapping[str, Callable[..., Task]] = MappingProxyType(
+    {"ioi": ioi, "greater-than": greater_than, "gendered-pronoun": gendered_pronoun}
+)
+
+
+def _build(
+    recipe: _Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    n: Sequence[int],
+    seed: int,
+    prepend_bos: bool | None,
+) -> Task:
+    if len(n) != 3 or any(size != 0 and size < len(recipe.labels) for size in n):
+        raise InputError(
+            f"{recipe.name}: n={tuple(n)}: expected the sizes of train, valid and test, each 0 or "
+            f"at least {len(recipe.labels)} (one prompt a label)"
+        )
+    generator = random.Random(seed)
+    bos = bos_ids(tokenizer, prepend_bos)
+    ids = verbalizer_token_ids(tokenizer, recipe.verbalizer) if recipe.verbalizer else {}
+    seen: set[str] = set()
+
+    def split(part: str, size: int) -> Examples:
+        labels = [recipe.labels[i % len(recipe.labels)] for i in range(size)]
+        drafts = [_fresh(recipe, label, generator, seen) for label in labels]
+        tokens = encode(tokenizer, [draft.prompt for draft in drafts])
+        items = tuple(
+            Example(draft.prompt, (*bos, *own), label, draft.answers, draft.others, draft.fields)
+            for draft, own, label in zip(drafts, tokens, labels, strict=True)
+        )
+        places = [f"{recipe.name}, prompt {item.prompt!r}" for item in items]
+        words = [draft.word for draft in drafts]
+        check_boundary(tokenizer, items, words, places, n_bos=len(bos))
+        return Examples(items, recipe.labels, f"{recipe.name}/{part}")
+
+    train, valid, test = (
+        split(part, size) for part, size in zip(("train", "valid", "test"), n, strict=True)
+    )
+    return Task(
+        name=recipe.name,
+        labels=recipe.labels,
+        verbalizer=recipe.verbalizer,
+        verbalizer_ids=ids,
+        template=recipe.template,
+        train=train,
+        valid=valid,
+        test=test,
+        content_free=Examples((), recipe.labels, f"{recipe.name}/content-free"),
+    )
+
+
+def _fresh(recipe: _Recipe, label: str, generator: random.Random, seen: set[str]) -> _Draft:
+    """A draft whose prompt is not in `seen`, to which it is added."""
+    for _ in range(1000):
+        draft = recipe.draw(label, generator)
+        if draft.prompt not in seen:
+            seen.add(draft.prompt)
+            return draft
+    raise InputError(
+        f"{recipe.name}: only about {len(seen)} different prompts can be made with the words that "
+        "this tokenizer keeps whole; ask for fewer with n=(train, valid, test)"
+    )
+
+
+def _single_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    kind: str,
+    words: Sequence[str],
+    *,
+    minimum: int,
+) -> dict[str, int]:
+    """The words that are one token of their own with a leading space, with its id."""
+    pieces = encode(tokenizer, [f" {word}" for word in words])
+    found: dict[str, int] = {}
+    for word, ids in zip(words, pieces, strict=True):
+        if len(ids) == 1 and ids[0] != tokenizer.unk_token_id and ids[0] not in found.values():
+            found[word] = ids[0]
+    if len(found) < minimum:
+        raise InputError(
+            f"{task}: only {len(found)} of {len(words)} {kind} are single tokens here; "
+            f"at least {minimum} are needed; use a tokenizer with a larger vocabulary, or another "
+            "task"
+        )
+    return found
+
+
+def _year_stems(
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[list[str], dict[str, dict[str, int]]]:
+    """The endings of a year in order, and for each stem those that follow it as a token."""
+    two_digits = [f"{ending:02}" for ending in range(100)]
+    one_digit = [str(ending) for ending in range(10)]
+    decades = [f"{century}{decade}" for century in CENTURIES for decade in range(10)]
+    for stems, endings in (([*map(str, CENTURIES)], two_digits), (decades, one_digit)):
+        found = {stem: _continuations(tokenizer, stem, endings) for stem in stems}
+        half = endings[len(endings) // 2]
+        # Three starts in each half leave later and earlier years to choose from.
+        usable = {
+            stem: ids
+            for stem, ids in found.items()
+            if sum(e < half for e in ids) > 3 and sum(e >= half for e in ids) > 3
+        }
+        if usable:
+            return endings, usable
+    raise InputError(
+        "greater-than: this tokenizer writes years neither with two-digit tokens nor digit by "
+        "digit; use another task"
+    )
+
+
+def _continuations(
+    tokenizer: PreTrainedTokenizerBase, stem: str, endings: Sequence[str]
+) -> dict[str, int]:
+    """The endings that the tokenizer writes as one token after the stem, with their ids."""
+    before = encode(tokenizer, [f" {stem}"])[0]
+    years = encode(tokenizer, [f" {stem}{ending}" for ending in endings])
+    unknown = tokenizer.unk_token_id
+    return {
+        ending: ids[-1]
+        for ending, ids in zip(endings, years, strict=True)
+        if ids[:-1] == before and ids[-1] != unknown
+    }

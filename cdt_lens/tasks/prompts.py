@@ -1,0 +1,352 @@
+"""`PromptFormat`: rows of text become prompts whose next token is the answer.
+
+1. A row's text is put into a template that ends in an answer cue; the few-shot prefix, the same
+   for every prompt, stands before it.
+2. The prompt is tokenised without special tokens and BOS is prepended by hand, so that every model
+   class sees the same ids.
+3. Each label has one verbalizer token (" positive"): the gold label's is the answer, those of the
+   other labels compete with it (single-token labels as in CT-SFT, arXiv 2601.08146).
+4. What would give a silently wrong number is refused: a label word of several tokens, a tokenizer
+   that merges across the cue, an unknown label, an empty cell, a prompt longer than the context.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
+
+from transformers import PreTrainedTokenizerBase
+
+from cdt_lens.core.errors import InputError, did_you_mean
+from cdt_lens.tasks.task import Example, Examples
+
+# Inputs without content, whose label logits show the model's bias (arXiv 2102.09690, section 5).
+CONTENT_FREE_TEXTS = ("N/A", "", "[MASK]")
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How rows of text become examples: template, verbalizer, few-shot prefix, BOS and limit.
+
+    `prepend_bos=None` prepends BOS iff the tokenizer has one. `max_length=None` takes the limit
+    that the tokenizer states, if any. `truncate` cuts the longest text column of a prompt that is
+    too long from its end, never the prefix or the answer cue.
+
+    Raises:
+        InputError: no tokenizer, a mistake in the template (such as the label in it), or a
+            verbalizer word that is not one token.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    verbalizer: Mapping[str, str]
+    label_column: str = "label"
+    prefix: str = ""
+    prepend_bos: bool | None = None
+    max_length: int | None = None
+    truncate: bool = False
+
+    def __post_init__(self) -> None:
+        check_tokenizer(self.tokenizer)
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the template names, in order of appearance."""
+        columns = template_columns(self.template)
+        if self.label_column in columns:
+            raise InputError(
+                f"template {self.template!r}: it holds {{{self.label_column}}}, the answer itself; "
+                "end the prompt where the answer begins, and give its words as the verbalizer"
+            )
+        return columns
+
+    @cached_property
+    def verbalizer_ids(self) -> dict[str, int]:
+        """The token id of each label's word; labels in alphabetical order."""
+        return verbalizer_token_ids(self.tokenizer, self.verbalizer)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels in alphabetical order, whatever the order in the verbalizer."""
+        return tuple(self.verbalizer_ids)
+
+    def render(self, cells: Mapping[str, str]) -> str:
+        """Prefix and filled-in template."""
+        return self.prefix + self.template.format_map(cells)
+
+    def check_row(self, row: Mapping[str, object], place: str) -> tuple[dict[str, str], str]:
+        """The text of the template's columns, and the label; `place` names the row in errors."""
+        cells = {column: _cell(row, column, place) for column in self.columns}
+        label = _cell(row, self.label_column, place)
+        if label not in self.verbalizer_ids:
+            raise InputError(
+                f"{place}, column {self.label_column!r}: unknown label {label!r}"
+                f"{did_you_mean(label, self.labels)}; expected one of {', '.join(self.labels)}"
+                f"{_number_hint(label)}"
+            )
+        return cells, label
+
+    def examples(
+        self,
+        rows: Sequence[Mapping[str, object]],
+        *,
+        name: str = "examples",
+        places: Sequence[str] | None = None,
+    ) -> Examples:
+        """The rows as one split; `places` says where each row stands, for error messages.
+
+        Raises:
+            InputError: no rows, a label without a row, or a row that cannot be used.
+        """
+        if not rows:
+            raise InputError(f"{name}: no rows; expected at least one of each label")
+        where = places or [f"{name}, row {number}" for number in range(1, len(rows) + 1)]
+        checked = [self.check_row(row, place) for row, place in zip(rows, where, strict=True)]
+        found = {label for _, label in checked}
+        for label in self.labels:
+            if label not in found:
+                raise InputError(
+                    f"{name}: no row has label {label!r} (found: {', '.join(sorted(found))}); add "
+                    "some, raise the limit, or take the label out of the verbalizer"
+                )
+        columns = [{k: str(v) for k, v in row.items() if v is not None} for row in rows]
+        return Examples(self._encode(checked, columns, where), self.labels, name)
+
+    def content_free(self, name: str) -> Examples:
+        """Prompts whose text columns hold "N/A", nothing and "[MASK]", for `Task.content_free`."""
+        checked = [(dict.fromkeys(self.columns, t), self.labels[0]) for t in CONTENT_FREE_TEXTS]
+        where = [f"{name}, text {text!r}" for text in CONTENT_FREE_TEXTS]
+        columns = [cells for cells, _ in checked]
+        return Examples(self._encode(checked, columns, where), self.labels, name)
+
+    def _encode(
+        self,
+        checked: Sequence[tuple[dict[str, str], str]],
+        columns: Sequence[Mapping[str, str]],
+        places: Sequence[str],
+    ) -> tuple[Example, ...]:
+        limit = context_limit(self.tokenizer, self.max_length)
+        prompts = [self.render(cells) for cells, _ in checked]
+        ids = self._ids(prompts)
+        for i, place in enumerate(places):
+            if len(ids[i]) > limit:
+                prompts[i] = self._shorten(checked[i][0], place, length=len(ids[i]), limit=limit)
+                ids[i] = self._ids([prompts[i]])[0]
+        items = []
+        for i, (_, label) in enumerate(checked):
+            answer = self.verbalizer_ids[label]
+            others = tuple(other for other in self.verbalizer_ids.values() if other != answer)
+            items.append(Example(prompts[i], ids[i], label, (answer,), others, columns[i]))
+        words = [self.verbalizer[item.label] for item in items]
+        n_bos = len(bos_ids(self.tokenizer, self.prepend_bos))
+        check_boundary(self.tokenizer, items, words, places, n_bos=n_bos)
+        return tuple(items)
+
+    def _ids(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
+        bos = bos_ids(self.tokenizer, self.prepend_bos)
+        return [(*bos, *ids) for ids in encode(self.tokenizer, prompts)]
+
+    def _shorten(self, cells: Mapping[str, str], place: str, *, length: int, limit: int) -> str:
+        """The prompt with its longest column cut at the last character that keeps to `limit`."""
+        too_long = f"{place}: the prompt has {length} tokens, the limit is {limit}"
+        if not self.truncate:
+            raise InputError(
+                f"{too_long}; leave the row out, use fewer shots, pass truncate=True to cut its "
+                "text, or raise max_length if the model's context allows"
+            )
+        column = max(self.columns, key=lambda name: len(cells[name]))
+        text = cells[column]
+
+        def prompt(size: int) -> str:
+            return self.render({**cells, column: text[:size]})
+
+        size = bisect.bisect_left(
+            range(1, len(text)), True, key=lambda size: len(self._ids([prompt(size)])[0]) > limit
+        )
+        if not text[:size].strip():
+            raise InputError(
+                f"{too_long}, and cutting column {column!r} is not enough; leave the row out, use "
+                "fewer shots or raise max_length"
+            )
+        return prompt(size)
+
+
+def build_examples(
+    rows: Iterable[Mapping[str, object]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    verbalizer: Mapping[str, str],
+    label_column: str = "label",
+    name: str = "examples",
+    places: Sequence[str] | None = None,
+    prefix: str = "",
+    prepend_bos: bool | None = None,
+    max_length: int | None = None,
+    truncate: bool = False,
+) -> Examples:
+    """Rows as one split: `template` filled in, `verbalizer[label]` as the answer token.
+
+    The options are those of `PromptFormat`; `places` says where each row stands, for errors.
+
+    Raises:
+        InputError: a mistake in template, verbalizer or a row, named with its place and column.
+    """
+    format = PromptFormat(
+        tokenizer, template, verbalizer, label_column, prefix, prepend_bos, max_length, truncate
+    )
+    return format.examples(list(rows), name=name, places=places)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The token ids of each text, without special tokens."""
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def bos_ids(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool | None) -> tuple[int, ...]:
+    """The BOS id to prepend, or nothing; None prepends iff the tokenizer came with one.
+
+    TransformerLens gives a tokenizer without BOS (Qwen's) its EOS for one, which no prompt of that
+    model ever began with; what the tokenizer was loaded with decides.
+    """
+    loaded = getattr(tokenizer, "init_kwargs", None) or {}
+    if prepend_bos is None and "bos_token" in loaded and loaded["bos_token"] is None:
+        return ()
+    if prepend_bos and tokenizer.bos_token_id is None:
+        raise InputError("prepend_bos=True: the tokenizer has no BOS token; leave prepend_bos out")
+    if prepend_bos is False or tokenizer.bos_token_id is None:
+        return ()
+    return (tokenizer.bos_token_id,)
+
+
+def context_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int:
+    """Most tokens of a prompt, BOS included; tokenizers without a limit state a huge number."""
+    if max_length is not None and max_length < 1:
+        raise InputError(f"max_length {max_length}: expected at least 1")
+    return tokenizer.model_max_length if max_length is None else max_length
+
+
+def template_columns(template: str) -> tuple[str, ...]:
+    """The columns named in braces, in order of appearance.
+
+    Raises:
+        InputError: unbalanced braces, no column, or anything but a plain name in braces.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise InputError(f"template {template!r}: {error}; write a literal brace twice") from error
+    columns = dict.fromkeys(name for _, name, _, _ in parts if name is not None)
+    plain = all(name and not name.isdigit() and not set(name) & set(".[") for name in columns)
+    if not columns or not plain or any(spec or conversion for _, _, spec, conversion in parts):
+        raise InputError(
+            f"template {template!r}: expected plain column names in braces, such as "
+            "'{text}\\nSentiment:'; write a literal brace twice"
+        )
+    return tuple(columns)
+
+
+def verbalizer_token_ids(
+    tokenizer: PreTrainedTokenizerBase, verbalizer: Mapping[str, str]
+) -> dict[str, int]:
+    """The token id of each label's word, labels in alphabetical order.
+
+    Raises:
+        InputError: fewer than two labels, a word of several or unknown tokens, or a shared token.
+    """
+    if len(verbalizer) < 2:
+        raise InputError(f"verbalizer {dict(verbalizer)}: expected at least two labels")
+    ids: dict[str, int] = {}
+    for label, word in sorted(verbalizer.items()):
+        pieces = encode(tokenizer, [word])[0]
+        shown = tokenizer.convert_ids_to_tokens(pieces)
+        if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id:
+            got = "the unknown token" if pieces == [tokenizer.unk_token_id] else str(len(pieces))
+            raise InputError(
+                f"verbalizer of label {label!r}: {word!r} must be one token of the tokenizer, got "
+                f"{got}: {shown}; choose another word (most need a leading space)"
+            )
+        for other, taken in ids.items():
+            if taken == pieces[0]:
+                raise InputError(
+                    f"verbalizer: {word!r} ({label}) and {verbalizer[other]!r} ({other}) are the "
+                    f"same token {shown[0]!r}; choose different words"
+                )
+        ids[label] = pieces[0]
+    return ids
+
+
+def check_boundary(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    words: Sequence[str],
+    places: Sequence[str],
+    *,
+    n_bos: int,
+) -> None:
+    """Check that prompt + word has the prompt's tokens and then the word's, for every example.
+
+    Raises:
+        InputError: the tokenizer merges the end of a prompt with its answer.
+    """
+    whole = encode(tokenizer, [e.prompt + word for e, word in zip(examples, words, strict=True)])
+    for example, word, ids, place in zip(examples, words, whole, places, strict=True):
+        if ids != [*example.tokens[n_bos:], example.answers[0]]:
+            raise InputError(
+                f"{place}: the tokenizer merges the end of the prompt with the answer {word!r}: "
+                f"together they end in {tokenizer.convert_ids_to_tokens(ids[-3:])}; end the "
+                "template in another character, without a space, or change the word"
+            )
+
+
+def _number_hint(label: str) -> str:
+    """What to do about labels that are numbers, whose meaning the data do not say."""
+    if not label.strip().lstrip("-").replace(".", "", 1).isdigit():
+        return ""
+    return f"; give the verbalizer a word for each number (such as {label!r}), or write words"
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Refuse None, which is the tokenizer of a model made without one.
+
+    Raises:
+        InputError: says how to get one.
+    """
+    if tokenizer is None:
+        raise InputError(
+            "tokenizer=None: the model has none of its own; give the one that it was trained with, "
+            "such as transformers.AutoTokenizer.from_pretrained(name)"
+        )
+
+
+def _cell(row: Mapping[str, object], column: str, place: str) -> str:
+    if column not in row:
+        raise InputError(
+            f"{place}: no column {column!r}{did_you_mean(column, row)}; "
+            f"the columns are {', '.join(map(repr, row))}"
+        )
+    value = row[column]
+    if value is not None and not isinstance(value, (str, Real)):
+        raise InputError(
+            f"{place}, column {column!r}: expected text, got {type(value).__name__} {value!r}"
+        )
+    # NaN is how pandas marks a missing cell.
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    text = "" if missing else str(value)
+    if not text.strip():
+        raise InputError(f"{place}, column {column!r}: empty; fill it in or leave the row out")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{place}, column {column!r}, character {error.start + 1}: half of a character "
+            f"({text[error.start]!r}); the text was cut in the middle of an emoji or the like"
+        ) from error
+    return text

@@ -1,0 +1,180 @@
+"""What a report shows of a fine-tuning and of a transfer: key numbers, figures, tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cdt_lens.models.heads import all_heads
+from cdt_lens.viz import training_tables as transfer_tables
+from cdt_lens.viz.report.sections import Section
+from cdt_lens.viz.svg import figure_html
+from cdt_lens.viz.training_figures import (
+    accuracies,
+    learning_curve,
+    point_lines,
+    trade_off,
+    trained_heads,
+)
+from cdt_lens.viz.training_tables import finished, runs_of, untouched
+from cdt_lens.viz.words import Number, duration, mean_and_spread, score
+
+if TYPE_CHECKING:
+    from cdt_lens.finetuning.result import FineTuneResult
+    from cdt_lens.finetuning.transfer_result import TransferResult
+
+
+def fine_tune_section(result: FineTuneResult, id: str, _: Sequence[object]) -> Section:
+    """The learning curve of one training, the heads that it trained, its history and options."""
+    before, after = result.before, result.after
+    drawn = [figure_html(learning_curve(result), prefix=f"{id}-curve")]
+    if result.heads:
+        lines = [_head_line(head, result) for head in all_heads(result.n_layers, result.n_heads)]
+        map_of_heads = trained_heads(result)
+        drawn.append(figure_html(map_of_heads, prefix=f"{id}-map", tooltips={"cells": lines}))
+    tables = [transfer_tables.history_table(result)]
+    if result.options:
+        tables.append(transfer_tables.settings_table(result.options, caption="Training options"))
+    name = f"Fine-tuning: {result.scope}"
+    return Section(
+        kind="FineTuneResult",
+        id=id,
+        title=name,
+        headline=(
+            _change(before["target_accuracy"], after["target_accuracy"]),
+            f"target validation accuracy, before and after training {result.scope}",
+        ),
+        facts=_training_facts(result),
+        figures=tuple(drawn),
+        tables=tuple(tables),
+        provenance=_told(name, result.provenance),
+    )
+
+
+def transfer_section(result: TransferResult, id: str, _: Sequence[object]) -> Section:
+    """The scopes compared on every target: trade-off, accuracies, tables, automatic choice."""
+    drawn = [
+        figure_html(figure(result), prefix=f"{id}-{name}", tooltips=point_lines(result, *columns))
+        for name, figure, columns in (
+            ("tradeoff", trade_off, ("accuracy", "retention")),
+            ("accuracies", accuracies, ("accuracy",)),
+        )
+    ]
+    tables = [transfer_tables.comparison_table(result)]
+    if len(result.auto):
+        tables.append(transfer_tables.choices_table(result))
+    if len(result.cells):
+        tables.append(transfer_tables.runs_table(result))
+    for entries, caption in ((result.discovery, "Discovery"), (result.settings, "Settings")):
+        if entries:
+            tables.append(transfer_tables.settings_table(entries, caption=caption))
+    name = f"Transfer: {result.task} from {result.proxy}"
+    return Section(
+        kind="TransferResult",
+        id=id,
+        title=name,
+        headline=_outcome(result),
+        facts=_transfer_facts(result),
+        figures=tuple(drawn),
+        tables=tuple(tables),
+        provenance=_told(name, result.provenance),
+    )
+
+
+def _training_facts(result: FineTuneResult) -> dict[str, str]:
+    heads, siblings = len(result.heads), len(result.siblings)
+    total = result.n_layers * result.n_heads
+    facts = {"Scope": result.scope}
+    if heads:
+        facts["Heads trained"] = f"{heads} of {total} ({heads / total:.1%})"
+        facts["Siblings (share a trained K/V slice)"] = str(siblings)
+    epochs = result.options.get("epochs")
+    kept = f"{result.best_epoch} of {epochs}" if epochs is not None else str(result.best_epoch)
+    before, after = result.before["source_accuracy"], result.after["source_accuracy"]
+    change = f" ({_change(before, after)})" if np.isfinite(result.retention) else ""
+    return facts | {
+        "Parameters trained": transfer_tables.trained_in_words(result),
+        "Best epoch": kept if result.best_epoch else f"{kept} (the untouched weights)",
+        "Stopped": result.stopped,
+        "Time": duration(result.seconds),
+        "Source retention": f"{score(result.retention)}{change}",
+    }
+
+
+def _transfer_facts(result: TransferResult) -> dict[str, str]:
+    seeds = result.seeds
+    runs = [runs_of(result, t, s) for t in result.targets for s in result.scopes]
+    done = sum(map(finished, runs))
+    diverged = sum(map(len, runs)) - done
+    broken = f"; {diverged} diverged" if diverged else ""
+    planned = len(result.targets) * len(result.scopes) * len(seeds)
+    before = untouched(result, result.proxy, "accuracy")
+    facts = {
+        "Task": result.task,
+        "Proxy language": f"{result.proxy} (accuracy {score(before)} before)",
+        "Targets": f"{len(result.targets)}: {', '.join(result.targets)}",
+        "Seeds": ", ".join(map(str, seeds)) or "none yet",
+        "Runs finished": f"{done} of {planned}{broken}" if planned else "none yet",
+        "Chance (always the commonest label)": score(result.chance),
+        "Test examples": _test_examples(result),
+    }
+    chosen = transfer_tables.right_of(result)
+    if chosen:
+        right = ", ".join(f"{rule} {words}" for rule, words in chosen.items())
+        facts["Automatic choice right"] = right
+    return facts
+
+
+def _test_examples(result: TransferResult) -> str:
+    """How many, and how far an accuracy on so many may be off by chance alone."""
+    counts = [int(n) for n in result.before["examples"]]
+    if not counts or min(counts) < 1:
+        return "n/a"
+    many = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+    error = 0.5 / min(counts) ** 0.5
+    return f"{many} a language (standard error of an accuracy at most \u00b1{error:.3f})"
+
+
+def _outcome(result: TransferResult) -> tuple[str, str]:
+    """Target accuracy before and after, over the targets that finished; full beside it."""
+    main = "decision" if "decision" in result.scopes else result.scopes[0]
+    ran = set(result.cells["scope"]) if len(result.cells) else set()
+    compared = [main, *(["full"] if "full" in ran - {main} else [])]
+    rows, done = [], 0
+    for target in result.targets:
+        runs = [runs_of(result, target, scope) for scope in compared]
+        means = [mean_and_spread(each["accuracy"])[0] for each in runs]
+        means = [untouched(result, target, "accuracy"), *means]
+        if np.isfinite(means).all():
+            rows.append(means)
+            done += sum(map(finished, runs))
+    if not rows:
+        return "n/a", f"target accuracy of {main}: no target has finished"
+    before, after, *full = np.mean(rows, axis=0)
+    over = f"mean of {len(rows)} targets" if len(rows) > 1 else "one target"
+    beside = f" (full: {full[0]:.3f})" if full else ""
+    asked = len(rows) * len(compared) * len(result.seeds)
+    what = "runs" if len(rows) * len(compared) > 1 else "seeds"
+    of = f", {done} of {asked} {what}" if done < asked else ""
+    words = f"target accuracy, untouched and after {main}{beside}, {over}{of}"
+    return _change(before, after), words
+
+
+def _head_line(head: Any, result: FineTuneResult) -> str:
+    if head in result.heads:
+        return f"{head}: trained"
+    if head in result.siblings:
+        return f"{head}: not selected, shares a trained K/V slice"
+    return f"{head}: not trained"
+
+
+def _change(before: Number, after: Number) -> str:
+    if np.isnan(before) and np.isnan(after):
+        return "n/a"
+    return f"{score(before)} \u2192 {score(after)}"
+
+
+def _told(name: str, provenance: Any) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    return () if provenance is None else ((name, provenance.to_dict()),)

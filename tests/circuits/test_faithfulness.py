@@ -1,0 +1,314 @@
+"""Proof (g): faithfulness of all heads, of none, and of a two-head toy by hand; controls; areas."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers import by_hand
+from helpers.checks import assert_close, assert_same_bits
+from helpers.shared import models, shared
+from helpers.tiny_models import D_VOCAB, Float64Throughout, _randomise as randomise
+from helpers.tiny_tasks import examples, many
+from helpers.wrapped import tokenizer
+
+from cdt_lens.circuits import faithfulness as module
+from cdt_lens.circuits.circuit import Circuit, random_heads, random_heads_like
+from cdt_lens.circuits.faithfulness import (
+    CONTROLS,
+    FaithfulnessCurve,
+    circuit_faithfulness,
+    faithfulness_curve,
+)
+from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.circuits.measures import MIB_FRACTIONS
+from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.decomposition.baseline import Baseline, mean_activations
+from cdt_lens.models.heads import Head, all_heads
+from cdt_lens.models.loading import _bridge
+from cdt_lens.models.view import ModelView
+from cdt_lens.scoring.sweep import score_heads
+from cdt_lens.tasks.task import Examples
+
+FRACTIONS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
+
+
+def fitted(view: ModelView, data: Examples) -> tuple[Examples, Baseline, HeadScores]:
+    baseline = mean_activations(view, data, progress=False)
+    return data, baseline, score_heads(view, data, baseline, progress=False)
+
+
+def curve_of(view: ModelView, data: Examples | None = None, **options: Any) -> FaithfulnessCurve:
+    data, baseline, scores = fitted(view, data or examples())
+    options = {"fractions": FRACTIONS, "draws": 3, "progress": False, **options}
+    return faithfulness_curve(view, scores, data, baseline, **options)
+
+
+# A toy by hand -------------------------------------------------------------------------------------
+
+
+def two_heads(folder: str) -> ModelView:
+    """One layer of two heads."""
+    config = transformers.GPT2Config(
+        vocab_size=D_VOCAB, n_positions=16, n_embd=16, n_layer=1, n_head=2,
+        bos_token_id=1, eos_token_id=2, attn_implementation="eager",
+    )  # fmt: skip
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.GPT2LMHeadModel(config).double().requires_grad_(False)
+        randomise(model, torch.Generator().manual_seed(3))
+        return ModelView(_bridge(model, tokenizer(folder), "cpu", torch.float64).eval())
+
+
+def test_a_toy_of_two_heads_by_hand(tokenizer_folder):
+    with Float64Throughout():
+        view = two_heads(tokenizer_folder)
+        data = examples()
+        baseline = mean_activations(view, data, progress=False)
+
+        def metric(*ablated: Head) -> float:
+            values = [
+                by_hand.direction(by_hand.ablated_logits(view, item, ablated, baseline), item)
+                for item in data
+            ]
+            return by_hand.balanced(values, data)
+
+        first, second = Head(0, 0), Head(0, 1)
+        full, empty = metric(), metric(first, second)
+        for kept, ablated in ((first, second), (second, first)):
+            circuit = Circuit((kept,), 1, 2)
+            found = circuit_faithfulness(view, circuit, data, baseline, draws=4, progress=False)
+            assert found.full == pytest.approx(full, abs=1e-6)
+            assert found.empty == pytest.approx(empty, abs=1e-6)
+            f = (metric(ablated) - empty) / (full - empty)
+            completeness = (metric(kept) - empty) / (full - empty)
+            assert found.faithfulness == pytest.approx(f, abs=1e-5)
+            assert found.completeness == pytest.approx(completeness, abs=1e-5)
+            # The controls are one head each: this one or the other.
+            for values in found.random.values():
+                for value in values.tolist():
+                    assert min(abs(value - f), abs(value - completeness)) < 1e-5
+        scores = score_heads(view, data, baseline, progress=False)
+        curve = faithfulness_curve(
+            view, scores, data, baseline, fractions=(0.0, 0.5, 1.0), draws=2, progress=False
+        )
+        best = scores.top(1)[0]
+        other = second if best == first else first
+        half = (metric(other) - empty) / (full - empty)
+        assert curve.sizes == (0, 1, 2)
+        assert curve.faithfulness.tolist() == pytest.approx([0.0, half, 1.0], abs=1e-5)
+        rest = (metric(best) - empty) / (full - empty)
+        assert curve.completeness.tolist() == pytest.approx([1.0, rest, 0.0], abs=1e-5)
+        assert curve.cpr == pytest.approx((0 + half) / 4 + (half + 1) / 4, abs=1e-5)
+        gap = abs(1 - half)
+        assert curve.cmd == pytest.approx((1 + gap) / 4 + (gap + 0) / 4, abs=1e-5)
+
+
+# All heads and none --------------------------------------------------------------------------------
+
+
+@models(("gpt2", "llama", "gemma2"))
+@pytest.mark.parametrize("metric", ["direction", "accuracy"])
+def test_it_is_1_for_all_heads_and_0_for_none(family, backend, metric, tokenizer_folder):
+    view = shared(family, backend, tokenizer_folder, torch.float32)
+    curve = curve_of(view, many(), metric=metric)
+    assert curve.sizes == (0, 1, 2, 4, 6, 8)
+    assert (float(curve.faithfulness[0]), float(curve.faithfulness[-1])) == (0.0, 1.0)
+    assert (float(curve.completeness[0]), float(curve.completeness[-1])) == (1.0, 0.0)
+    for values in curve.random.values():
+        assert values[:, 0].tolist() == [0.0] * 3
+        assert values[:, -1].tolist() == [1.0] * 3
+    data, baseline, _ = fitted(view, many())
+    for heads, f in ((all_heads(2, 4), 1.0), ((), 0.0)):
+        found = circuit_faithfulness(
+            view, Circuit(heads, 2, 4), data, baseline, metric=metric, draws=1, progress=False
+        )
+        assert (found.faithfulness, found.completeness) == (f, 1.0 - f)
+        assert (found.full, found.empty) == pytest.approx((curve.full, curve.empty), abs=1e-5)
+
+
+def test_the_curve_keeps_the_top_of_the_ranking(tokenizer_folder):
+    view = shared("gpt2", "bridge", tokenizer_folder, torch.float32)
+    data, baseline, scores = fitted(view, examples())
+    for by in ("magnitude", "signed"):
+        curve = curve_of(view, by=by)
+        for number, size in enumerate(curve.sizes):
+            circuit = scores.select(k=size, by=by)
+            found = circuit_faithfulness(view, circuit, data, baseline, draws=1, progress=False)
+            assert float(curve.faithfulness[number]) == pytest.approx(found.faithfulness, abs=1e-6)
+            assert float(curve.completeness[number]) == pytest.approx(found.completeness, abs=1e-6)
+
+
+def test_the_areas_are_trapezoids_of_the_points(tokenizer_folder):
+    curve = curve_of(shared("gpt2", "bridge", tokenizer_folder, torch.float32))
+
+    def trapezoid(values: list[float]) -> float:
+        return sum(
+            (b - a) * (x + y) / 2
+            for a, b, x, y in zip(FRACTIONS, FRACTIONS[1:], values, values[1:], strict=False)
+        )
+
+    f = curve.faithfulness.tolist()
+    assert curve.cpr == pytest.approx(trapezoid(f), abs=1e-6)
+    assert curve.cmd == pytest.approx(trapezoid([abs(1 - x) for x in f]), abs=1e-6)
+    for name in CONTROLS:
+        for draw, values in enumerate(curve.random[name].tolist()):
+            assert float(curve.random_cpr[name][draw]) == pytest.approx(trapezoid(values), abs=1e-6)
+            by_distance = trapezoid([abs(1 - x) for x in values])
+            assert float(curve.random_cmd[name][draw]) == pytest.approx(by_distance, abs=1e-6)
+
+
+# Controls ------------------------------------------------------------------------------------------
+
+
+def test_the_controls_are_the_recorded_draws_of_the_right_size(tokenizer_folder, monkeypatch):
+    """Each f of a control is that of the circuit which its seed draws."""
+    view = shared("gpt2", "bridge", tokenizer_folder, torch.float32)
+    data, baseline, scores = fitted(view, examples())
+    circuit = scores.select(k=3)
+    found = circuit_faithfulness(view, circuit, data, baseline, draws=4, seed=11, progress=False)
+    drawn = {
+        "random": [random_heads(3, 2, 4, seed=11 + i) for i in range(4)],
+        "random-per-layer": [random_heads_like(circuit.heads, 2, 4, seed=11 + i) for i in range(4)],
+    }
+    assert tuple(found.random) == CONTROLS
+    per_layer = Counter(head.layer for head in circuit.heads)
+    for name, circuits in drawn.items():
+        for number, heads in enumerate(circuits):
+            assert len(heads) == 3
+            if name == "random-per-layer":
+                assert Counter(head.layer for head in heads) == per_layer
+            alone = circuit_faithfulness(
+                view, Circuit(heads, 2, 4), data, baseline, draws=1, progress=False
+            )
+            expected = pytest.approx(alone.faithfulness, abs=1e-6)
+            assert float(found.random[name][number]) == expected
+    assert found.provenance.seed == 11
+
+
+def test_controls_are_reproducible_from_the_seed(tokenizer_folder):
+    view = shared("gpt2", "bridge", tokenizer_folder, torch.float32)
+    first, again, other = (curve_of(view, seed=seed) for seed in (5, 5, 6))
+    for name in CONTROLS:
+        assert_same_bits(first.random[name], again.random[name])
+    assert not torch.equal(first.random["random"], other.random["random"])
+    assert torch.equal(first.faithfulness, other.faithfulness)
+
+
+def test_beaten_is_the_share_of_random_circuits_below(tokenizer_folder):
+    curve = curve_of(shared("gpt2", "bridge", tokenizer_folder, torch.float32))
+    for name in CONTROLS:
+        for number, own in enumerate(curve.faithfulness.tolist()):
+            values = curve.random[name][:, number].tolist()
+            below = sum(1.0 if v < own else 0.5 if v == own else 0.0 for v in values) / len(values)
+            assert float(curve.beaten[name][number]) == pytest.approx(below)
+    assert float(curve.beaten["random"][-1]) == 0.5  # all heads against all heads
+
+
+def test_batches_and_rows_change_nothing(tokenizer_folder):
+    view = shared("gpt2", "bridge", tokenizer_folder, torch.float32)
+    expected = curve_of(view)
+    for options in ({"batch_size": 1}, {"batch_size": 4, "rows": 5}):
+        found = curve_of(view, **options)
+        assert_close(found.faithfulness, expected.faithfulness, atol=1e-5)
+        assert_close(found.random["random"], expected.random["random"], atol=1e-5)
+
+
+def test_the_default_fractions_are_mibs(tokenizer_folder):
+    view = shared("gpt2", "bridge", tokenizer_folder, torch.float32)
+    data, baseline, scores = fitted(view, examples())
+    curve = faithfulness_curve(view, scores, data, baseline, draws=1, progress=False)
+    assert curve.fractions == MIB_FRACTIONS
+    assert curve.sizes == (0, 0, 0, 0, 0, 0, 0, 1, 4, 8)  # of 8 heads, rounded down
+    assert curve.to_dataframe()["heads"].tolist() == list(curve.sizes)
+
+
+# On disk and refused -------------------------------------------------------------------------------
+
+
+def test_round_trip_is_bit_equal(tmp_path: Path, tokenizer_folder):
+    curve = curve_of(shared("gpt2", "bridge", tokenizer_folder, torch.float32))
+    loaded = FaithfulnessCurve.load(curve.save(tmp_path / "f.json"))
+    for name in ("sizes", "fractions", "full", "empty", "metric", "cpr", "cmd", "provenance"):
+        assert getattr(loaded, name) == getattr(curve, name)
+    for name in ("faithfulness", "completeness"):
+        assert_same_bits(getattr(loaded, name), getattr(curve, name))
+    for name in ("random", "random_cpr", "random_cmd", "beaten"):
+        assert set(getattr(loaded, name)) == set(CONTROLS)
+        for control in CONTROLS:
+            assert_same_bits(getattr(loaded, name)[control], getattr(curve, name)[control])
+    path = tmp_path / "f.json"
+    path.write_text(path.read_text().replace('"metric": "direction"', '"metric": "accuracy"'))
+    with pytest.raises(ArtifactError) as caught:
+        FaithfulnessCurve.load(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fractions", [(), (0.5,), (0.5, 0.5), (0.5, 0.2), (-0.1, 1.0), (0.5, 1.1), (0.1, float("nan"))]
+)
+def test_fractions_that_are_no_curve_are_refused(fractions, tokenizer_folder):
+    with pytest.raises(InputError, match="fractions"):
+        curve_of(shared("gpt2", "bridge", tokenizer_folder, torch.float32), fractions=fractions)
+
+
+@pytest.mark.parametrize("draws", [0, -1])
+def test_without_draws_there_are_no_controls_or_a_clear_error(draws, tokenizer_folder):
+    view = shared("gpt2", "bridge", tokenizer_folder, torch.float32)
+    data, baseline, scores = fitted(view, examples())
+    for use in (
+        lambda: curve_of(view, draws=draws).to_dataframe(),
+        lambda: circuit_faithfulness(
+            view, scores.select(k=1), data, baseline, draws=draws, progress=False
+        ),
+    ):
+        try:
+            use()
+        except InputError as error:
+            assert "draws" in str(error)
+        else:
+            assert draws == 0
+
+
+def test_scores_of_some_heads_give_no_curve(tokenizer_folder):
+    view = shared("gpt2", "bridge", tokenizer_folder, torch.float32)
+    data, baseline, _ = fitted(view, examples())
+    some = score_heads(view, data, baseline, heads=[Head(0, 1)], progress=False)
+    with pytest.raises(InputError, match="1 of 8 heads"):
+        faithfulness_curve(view, some, data, baseline, progress=False)
+
+
+def test_a_metric_that_no_head_changes_is_refused(tokenizer_folder, monkeypatch):
+    view = shared("gpt2", "bridge", tokenizer_folder, torch.float32)
+    data, baseline, scores = fitted(view, examples())
+    flat = {"measure_circuits": lambda v, circuits, *a, **k: dict.fromkeys(circuits, 1.5)}
+    monkeypatch.setattr(module, "measure_circuits", flat["measure_circuits"])
+    with pytest.raises(InputError, match="nothing to explain"):
+        faithfulness_curve(view, scores, data, baseline, progress=False)
+    with pytest.raises(InputError, match="nothing to explain"):
+        circuit_faithfulness(view, scores.select(k=1), data, baseline, progress=False)
+
+
+def test_wrong_input_is_refused(tokenizer_folder):
+    view = shared("gpt2", "bridge", tokenizer_folder, torch.float32)
+    data, baseline, scores = fitted(view, examples())
+    with pytest.raises(InputError, match="no examples"):
+        faithfulness_curve(view, scores, data[:0], baseline, progress=False)
+    for wrong, told in (
+        (Circuit((Head(2, 0),), 3, 4), "n_layers=3, the model has 2"),
+        (Circuit((Head(0, 0), Head(1, 2)), 2, 12), "n_heads=12, the model has 4"),
+    ):
+        with pytest.raises(InputError, match=told):
+            circuit_faithfulness(view, wrong, data, baseline, progress=False)
+    small = replace(
+        scores, values=scores.values[:1], stderr=scores.stderr[:1],
+        per_example=scores.per_example[:, :1],
+    )  # fmt: skip
+    with pytest.raises(InputError, match="4 of 8 heads"):
+        faithfulness_curve(view, small, data, baseline, progress=False)

@@ -1,0 +1,153 @@
+"""`cdt-lens compare`, from the outside: files in, tables and files out, mistakes in a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from helpers import sample_comparison as sample
+from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_task
+from typer.testing import CliRunner
+
+from cdt_lens.cli import app as cli, compare as compare_command, console
+from cdt_lens.comparing import timed_scores as scores_module
+from cdt_lens.comparing.comparison import Comparison, PlantedComparison
+from cdt_lens.core.errors import CdtLensError
+from cdt_lens.experiments import settings
+from cdt_lens.planted.catalogue import PLANTED
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    save_model(folder / "tiny")
+    write_task(folder / "data")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass before a method and one after it: time is the matter of test_timed_scores."""
+    monkeypatch.setattr(scores_module, "_PASSES", 1)
+    monkeypatch.setattr(scores_module, "_REPEATS", 1)
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def of_files(
+    place: Path, out: Path, *more: str, splits: tuple[str, ...] = ("train", "valid")
+) -> list[str]:
+    files = [x for s in splits for x in (f"--{s}", str(place / "data" / f"{s}.csv"))]
+    words = [x for label, word in VERBALIZER.items() for x in ("--verbalizer", f"{label}={word}")]
+    return [
+        "--model", str(place / "tiny"), "--out", str(out), "--task", "files", *files,
+        "--template", TEMPLATE, *words, "--examples", "6", *more,
+    ]  # fmt: skip
+
+
+def test_from_files_to_the_report(place: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    arguments = of_files(
+        place, out, "--held-out", "6", "--methods", "cdt:stable,random", "--draws", "2"
+    )
+    printed = run("compare", *arguments)
+    result = Comparison.load(out / "comparison.json")
+    assert result.names == ("exact", "cdt:stable", "random")
+    assert (result.scored, result.held_out, len(result.random)) == (6, 6, 2)
+    assert result.provenance.examples == {"bad": 2, "fine": 2, "good": 2}
+    for text in (
+        "exact (yardstick)",
+        "Spearman",
+        f"{result['cdt:stable'].pearson:.3f}",
+        "magnitude",
+    ):
+        assert text in printed
+    assert str(out / "report.html") in printed.replace("\n", "")
+    frame = pd.read_csv(out / "comparison.csv")
+    assert frame["cpr_signed"].tolist() == pytest.approx(
+        result.to_dataframe()["cpr_signed"].tolist()
+    )
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    page = (out / "report.html").read_text("utf-8")
+    assert "cdt:stable" in page and "What the columns mean" in page
+    shown = run("show", str(out / "comparison.json"))
+    assert "exact (yardstick)" in shown and "model_hash" in shown
+
+    # The same command finds all of it there; another method is added to it.
+    stamp = (out / "scores-exact.json").stat().st_mtime_ns
+    again = run("compare", *arguments[:-4], "--methods", "random,direct")
+    assert (out / "scores-exact.json").stat().st_mtime_ns == stamp
+    assert "direct" in again
+    # A run of discover goes on with its baseline.
+    stamp = (out / "baseline.json").stat().st_mtime_ns
+    run("discover", *of_files(place, out, "--k", "2"))
+    assert (out / "baseline.json").stat().st_mtime_ns == stamp
+
+
+def test_planted_circuits(tmp_path: Path):
+    name = next(name for name in PLANTED if name.startswith("hand-"))
+    printed = run(
+        "compare", "--planted", name, "--methods", "cdt:stable", "--out", str(tmp_path),
+        "--backend", "bridge", "--draws", "1",
+    )  # fmt: skip
+    result = PlantedComparison.load(tmp_path / "comparison.json")
+    assert list(result.circuits) == [name]
+    assert "AUROC" in printed and "average precision" in printed and name in printed
+    assert "cdt:stable" in run("show", str(tmp_path / "comparison.json"))
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "an unknown method": (["--methods", "cdt:stabel"], "did you mean 'cdt:stable'"),
+    "no method": (["--methods", ","], "expected any of exact"),
+    "both kinds": (["--planted", "all"], "either --model or --planted"),
+}
+
+
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_a_mistake_is_told_before_the_model_is_loaded(
+    mistake, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(settings, "load_model", None)
+    arguments, told = MISTAKES[mistake]
+    with pytest.raises(CdtLensError, match=told):
+        run("compare", *of_files(place, tmp_path / "x", *arguments))
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_task_without_held_out_examples_is_told_before_the_model_is_loaded(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(settings, "load_model", None)
+    with pytest.raises(CdtLensError, match="expected --valid, the file"):
+        run("compare", *of_files(place, tmp_path / "x", splits=("train",)))
+    for planted, told in (
+        ("hand-nothing", "planted circuit 'hand-nothing': unknown"),
+        (",", "got none"),
+    ):
+        with pytest.raises(CdtLensError, match=told):
+            run("compare", "--planted", planted, "--out", str(tmp_path / "x"))
+    with pytest.raises(CdtLensError, match="either --model or --planted"):
+        run("compare", "--out", str(tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 300])
+def test_tables_fit_the_terminal_without_breaking_a_word(
+    width, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    monkeypatch.setattr(console.out, "_width", width)
+    compare_command.show_comparison(sample.comparison(refused=["cdt:official"], truth=True))
+    compare_command.show_planted(sample.planted())
+    printed = capsys.readouterr().out
+    tables = [line for line in printed.splitlines() if line.startswith(" ")]
+    assert max(map(len, tables)) <= width
+    assert "\u2026" not in printed
+    for name in (*sample.MADE_UP, *sample.CIRCUITS, "random rankings (median of 5)"):
+        assert name in printed
+    assert "cdt:official is refused on trained-attention-only: 10 of 270" in printed

@@ -1,0 +1,191 @@
+"""The command line: the whole way through on a tiny model, and mistakes that a person makes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_task
+from typer.testing import CliRunner
+
+from cdt_lens.circuits.circuit import Circuit
+from cdt_lens.circuits.faithfulness import FaithfulnessCurve
+from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.cli import app as cli
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    save_model(folder / "tiny")
+    write_task(folder / "data")
+    return folder
+
+
+def discover(place: Path, out: Path, *more: str) -> list[str]:
+    files = [x for s in ("train", "valid") for x in (f"--{s}", str(place / "data" / f"{s}.csv"))]
+    words = [x for label, word in VERBALIZER.items() for x in ("--verbalizer", f"{label}={word}")]
+    return [
+        "discover", "--model", str(place / "tiny"), "--out", str(out), "--task", "files", *files,
+        "--template", TEMPLATE, *words, "--examples", "6", "--k", "2", *more,
+    ]  # fmt: skip
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_from_files_to_the_report(place: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    printed = run(*discover(place, out, "--ablation", "--calibrate"))
+    circuit = Circuit.load(out / "circuit.json")
+    scores = HeadScores.load(out / "scores.json")
+    assert circuit.heads == tuple(sorted(scores.top(2, by="signed")))
+    assert all(str(head) in printed for head in circuit.heads)
+    assert "Spearman" in printed
+    assert circuit.provenance is not None
+    assert circuit.provenance.examples == {"bad": 2, "fine": 2, "good": 2}
+
+    printed = run("faithfulness", str(out), "--examples", "6", "--draws", "2")
+    curve = FaithfulnessCurve.load(out / "faithfulness.json")
+    assert curve.sizes[-1] == 8 and float(curve.faithfulness[-1]) == pytest.approx(1, abs=1e-5)
+    assert f"CPR {curve.cpr:.3f}" in printed
+
+    printed = run("trace", str(out), "--examples", "3", "--width", "2", "--fan-in", "1")
+    traced = Circuit.load(out / "graph.json")
+    assert traced.graph is not None
+    assert all(edge.name in printed for edge in traced.graph.kept_edges)
+    assert sum(edge.target == "logits" for edge in traced.graph.kept_edges) == 2
+
+    printed = run("report", str(out))
+    page = (out / "report.html").read_text("utf-8")
+    assert "Circuit graph" in page
+    assert str(out / "report.html") in printed.replace("\n", "")
+    assert all(str(head) in page for head in circuit.heads)
+    assert not list(out.glob("*partial*"))
+
+    assert "weights" not in run("show", str(out / "circuit.json"))
+
+
+def test_a_run_goes_on_and_keeps_what_it_has(place: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    run(*discover(place, out))
+    before = (out / "scores.json").read_bytes()
+    stamp = (out / "scores.json").stat().st_mtime_ns
+    run(*discover(place, out))
+    assert (out / "scores.json").read_bytes() == before
+    assert (out / "scores.json").stat().st_mtime_ns == stamp
+
+
+def test_a_damaged_file_of_a_run_is_made_again(place: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    run(*discover(place, out))
+    scores = HeadScores.load(out / "scores.json")
+    text = (out / "scores.json").read_text("utf-8")
+    (out / "scores.json").write_text(text[: len(text) // 2], "utf-8")
+    run(*discover(place, out))
+    assert HeadScores.load(out / "scores.json").values.equal(scores.values)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PYTHONWARNINGS": "ignore",
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "400",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "cdt_lens.cli", *arguments],
+        capture_output=True, text=True, env=environment, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def mistakes(place: Path, tmp_path: Path) -> dict[str, tuple[list[str], list[str]]]:
+    """A mistake -> the arguments, and what its one line must say."""
+    one_label = tmp_path / "one.csv"
+    one_label.write_text("text,label\nw20,bad\nw21,bad\n", "utf-8")
+    typo = tmp_path / "typo.csv"
+    typo.write_text("text,label\nw20,bad\nw21,fien\nw22,good\n", "utf-8")
+    empty = tmp_path / "empty.csv"
+    empty.write_text("text,label\n", "utf-8")
+    cut = tmp_path / "cut"
+    save_model(cut)
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    ok = discover(place, tmp_path / "x")
+
+    def with_train(path: Path) -> list[str]:
+        i = ok.index("--train")
+        return [*ok[: i + 1], str(path), *ok[i + 2 :]]
+
+    return {
+        "no model": (["discover", "--model", str(tmp_path / "none"), "--out", "x"], ["none"]),
+        "a cut file": (
+            [*ok[:2], str(cut), *ok[3:]], ["cut", "damaged or incomplete"],
+        ),
+        "empty data": (with_train(empty), ["empty.csv"]),
+        "a label without examples": (with_train(one_label), ["train", "fine"]),
+        "a misspelt label": (with_train(typo), ["typo.csv", "3", "fien", "fine"]),
+        "a word of two tokens": (
+            [a.replace("good=", "good= w12") for a in ok], ["w12", "good"],
+        ),
+        "labels in one option": (
+            [*ok, "--verbalizer", "a= w1,b= w2"], ["a= w1,b= w2", "again for each label"],
+        ),
+        "a label twice": ([*ok, "--verbalizer", "good= w12"], ["good= w12", "before"]),
+        "no run": (["faithfulness", str(tmp_path / "nowhere")], ["nowhere", "discover"]),
+        "an unknown task": (
+            ["discover", "--model", str(place / "tiny"), "--out", "x", "--task", "io"], ["ioi"],
+        ),
+        "no such model to fetch": (["fetch", "gpt5"], ["smollm2-135m"]),
+    }  # fmt: skip
+
+
+MISTAKES = [
+    "no model", "a cut file", "empty data", "a label without examples", "a misspelt label",
+    "a word of two tokens", "labels in one option", "a label twice", "no run", "an unknown task",
+    "no such model to fetch",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(mistake, place, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    arguments, said = mistakes(place, tmp_path)[mistake]
+    monkeypatch.setattr(sys, "argv", ["cdt-lens", *arguments])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    printed = capfd.readouterr().err
+    assert "Traceback" not in printed
+    lines = [line for line in printed.splitlines() if line.startswith("cdt-lens:")]
+    assert len(lines) == 1
+    assert all(word in printed for word in said), printed
+    assert not (tmp_path / "x").exists()
+
+
+def test_in_a_process_of_its_own(place: Path, tmp_path: Path):
+    result = command("report", str(tmp_path))
+    assert result.returncode == 1
+    assert result.stderr.startswith("cdt-lens: ") and result.stderr.count("\n") == 1
+    result = command("discover", "--rules", "wrong", "--model", "m", "--out", "o")
+    assert result.returncode == 2 and "stable" in result.stderr
+
+
+def test_another_models_run_is_refused(place: Path, tmp_path: Path, monkeypatch, capfd):
+    out = tmp_path / "run"
+    run(*discover(place, out))
+    other = save_model(tmp_path / "other", "qwen2")
+    body = json.loads((out / "run.json").read_text("utf-8"))
+    assert body["settings"]["model"].endswith("tiny")
+    monkeypatch.setattr(sys, "argv", ["cdt-lens", *discover(place, out), "--model", str(other)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "model" in capfd.readouterr().err

@@ -1,0 +1,103 @@
+"""Circuits are measured once, with the numbers of the ablation, and kept for the next call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.shared import shared
+from helpers.tiny_tasks import examples, many
+
+from cdt_lens.circuits.ablation import circuit_metric
+from cdt_lens.comparing import measured_circuits as module
+from cdt_lens.comparing.measured_circuits import MeasuredCircuits
+from cdt_lens.core.errors import InputError
+from cdt_lens.decomposition.baseline import Baseline, mean_activations, zero_baseline
+from cdt_lens.models.heads import Head, all_heads
+from cdt_lens.models.view import ModelView
+
+ONE, TWO = (Head(0, 1),), (Head(0, 2), Head(1, 3))
+
+
+class Counted:
+    """Counts the circuits that are really measured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[Head, ...]] = []
+        true = module.measure_circuits
+
+        def measure(view: ModelView, circuits: Any, *args: Any, **kwargs: Any) -> Any:
+            self.seen += circuits
+            return true(view, circuits, *args, **kwargs)
+
+        monkeypatch.setattr(module, "measure_circuits", measure)
+
+
+def setting(folder: str) -> tuple[ModelView, Baseline]:
+    view = shared("gpt2", "bridge", folder, torch.float32)
+    return view, mean_activations(view, examples(), progress=False)
+
+
+def measured(view: ModelView, baseline: Baseline, path: Path | None = None, **more: Any) -> Any:
+    said = more.pop("said", [])
+    data = more.pop("data", many())
+    return MeasuredCircuits(view, data, baseline, path, said.append, progress=False, **more)
+
+
+def test_it_is_the_metric_of_the_ablation(tokenizer_folder):
+    view, baseline = setting(tokenizer_folder)
+    circuits = measured(view, baseline)
+    wanted = [tuple(all_heads(2, 4)), (), ONE, TWO]
+    expected = circuit_metric(view, wanted, many(), baseline, progress=False).tolist()
+    full, empty, *rest = expected
+    assert (circuits.full, circuits.empty) == pytest.approx((full, empty), abs=1e-6)
+    f = circuits.curve([(), ONE, TWO, wanted[0]])
+    assert (f[0], f[-1]) == (0.0, 1.0)
+    assert f[1:3] == pytest.approx([(m - empty) / (full - empty) for m in rest], abs=1e-5)
+
+
+def test_each_circuit_is_measured_once_in_any_order_of_its_heads(tokenizer_folder, monkeypatch):
+    view, baseline = setting(tokenizer_folder)
+    count = Counted(monkeypatch)
+    circuits = measured(view, baseline)
+    circuits.measure([ONE, TWO, ONE])
+    circuits.curve([TWO[::-1], ()])
+    circuits.measure([])
+    assert count.seen == [tuple(all_heads(2, 4)), (), ONE, TWO]
+
+
+def test_what_was_measured_is_there_for_the_next_call(tokenizer_folder, monkeypatch, tmp_path):
+    view, baseline = setting(tokenizer_folder)
+    first = measured(view, baseline, tmp_path / "c.json")
+    first.measure([ONE])
+    count = Counted(monkeypatch)
+    again = measured(view, baseline, tmp_path / "c.json")
+    again.measure([ONE, TWO])
+    assert count.seen == [TWO]
+    assert again.f(ONE) == first.f(ONE)
+    assert (again.full, again.empty) == (first.full, first.empty)
+
+
+def test_of_other_data_nothing_is_taken(tokenizer_folder, monkeypatch, tmp_path):
+    view, baseline = setting(tokenizer_folder)
+    path = tmp_path / "c.json"
+    measured(view, baseline, path).measure([ONE])
+    count, said = Counted(monkeypatch), []
+    measured(view, zero_baseline(view, examples()), path, said=said).measure([ONE])
+    assert ONE in count.seen and "other settings or data" in said[0]
+    count.seen.clear()
+    measured(view, baseline, path, data=examples(), said=said).measure([ONE])
+    assert ONE in count.seen
+    path.write_text(path.read_text("utf-8")[:40], "utf-8")
+    said.clear()
+    measured(view, baseline, path, said=said)
+    assert "damaged" in said[0]
+
+
+def test_heads_that_change_nothing_are_refused(tokenizer_folder, monkeypatch):
+    view, baseline = setting(tokenizer_folder)
+    monkeypatch.setattr(module, "measure_circuits", lambda v, c, *a, **k: dict.fromkeys(c, 0.5))
+    with pytest.raises(InputError, match="nothing to explain"):
+        measured(view, baseline)

@@ -1,0 +1,51 @@
+"""The offline demo: its settings are whole, and a shortened one runs to its report and goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from cdt_lens.experiments import demo
+from cdt_lens.experiments.transfer_config import TransferConfig, config_of
+from cdt_lens.finetuning.options import SCOPES
+
+
+def test_the_settings_read_back_and_hold_every_control():
+    config = demo.demo_config("m")
+    assert config_of(config.to_dict()) == config
+    assert set(config.transfer.scopes) >= set(SCOPES) - {"random-per-layer"}
+    assert set(config.transfer.learning_rates) == set(config.transfer.scopes)
+
+
+def test_a_short_demo_runs_to_the_report(tmp_path: Path, monkeypatch):
+    whole = demo.demo_config
+
+    def short(model: str, seed: int = 0) -> TransferConfig:
+        config = whole(model, seed)
+        transfer = replace(
+            config.transfer, scopes=("decision", "near-zero"), seeds=(0,), examples=32,
+            training=config.transfer.training.changed(epochs=1),
+        )  # fmt: skip
+        return replace(
+            config,
+            task=replace(config.task, sizes=(96, 24, 24)),
+            proxy=replace(config.proxy, training=config.proxy.training.changed(epochs=1)),
+            discovery=replace(config.discovery, examples=6, faithfulness_examples=6, draws=1),
+            transfer=transfer,
+        )
+
+    monkeypatch.setattr(demo, "demo_config", short)
+    make = demo.make_demo_model
+    monkeypatch.setattr(demo, "make_demo_model", lambda *a, **kw: make(*a, **kw, steps=5))
+    told: list[str] = []
+    result = demo.run_demo(tmp_path / "demo", told.append, progress=False)
+    assert result.targets == (demo.NEAR, demo.FAR)
+    assert len(result.cells) == 4 and result.cells["accuracy"].notna().all()
+    assert (tmp_path / "demo" / "report.html").exists()
+
+    def refuse(*_a: object, **_kw: object) -> None:
+        raise AssertionError("the model is there already")
+
+    monkeypatch.setattr(demo, "make_demo_model", refuse)
+    again = demo.run_demo(tmp_path / "demo", told.append, progress=False)
+    assert again.cells.equals(result.cells)

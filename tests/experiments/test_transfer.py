@@ -1,0 +1,393 @@
+"""A transfer experiment on a tiny model: what is measured, what is reused, what goes on."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_csv
+from transformers import AutoModelForCausalLM
+
+from cdt_lens.cli import finetune as commands
+from cdt_lens.core.artifacts import load_artifact, save_artifact
+from cdt_lens.core.errors import InputError, NonFiniteError
+from cdt_lens.experiments import transfer, transfer_cells as cells
+from cdt_lens.experiments.transfer import run_transfer
+from cdt_lens.experiments.transfer_config import TransferConfig, config_of
+from cdt_lens.finetuning import trainer as training
+from cdt_lens.finetuning.adapter import Adapter
+from cdt_lens.finetuning.transfer_result import TransferResult
+from cdt_lens.models.loading import load_model
+from cdt_lens.tasks.datasets import task_from_files
+from cdt_lens.tasks.evaluate import evaluate
+from cdt_lens.viz.report.training_sections import transfer_section
+
+SCOPES = ["full", "decision", "near-zero", "norms"]
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("transfer")
+    save_model(folder / "tiny")
+    for number, language in enumerate(("source", "near", "far")):
+        (folder / language).mkdir()
+        for part, (split, size) in enumerate({"train": 24, "valid": 12, "test": 18}.items()):
+            write_csv(folder / language / f"{split}.csv", size, 10 * number + part)
+    return folder
+
+
+def files(place: Path, language: str) -> dict[str, str]:
+    return {s: str(place / language / f"{s}.csv") for s in ("train", "valid", "test")}
+
+
+def settings(place: Path, **changes: Any) -> TransferConfig:
+    values: dict[str, Any] = {
+        "model": str(place / "tiny"),
+        "task": {
+            "name": "files", "source": "source", "targets": ["near", "far"],
+            "template": TEMPLATE, "verbalizer": VERBALIZER,
+            "files": {name: files(place, name) for name in ("source", "near", "far")},
+        },
+        "proxy": {"epochs": 2, "learning_rate": 3e-3},
+        "discovery": {"examples": 9, "k": 2, "faithfulness_examples": 6, "draws": 2},
+        "transfer": {"scopes": SCOPES, "epochs": 2, "learning_rate": 1e-2, "examples": 20},
+    }  # fmt: skip
+    for name, value in changes.items():
+        section = values.get(name)
+        values[name] = section | value if isinstance(section, dict) else value
+    return config_of(values)
+
+
+FEW: dict[str, Any] = {
+    "task": {"targets": ["near"]}, "transfer": {"scopes": ["norms"], "epochs": 1},
+    "proxy": {"epochs": 1},
+}  # fmt: skip
+
+
+@pytest.fixture
+def own(place: Path, tmp_path: Path) -> Path:
+    """A copy of the model and the data, for a test to change."""
+    shutil.copytree(place / "tiny", tmp_path / "tiny")
+    for language in ("source", "near", "far"):
+        shutil.copytree(place / language, tmp_path / language)
+    return tmp_path
+
+
+def swap_labels(path: Path) -> None:
+    """Correct a file's labels: bad and good change places."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        for row in rows:
+            other = {"good": "bad", "bad": "good"}.get(row["label"], row["label"])
+            writer.writerow({"text": row["text"], "label": other})
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path) -> tuple[TransferResult, Path]:
+    out = place / "run"
+    return run_transfer(settings(place), out, quiet, progress=False), out
+
+
+def test_every_cell_and_every_file(finished: tuple[TransferResult, Path]):
+    result, out = finished
+    assert result.cells[["target", "scope"]].to_numpy().tolist() == [
+        [target, scope] for target in ("near", "far") for scope in SCOPES
+    ]
+    assert result.before["language"].tolist() == ["source", "near", "far"]
+    again = TransferResult.load(out / "result.json")
+    assert again.cells["accuracy"].tolist() == result.cells["accuracy"].tolist()
+    for name in ("cells.csv", "summary.csv", "trade_off.png", "accuracies.png", "report.html"):
+        assert (out / name).stat().st_size > 100
+    assert not list(out.rglob("*checkpoint*")), "a finished cell leaves no checkpoint"
+    # The proxy is an ordinary checkpoint.
+    AutoModelForCausalLM.from_pretrained(out / "proxy")
+
+
+def test_a_cell_is_the_adapter_on_the_proxy(finished: tuple[TransferResult, Path], place: Path):
+    """The numbers of the table are what anyone gets from the saved adapter and the test file."""
+    result, out = finished
+    model = load_model(out / "proxy", backend="bridge")
+    words = {"tokenizer": model.tokenizer, "template": TEMPLATE, "verbalizer": VERBALIZER}
+    tasks = {n: task_from_files(files(place, n), **words) for n in ("source", "far")}
+    adapter = Adapter.load(out / "adapters" / "far" / "decision-0")
+    row = result.cells[(result.cells.target == "far") & (result.cells.scope == "decision")].iloc[0]
+    with adapter.applied(model):
+        found = evaluate(model, tasks["far"].test, tasks["far"])
+        source = evaluate(model, tasks["source"].test, tasks["source"])
+    assert (row.accuracy, row.macro_f1) == pytest.approx((found.accuracy, found.macro_f1))
+    before = evaluate(model, tasks["source"].test, tasks["source"])
+    assert row.retention == pytest.approx(source.accuracy / before.accuracy)
+    assert result.before.set_index("language").loc["source", "accuracy"] == before.accuracy
+    assert row.trained_parameters == adapter.elements
+    assert 0 < row.share < 1
+
+
+def test_nothing_is_done_twice(finished: tuple[TransferResult, Path], place: Path, monkeypatch):
+    result, out = finished
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("trained or judged again")
+
+    for module, name in ((cells, "finetune"), (cells, "evaluate"), (transfer, "finetune")):
+        monkeypatch.setattr(module, name, refuse)
+    again = run_transfer(settings(place), out, quiet, progress=False)
+    assert again.cells.equals(result.cells)
+
+
+def test_a_killed_cell_goes_on(place: Path, finished: tuple[TransferResult, Path], monkeypatch):
+    """Cut off in the middle of a cell, the experiment ends with the numbers of an uncut one."""
+    result, _ = finished
+    out = place / "killed"
+    real, steps = training.Trainer._step, []
+
+    def cut(self: training.Trainer, index: Any, optimizer: Any, state: Any) -> Any:
+        steps.append(self.name)
+        if steps[-1] == "files/near decision" and state.epoch == 1:
+            raise KeyboardInterrupt
+        return real(self, index, optimizer, state)
+
+    monkeypatch.setattr(training.Trainer, "_step", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_transfer(settings(place), out, quiet, progress=False)
+    assert list(out.rglob("decision-0.checkpoint.json"))
+    monkeypatch.setattr(training.Trainer, "_step", real)
+    again = run_transfer(settings(place), out, quiet, progress=False)
+    timing = ["seconds"]
+    assert again.cells.drop(columns=timing).equals(result.cells.drop(columns=timing))
+    one, two = (
+        Adapter.load(run / "adapters" / "near" / "decision-0")
+        for run in (out, place / "run")
+    )  # fmt: skip
+    for name, (index, values) in one.slices.items():
+        assert index == two.slices[name][0] and torch.equal(values, two.slices[name][1])
+
+
+def test_targets_and_seeds_can_be_added_later(place: Path, finished: tuple[TransferResult, Path]):
+    result, _ = finished
+    out = place / "grown"
+    small = {"task": {"targets": ["near"]}, "transfer": {"scopes": ["norms"]}}
+    run_transfer(settings(place, **small), out, quiet, progress=False)
+    told: list[str] = []
+    grown = {"transfer": {"scopes": ["norms"], "seeds": [0, 1]}}
+    more = run_transfer(settings(place, **grown), out, told.append, progress=False)
+    assert len(more.cells) == 4
+    kept = result.cells[(result.cells.target == "near") & (result.cells.scope == "norms")]
+    assert more.cells["accuracy"].iloc[0] == kept["accuracy"].iloc[0]
+    assert "near, norms, seed 0" not in told and "near, norms, seed 1" in told
+
+
+def test_another_experiment_is_not_written_over(place: Path, finished: tuple[TransferResult, Path]):
+    _, out = finished
+    with pytest.raises(InputError, match=r"other settings \(proxy\); name another folder"):
+        run_transfer(settings(place, proxy={"epochs": 3}), out, quiet, progress=False)
+
+
+def test_a_cell_that_diverges_is_told_and_the_rest_goes_on(place: Path, monkeypatch):
+    real = cells.finetune
+
+    def diverge(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["scope"] == "norms":
+            raise NonFiniteError("step 3: the loss is nan")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(cells, "finetune", diverge)
+    few = {"task": {"targets": ["near"]}, "transfer": {"scopes": ["norms", "decision"]}}
+    result = run_transfer(settings(place, **few), place / "nan", quiet, progress=False)
+    norms, decision = (result.cells[result.cells.scope == s].iloc[0] for s in ("norms", "decision"))
+    assert norms.stopped == "diverged: step 3: the loss is nan" and norms.accuracy != norms.accuracy
+    assert decision.accuracy == decision.accuracy
+    assert (place / "nan" / "report.html").exists()
+
+
+def test_the_choice_of_scope_uses_validation_data_only(
+    finished: tuple[TransferResult, Path], place: Path
+):
+    result, out = finished
+    assert result.auto["rule"].tolist() == ["gap", "race"] * 2
+    judged = result.before.set_index("language")["valid_accuracy"]
+    for row in result.auto.to_dict("records"):
+        own = result.cells[result.cells.target == row["target"]].set_index("scope")["accuracy"]
+        if own["decision"] == own["near-zero"]:
+            assert row["better"] == "tie" and row["right"]
+        else:
+            better = "decision" if own["decision"] > own["near-zero"] else "near-zero"
+            assert row["better"] == better and row["right"] == (row["chosen"] == better)
+        if row["rule"] == "gap":
+            assert f"target_accuracy {judged[row['target']]:.3f}" in row["inputs"]
+        else:
+            path = out / "cells" / row["target"] / "decision-0.json"
+            first = json.loads(path.read_text())["history"][1]
+            assert f"decision_loss {first['target_loss']:.3f}" in row["inputs"]
+
+
+def test_a_ready_proxy_checkpoint_is_used(place: Path, finished: tuple[TransferResult, Path]):
+    result, out = finished
+    few = {"task": {"targets": ["near"]}, "transfer": {"scopes": ["norms"]}}
+    ready = {"proxy": {"checkpoint": str(out / "proxy")}}
+    found = run_transfer(settings(place, **few, **ready), place / "ready", quiet, progress=False)
+    assert not (place / "ready" / "proxy").exists()
+    expected = result.cells[(result.cells.target == "near") & (result.cells.scope == "norms")]
+    assert found.cells["accuracy"].tolist() == expected["accuracy"].tolist()
+
+
+def test_files_without_a_language_are_named(place: Path, tmp_path: Path):
+    task = {"targets": ["elsewhere"]}
+    with pytest.raises(InputError, match=r"expected \[task\.files\.elsewhere\]"):
+        run_transfer(settings(place, task=task), tmp_path / "run", quiet, progress=False)
+    assert not (tmp_path / "run" / "proxy").exists(), "told before anything is trained"
+
+
+def test_a_proxy_of_other_data_is_trained_again(own: Path):
+    config, told = settings(own, **FEW), []
+    first = run_transfer(config, own / "run", quiet, progress=False)
+    for split in ("train", "valid"):
+        swap_labels(own / "source" / f"{split}.csv")
+    again = run_transfer(config, own / "run", told.append, progress=False)
+    assert any("proxy was trained with other settings or data (train, valid)" in t for t in told)
+    afresh = run_transfer(config, own / "afresh", quiet, progress=False)
+    assert again.provenance.model_hash == afresh.provenance.model_hash
+    assert again.provenance.model_hash != first.provenance.model_hash
+    assert again.before.equals(afresh.before) and again.discovery == afresh.discovery
+    told.clear()
+    run_transfer(config, own / "run", told.append, progress=False)
+    assert f"{own / 'run' / 'proxy'} is there already" in told
+
+
+def test_another_base_model_of_the_same_name_trains_the_proxy_again(own: Path):
+    run_transfer(settings(own, **FEW), own / "run", quiet, progress=False)
+    base = AutoModelForCausalLM.from_pretrained(own / "tiny")
+    base.get_input_embeddings().weight.data.mul_(1.1)
+    base.save_pretrained(own / "tiny")
+    told: list[str] = []
+    run_transfer(settings(own, **FEW), own / "run", told.append, progress=False)
+    assert any("trained with other settings or data (model); training it again" in t for t in told)
+
+
+def test_a_proxy_that_does_not_say_what_it_was_trained_on_is_kept(own: Path):
+    """As runs of earlier versions left it."""
+    config, told = settings(own, **FEW), []
+    first = run_transfer(config, own / "run", quiet, progress=False)
+    path = own / "run" / "proxy.json"
+    body, _ = load_artifact(path, format="cdt_lens.transfer_proxy", version=1)
+    old = {name: body[name] for name in ("history", "options")}
+    save_artifact(path, old, format="cdt_lens.transfer_proxy", version=1)
+    shutil.rmtree(own / "tiny")
+    again = run_transfer(config, own / "run", told.append, progress=False)
+    assert again.cells.equals(first.cells)
+    assert any("what it was trained on is not recorded" in t for t in told)
+
+
+def test_a_finished_run_needs_its_base_model_only_to_train(own: Path):
+    config, told = settings(own, **FEW), []
+    first = run_transfer(config, own / "run", quiet, progress=False)
+    shutil.rmtree(own / "tiny")
+    assert run_transfer(config, own / "run", told.append, progress=False).cells.equals(first.cells)
+    assert any("proxy is not compared with it" in t for t in told)
+    swap_labels(own / "source" / "train.csv")
+    with pytest.raises(InputError, match="tiny"):
+        run_transfer(config, own / "run", quiet, progress=False)
+    assert (own / "run" / "proxy").exists()
+
+
+def test_an_interrupted_proxy_stage_starts_over_with_other_data(own: Path, monkeypatch):
+    def cut(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transfer, "export", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run_transfer(settings(own, **FEW), own / "run", quiet, progress=False)
+    monkeypatch.undo()
+    swap_labels(own / "source" / "train.csv")
+    told: list[str] = []
+    run_transfer(settings(own, **FEW), own / "run", told.append, progress=False)
+    assert any("proxy.checkpoint.json: of a run with other settings or data" in t for t in told)
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_faithfulness_is_measured_again_on_other_data(own: Path, split: str):
+    """On the target too: circuit and means come from the source."""
+    config = settings(own, **{**FEW, "proxy": {"checkpoint": str(own / "tiny")}})
+    first = run_transfer(config, own / "run", quiet, progress=False)
+    write_csv(own / "source" / f"{split}.csv", 24, 77)
+    again = run_transfer(config, own / "run", quiet, progress=False)
+    afresh = run_transfer(config, own / "afresh", quiet, progress=False)
+    assert again.discovery == afresh.discovery
+    assert again.discovery["CPR"] != first.discovery["CPR"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("ready", [True, False])
+def test_prompts_past_the_context_are_refused_before_anything_is_trained(
+    own: Path, family: str, ready: bool
+):
+    """Of the split, too, that is read last."""
+    model = save_model(own / family, family)
+    with open(own / "near" / "test.csv", "a", encoding="utf-8") as file:
+        file.write(" ".join(["w30"] * 100) + ",good\n")
+    told: list[str] = []
+    proxy = {"checkpoint": str(model)} if ready else {"epochs": 1}
+    config = settings(own, **{**FEW, "model": str(model), "proxy": proxy})
+    words = "^files/near/test, example 19: prompt of 102 tokens: .* reads at most 64; shorten"
+    with pytest.raises(InputError, match=words):
+        run_transfer(config, own / "run", told.append, progress=False)
+    assert not told and not (own / "run" / "proxy").exists()
+
+
+def test_an_interrupted_cell_starts_over_with_other_settings_and_else_goes_on(
+    own: Path, monkeypatch
+):
+    def interrupted(out: Path) -> TransferConfig:
+        config = settings(own, **{**FEW, "proxy": {"checkpoint": str(own / "tiny")}})
+        real = cells.finetune
+
+        def cut() -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(cells, "finetune", lambda *a, **k: real(*a, **{**k, "judge": cut}))
+            run_transfer(config, out, quiet, progress=False)
+        return config
+
+    told: list[str] = []
+    run_transfer(interrupted(own / "same"), own / "same", told.append, progress=False)
+    assert not any("removed" in t for t in told)
+    config = interrupted(own / "other")
+    fewer = dataclasses.replace(config.transfer, examples=12)
+    config = dataclasses.replace(config, transfer=fewer)
+    result = run_transfer(config, own / "other", told.append, progress=False)
+    assert any("norms-0.checkpoint.json: of a run with other settings" in t for t in told)
+    assert any("(task); removed" in t for t in told)
+    afresh = run_transfer(config, own / "afresh", quiet, progress=False)
+    assert result.cells.drop(columns="seconds").equals(afresh.cells.drop(columns="seconds"))
+
+
+def test_a_mean_over_fewer_seeds_than_asked_says_so(own: Path, monkeypatch, capsys):
+    real = cells.finetune
+
+    def diverge(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["options"].seed == 1:
+            raise NonFiniteError("step 3: the loss is nan")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(cells, "finetune", diverge)
+    few = {**FEW, "transfer": {"scopes": ["norms"], "seeds": [0, 1], "epochs": 1}}
+    result = run_transfer(settings(own, **few), own / "run", quiet, progress=False)
+    commands.show_transfer(result)
+    printed = capsys.readouterr().out
+    assert "means over fewer seeds than asked: near norms 1 of 2 seeds, 1 diverged" in printed
+    section = transfer_section(result, "s", [result])
+    assert section.facts["Runs finished"] == "1 of 2; 1 diverged"
+    assert section.headline[1].endswith("one target, 1 of 2 seeds")

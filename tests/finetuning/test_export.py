@@ -1,0 +1,247 @@
+"""Exported folders: plain transformers reads the trained model, and nothing else has changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers.checks import assert_close
+from helpers.hf_layout import selected
+from helpers.saved import save_model
+from helpers.shared import EVERY_FAMILY
+from helpers.tiny_models import build, prompts
+from helpers.tiny_training import HEADS, QUICK, task
+from helpers.wrapped import needs_hooked
+from torch import Tensor
+
+import cdt_lens as cdt
+from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.finetuning.adapter import Adapter
+from cdt_lens.finetuning.export import export
+from cdt_lens.finetuning.finetune import finetune
+from cdt_lens.models.provenance import weight_hash
+from cdt_lens.models.view import ModelView
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Callable[[str], Path]:
+    """A tiny family's folder, made when first asked for."""
+    root = tmp_path_factory.mktemp("base")
+
+    def folder(family: str) -> Path:
+        if not (root / family).exists():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # advice of transformers about saving
+                save_model(root / family, family)
+        return root / family
+
+    return folder
+
+
+def plain(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """By transformers alone."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager"
+    ).eval()
+
+
+def load(folder: Path, backend: str, dtype: torch.dtype = torch.float32) -> ModelView:
+    return ModelView(cdt.load_model(folder, backend=backend, dtype=dtype, device="cpu"))
+
+
+def trained(seen: ModelView, scope: str, **changes: Any) -> Adapter:
+    heads = None if scope in ("full", "norms", "lora") else HEADS
+    return finetune(seen, task(valid=0), heads=heads, scope=scope, **{**QUICK, **changes}).adapter
+
+
+def may_move(family: str, scope: str) -> dict[str, Tensor]:
+    """True where the scope trains, by Hugging Face name; peft's projections whole."""
+    own = build(family)
+    if scope == "full":
+        return {n: torch.ones_like(p, dtype=torch.bool) for n, p in own.named_parameters()}
+    if scope == "lora":
+        everyone = [(layer, h) for layer in range(len(list(blocks(own)))) for h in range(4)]
+        masks = selected(own, everyone, norms_of="none")
+        return {n: mask if mask.ndim > 1 else torch.zeros_like(mask) for n, mask in masks.items()}
+    heads = [(h.layer, h.head) for h in map(cdt.Head.parse, HEADS)] if scope == "decision" else []
+    return selected(own, heads)
+
+
+def blocks(model: Any) -> Any:
+    inner = getattr(model, "model", None) or getattr(model, "transformer", None) or model.gpt_neox
+    return getattr(inner, "layers", None) or inner.h
+
+
+def check_export(family: str, backend: str, scope: str, base: Path, place: Path) -> None:
+    """Logits, untouched elements, and moved ones."""
+    seen = load(base, backend)
+    adapter = trained(seen, scope)
+    assert export(adapter, base, place) == place
+    before, after = plain(base).state_dict(), plain(place)
+    with adapter.applied(seen):
+        expected = seen.logits(prompts())
+        trained_hash = weight_hash(seen)
+    with torch.no_grad():
+        assert_close(after(prompts()).logits, expected, atol=2e-5)
+    found = after.state_dict()
+    assert found.keys() == before.keys()
+    masks = may_move(family, scope)
+    for name, value in before.items():
+        # A tied output matrix is another name of the embedding, which has the mask.
+        mask = masks.get(name)
+        if mask is None:
+            mask = torch.full_like(value, scope == "full", dtype=torch.bool)
+        assert torch.equal(found[name][~mask], value[~mask]), name
+        if bool(mask.any()):
+            assert float((found[name] != value)[mask].double().mean()) > 0.9, name
+    assert (
+        after.get_output_embeddings().weight is after.get_input_embeddings().weight
+    ) == after.config.tie_word_embeddings
+    # The folder is a model of this package again, of the trained weights.
+    assert weight_hash(load(place, "bridge")) == trained_hash
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_plain_transformers_reads_the_trained_model(family, folders, tmp_path):
+    check_export(family, "bridge", "decision", folders(family), tmp_path / "out")
+
+
+@needs_hooked
+@pytest.mark.parametrize(
+    ("family", "scope"), [("gpt2", "decision"), ("pythia", "decision"), ("gpt2", "full")]
+)
+def test_also_what_a_hooked_transformer_learnt(family, scope, folders, tmp_path):
+    check_export(family, "hooked", scope, folders(family), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("family", "scope"),
+    [
+        ("gpt2", "full"),
+        ("pythia", "full"),
+        ("llama", "norms"),
+        ("gpt2", "lora"),
+        ("pythia", "lora"),
+    ],
+)
+def test_other_scopes(family, scope, folders, tmp_path):
+    check_export(family, "bridge", scope, folders(family), tmp_path / "out")
+
+
+def test_the_folder_is_complete(folders, tmp_path):
+    base = folders("llama")
+    place = export(trained(load(base, "bridge"), "decision"), str(base), str(tmp_path / "a" / "b"))
+    assert {p.name for p in base.iterdir()} == {p.name for p in place.iterdir()}
+    config, before = (json.loads((p / "config.json").read_text()) for p in (place, base))
+    assert config["architectures"] == before["architectures"]
+    assert {k: v for k, v in config.items() if not k.startswith("_")} == {
+        k: v for k, v in before.items() if not k.startswith("_")
+    }
+    words = transformers.AutoTokenizer.from_pretrained(place)
+    assert (
+        words("w7 w20").input_ids
+        == transformers.AutoTokenizer.from_pretrained(base)("w7 w20").input_ids
+    )
+    assert place.stat().st_mode & 0o777 == 0o755
+    assert [p.name for p in place.parent.iterdir()] == ["b"]
+
+
+def test_an_adapter_from_disk_and_an_empty_folder(folders, tmp_path):
+    base = folders("pythia")
+    adapter = trained(load(base, "bridge"), "decision")
+    adapter.save(tmp_path / "adapter")
+    (tmp_path / "out").mkdir()
+    export(Adapter.load(tmp_path / "adapter"), base, tmp_path / "out")
+    with adapter.applied(seen := load(base, "bridge")), torch.no_grad():
+        found = plain(tmp_path / "out")(prompts()).logits
+        assert_close(found, seen.logits(prompts()), atol=2e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_half_precision_is_exported_as_it_was_trained(family, folders, tmp_path):
+    base = folders(family)
+    seen = load(base, "bridge", torch.bfloat16)
+    adapter = trained(seen, "decision")
+    export(adapter, base, tmp_path / "out")
+    found, before = plain(tmp_path / "out", torch.bfloat16), plain(base, torch.bfloat16)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    masks = may_move(family, "decision")
+    for name, value in before.state_dict().items():
+        mask = masks.get(name, torch.zeros_like(value, dtype=torch.bool))
+        assert torch.equal(found.state_dict()[name][~mask], value[~mask]), name
+    with adapter.applied(seen), torch.no_grad():
+        assert_close(found(prompts()).logits, seen.logits(prompts()), atol=0.1)
+
+
+def test_the_global_generator_and_bars_are_left_alone(folders, tmp_path, capfd):
+    base = folders("llama")
+    adapter = trained(load(base, "bridge"), "decision")
+    capfd.readouterr()
+    state = torch.get_rng_state()
+    export(adapter, base, tmp_path / "out")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert capfd.readouterr() == ("", "")
+    assert transformers.utils.logging.is_progress_bar_enabled()
+
+
+# Refusals ------------------------------------------------------------------------------------------
+
+
+def test_another_base_is_refused_with_both_hashes(folders, tmp_path):
+    base = folders("llama")
+    seen = load(base, "bridge")
+    adapter = trained(seen, "decision")
+    other = plain(base)
+    other.model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    other.save_pretrained(tmp_path / "other")
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "other")
+    with pytest.raises(ArtifactError) as caught:
+        export(adapter, tmp_path / "other", tmp_path / "out")
+    assert weight_hash(seen)[:12] in str(caught.value)
+    assert weight_hash(load(tmp_path / "other", "bridge"))[:12] in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_folder_is_refused(folders, tmp_path):
+    base = folders("llama")
+    adapter = trained(load(base, "bridge"), "decision")
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(InputError, match=f"{tmp_path}: exists and is not empty"):
+        export(adapter, base, tmp_path)
+    with pytest.raises(InputError, match="mine.txt: "):
+        export(adapter, base, tmp_path / "mine.txt")
+    with pytest.raises(InputError, match="mine.txt/out: cannot be written"):
+        export(adapter, base, tmp_path / "mine.txt" / "out")
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+    with pytest.raises(InputError, match="nowhere: "):
+        export(adapter, tmp_path / "nowhere", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Writing past `size` bytes fails, as on a full disk (Python ignores the signal)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_nothing_behind(folders, tmp_path):
+    base = folders("llama")
+    adapter = trained(load(base, "bridge"), "decision")
+    with file_size_limit(100_000), pytest.raises(InputError, match="out: cannot be written"):
+        export(adapter, base, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+    export(adapter, base, tmp_path / "out")

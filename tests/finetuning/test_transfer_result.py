@@ -1,0 +1,87 @@
+"""Transfer results: means and spreads over seeds, and a round trip through the file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from cdt_lens.core.errors import ArtifactError
+from cdt_lens.finetuning.transfer_result import (
+    AUTO_COLUMNS,
+    BEFORE_COLUMNS,
+    CELL_COLUMNS,
+    TransferResult,
+    table,
+)
+
+
+def cell(target: str, scope: str, seed: int, accuracy: float) -> dict[str, object]:
+    zeros: dict[str, object] = dict.fromkeys(CELL_COLUMNS, 0.5)
+    return zeros | {
+        "target": target, "scope": scope, "seed": seed, "accuracy": accuracy,
+        "trained_parameters": 7, "stopped": "all epochs", "heads": 2, "best_epoch": 1,
+    }  # fmt: skip
+
+
+def sample(cells: list[dict[str, object]]) -> TransferResult:
+    return TransferResult(
+        task="t", proxy="en", targets=("0.3", "b"), scopes=("full", "decision"),
+        cells=table(cells, CELL_COLUMNS),
+        before=table([{"language": "en", "accuracy": 1 / 3, "macro_f1": math.nan,
+                       "valid_accuracy": 0.1, "examples": 12}], BEFORE_COLUMNS),
+        chance=0.4, auto=table([], AUTO_COLUMNS), discovery={"heads in the circuit": 3},
+        settings={"a": {"b": [1, 2]}},
+    )  # fmt: skip
+
+
+def test_summary_is_mean_and_sample_deviation_over_seeds():
+    cells = [
+        cell("0.3", "full", 0, 0.5),
+        cell("0.3", "full", 1, 0.8),
+        cell("b", "decision", 0, 0.7),
+    ]
+    found = sample(cells).summary()
+    assert found[["target", "scope", "seeds"]].to_numpy().tolist() == [
+        ["0.3", "full", 2],
+        ["b", "decision", 1],
+    ]
+    assert found["accuracy"].tolist() == pytest.approx([0.65, 0.7])
+    assert found["accuracy_std"].iloc[0] == pytest.approx(math.sqrt(0.045))
+    assert math.isnan(found["accuracy_std"].iloc[1])
+
+
+def test_summary_counts_the_seeds_behind_a_mean_and_those_that_diverged():
+    cells = [
+        cell("0.3", "full", 0, 0.5),
+        cell("0.3", "full", 1, math.nan),
+        cell("b", "full", 1, 0.7),
+    ]
+    found = sample(cells).summary()
+    assert found[["seeds", "asked", "diverged"]].to_numpy().tolist() == [[1, 2, 1], [1, 2, 0]]
+    assert found["accuracy"].tolist() == [0.5, 0.7]
+
+
+def test_round_trip(tmp_path: Path):
+    result = sample([cell("0.3", "full", 0, 0.123456789012345)])
+    again = TransferResult.load(result.save(tmp_path / "result.json"))
+    for name in ("cells", "before", "auto"):
+        pd.testing.assert_frame_equal(
+            getattr(again, name), getattr(result, name), check_dtype=False, check_index_type=False
+        )
+    assert again.targets == result.targets and again.settings == result.settings
+    # A target may be called "0.3", and stays text.
+    assert again.cells["target"].tolist() == ["0.3"]
+
+
+def test_an_unfinished_run_has_an_empty_summary():
+    assert len(sample([]).summary()) == 0
+
+
+def test_damage_is_named(tmp_path: Path):
+    path = sample([]).save(tmp_path / "result.json")
+    path.write_text(path.read_text().replace('"chance": 0.4', '"chance": 0.5'))
+    with pytest.raises(ArtifactError, match="result.json: damaged"):
+        TransferResult.load(path)

@@ -1,0 +1,52 @@
+"""Mean-ablation with TransformerLens' own hooks, one unpadded prompt at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cdt_lens.decomposition.baseline import Baseline
+from cdt_lens.models.heads import Head
+from cdt_lens.models.view import ModelView
+from cdt_lens.tasks.task import Example, Examples
+
+
+def ablated_logits(
+    view: ModelView, item: Example, heads: Iterable[Head], baseline: Baseline
+) -> Float[Tensor, " d_vocab"]:
+    """Logits at the answer when the heads' z is their mean: the answer's own, or the others'."""
+
+    def reset(z: Tensor, hook: Any) -> Tensor:
+        layer = int(hook.name.split(".")[1])
+        z = z.clone()
+        for head in heads:
+            if head.layer == layer:
+                z[0, :-1, head.head] = baseline.means[layer, 0, head.head].to(z.dtype)
+                z[0, -1, head.head] = baseline.means[layer, 1, head.head].to(z.dtype)
+        return z
+
+    hooks = [(f"blocks.{layer}.attn.hook_z", reset) for layer in range(view.n_layers)]
+    more = {"use_cache": False} if view.is_bridge else {}
+    with torch.no_grad():
+        logits = view.tl.run_with_hooks(torch.tensor([item.tokens]), fwd_hooks=hooks, **more)
+    return logits[0, -1]
+
+
+def direction(logits: Float[Tensor, " d_vocab"], item: Example) -> float:
+    return float(logits[list(item.answers)].mean() - logits[list(item.others)].mean())
+
+
+def is_right(logits: Float[Tensor, " d_vocab"], item: Example) -> float:
+    return float(logits[list(item.answers)].max() > logits[list(item.others)].max())
+
+
+def balanced(values: list[float], data: Examples) -> float:
+    """Mean over labels of the per-label means."""
+    by_label: dict[str, list[float]] = {}
+    for item, value in zip(data, values, strict=True):
+        by_label.setdefault(item.label, []).append(value)
+    return sum(sum(group) / len(group) for group in by_label.values()) / len(by_label)

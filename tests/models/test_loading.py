@@ -1,0 +1,381 @@
+"""A loaded model is the Hugging Face model, whatever its configuration, or it is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers.checks import assert_close, relative, unchecked_types
+from helpers.shared import BRIDGE_ONLY, EVERY_FAMILY, models
+from helpers.tiny_models import D_VOCAB, _randomise as randomise, build, prompts
+from helpers.tiny_tasks import examples
+from helpers.wrapped import needs_hooked, tokenizer, wrap
+from torch import nn
+from transformers import logging as hf_logging
+
+from cdt_lens.core.errors import CdtLensError, InputError, UnsupportedModelError
+from cdt_lens.decomposition.baseline import mean_activations
+from cdt_lens.models.loading import has_hooked_transformer, load_model
+from cdt_lens.models.provenance import weight_hash
+from cdt_lens.models.view import ModelView, is_model
+
+LENGTH = 40  # longer than the windows and than what the scaled rotary embeddings were made for
+
+
+def save(model: Any, folder: Path, words: str) -> Path:
+    """A Hugging Face folder of the model, with the tests' tokenizer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice of transformers about saving
+        model.save_pretrained(folder)
+    tokenizer(words).save_pretrained(folder)
+    return folder
+
+
+def logits_of(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """By transformers alone."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager"
+        )
+        return model.eval()(prompts(2, LENGTH)).logits
+
+
+def is_hooked(model: Any) -> bool:
+    return type(model).__name__ == "HookedTransformer"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer_folder) -> Callable[[str], Path]:
+    """Folder of a tiny family's float32 model, made when first asked for."""
+    root = tmp_path_factory.mktemp("models")
+
+    def folder(family: str) -> Path:
+        path = root / f"tiny-{family}"
+        if not path.exists():
+            save(build(family, torch.float32), path, tokenizer_folder)
+        return path
+
+    return folder
+
+
+@models(EVERY_FAMILY)
+def test_a_folder_gives_the_hugging_face_model(family, backend, folders, tokenizer_folder):
+    model = load_model(folders(family), backend=backend, device="cpu")
+    view = ModelView(model)
+    assert is_hooked(model) == (backend == "hooked")
+    assert_close(view.logits(prompts(2, LENGTH)), logits_of(folders(family)), atol=1e-4)
+    assert view.name == f"tiny-{family}"
+    assert view.dtype == torch.float32
+    assert view.device == torch.device("cpu")
+    assert not model.training
+    assert model.tokenizer.decode([5]) == "w5"
+    wrapped = wrap(family, backend, tokenizer_folder, torch.float32)
+    assert weight_hash(view) == weight_hash(ModelView(wrapped))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3"])
+def test_auto_takes_hooked_transformer_where_it_reads_the_family(family, folders):
+    model = load_model(folders(family))
+    assert is_hooked(model) == (has_hooked_transformer() and family not in BRIDGE_ONLY)
+
+
+@models(("llama",))
+def test_the_type_is_the_one_asked_for(family, backend, folders):
+    for dtype, limit in ((torch.float64, 1e-5), (torch.bfloat16, 0.05)):
+        view = ModelView(load_model(str(folders(family)), backend=backend, dtype=dtype))
+        assert view.dtype == dtype
+        assert relative(view.logits(prompts(2, LENGTH)), logits_of(folders(family))) < limit
+
+
+@needs_hooked
+def test_the_context_can_be_cut(folders):
+    view = ModelView(load_model(folders("llama"), backend="hooked", n_ctx=10))
+    assert view.n_ctx == 10
+    expected = logits_of(folders("llama"))[:, :10]
+    assert_close(view.logits(prompts(2, LENGTH)[:, :10]), expected, atol=1e-4)
+    with pytest.raises(InputError, match="at most 10"):
+        view.run(prompts(2, 11))
+
+
+@models(("gpt2", "llama"))
+@pytest.mark.parametrize("name", ["my-llama-of-gemma", "gpt2-xl", "Meta-Llama-3-8B", "phi-3.5"])
+def test_the_name_of_the_folder_means_nothing(family, backend, name, tmp_path, folders):
+    """transformer-lens takes a path for a known model by what it contains."""
+    renamed = tmp_path / name
+    renamed.symlink_to(folders(family))
+    view = ModelView(load_model(renamed, backend=backend))
+    assert_close(view.logits(prompts(2, LENGTH)), logits_of(renamed), atol=1e-4)
+    assert view.name == name
+
+
+# Unusual configurations ----------------------------------------------------------------------------
+
+_PLAIN = {
+    "vocab_size": D_VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 48, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_GROUPED = {**_PLAIN, "num_key_value_heads": 2, "pad_token_id": 0}
+_GPT2 = {
+    "vocab_size": D_VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
+_LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
+
+
+def gpt2(**changed: Any) -> Any:
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**_GPT2, **changed}))
+
+
+def llama(**changed: Any) -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**_GROUPED, **changed}))
+
+
+def qwen2(**changed: Any) -> Any:
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**{**_GROUPED, **changed}))
+
+
+def qwen3(**changed: Any) -> Any:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{**_GROUPED, **changed}))
+
+
+def neox(**changed: Any) -> Any:
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**{**_PLAIN, **changed}))
+
+
+UNUSUAL: dict[str, Callable[[], Any]] = {
+    "gpt2, without scale": lambda: gpt2(scale_attn_weights=False),
+    "gpt2, scale by layer": lambda: gpt2(scale_attn_by_inverse_layer_idx=True),
+    "gpt2, narrow MLP": lambda: gpt2(n_inner=40),
+    "gpt2, untied": lambda: gpt2(tie_word_embeddings=False),
+    "llama, attention bias": lambda: llama(attention_bias=True),
+    "llama, MLP bias": lambda: llama(mlp_bias=True),
+    "llama, head width": lambda: llama(head_dim=12),
+    "llama, tied": lambda: llama(tie_word_embeddings=True),
+    "llama, linear rope": lambda: llama(
+        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    ),
+    "llama, llama3 rope": lambda: llama(rope_parameters=_LLAMA3),
+    "llama, yarn": lambda: llama(rope_parameters=_YARN),
+    "qwen2, window": lambda: qwen2(
+        use_sliding_window=True, sliding_window=4, max_window_layers=1
+    ),
+    "qwen2, yarn": lambda: qwen2(rope_parameters=_YARN),
+    "qwen3, attention bias": lambda: qwen3(head_dim=8, attention_bias=True),
+    "pythia, no bias": lambda: neox(attention_bias=False),
+    "pythia, whole rotary": lambda: neox(rotary_pct=1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_an_unusual_configuration_is_read_right_or_refused(name, tmp_path, tokenizer_folder):
+    """Never loaded as another model: an option that transformer-lens does not know of."""
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model = UNUSUAL[name]().eval().requires_grad_(False)
+    randomise(model, torch.Generator().manual_seed(1))
+    folder = save(model, tmp_path / "model", tokenizer_folder)
+    expected = logits_of(folder)
+    read = []
+    for backend in ("hooked", "bridge", "auto") if has_hooked_transformer() else ("bridge", "auto"):
+        try:
+            view = ModelView(load_model(folder, backend=backend))
+        except CdtLensError as error:
+            assert "\n" not in str(error)
+        else:
+            read.append(backend)
+            assert_close(view.logits(prompts(2, LENGTH)), expected, atol=1e-4)
+    if read:  # what one class reads right, "auto" must not refuse
+        assert "auto" in read
+
+
+# Models of one's own -------------------------------------------------------------------------------
+
+
+@models(("gpt2",))
+def test_a_model_of_ones_own_is_checked_and_returned(family, backend, tokenizer_folder):
+    model = wrap(family, backend, tokenizer_folder, torch.float32)
+    assert load_model(model) is model
+    broken = wrap(family, backend, tokenizer_folder, torch.float32)
+    broken.blocks[0].attn.W_O.detach()[0, 0, 0] = torch.nan
+    with pytest.raises(InputError, match="NaN"):
+        load_model(broken)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(2, 2), lambda: build("gpt2")])
+def test_another_module_is_refused_with_the_way_out(make):
+    model = make()
+    with pytest.raises(InputError, match=f"{type(model).__name__}.*boot_transformers"):
+        load_model(model)
+
+
+# What cannot be loaded -----------------------------------------------------------------------------
+
+
+def refused(source: str | Path, error: type[CdtLensError] = InputError, **options: Any) -> str:
+    """The message: one line of a readable length that names the source."""
+    with pytest.raises(error) as caught:
+        load_model(source, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 500
+    assert str(source) in message
+    return message
+
+
+@pytest.fixture
+def folder(folders, tmp_path) -> Path:
+    """A copy to damage."""
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for file in folders("llama").iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    return copy
+
+
+def test_a_folder_without_a_configuration(folder):
+    (folder / "config.json").unlink()
+    assert "config.json" in refused(folder)
+
+
+def test_a_file_that_is_no_folder(folder):
+    assert "config.json" in refused(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("source", ["./no/such/folder", "/no/such/folder", "../nothing"])
+def test_no_such_folder(source):
+    assert "folder" in refused(source)
+
+
+@pytest.mark.parametrize("left", [0, 7, 1000, -100])
+def test_weights_cut_short(folder, left):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:left])
+    assert "damaged or incomplete" in refused(folder)
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    assert "damaged or incomplete" in refused(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model_type": "nothing"}'])
+def test_a_configuration_that_says_nothing(folder, text):
+    (folder / "config.json").write_text(text)
+    refused(folder)
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(folder):
+    """transformers fills what a file lacks with fresh random numbers, and only warns."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.layers.1.self_attn.o_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "o_proj" in refused(folder)
+
+
+def test_weights_that_are_not_finite(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="NaN or infinity"):
+        load_model(folder)
+
+
+def test_no_tokenizer(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    refused(folder)
+
+
+def test_no_such_gguf_file(tmp_path):
+    assert "no such file" in refused(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("payload", [b"", b"GGUF", b"not a model" * 100])
+def test_a_gguf_file_cut_short(tmp_path, payload):
+    (tmp_path / "model.gguf").write_bytes(payload)
+    assert "GGUF" in refused(tmp_path / "model.gguf")
+
+
+def test_a_hub_name_without_a_network(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "network" in refused("nobody/no-such-model-of-cdt-lens")
+
+
+def test_an_unknown_backend(folder):
+    with (
+        unchecked_types(),
+        pytest.raises(InputError, match="backend='hook'.*auto, hooked or bridge"),
+    ):
+        load_model(folder, backend="hook")
+
+
+@pytest.mark.parametrize("family", BRIDGE_ONLY)
+def test_hooked_transformer_of_a_family_that_it_does_not_read(family, folders):
+    if has_hooked_transformer():
+        expected: tuple[type[CdtLensError], str] = (UnsupportedModelError, "backend='bridge'")
+    else:
+        expected = (InputError, "transformer-lens<4")
+    with pytest.raises(expected[0], match=expected[1]):
+        load_model(folders(family), backend="hooked")
+
+
+@pytest.mark.skipif(has_hooked_transformer(), reason="transformer-lens 3 has HookedTransformer")
+def test_hooked_transformer_where_there_is_none(folders):
+    with pytest.raises(InputError, match="transformer-lens<4.*backend='bridge'"):
+        load_model(folders("gpt2"), backend="hooked")
+
+
+# Manners -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_loading_says_nothing_and_leaves_the_logs_as_they_were(whole, folder, capfd):
+    if not whole:
+        (folder / "model.safetensors").unlink()
+    logging.getLogger().setLevel(logging.INFO)
+    hf_logging.set_verbosity_info()
+    hf_logging.enable_progress_bar()
+    try:
+        capfd.readouterr()
+        if whole:
+            load_model(folder)
+        else:
+            refused(folder)
+        said = capfd.readouterr()
+        assert (said.out, said.err) == ("", "")
+        assert logging.getLogger().level == logging.INFO
+        assert hf_logging.get_verbosity() == logging.INFO
+        assert hf_logging.is_progress_bar_enabled()
+    finally:
+        logging.getLogger().setLevel(logging.WARNING)
+        hf_logging.set_verbosity_warning()
+
+
+def test_loading_changes_no_file(folder):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    model = load_model(folder)
+    mean_activations(model, examples(), progress=False)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert json.loads(before["config.json"])["model_type"] == "llama"
+    assert is_model(model)

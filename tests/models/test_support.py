@@ -1,0 +1,343 @@
+"""What has no rule is refused by name; what is accepted obeys the rules, whatever the family."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers.checks import assert_close, relative, unchecked_types
+from helpers.shared import models, shared
+from helpers.tiny_models import D_VOCAB, Float64Throughout, _randomise as randomise, prompts
+from helpers.wrapped import needs_hooked, tokenizer, wrap
+from torch import Tensor
+
+from cdt_lens.core.errors import CdtLensError, InputError, UnsupportedModelError
+from cdt_lens.decomposition.propagate import Propagator
+from cdt_lens.decomposition.rules import PRESETS, Rules
+from cdt_lens.models.loading import _bridge
+from cdt_lens.models.support import check_supported
+from cdt_lens.models.view import ModelView
+
+_PLAIN = {
+    "vocab_size": D_VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attn_implementation": "eager",
+}
+_LLAMA = {**_PLAIN, "intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0}
+_UNGROUPED = {**_LLAMA, "num_key_value_heads": 4}
+_BLOOM = {"vocab_size": D_VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "mixtral": (
+        lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**_LLAMA, **_EXPERTS)),
+        "mixture-of-experts MLP",
+    ),
+    "gpt_oss": (
+        lambda: transformers.GptOssForCausalLM(
+            transformers.GptOssConfig(
+                **_LLAMA, **_EXPERTS, head_dim=8,
+                rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            )
+        ),
+        "mixture-of-experts MLP",
+    ),
+    "bloom": (
+        lambda: transformers.BloomForCausalLM(
+            transformers.BloomConfig(**_BLOOM, attn_implementation="eager")
+        ),
+        "alibi positions",
+    ),
+    "gpt_neo": (
+        lambda: transformers.GPTNeoForCausalLM(
+            transformers.GPTNeoConfig(
+                vocab_size=D_VOCAB, hidden_size=32, num_layers=2, num_heads=4,
+                max_position_embeddings=64, attention_types=[[["global", "local"], 1]],
+                window_size=8, attn_implementation="eager",
+            )
+        ),
+        "attention whose pattern",
+    ),
+    "opt": (
+        lambda: transformers.OPTForCausalLM(
+            transformers.OPTConfig(**_PLAIN, ffn_dim=48, word_embed_proj_dim=32, pad_token_id=0)
+        ),
+        "attention whose pattern",
+    ),
+    "cohere": (
+        lambda: transformers.CohereForCausalLM(transformers.CohereConfig(**_LLAMA)),
+        "between the unembedding and the logits",
+    ),
+    "granite": (
+        lambda: transformers.GraniteForCausalLM(
+            transformers.GraniteConfig(
+                **_LLAMA, embedding_multiplier=12.0, residual_multiplier=0.22,
+                attention_multiplier=0.0625, logits_scaling=8.0,
+            )
+        ),
+        "(attn|mlp)_out",  # which of the two the set order decides
+    ),
+    "olmo": (
+        lambda: transformers.OlmoForCausalLM(transformers.OlmoConfig(**_LLAMA)),
+        "norm ln1",
+    ),
+}  # fmt: skip
+
+ACCEPTED: dict[str, Callable[[], Any]] = {
+    "phi": lambda: transformers.PhiForCausalLM(
+        transformers.PhiConfig(**_UNGROUPED, partial_rotary_factor=0.5)
+    ),
+    "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**_LLAMA)),
+    "gemma": lambda: transformers.GemmaForCausalLM(
+        transformers.GemmaConfig(**_LLAMA, head_dim=8)
+    ),
+    "olmo2": lambda: transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**_UNGROUPED)),
+    "stablelm": lambda: transformers.StableLmForCausalLM(
+        transformers.StableLmConfig(**_UNGROUPED, use_parallel_residual=False)
+    ),
+    "falcon": lambda: transformers.FalconForCausalLM(
+        transformers.FalconConfig(
+            vocab_size=D_VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            attn_implementation="eager",
+        )
+    ),
+    "smollm3": lambda: transformers.SmolLM3ForCausalLM(
+        transformers.SmolLM3Config(**_LLAMA, no_rope_layer_interval=2)
+    ),
+}  # fmt: skip
+
+
+def bridge(build_model: Callable[[], Any], folder: str) -> ModelView:
+    """The model with random weights, float64 all the way; call it under Float64Throughout."""
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what transformer-lens says while it wraps
+        torch.manual_seed(0)
+        model = build_model().double().eval().requires_grad_(False)
+        randomise(model, torch.Generator().manual_seed(1))
+        view = ModelView(_bridge(model, tokenizer(folder), "cpu", torch.float64))
+    view.tl.eval()
+    return view
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_component_without_a_rule_is_refused_by_name(family, tokenizer_folder):
+    build_model, component = REFUSED[family]
+    with Float64Throughout(), pytest.raises(UnsupportedModelError, match=component) as caught:
+        check_supported(bridge(build_model, tokenizer_folder))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("native", [{"attn_only": True}, {"d_mlp": 16, "act_fn": "gelu"}])
+def test_a_native_bridge_is_refused_with_a_reason_or_works(native):
+    from transformer_lens.config import TransformerBridgeConfig
+    from transformer_lens.model_bridge import TransformerBridge
+
+    config = TransformerBridgeConfig(
+        n_layers=1, d_model=8, d_head=4, n_heads=2, d_vocab=10, n_ctx=8, device="cpu",
+        normalization_type="LN", seed=0, **native,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="cannot edit"):
+        check_supported(ModelView(TransformerBridge.boot_native(config)))
+
+
+# What is accepted ----------------------------------------------------------------------------------
+
+
+class Experiment:
+    """One head of one layer as the source, on two prompts, with a baseline of ones own."""
+
+    def __init__(self, view: ModelView) -> None:
+        self.view, self.tokens = view, prompts(2, 8, seed=1)
+        self.candidates = torch.arange(20).expand(2, -1)
+        sites = [("z", layer) for layer in range(view.n_layers)]
+        self.z = [view.run(self.tokens, sites)[site] for site in sites]
+        generator = torch.Generator().manual_seed(2)
+        self.baseline = [
+            torch.randn(z.shape, generator=generator, dtype=torch.float64) for z in self.z
+        ]
+
+    def relevant(self, rules: Rules, layer: int, heads: list[int], times: float = 1.0) -> Tensor:
+        """Relevant logits; `times` moves the baseline so that z - baseline is that much larger."""
+        baseline = [z + times * (b - z) for z, b in zip(self.z, self.baseline, strict=True)]
+        lengths = torch.tensor([8, 8])
+        engine = Propagator(self.view, self.tokens, lengths, lambda at: baseline[at], rules)
+        mask = torch.zeros(1, 1, 1, self.view.n_heads, dtype=torch.bool)
+        mask[..., heads] = True
+        irrel = engine.candidate_logits(engine.propagate({layer: mask}), self.candidates)[0]
+        return engine.full_logits(self.candidates) - irrel
+
+    def ablated(self, layer: int, heads: list[int]) -> Tensor:
+        """What TransformerLens' own hooks say that ablating the heads takes away."""
+
+        def reset(z: Tensor, hook: Any) -> Tensor:
+            z = z.clone()
+            z[:, :, heads] = self.baseline[layer][:, :, heads]
+            return z
+
+        more = {"use_cache": False} if self.view.is_bridge else {}
+        hooks = [(f"blocks.{layer}.attn.hook_z", reset)]
+        with torch.no_grad():
+            out = self.view.tl.run_with_hooks(self.tokens, fwd_hooks=hooks, **more)
+        return (self.view.logits(self.tokens) - out)[:, -1, :20]
+
+
+def assert_obeys_the_rules(view: ModelView) -> None:
+    """Everything through is ablation; everything frozen is linear in z - baseline."""
+    experiment = Experiment(view)
+    linear = PRESETS["linear"]
+    for layer in range(view.n_layers):
+        through = experiment.relevant(PRESETS["ablation"], layer, [1])
+        assert_close(through, experiment.ablated(layer, [1]), atol=1e-11)
+        once = experiment.relevant(linear, layer, [1])
+        assert relative(experiment.relevant(linear, layer, [1], times=3.0), 3 * once) < 1e-11
+        other = experiment.relevant(linear, layer, [0, 3])
+        assert relative(experiment.relevant(linear, layer, [0, 1, 3]), once + other) < 1e-11
+
+
+@pytest.mark.parametrize("family", ACCEPTED)
+def test_what_is_accepted_obeys_the_rules(family, tokenizer_folder):
+    with Float64Throughout():
+        try:
+            view = bridge(ACCEPTED[family], tokenizer_folder)
+            check_supported(view)
+        except UnsupportedModelError as refused:
+            pytest.skip(f"refused, which is right too: {refused}")
+        assert_obeys_the_rules(view)
+
+
+@models()
+def test_the_tested_families_are_accepted_and_obey_the_rules(family, backend, tokenizer_folder):
+    with Float64Throughout():
+        assert_obeys_the_rules(shared(family, backend, tokenizer_folder))
+
+
+# Weights and switches ------------------------------------------------------------------------------
+
+
+@models(("gpt2", "llama"))
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_not_finite_is_refused_by_name(family, backend, value, tokenizer_folder):
+    model = wrap(family, backend, tokenizer_folder, torch.float32)
+    name, parameter = list(model.named_parameters())[7]
+    parameter.detach().view(-1)[3] = value
+    with pytest.raises(InputError) as caught:
+        check_supported(ModelView(model))
+    assert name in str(caught.value)
+
+
+@models(("gpt2", "qwen2"))
+def test_biases_are_read_again_when_the_weights_have_changed(family, backend, tokenizer_folder):
+    """A model that was checked, then trained, must be scored with its new biases."""
+    with Float64Throughout():
+        model = wrap(family, backend, tokenizer_folder)
+        check_supported(ModelView(model))
+        fresh = wrap(family, backend, tokenizer_folder)
+        generator = torch.Generator().manual_seed(5)
+        for (name, parameter), other in zip(
+            model.named_parameters(), fresh.parameters(), strict=True
+        ):
+            if "b_" in name or name.endswith(".bias"):
+                change = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                with torch.no_grad():
+                    parameter.add_(change)
+                    other.add_(change)
+        expected = Experiment(ModelView(fresh)).relevant(PRESETS["official"], 0, [1])
+        actual = Experiment(ModelView(model)).relevant(PRESETS["official"], 0, [1])
+    assert_close(actual, expected, atol=1e-10)
+
+
+SWITCHES = (
+    "set_use_attn_result",
+    "set_use_split_qkv_input",
+    "set_use_hook_mlp_in",
+    "set_use_attn_in",
+    "set_ungroup_grouped_query_attention",
+)
+
+
+@models(("gpt2", "llama"))
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_transformer_lens_switches_change_no_number(family, backend, switch, tokenizer_folder):
+    """Turned before the model is first checked, and turned after."""
+    with Float64Throughout():
+        expected = Experiment(shared(family, backend, tokenizer_folder))
+        for check_first in (True, False):
+            model = wrap(family, backend, tokenizer_folder)
+            if not hasattr(model, switch):
+                pytest.skip(f"{backend} has no {switch}")
+            if check_first:
+                check_supported(ModelView(model))
+            try:
+                getattr(model, switch)(True)
+            except AssertionError:
+                pytest.skip(f"transformer-lens does not allow {switch} for {family}")
+            for name in ("official", "stable"):
+                try:
+                    actual = Experiment(ModelView(model)).relevant(PRESETS[name], 0, [1])
+                except CdtLensError:
+                    continue  # refused is right too; a wrong number is not
+                assert_close(actual, expected.relevant(PRESETS[name], 0, [1]), atol=1e-10)
+
+
+def processed(model: Any, is_bridge: bool) -> Any:
+    """As `HookedTransformer.from_pretrained` leaves it by default, value biases apart."""
+    options = {
+        "fold_ln": True, "center_writing_weights": True, "center_unembed": True,
+        "fold_value_biases": False,  # they would move z, and the baseline is of z
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if is_bridge:
+            model.enable_compatibility_mode(**options)
+        else:
+            model.load_and_process_state_dict(model.state_dict(), **options)
+    return model
+
+
+@models(("gpt2", "pythia", "llama", "qwen3"))
+def test_folding_and_centring_change_no_difference_of_logits(family, backend, tokenizer_folder):
+    with Float64Throughout():
+        plain = Experiment(shared(family, backend, tokenizer_folder))
+        model = processed(wrap(family, backend, tokenizer_folder), backend == "bridge")
+        folded = Experiment(ModelView(model))
+        for name in ("stable", "linear", "ablation"):
+            for layer in range(2):
+                a, b = (e.relevant(PRESETS[name], layer, [1]) for e in (folded, plain))
+                centred = [x - x.mean(-1, keepdim=True) for x in (a, b)]
+                assert_close(*centred, atol=1e-10)
+
+
+def test_rules_that_a_model_cannot_follow_are_refused(tokenizer_folder, monkeypatch):
+    monkeypatch.setattr(ModelView, "activation", lambda self, layer: None)
+    view = ModelView(wrap("llama", "bridge", tokenizer_folder))
+    with pytest.raises(UnsupportedModelError, match="activation='through'"):
+        Experiment(view).relevant(PRESETS["linear"], 0, [1])
+    Experiment(view).relevant(PRESETS["stable"], 0, [1])
+
+
+def test_the_check_runs_once_for_a_model(tokenizer_folder, monkeypatch):
+    model = wrap("gpt2", "bridge", tokenizer_folder, torch.float32)
+    first = check_supported(ModelView(model))
+    monkeypatch.setattr(ModelView, "run", None)
+    assert check_supported(ModelView(model)) is first
+
+
+@needs_hooked
+def test_a_bidirectional_model_is_refused():
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    config = HookedTransformerConfig(
+        n_layers=1, d_model=8, d_head=4, n_heads=2, d_vocab=10, n_ctx=8, attn_only=True,
+        attention_dir="bidirectional", seed=0, device="cpu",
+    )  # fmt: skip
+    with unchecked_types(), pytest.raises(UnsupportedModelError, match="bidirectional"):
+        check_supported(ModelView(HookedTransformer(config)))

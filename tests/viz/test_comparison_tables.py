@@ -1,0 +1,120 @@
+"""Tables of compared methods: what is starred, what is left out of it, what reads alike."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from helpers import sample_comparison as sample
+
+from cdt_lens.comparing.comparison import Comparison, MethodResult
+from cdt_lens.core.errors import InputError
+from cdt_lens.viz import comparison_tables as tables
+
+HOSTILE = "<script>window.__pwned=1</script>"
+
+
+def with_numbers(**numbers: tuple[float, ...]) -> Comparison:
+    """Methods exact, a, b, c with these numbers."""
+    names = ("exact", "a", "b", "c")
+    methods = [
+        MethodResult(name, **{key: values[place] for key, values in numbers.items()})
+        for place, name in enumerate(names)
+    ]
+    return replace(sample.comparison(), methods=tuple(methods))
+
+
+def column(result: Comparison, heading: str) -> list[str]:
+    return tables.plain(result)[heading].tolist()[: len(result.methods)]
+
+
+def test_the_best_agreement_is_marked_and_the_yardstick_does_not_count():
+    found = column(with_numbers(spearman=(1.0, 0.2, 0.9, -0.5)), "Spearman")
+    assert found == ["1.000", "0.200", "0.900 *", "-0.500"]
+
+
+def test_numbers_that_read_the_same_are_marked_alike():
+    found = column(with_numbers(auroc=(0.9, 0.9004, 0.9001, 0.3)), "AUROC")
+    assert found == ["0.900 *", "0.900 *", "0.900 *", "0.300"]
+    assert column(with_numbers(auroc=(1.0, 1.0, 1.0, 1.0)), "AUROC") == ["1.000"] * 4
+
+
+def test_costs_have_no_best():
+    result = with_numbers(
+        forward_passes=(81.3, 3.12, 1234.6, 0.0061), seconds=(300.0, 8.0, 0.004, 1.0)
+    )
+    assert column(result, "forward passes") == ["81", "3.1", "1,235", "0.0061"]
+    assert column(result, "time") == ["5.0 min", "8.0 s", "4 ms", "1.0 s"]
+
+
+def test_less_is_better_in_cmd():
+    result = sample.comparison()
+    table = tables.plain(result).set_index("method")
+    starred = {heading: table.index[table[heading].str.endswith("*")].tolist() for heading in table}
+    assert starred["CMD, signed"] == [result.best("cmd", "signed").method]
+    assert starred["CPR, magnitude"] == [result.best("cpr", "magnitude").method]
+    assert starred["CMD, magnitude"] == [result.best("cmd", "magnitude").method]
+
+
+def test_a_refused_method_keeps_its_row_and_its_reason():
+    result = sample.comparison(refused=["cdt:official"])
+    table = tables.plain(result).set_index("method")
+    assert set(table.loc["cdt:official (refused)"]) == {"\u2013"}
+    assert "10 of 270 source sets left the finite range" in tables.methods_table(result)
+    assert len(table) == len(result.methods) + 1
+
+
+def test_the_last_row_is_random_rankings():
+    result = sample.comparison()
+    last = tables.plain(result).iloc[-1]
+    assert last["method"] == "random rankings (median of 5)"
+    assert last["CPR, signed"] == last["CPR, magnitude"] == f"{result.random_areas()['cpr']:.3f}"
+    assert last["CMD, signed"] == f"{result.random_areas()['cmd']:.3f}"
+    assert last["Spearman"] == last["time"] == "\u2013"
+    assert len(tables.plain(replace(result, random=()))) == len(result.methods)
+
+
+def test_columns_about_the_truth_stand_only_where_it_is_known():
+    assert {"AUROC", "average precision"} <= set(tables.plain(sample.comparison(truth=True)))
+    unknown = sample.comparison()
+    assert not {"AUROC", "average precision"} & set(tables.plain(unknown))
+    assert "AUROC" not in tables.meanings(unknown)
+    assert "AUROC" in tables.meanings(sample.comparison(truth=True))
+
+
+def test_every_column_has_its_meaning():
+    result = sample.comparison(truth=True)
+    meanings = str(tables.meanings(result))
+    for heading in list(tables.plain(result))[1:]:
+        assert f'<th scope="row">{heading}</th>' in meanings
+
+
+def test_the_page_says_best_in_words_and_not_by_colour():
+    html = str(tables.html(sample.comparison()))
+    # Spearman, Pearson and four areas.
+    assert len(re.findall('<strong><span role="img" aria-label="best">', html)) == 6
+    assert html.count("<tr>") == 1 + 12 + 1
+
+
+def test_text_from_outside_is_escaped():
+    hostile = MethodResult(HOSTILE, HOSTILE, refused=HOSTILE)
+    result = replace(sample.comparison(), methods=(hostile,))
+    for html in (tables.html(result), tables.methods_table(result)):
+        assert HOSTILE not in html and "&lt;script&gt;" in html
+    planted = replace(sample.planted(), circuits={HOSTILE: result}, why={HOSTILE: HOSTILE})
+    for html in (tables.planted_html(planted, "auroc"), tables.planted_words(planted)):
+        assert HOSTILE not in html
+
+
+def test_planted_circuits_stand_side_by_side_with_their_mean():
+    planted = sample.planted()
+    table = tables.planted_plain(planted, "average_precision").set_index("method")
+    assert list(table) == [*sample.CIRCUITS, "mean"]
+    assert table.loc["exact", "hand-or"] == table.loc["exact", "mean"] == "1.000 *"
+    # Refused on one circuit: no mean, as it would be over easier or harder ones than the others'.
+    assert table.loc["cdt:official", "trained-attention-only"] == "n/a"
+    assert table.loc["cdt:official", "mean"] == "n/a"
+    assert table.loc["cdt:stable", "mean"] == "0.350"
+    with pytest.raises(InputError, match="measure 'f1'"):
+        tables.planted_plain(planted, "f1")
