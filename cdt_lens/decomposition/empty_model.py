@@ -23,7 +23,7 @@ from torch import Tensor
 from cdt_lens.decomposition.hooks import MlpResets, Resets
 from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.models.sites import Hook, Site
-from cdt_lens.models.view import at_least_float32
+from cdt_lens.models.view import at_answer
 
 
 class EmptyModel:
@@ -68,12 +68,9 @@ class EmptyModel:
                 hooks["mlp_out", layer] = self._reset_mlp(layer, mlp_resets)
         rows = self.resid[start].repeat(n_sources, 1, 1)
         out = view.replay(run.trace, rows, start, hooks)
-        last = run.at_answer(out.reshape(n_sources, *self.resid[-1].shape))
-        normed = at_least_float32(view.final_norm(last.flatten(0, 1))).reshape(last.shape)
-        columns, bias = view.unembedding(candidates)
-        logits = torch.einsum("sbd,bkd->sbk", normed[:, :, 0], columns) + bias
-        cap = view.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        last = at_answer(out.reshape(n_sources, *self.resid[-1].shape), run.lengths)
+        with view.quiet():
+            return view.candidate_logits(last, candidates)
 
     def _pin(self, layer: int, resets: Resets | None = None) -> Hook:
         run = self.run

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from cdt_lens.models.caller_hooks import caller_hooks
 from cdt_lens.models.heads import Head
 from cdt_lens.models.sites import Hook, Site
 from cdt_lens.models.support import Support, check_caller_hooks, check_supported
-from cdt_lens.models.view import ModelView, at_least_float32
+from cdt_lens.models.view import ModelView, at_answer, at_least_float32
 from cdt_lens.tasks.metrics import Direction, strongest_competitor, task_direction
 from cdt_lens.tasks.task import Batch
 
@@ -159,19 +159,13 @@ class GatedPass:
         hooks = {**hooks, **(slope_hooks(view, self.slopes) if gradients else {})}
         with view.quiet(gradients=gradients), view.hooked(hooks):
             resid = view.stream(batch.tokens)[0][-1]
-            rows = torch.arange(len(batch.index), device=resid.device)
-            answer = resid[rows, batch.lengths.to(resid.device) - 1]
-            normed = at_least_float32(view.normed(answer))
-        columns, offsets = view.unembedding(batch.candidates)
-        logits = einsum(normed, columns, "b d, b k d -> b k") + offsets
-        cap = view.logit_softcap
-        if cap is None:
-            return logits
-        if self.slopes.activation == "tangent":
-            return cap * torch.tanh(logits / cap)
+            normed = view.normed(at_answer(resid, batch.lengths))
+        logits = view.unembedded(normed, batch.candidates)
+        if view.logit_softcap is None or self.slopes.activation == "tangent":
+            return view.softcapped(logits)
         plain = logits.detach()
-        slope = rule.secant(lambda x: cap * torch.tanh(x / cap), plain)
-        return cap * torch.tanh(plain / cap) + slope * (logits - plain)
+        slope = rule.secant(view.softcapped, plain)
+        return view.softcapped(plain) + slope * (logits - plain)
 
     # ------------------------------------------------------------------ hooks
 

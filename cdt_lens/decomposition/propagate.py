@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -30,7 +29,7 @@ from cdt_lens.decomposition.rules import Rules
 from cdt_lens.models.sites import Hook, Site
 from cdt_lens.models.support import Support, check_caller_hooks, check_supported, output_site
 from cdt_lens.models.trace import Trace
-from cdt_lens.models.view import ModelView, at_least_float32
+from cdt_lens.models.view import ModelView, at_answer
 
 
 class Propagator:
@@ -45,7 +44,6 @@ class Propagator:
         rules: Rules,
         *,
         record: Sequence[Site] = (),
-        record_rules: bool = True,
         mlp_baseline: BaselineAt | None = None,
     ) -> None:
         self.view = view
@@ -54,14 +52,15 @@ class Propagator:
         self.baseline = baseline
         self.mlp_baseline = mlp_baseline
         self._check_rules()
-        self.trace: Trace = view.run(tokens, [*(self._needed() if record_rules else ()), *record])
+        self.trace: Trace = view.run(tokens, [*self._needed(), *record])
         self.lengths = lengths.to(view.device)
         check_caller_hooks(view, tokens, lengths, edits=self._not_followed())
-        answer = self.at_answer(self.trace.resid[-1])
+        answer = at_answer(self.trace.resid[-1], self.lengths)
         self.final: dict[Site, Tensor] = {}
         names = [(f"{n}.{p}", view.n_layers) for n in view.norms(view.n_layers) for p in _PARTS]
         hooks: dict[Site, Hook] = {site: _keep(self.final, site) for site in names}
-        self.normed = at_least_float32(view.final_norm(answer, hooks))
+        with view.quiet(), view.hooked(hooks):
+            self.normed = view.normed(answer)
 
     # ------------------------------------------------------------------ what the rules need
 
@@ -142,46 +141,33 @@ class Propagator:
         hooks = RuleHooks(self, n_sources, start, resets, taps or {}, mlp_resets)
         resid = self.trace.resid[start].repeat(n_sources, 1, 1)
         out = self.view.replay(self.trace, resid, start, hooks.build())
-        return self.at_answer(out.reshape(n_sources, *self.trace.resid[-1].shape))[:, :, 0]
+        return at_answer(out.reshape(n_sources, *self.trace.resid[-1].shape), self.lengths)
 
     def candidate_logits(
         self, resid: Float[Tensor, "source batch d_model"], candidates: Int[Tensor, "batch k"]
     ) -> Float[Tensor, "source batch k"]:
         """Irrelevant logits of candidate tokens from the irrelevant final residual stream."""
         view, rules, layer = self.view, self.rules, self.view.n_layers
-        n_sources, batch, _ = resid.shape
-        rows = resid.reshape(n_sources * batch, 1, -1)
         hooks: dict[Site, Hook] = {}
         if rules.norm == "frozen":
             for norm in view.norms(layer):
-                hooks |= norm_hooks(self, norm, layer, n_sources, self.final)
-        normed = at_least_float32(view.final_norm(rows, hooks)).reshape(n_sources, batch, -1)
-        columns, bias = view.unembedding(candidates)
-        irrel = torch.einsum("sbd,bkd->sbk", normed, columns) + bias
-        full = torch.einsum("bd,bkd->bk", self.normed[:, 0], columns) + bias
+                hooks |= norm_hooks(self, norm, layer, resid.shape[0], self.final)
+        with view.quiet(), view.hooked(hooks):
+            normed = view.normed(resid)
+        irrel, full = view.unembedded(normed, candidates), view.unembedded(self.normed, candidates)
+        _, bias = view.unembedding(candidates)
         if rules.bias == "proportional" and bool(bias.any()):
             irrel = rule.take_back_bias(irrel, full, bias, rules.eps)
         return self._softcap(irrel, full)
 
     def full_logits(self, candidates: Int[Tensor, "batch k"]) -> Float[Tensor, "batch k"]:
         """The plain model's logits of candidate tokens at each prompt's last token."""
-        columns, bias = self.view.unembedding(candidates)
-        logits = torch.einsum("bd,bkd->bk", self.normed[:, 0], columns) + bias
-        cap = self.view.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return self.view.softcapped(self.view.unembedded(self.normed, candidates))
 
     def _softcap(self, irrel: Tensor, full: Tensor) -> Tensor:
-        cap = self.view.logit_softcap
-        if cap is None:
+        if self.view.logit_softcap is None:
             return irrel
-        return rule.activated(
-            lambda x: cap * torch.tanh(x / cap), irrel, full, self.rules.activation
-        )
-
-    def at_answer(self, resid: Float[Tensor, "*rows batch pos d"]) -> Tensor:
-        """`[..., batch, 1, d_model]` at the last real token of each prompt."""
-        rows = torch.arange(resid.shape[-3], device=resid.device)
-        return resid[..., rows, self.lengths.to(resid.device) - 1, :].unsqueeze(-2)
+        return rule.activated(self.view.softcapped, irrel, full, self.rules.activation)
 
 
 _PARTS = ("in", "scale", "out")

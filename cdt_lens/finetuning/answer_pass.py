@@ -9,13 +9,12 @@
 from __future__ import annotations
 
 import torch
-from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cdt_lens.models.trace import BlockCall
-from cdt_lens.models.view import ModelView, at_least_float32
+from cdt_lens.models.view import ModelView, at_answer
 from cdt_lens.tasks.task import Batch, Examples
 
 
@@ -41,12 +40,7 @@ class AnswerPass:
         In half precision whole logits lie on a coarse grid and tie. No gradient reaches the
         unembedding this way: train on the whole logits.
         """
-        view = self.view
-        normed = view.normed(self._answers(batch))
-        columns, offsets = view.unembedding(batch.candidates)
-        logits = einsum(at_least_float32(normed), columns, "b d, b k d -> b k") + offsets
-        cap = view.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return self.view.candidate_logits(self._answers(batch), batch.candidates)
 
     def _answers(self, batch: Batch) -> Float[Tensor, "batch d_model"]:
         """The residual stream at the answer position, after the last block."""
@@ -57,8 +51,7 @@ class AnswerPass:
             )
         else:
             resid = view.stream(batch.tokens)[0][-1]
-        rows = torch.arange(len(batch.index), device=resid.device)
-        return resid[rows, batch.lengths.to(resid.device) - 1]
+        return at_answer(resid, batch.lengths)
 
     def prepare(self, examples: Examples, batch_size: int) -> None:
         """Run the layers below once for all `examples`, in batches that do not depend on chance.

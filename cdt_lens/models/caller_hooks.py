@@ -1,33 +1,35 @@
-"""The caller's own hooks on a model: which there are, and a run without them.
+"""The caller's own hooks on a model: find them, and run without them.
 
-A model is taken as it behaves, the caller's hooks included. One that looks sees every pass through
-its module, in which the rows may be many copies of a batch, (source x example). One that edits is a
-part of the model: it acts in plain runs and in ablated ones. What cannot be done so is refused
-(`support.check_caller_hooks`). Hooks that a library attached by itself are none of the caller's.
+A model is taken as it behaves, with the caller's hooks. A hook that only reads sees every pass
+through its module; the rows of a pass may be many copies of a batch (source x example). A hook
+that edits is a part of the model: it acts in plain runs and in ablated ones. Hooks for which this
+is not possible are refused by `support.check_caller_hooks`. Hooks that a library attaches, this
+package included, are not the caller's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 _REGISTRIES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_LIBRARIES = ("accelerate", "peft", "torch", "transformer_lens", "transformers")
-# `add_hook` wraps what the caller gives it in a function of this module.
+_LIBRARIES = ("accelerate", "cdt_lens", "peft", "torch", "transformer_lens", "transformers")
+# `add_hook` wraps the caller's function in a function of this module.
 _ADDED_FOR_THE_CALLER = "transformer_lens.hook_points"
 
 
 def caller_hooks(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules with hooks of the caller's own, in the model's order."""
+    """Return the names of the modules that have hooks of the caller's, in the model's order."""
     return tuple(name for name, module in _modules(model) if any(map(_count, _of(module))))
 
 
 @contextmanager
 def lifted(model: nn.Module) -> Iterator[None]:
-    """Within the `with` the caller's hooks are off; afterwards on again, in the same order."""
+    """Take the caller's hooks off within the `with`, and put them back in the same order."""
     taken: list[tuple[Any, dict[int, Any]]] = []
     try:
         for _, module in _modules(model):
@@ -46,7 +48,7 @@ def lifted(model: nn.Module) -> Iterator[None]:
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once; a bridge keeps parts of the Hugging Face model outside its modules."""
+    """Yield every module once; a bridge keeps parts of the Hugging Face model elsewhere."""
     seen: set[int] = set()
     for root in (model, getattr(model, "original_model", None)):
         for name, module in root.named_modules() if isinstance(root, nn.Module) else ():
@@ -66,5 +68,7 @@ def _count(registry: Any) -> int:
 
 
 def _is_callers(hook: Callable[..., Any]) -> bool:
+    while isinstance(hook, partial):  # its own module is functools, whoever made it
+        hook = hook.func
     home = getattr(hook, "__module__", None) or ""
     return home == _ADDED_FOR_THE_CALLER or home.partition(".")[0] not in _LIBRARIES

@@ -121,10 +121,14 @@ def command_line() -> str:
 
 @contextmanager
 def hashed_once() -> Iterator[None]:
-    """Within the `with` the weights of a model are hashed once: nothing in it may change them.
+    """Hash the weights of each model only once within the `with`; nothing in it may change them.
 
-    Every result checks its model; beside a method of a few forward passes that takes its time.
+    Every result checks its model, which takes about 0.6 s for 135 million parameters. Works as a
+    decorator too, and an inner block shares the hashes of the outer one.
     """
+    if _HASHES.get() is not None:
+        yield
+        return
     token = _HASHES.set({})
     try:
         yield

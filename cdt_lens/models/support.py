@@ -96,7 +96,7 @@ def check_caller_hooks(
     where = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     trace = view.run(tokens)
     rows, last = torch.arange(len(tokens)), lengths.cpu() - 1
-    ours = _whole_logits(view, trace.resid[-1][rows, last].unsqueeze(1))
+    ours = _whole_logits(view, trace.resid[-1][rows, last])
     own = at_least_float32(view.logits(tokens)[rows, last])
     tolerance = 1e-4 if view.dtype in (torch.float32, torch.float64) else 3e-2
     if not bool((ours - own).abs().max() <= tolerance * own.abs().max()):
@@ -117,14 +117,14 @@ def check_caller_hooks(
 
 
 def _whole_logits(
-    view: ModelView, resid: Float[Tensor, "batch 1 d_model"]
+    view: ModelView, resid: Float[Tensor, "batch d_model"]
 ) -> Float[Tensor, "batch d_vocab"]:
-    """All logits of a few residual vectors, in the way in which candidates are unembedded."""
+    """Compute the logits of the whole vocabulary in the way in which candidates are unembedded."""
     vocabulary = torch.arange(view.tl.unembed.W_U.shape[-1])
-    columns, offsets = view.unembedding(vocabulary[None])
-    logits = at_least_float32(view.final_norm(resid)[:, 0]) @ columns[0].T + offsets[0]
-    cap = view.logit_softcap
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    columns, bias = view.unembedding(vocabulary[None])
+    with view.quiet():
+        normed = at_least_float32(view.normed(resid))
+    return view.softcapped(normed @ columns[0].T + bias[0])
 
 
 def _weights_state(view: ModelView) -> object:
@@ -244,12 +244,8 @@ def _check_attention(view: ModelView, trace: Trace) -> None:
 
 def _check_logits(view: ModelView, trace: Trace, tokens: Tensor) -> None:
     candidates = torch.arange(min(64, view.tl.unembed.W_U.shape[-1])).expand(tokens.shape[0], -1)
-    columns, offsets = view.unembedding(candidates)
-    normed = at_least_float32(view.final_norm(trace.resid[-1][:, -1:])[:, 0])
-    logits = torch.einsum("bd,bkd->bk", normed, columns) + offsets
-    cap = view.logit_softcap
-    if cap is not None:
-        logits = cap * torch.tanh(logits / cap)
+    with view.quiet():
+        logits = view.candidate_logits(trace.resid[-1][:, -1], candidates)
     own = view.logits(tokens)[:, -1].gather(1, candidates.to(view.device))
     if _differ(logits, own, view.dtype):
         _refuse(view, "what stands between the unembedding and the logits")

@@ -255,33 +255,62 @@ class ModelView:
             resid = out[0] if isinstance(out, tuple) else out
         return resid
 
-    def normed(self, resid: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_model"]:
-        """A few residual vectors after the final norm, in the caller's mode."""
-        if ("ln_final.in", self.n_layers) not in self._places:
-            return resid
-        return self.tl.ln_final(resid.unsqueeze(1))[:, 0]
+    # ------------------------------------------------------------------ logits
 
     def read_out(self, resid: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_vocab"]:
-        """Logits of a few residual vectors at the end, in the caller's mode, soft-capped."""
-        logits = at_least_float32(self.tl.unembed(self.normed(resid).unsqueeze(1))[:, 0])
-        cap = self.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        """Compute the logits of the whole vocabulary from final residual vectors.
 
-    def final_norm(
-        self, resid: Float[Tensor, "row pos d_model"], hooks: Mapping[Site, Hook] | None = None
-    ) -> Float[Tensor, "row pos d_model"]:
-        """The model's own final norm (the identity where it has none)."""
+        Runs the model's own unembedding in the caller's mode.
+
+        Args:
+            resid: residual vectors after the last block.
+
+        Returns:
+            Soft-capped logits, in at least float32.
+        """
+        return self.softcapped(at_least_float32(self.tl.unembed(self.normed(resid)[:, None])[:, 0]))
+
+    def candidate_logits(
+        self, resid: Float[Tensor, "*rows batch d_model"], candidates: Int[Tensor, "batch k"]
+    ) -> Float[Tensor, "*rows batch k"]:
+        """Compute the logits of a few candidate tokens from final residual vectors.
+
+        Runs in the caller's mode. No gradient reaches the unembedding.
+
+        Args:
+            resid: residual vectors after the last block, at the answer positions.
+            candidates: token ids of each example.
+
+        Returns:
+            Soft-capped logits, in at least float32, whatever the type of the weights: in half
+            precision whole logits lie on a coarse grid and tie.
+        """
+        return self.softcapped(self.unembedded(self.normed(resid), candidates))
+
+    def normed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """Apply the model's own final norm, if it has one, in the caller's mode."""
         if ("ln_final.in", self.n_layers) not in self._places:
             return resid
-        with self.quiet(), self.hooked(hooks or {}):
-            return self.tl.ln_final(resid)
+        return self.tl.ln_final(resid.reshape(-1, 1, resid.shape[-1])).reshape(resid.shape)
+
+    def unembedded(
+        self, normed: Float[Tensor, "*rows batch d_model"], candidates: Int[Tensor, "batch k"]
+    ) -> Float[Tensor, "*rows batch k"]:
+        """Compute candidate logits before the soft-cap from vectors after the final norm."""
+        columns, bias = self.unembedding(candidates)
+        return torch.einsum("...bd,bkd->...bk", at_least_float32(normed), columns) + bias
+
+    def softcapped(self, logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Apply the model's soft-cap `c tanh(l / c)`, if it has one."""
+        cap = self.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def unembedding(
         self, tokens: Int[Tensor, "batch k"]
     ) -> tuple[Float[Tensor, "batch k d_model"], Float[Tensor, "batch k"]]:
-        """Unembedding vectors and biases of a few tokens (biases 0 where the model has none).
+        """Return the unembedding vectors and biases of a few tokens, in at least float32.
 
-        At least float32: scores are small differences between logits.
+        Scores are small differences between logits. Biases are 0 where the model has none.
         """
         unembed = self.tl.unembed
         ids = tokens.to(self.device)
@@ -316,5 +345,13 @@ def view_of(model: nn.Module | ModelView) -> ModelView:
 
 
 def at_least_float32(value: Tensor) -> Tensor:
-    """`value`, as float32 where it is of a shorter type."""
+    """Return `value`, converted to float32 if its type is shorter."""
     return value.float() if value.dtype.itemsize < 4 else value
+
+
+def at_answer(
+    resid: Float[Tensor, "*rows batch pos d"], lengths: Int[Tensor, " batch"]
+) -> Float[Tensor, "*rows batch d"]:
+    """Select the last real position of each right-padded prompt."""
+    batch = torch.arange(resid.shape[-3], device=resid.device)
+    return resid[..., batch, lengths.to(resid.device) - 1, :]

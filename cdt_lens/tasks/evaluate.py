@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from cdt_lens.core import display
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.processes import gather_items, shard
-from cdt_lens.decomposition.propagate import Propagator
-from cdt_lens.decomposition.rules import PRESETS
-from cdt_lens.models.view import ModelView, view_of
+from cdt_lens.models.support import check_caller_hooks, check_supported
+from cdt_lens.models.view import ModelView, at_answer, view_of
 from cdt_lens.tasks.metrics import answer_loss, balanced_mean, correct, macro_f1, task_direction
 from cdt_lens.tasks.task import Batch, Examples, Task, require_examples
 
@@ -110,13 +109,18 @@ def evaluate(
 
 
 def candidate_logits(view: ModelView, batch: Batch) -> Tensor:
-    """The model's logits of the candidates at the answer position, `[batch, k]`, on the CPU."""
-    zero = torch.zeros((), device=view.device, dtype=view.dtype)
-    run = Propagator(
-        view, batch.tokens, batch.lengths.to(view.device), lambda _: zero, PRESETS["ablation"],
-        record_rules=False,
-    )  # fmt: skip
-    return run.full_logits(batch.candidates).float().cpu()
+    """Compute the model's logits of the candidates at the answer position, on the CPU.
+
+    Raises:
+        UnsupportedModelError: a component of the model has no rule.
+        InputError: hooks of the caller's act behind the last block.
+    """
+    check_supported(view)
+    trace = view.run(batch.tokens)
+    check_caller_hooks(view, batch.tokens, batch.lengths)
+    with view.quiet():
+        logits = view.candidate_logits(at_answer(trace.resid[-1], batch.lengths), batch.candidates)
+    return logits.float().cpu()
 
 
 def label_prior(model: nn.Module | ModelView, task: Task) -> dict[str, float]:

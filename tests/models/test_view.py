@@ -73,15 +73,15 @@ def test_the_end_of_the_model_is_put_together_right(family, backend, tokenizer_f
     with Float64Throughout():
         view = shared(family, backend, tokenizer_folder)
         tokens = prompts(2, 9, seed=5)
-        normed = view.final_norm(view.run(tokens).resid[-1])
         candidates = torch.tensor([[0, 5, 127], [64, 7, 7]])
-        columns, biases = view.unembedding(candidates)
-        logits = torch.einsum("bpd,bkd->bpk", normed, columns) + biases[:, None]
-        if view.logit_softcap is not None:
-            logits = view.logit_softcap * torch.tanh(logits / view.logit_softcap)
+        by_position = view.run(tokens).resid[-1].transpose(0, 1)  # [pos, batch, d_model]
+        with view.quiet():
+            logits = view.candidate_logits(by_position, candidates)
+            whole = view.read_out(by_position[-1])
         own = view.logits(tokens)
     expected = own.gather(-1, candidates[:, None].expand(-1, tokens.shape[1], -1))
-    assert_close(logits, expected, atol=1e-12)
+    assert_close(logits.transpose(0, 1), expected, atol=1e-12)
+    assert_close(whole, own[:, -1], atol=1e-12)
     assert (view.logit_softcap is not None) == (family == "gemma2")
 
 
@@ -197,7 +197,7 @@ def test_an_attention_only_model_has_no_mlp_sites(norm):
     assert not {name for name, _ in view.sites} & {"pre", "post", "mlp_out", "ln2.in"}
     assert view.norms(1) == (() if norm is None else ("ln_final",))
     tokens = torch.arange(6)[None]
-    resid = view.final_norm(view.run(tokens).resid[-1])
+    resid = view.normed(view.run(tokens).resid[-1])
     columns, biases = view.unembedding(torch.arange(10)[None])
     assert_close(resid[0] @ columns[0].T + biases, view.logits(tokens)[0], atol=1e-6)
 
