@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 
 from cdt_lens.circuits.graph import Graph
 from cdt_lens.core import display
-from cdt_lens.core.artifacts import load_artifact, save_artifact
-from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.core.errors import InputError
+from cdt_lens.core.saved import Saved
 from cdt_lens.models.heads import Head, all_heads, check_heads, heads_to_mask
 from cdt_lens.models.provenance import Provenance
 from cdt_lens.models.view import ModelView, view_of
@@ -28,11 +27,9 @@ from cdt_lens.viz import figures
 from cdt_lens.viz.svg import figure_html
 from cdt_lens.viz.tables import Scored
 
-_FORMAT, _VERSION = "cdt_lens.circuit", 1
-
 
 @dataclass(frozen=True, eq=False)
-class Circuit:
+class Circuit(Saved):
     """Heads of one model for one task.
 
     heads: in order; scores, stderr: of all heads, `[layer, head]`, signed, in logits (+ pushes
@@ -51,6 +48,7 @@ class Circuit:
     selection: Mapping[str, Any] = field(default_factory=dict)
     provenance: Provenance | None = field(default=None, repr=False)
     graph: Graph | None = field(default=None, repr=False)
+    _format, _kind = "cdt_lens.circuit", "circuit file"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", check_heads(self.heads, self.n_layers, self.n_heads))
@@ -131,12 +129,7 @@ class Circuit:
         if self.provenance is not None:
             self.provenance.check_model(view, "this circuit")
 
-    def save(self, path: str | Path) -> Path:
-        """Save as JSON, with the scores beside it as safetensors; whole or not at all.
-
-        Raises:
-            InputError: the place cannot be written.
-        """
+    def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         body: dict[str, Any] = {
             "heads": [str(head) for head in self.heads],
             "n_layers": self.n_layers,
@@ -146,32 +139,22 @@ class Circuit:
         }
         if self.graph is not None:
             body["graph"] = self.graph.to_dict()
-        named = {"scores": self.scores, "stderr": self.stderr}
-        tensors = {name: value for name, value in named.items() if value is not None}
-        return save_artifact(path, body, format=_FORMAT, version=_VERSION, tensors=tensors)
+        tensors = {"scores": self.scores, "stderr": self.stderr}
+        return body, {name: value for name, value in tensors.items() if value is not None}
 
     @classmethod
-    def load(cls, path: str | Path) -> Circuit:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: no such file. ArtifactError: damaged, another kind of file, or newer.
-        """
-        body, tensors = load_artifact(path, format=_FORMAT, version=_VERSION)
-        try:
-            provenance, graph = body["provenance"], body.get("graph")
-            return cls(
-                heads=tuple(Head.parse(text) for text in body["heads"]),
-                n_layers=body["n_layers"],
-                n_heads=body["n_heads"],
-                scores=tensors.get("scores"),
-                stderr=tensors.get("stderr"),
-                selection=body["selection"],
-                provenance=None if provenance is None else Provenance.from_dict(provenance),
-                graph=None if graph is None else Graph.from_dict(graph),
-            )
-        except (KeyError, TypeError, InputError) as error:
-            raise ArtifactError(f"{path}: not a whole circuit file ({error})") from error
+    def _from_file(cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Circuit:
+        provenance, graph = body["provenance"], body.get("graph")
+        return cls(
+            heads=tuple(Head.parse(text) for text in body["heads"]),
+            n_layers=body["n_layers"],
+            n_heads=body["n_heads"],
+            scores=tensors.get("scores"),
+            stderr=tensors.get("stderr"),
+            selection=body["selection"],
+            provenance=None if provenance is None else Provenance.from_dict(provenance),
+            graph=None if graph is None else Graph.from_dict(graph),
+        )
 
 
 def random_heads(k: int, n_layers: int, n_heads: int, *, seed: int) -> tuple[Head, ...]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -27,8 +26,9 @@ from cdt_lens.circuits.circuit import Circuit, random_heads, random_heads_like
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.measures import MIB_FRACTIONS, cmd, cpr, faithfulness
 from cdt_lens.core import display
-from cdt_lens.core.artifacts import load_artifact, save_artifact
-from cdt_lens.core.errors import ArtifactError, InputError, expect
+from cdt_lens.core.equality import EqualByContent
+from cdt_lens.core.errors import InputError, expect
+from cdt_lens.core.saved import Saved
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import Provenance, provenance_of
@@ -38,12 +38,11 @@ from cdt_lens.viz import figures
 from cdt_lens.viz.svg import figure_html
 
 Ranking = Literal["magnitude", "signed"]
-_FORMAT = "cdt_lens.faithfulness"
 CONTROLS = ("random", "random-per-layer")
 
 
 @dataclass(frozen=True, eq=False)
-class FaithfulnessCurve:
+class FaithfulnessCurve(Saved):
     """Faithfulness of circuits of growing size, beside random ones.
 
     sizes: heads kept; fractions: of all heads, as asked for (the areas use these);
@@ -67,6 +66,7 @@ class FaithfulnessCurve:
     random_cmd: Mapping[str, Float[Tensor, " draw"]] = field(repr=False)
     beaten: Mapping[str, Float[Tensor, " size"]] = field(repr=False)
     provenance: Provenance = field(repr=False)
+    _format, _kind = "cdt_lens.faithfulness", "faithfulness file"
 
     def __repr__(self) -> str:
         areas = f"CPR {self.cpr:.3f}", f"CMD {self.cmd:.3f}"
@@ -92,8 +92,7 @@ class FaithfulnessCurve:
     def _repr_html_(self) -> str:
         return str(figure_html(self.plot()))
 
-    def save(self, path: str | Path) -> Path:
-        """Save as JSON beside safetensors, whole or not at all."""
+    def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         body = {
             "sizes": list(self.sizes),
             "fractions": list(self.fractions),
@@ -104,31 +103,23 @@ class FaithfulnessCurve:
             "provenance": self.provenance.to_dict(),
         }
         tensors = {"faithfulness": self.faithfulness, "completeness": self.completeness}
-        tensors |= {f"random.{name}": value for name, value in self.random.items()}
-        return save_artifact(path, body, format=_FORMAT, version=1, tensors=tensors)
+        return body, tensors | {f"random.{name}": value for name, value in self.random.items()}
 
     @classmethod
-    def load(cls, path: str | Path) -> FaithfulnessCurve:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: no such file. ArtifactError: damaged, or another kind of file.
-        """
-        body, tensors = load_artifact(path, format=_FORMAT, version=1)
-        try:
-            return _curve(
-                sizes=tuple(body["sizes"]),
-                fractions=tuple(body["fractions"]),
-                values=tensors["faithfulness"],
-                completeness=tensors["completeness"],
-                random={name: tensors[f"random.{name}"] for name in body["controls"]},
-                full=body["full"],
-                empty=body["empty"],
-                metric=body["metric"],
-                provenance=Provenance.from_dict(body["provenance"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(f"{path}: not a whole faithfulness file ({error})") from error
+    def _from_file(
+        cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> FaithfulnessCurve:
+        return _curve(
+            sizes=tuple(body["sizes"]),
+            fractions=tuple(body["fractions"]),
+            values=tensors["faithfulness"],
+            completeness=tensors["completeness"],
+            random={name: tensors[f"random.{name}"] for name in body["controls"]},
+            full=body["full"],
+            empty=body["empty"],
+            metric=body["metric"],
+            provenance=Provenance.from_dict(body["provenance"]),
+        )
 
 
 def _curve(
@@ -154,8 +145,8 @@ def _curve(
     )
 
 
-@dataclass(frozen=True)
-class CircuitFaithfulness:
+@dataclass(frozen=True, eq=False)
+class CircuitFaithfulness(EqualByContent):
     """Faithfulness of one given circuit, and the same-size random circuits beside it."""
 
     heads: tuple[Head, ...]

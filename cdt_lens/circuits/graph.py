@@ -28,6 +28,7 @@ from cdt_lens.circuits.nodes import (
     why_no_edge,
 )
 from cdt_lens.core.display import INK, MUTED, NEGATIVE, POSITIVE
+from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
 from cdt_lens.models.heads import Head
 from cdt_lens.viz import graph_figure as graph_figures
@@ -71,7 +72,7 @@ class Edge:
 
 
 @dataclass(frozen=True, eq=False)
-class Graph:
+class Graph(EqualByContent):
     """Nodes and edges of one model, with scores and with what belongs to the circuit.
 
     nodes: by name, at least those that edges name; edges: scored or kept ones, not necessarily

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -19,8 +18,8 @@ from torch import Tensor
 
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.core import display
-from cdt_lens.core.artifacts import load_artifact, save_artifact
-from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.core.errors import InputError
+from cdt_lens.core.saved import Saved
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import Provenance
 from cdt_lens.viz import figures
@@ -28,7 +27,7 @@ from cdt_lens.viz.svg import figure_html
 
 
 @dataclass(frozen=True, eq=False)
-class HeadScores:
+class HeadScores(Saved):
     """Signed relevance of every head, in logits: positive pushes towards the gold label.
 
     values: label-balanced mean over examples; stderr: its standard error; per_example: d(rel) of
@@ -43,6 +42,7 @@ class HeadScores:
     direction: float
     method: str
     provenance: Provenance = field(repr=False)
+    _format, _kind = "cdt_lens.scores", "scores file"
 
     def __repr__(self) -> str:
         best = [f"{h} {float(self.values[h.layer, h.head]):+.3g}" for h in self.ranking()]
@@ -202,8 +202,7 @@ class HeadScores:
     def _repr_html_(self) -> str:
         return str(figure_html(self.heatmap()))
 
-    def save(self, path: str | Path) -> Path:
-        """Save as JSON beside safetensors, whole or not at all."""
+    def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         body = {
             "example_labels": list(self.example_labels),
             "direction": self.direction,
@@ -211,28 +210,19 @@ class HeadScores:
             "provenance": self.provenance.to_dict(),
         }
         tensors = {"values": self.values, "stderr": self.stderr, "per_example": self.per_example}
-        return save_artifact(path, body, format="cdt_lens.scores", version=1, tensors=tensors)
+        return body, tensors
 
     @classmethod
-    def load(cls, path: str | Path) -> HeadScores:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: no such file. ArtifactError: damaged, or another kind of file.
-        """
-        body, tensors = load_artifact(path, format="cdt_lens.scores", version=1)
-        try:
-            return cls(
-                values=tensors["values"],
-                stderr=tensors["stderr"],
-                per_example=tensors["per_example"],
-                example_labels=tuple(body["example_labels"]),
-                direction=body["direction"],
-                method=body["method"],
-                provenance=Provenance.from_dict(body["provenance"]),
-            )
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(f"{path}: not a whole scores file ({error})") from error
+    def _from_file(cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> HeadScores:
+        return cls(
+            values=tensors["values"],
+            stderr=tensors["stderr"],
+            per_example=tensors["per_example"],
+            example_labels=tuple(body["example_labels"]),
+            direction=body["direction"],
+            method=body["method"],
+            provenance=Provenance.from_dict(body["provenance"]),
+        )
 
 
 def label_index(labels: Sequence[str]) -> Int[Tensor, " example"]:

@@ -14,22 +14,21 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from cdt_lens.circuits.measures import cmd, cpr
 from cdt_lens.core import display
-from cdt_lens.core.artifacts import load_artifact, save_artifact
-from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.core.equality import EqualByContent
+from cdt_lens.core.errors import InputError
+from cdt_lens.core.saved import Saved
 from cdt_lens.models.provenance import Provenance
 from cdt_lens.viz import comparison_figures, comparison_tables
 from cdt_lens.viz.svg import figure_html
-
-_FORMAT, _PLANTED, _VERSION = "cdt_lens.comparison", "cdt_lens.planted_comparison", 1
 
 YARDSTICK = "exact"  # the method that the others' scores are compared with
 RANKINGS: tuple[Literal["signed", "magnitude"], ...] = ("signed", "magnitude")
@@ -41,8 +40,8 @@ _BETTER = {
 _NUMBERS = ("spearman", "pearson", "seconds", "forward_passes", "auroc", "average_precision")
 
 
-@dataclass(frozen=True)
-class RankingCurve:
+@dataclass(frozen=True, eq=False)
+class RankingCurve(EqualByContent):
     """f of the top heads of one ranking at each size (1 = the full model), and its areas."""
 
     f: tuple[float, ...] = field(repr=False)
@@ -56,8 +55,8 @@ class RankingCurve:
         return cls(tuple(f), float(cpr(fractions, values)), float(cmd(fractions, values)))
 
 
-@dataclass(frozen=True)
-class MethodResult:
+@dataclass(frozen=True, eq=False)
+class MethodResult(EqualByContent):
     """What one method's scores are worth; NaN is not measured, or has no meaning.
 
     spearman, pearson: with exact mean-ablation, over all heads; signed, magnitude: faithfulness of
@@ -117,7 +116,7 @@ class MethodResult:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class Comparison(Saved):
     """Methods of scoring heads, compared on one model and task.
 
     fractions, sizes: shares of the heads kept, and how many these are; random: curves of random
@@ -136,6 +135,7 @@ class Comparison:
     full: float
     empty: float
     provenance: Provenance = field(repr=False)
+    _format, _kind = "cdt_lens.comparison", "comparison"
 
     def __repr__(self) -> str:
         return display.line(self, self.model, self.task, display.few(self.names))
@@ -238,26 +238,12 @@ class Comparison:
             provenance=Provenance.from_dict(values["provenance"]),
         )
 
-    def save(self, path: str | Path) -> Path:
-        """Save as JSON, whole or not at all.
-
-        Raises:
-            InputError: the place cannot be written.
-        """
-        return save_artifact(path, self.to_dict(), format=_FORMAT, version=_VERSION)
+    def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+        return self.to_dict(), {}
 
     @classmethod
-    def load(cls, path: str | Path) -> Comparison:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: no such file. ArtifactError: damaged, another kind of file, or newer.
-        """
-        body, _ = load_artifact(path, format=_FORMAT, version=_VERSION)
-        try:
-            return cls.from_dict(body)
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(f"{path}: not a whole comparison ({error})") from error
+    def _from_file(cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Comparison:
+        return cls.from_dict(body)
 
 
 def _row(result: MethodResult) -> dict[str, Any]:
@@ -292,7 +278,7 @@ def _curve(values: Mapping[str, Any]) -> RankingCurve:
 
 
 @dataclass(frozen=True, eq=False)
-class PlantedComparison:
+class PlantedComparison(Saved):
     """Methods compared on planted circuits, by the circuit's name.
 
     why: what is planted in each circuit, in words.
@@ -300,6 +286,7 @@ class PlantedComparison:
 
     circuits: Mapping[str, Comparison]
     why: Mapping[str, str] = field(default_factory=dict, repr=False)
+    _format, _kind = "cdt_lens.planted_comparison", "comparison"
 
     def __repr__(self) -> str:
         return display.line(self, display.few(self.methods), f"on {display.few(self.circuits)}")
@@ -337,26 +324,12 @@ class PlantedComparison:
             comparison_tables.planted_html(self, "average_precision") + figure_html(self.plot())
         )
 
-    def save(self, path: str | Path) -> Path:
-        """Save as JSON, whole or not at all.
-
-        Raises:
-            InputError: the place cannot be written.
-        """
+    def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         circuits = [{"name": name, **each.to_dict()} for name, each in self.circuits.items()]
-        body = {"circuits": circuits, "why": dict(self.why)}
-        return save_artifact(path, body, format=_PLANTED, version=_VERSION)
+        return {"circuits": circuits, "why": dict(self.why)}, {}
 
     @classmethod
-    def load(cls, path: str | Path) -> PlantedComparison:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: no such file. ArtifactError: damaged, another kind of file, or newer.
-        """
-        body, _ = load_artifact(path, format=_PLANTED, version=_VERSION)
-        try:
-            circuits = {each["name"]: Comparison.from_dict(each) for each in body["circuits"]}
-            return cls(circuits, body["why"])
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(f"{path}: not a whole comparison ({error})") from error
+    def _from_file(
+        cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> PlantedComparison:
+        return cls({v["name"]: Comparison.from_dict(v) for v in body["circuits"]}, body["why"])

@@ -1,7 +1,7 @@
-"""Circuits measured on one set of examples, each once, and kept on disk as they come.
+"""Circuits measured on one set of examples, once each, and kept on disk one after another.
 
-m(C) of method.md §6 by the heads of C: two rankings share many circuits, and a killed comparison
-goes on with what it had measured.
+Two rankings of heads share many circuits, and an interrupted comparison resumes with the circuits
+that it had measured.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from pathlib import Path
 
 from cdt_lens.circuits.ablation import measure_circuits
 from cdt_lens.circuits.faithfulness import f_of
-from cdt_lens.core.kept import Say, keep, kept
-from cdt_lens.core.processes import wait_for_all
+from cdt_lens.core.kept import Kept, Say
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.heads import Head, all_heads
-from cdt_lens.models.provenance import versions, weight_hash
+from cdt_lens.models.provenance import weight_hash
 from cdt_lens.models.view import ModelView
 from cdt_lens.tasks.task import Examples
 
@@ -26,13 +25,23 @@ _FORMAT = "cdt_lens.measured_circuits"
 
 @dataclass
 class MeasuredCircuits:
-    """The task direction of every circuit that was asked for, in logits.
+    """The task direction m(C) of circuits: every head outside of C is mean-ablated.
 
-    path: where they are kept (None: nowhere); full, empty: with all heads and with none, measured
-    when it is made.
+    Attributes:
+        view: The model.
+        examples: The examples that m(C) is measured on.
+        baseline: The reference values of the ablated heads.
+        path: The file in which the values are kept, or None to keep none.
+        say: Receives the reason why kept values are measured again.
+        batch_size: Examples in a batch.
+        rows: (circuit x example) rows in a forward pass; chosen from `batch_size` if None.
+        progress: Whether to show a progress bar.
+        metric: m(C) in logits, by the names of the heads of C.
+        full: m of all heads, in logits, measured on construction.
+        empty: m of no heads, in logits, measured on construction.
 
     Raises:
-        InputError: ablating every head leaves the metric as it was.
+        InputError: Ablating every head does not change the metric.
     """
 
     view: ModelView
@@ -46,37 +55,55 @@ class MeasuredCircuits:
     metric: dict[str, float] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self._key = {
+        made_from = {
             "model": weight_hash(self.view), "data": self.examples.hash,
-            "baseline": self.baseline.hash, "version": versions()["cdt_lens"],
+            "baseline": self.baseline.hash,
         }  # fmt: skip
-        found = None if self.path is None else kept(self.path, _FORMAT, self._key, self.say)
-        wait_for_all()  # no process writes before every one has looked
-        self.metric = {} if found is None else dict(found["metric"])
+        self._kept = None if self.path is None else Kept(self.path, _FORMAT, made_from)
+        kept = None if self._kept is None else self._kept.reuse(self.say)
+        self.metric = {} if kept is None else dict(kept["metric"])
         everyone = all_heads(self.view.n_layers, self.view.n_heads)
         self.measure([everyone, ()])
         self.full, self.empty = self.metric[_name(everyone)], self.metric[_name(())]
         self.f(everyone)  # refuses where there is nothing to explain
 
     def measure(self, circuits: Iterable[Heads]) -> None:
-        """m(C) of each circuit that is not known yet."""
+        """Measure m(C) of the circuits that are not known yet, and keep the values.
+
+        Args:
+            circuits: The heads of each circuit, in any order.
+        """
         wanted = [c for c in dict.fromkeys(circuits) if _name(c) not in self.metric]
         if not wanted:
             return
-        found = measure_circuits(
+        measured = measure_circuits(
             self.view, wanted, self.examples, self.baseline, metric="direction", task=None,
             batch_size=self.batch_size, rows=self.rows, progress=self.progress,
         )  # fmt: skip
-        self.metric |= {_name(circuit): value for circuit, value in found.items()}
-        if self.path is not None:
-            keep(self.path, _FORMAT, {"key": self._key, "metric": self.metric})
+        self.metric |= {_name(circuit): value for circuit, value in measured.items()}
+        if self._kept is not None:
+            self._kept.keep({"metric": self.metric})
 
     def f(self, circuit: Heads) -> float:
-        """Faithfulness of a measured circuit: 1 is the full model, 0 no heads."""
+        """Return the faithfulness f of a measured circuit.
+
+        Args:
+            circuit: Its heads.
+
+        Returns:
+            f without unit: 1 is the full model, 0 the model without heads.
+        """
         return f_of(self.metric[_name(circuit)], self.full, self.empty)
 
     def curve(self, circuits: Sequence[Heads]) -> tuple[float, ...]:
-        """f of each circuit, measured now if it was not."""
+        """Return f of several circuits, and measure those that are not known yet.
+
+        Args:
+            circuits: The heads of each circuit.
+
+        Returns:
+            f of each circuit, in their order.
+        """
         self.measure(circuits)
         return tuple(self.f(circuit) for circuit in circuits)
 

@@ -1,10 +1,10 @@
-"""Scores of one method after another, each with the time it took, kept on disk as they come.
+"""Scores of one method after another, with the time that each took, kept on disk.
 
 1. A plain forward pass of the same examples is timed three times before the method and three times
-   after it, so that a machine whose speed drifts slows both alike; their median is the unit.
-2. A method of fewer than twenty passes runs five times, with a pass after each; its time is the
-   median. A longer one runs once. The check that the weights are the right ones is not counted.
-3. Scores and time are kept. The time of a sweep that was cut off is not known, and said to be so.
+   after it, so that a machine whose speed drifts slows both equally. Their median is the unit.
+2. A method that costs fewer than twenty passes runs five times, with a pass after each run. Its
+   time is the median. A longer method runs once. Hashing the weights is not counted.
+3. Scores and time are kept. The time of an interrupted sweep is not known, and reported as NaN.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ import torch
 
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.artifacts import remove_artifact
-from cdt_lens.core.errors import ArtifactError, InputError, NonFiniteError, UnsupportedModelError
-from cdt_lens.core.kept import Say, file_name, keep, kept
+from cdt_lens.core.equality import EqualByContent
+from cdt_lens.core.errors import NonFiniteError, UnsupportedModelError
+from cdt_lens.core.kept import Kept, Say, drop_other_versions, file_name, reuse
 from cdt_lens.core.processes import gather_items, is_main, shard, wait_for_all
 from cdt_lens.decomposition.baseline import Baseline
-from cdt_lens.models.provenance import hashed_once, versions, weight_hash
+from cdt_lens.models.provenance import hashed_once, weight_hash
 from cdt_lens.models.view import ModelView
 from cdt_lens.scoring.methods import score_by
+from cdt_lens.scoring.sweep import SWEEP_FORMAT
 from cdt_lens.tasks.task import Examples
 
 _FORMAT = "cdt_lens.timed_scores"
@@ -36,11 +38,16 @@ _SHORT, _REPEATS = 20, 5
 Run = Callable[[Path | None], HeadScores]
 
 
-@dataclass(frozen=True)
-class TimedScores:
-    """A method's scores with their cost, in seconds and in plain forward passes (NaN: not known).
+@dataclass(frozen=True, eq=False)
+class TimedScores(EqualByContent):
+    """The scores of one method and their cost.
 
-    refused: why the method has no scores on this model.
+    Attributes:
+        method: The name of the method.
+        scores: Its scores, or None if it was refused.
+        seconds: The time to score all heads; NaN if it is not known.
+        passes: The same time in plain forward passes; NaN if it is not known.
+        refused: The reason why the method has no scores on this model.
     """
 
     method: str
@@ -52,9 +59,20 @@ class TimedScores:
 
 @dataclass
 class TimedScorer:
-    """Scores `examples` by any method; what it kept in `folder` (None: nowhere) is not made again.
+    """Scores examples by any method, against the clock.
 
     The files of a method are `scores-NAME.json` and `time-NAME.json`.
+
+    Attributes:
+        view: The model.
+        examples: The examples to score the heads on.
+        baseline: The reference values of the heads.
+        folder: The folder in which scores and times are kept, or None to keep none.
+        say: Receives the progress, and the reason why kept scores are made again.
+        seed: Seed of the methods that draw random numbers.
+        batch_size: Examples in a batch.
+        rows: (source x example) rows in a forward pass; chosen from `batch_size` if None.
+        progress: Whether to show progress bars.
     """
 
     view: ModelView
@@ -71,81 +89,88 @@ class TimedScorer:
         self._hash = weight_hash(self.view)
 
     def score(self, method: str) -> TimedScores:
-        """The scores that an earlier call kept for the same model, data, baseline and seed, or new.
+        """Return the scores of a method: kept ones of the same model, data and seed, or new ones.
 
-        A model on which the method has no meaning, or leaves the finite range, is a refusal.
+        Args:
+            method: A name from `METHODS`.
+
+        Returns:
+            The scores and their cost. `refused` holds the reason where the method has no meaning
+            on this model or leaves the finite range.
         """
-        found = self._found(method)
-        if found is not None:
-            return found
+        known = self._known(method)
+        if known is not None:
+            return known
         self.say(f"scores: {method}")
         scored = self._scored(method)
         if self.folder is not None:
             if scored.scores is not None and is_main():
                 scored.scores.save(self._path("scores", method))
-            body = {
-                "key": self._key(method), "refused": scored.refused, "clock": self._clock(),
+            time_taken = {
+                "refused": scored.refused, "clock": self._clock(),
                 "seconds": _or_none(scored.seconds), "passes": _or_none(scored.passes),
             }  # fmt: skip
-            keep(self._path("time", method), _FORMAT, body)
+            self._kept_time(method).keep(time_taken)
             self._remove_partial(method)
         return scored
 
-    # ------------------------------------------------------------------ what is there
+    # ------------------------------------------------------------------ kept scores
 
     def _path(self, kind: str, method: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{kind}-{file_name(method)}.json"
 
-    def _key(self, method: str) -> dict[str, Any]:
+    def _made_from(self) -> dict[str, Any]:
         return {
-            "method": method, "model": self._hash, "data": self.examples.hash,
-            "baseline": self.baseline.hash, "seed": self.seed, "version": versions()["cdt_lens"],
+            "model": self._hash, "data": self.examples.hash, "baseline": self.baseline.hash,
+            "seed": self.seed,
         }  # fmt: skip
 
+    def _kept_time(self, method: str) -> Kept:
+        made_from = {"method": method, **self._made_from()}
+        return Kept(self._path("time", method), _FORMAT, made_from)
+
     def _clock(self) -> dict[str, Any]:
-        """What a time depends on, and the scores do not."""
+        """Return the settings that change the time and not the scores."""
         return {
             "batch_size": self.batch_size, "rows": self.rows, "device": str(self.view.device),
             "threads": torch.get_num_threads(), "processes": shard()[1],
         }  # fmt: skip
 
-    def _found(self, method: str) -> TimedScores | None:
-        """What an earlier call kept."""
+    def _known(self, method: str) -> TimedScores | None:
+        """Return what an earlier call kept, or None."""
         if self.folder is None:
             return None
-        found = kept(self._path("time", method), _FORMAT, self._key(method), self.say)
-        again = None if found is None else self._read(method, found)
-        wait_for_all()  # no process writes before every one has looked
-        return again
+        kept = self._kept_time(method).reuse(self.say)
+        if kept is None:
+            return None
+        if kept["refused"] is not None:
+            self.say(f"{method} was refused before: {kept['refused']}")
+            return TimedScores(method, None, refused=kept["refused"])
+        return self._timed(method, kept)
 
-    def _read(self, method: str, found: dict[str, Any]) -> TimedScores | None:
-        if found["refused"] is not None:
-            self.say(f"{method} was refused before: {found['refused']}")
-            return TimedScores(method, None, refused=found["refused"])
+    def _timed(self, method: str, kept: dict[str, Any]) -> TimedScores | None:
+        """Return the kept scores with their time."""
         path = self._path("scores", method)
-        try:
-            scores = HeadScores.load(path)
-        except (InputError, ArtifactError) as error:
-            self.say(f"{error}; making it again")
-            return None
-        # A kill between the two files of a method may leave scores that its key does not speak of.
-        told = scores.provenance
-        made = (told.model_hash, told.task_hash, told.options.get("baseline_hash"))
-        if made != (self._hash, self.examples.hash, self.baseline.hash):
-            self.say(f"{path} was made from other data; making it again")
-            return None
-        if told.options.get("seed", self.seed) != self.seed:
-            self.say(f"{path} was made with another seed; making it again")
+        if not path.exists():
+            self.say(f"{path} is missing; making it again")
+        # A kill between the two files of a method may leave scores that its key does not describe.
+        scores = reuse(path, HeadScores.load, self._key_of, self._made_from(), self.say)
+        if scores is None:
             return None
         self.say(f"{path} is there already")
-        if found.get("clock") != self._clock():
+        if kept.get("clock") != self._clock():
             self.say(f"{method} was timed under other settings; its time here is not known")
             return TimedScores(method, scores)
-        return TimedScores(method, scores, _or_nan(found["seconds"]), _or_nan(found["passes"]))
+        return TimedScores(method, scores, _or_nan(kept["seconds"]), _or_nan(kept["passes"]))
+
+    def _key_of(self, scores: HeadScores) -> dict[str, Any]:
+        # Only methods that draw random numbers record a seed.
+        made = scores.provenance
+        return {**made.key, "seed": made.options.get("seed", self.seed)}
 
     def _partial(self, method: str) -> list[Path]:
-        """What a sweep that was cut off has left, of any process."""
+        """Return the checkpoints of an interrupted sweep, of all processes."""
         if self.folder is None:
             return []
         return sorted(self.folder.glob(f"{self._path('scores', method).stem}.partial*.json"))
@@ -159,8 +184,9 @@ class TimedScorer:
     # ------------------------------------------------------------------ new scores
 
     def _scored(self, method: str) -> TimedScores:
+        drop_other_versions(self._partial(method), SWEEP_FORMAT, self.say)
         resumed = bool(self._partial(method))
-        wait_for_all()
+        wait_for_all()  # No process writes a checkpoint before every process has looked for one.
         path = None
         if self.folder is not None:
             path = self._path("scores", method).with_suffix(".partial.json")
@@ -174,7 +200,7 @@ class TimedScorer:
 
         try:
             if resumed:
-                self.say(f"{method} goes on where it was cut off; its time will not be known")
+                self.say(f"{method} resumes where it was interrupted; its time will not be known")
                 return TimedScores(method, run(path))
             with hashed_once():
                 weight_hash(self.view)  # before the clock starts
@@ -184,14 +210,14 @@ class TimedScorer:
             return TimedScores(method, None, refused=str(error))
 
     def _whole(self, method: str, scores: HeadScores) -> HeadScores:
-        found, wanted = len(scores.ranking()), self.view.n_layers * self.view.n_heads
-        if found < wanted:
-            raise NonFiniteError(f"{method}: only {found} of {wanted} heads have a score")
+        scored, wanted = len(scores.ranking()), self.view.n_layers * self.view.n_heads
+        if scored < wanted:
+            raise NonFiniteError(f"{method}: only {scored} of {wanted} heads have a score")
         return scores
 
     def _clocked(self, run: Run, checkpoint: Path | None) -> tuple[HeadScores, float, float]:
-        """Scores, the seconds they took, and these over the median of the passes around them."""
-        self._pass()  # what only a first pass costs
+        """Return scores, their seconds, and these over the median of the passes around them."""
+        self._pass()  # The first pass of a model costs more than the others.
         passes = [self._pass() for _ in range(_PASSES)]
         start = time.perf_counter()
         scores = run(checkpoint)
@@ -208,7 +234,7 @@ class TimedScorer:
         return scores, seconds, seconds / statistics.median(passes)
 
     def _pass(self) -> float:
-        """Seconds of one plain forward pass of the examples, without the unembedding."""
+        """Return the seconds of one forward pass of the examples, without the unembedding."""
         start = time.perf_counter()
         for batch in self.examples.batches(self.batch_size, shard=shard()):
             resid = self.view.run(batch.tokens).resid[-1]

@@ -1,10 +1,11 @@
 """Artefacts on disk: JSON and safetensors, written whole or not at all, never pickle.
 
 1. The bytes go to a temporary file in the same folder, are flushed to the disk, and take the final
-   name by one atomic rename: a full disk or a kill leaves the previous file as it was.
-2. A JSON artefact carries `format` (what it is), `version` (of the format) and `sha256` (of the
-   rest), so that a damaged or foreign file is refused with its path.
-3. Tensors travel beside it in one safetensors file, whose name and checksum the JSON holds.
+   name by one atomic rename. A full disk or a kill leaves the previous file unchanged.
+2. A JSON artefact has the fields `format` (the kind of file), `version` (of the format) and
+   `sha256` (of the rest), so that a damaged or foreign file is refused with its path.
+3. Its tensors are in one safetensors file beside it, whose name and checksum the JSON holds.
+4. Files get their modes from the umask of the process.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import secrets
+import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,56 +29,136 @@ from cdt_lens.core.errors import ArtifactError, InputError
 
 
 def atomic_write(path: str | Path, content: str | bytes) -> Path:
-    """Write `content` to `path` whole or not at all; parent folders are made.
+    """Write a file whole or not at all.
+
+    Parent folders are made. The file's mode follows the umask of the process.
+
+    Args:
+        path: The file to write. An existing file is replaced.
+        content: Text, which is written as UTF-8, or bytes.
+
+    Returns:
+        `path` as a `Path`.
 
     Raises:
-        InputError: the folder cannot be written, or the disk is full; `path` is then as before.
+        InputError: The folder cannot be written, or the disk is full. `path` is then unchanged.
     """
     path = Path(path)
     payload = content.encode("utf-8") if isinstance(content, str) else content
-    with _temporary(path) as temporary:
+    with _temporary(path) as (temporary, mode):
         temporary.write_bytes(payload)
-        _settle(temporary, path)
+        _settle(temporary, path, mode)
     return path
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, gone afterwards; a full disk becomes one clear error."""
-    name: str | None = None
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path` that takes this name at the end of the `with`.
+
+    The folder appears whole or not at all. Its files get their modes from the umask of the process,
+    whatever the library that wrote them chose.
+
+    Args:
+        path: The name of the folder. It may exist as an empty folder.
+
+    Yields:
+        The temporary folder, in which the block writes its files.
+
+    Raises:
+        InputError: The folder cannot be written, or the disk is full. Nothing is then changed.
+    """
+    path = Path(path)
+    temporary = _name_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        yield Path(name)
+        temporary.mkdir()
+        yield temporary
+        _modes_from_umask(temporary)
+        if path.exists():
+            path.rmdir()
+        os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(
-            f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); "
-            "choose another place or free the disk. Nothing was changed"
-        ) from error
+        raise InputError(_cannot_write(path, error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[tuple[Path, int]]:
+    """Yield a new file beside `path` and the mode that the umask gave it; remove it at the end."""
+    temporary = _name_beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary, _create(temporary)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(_cannot_write(path, error)) from error
     finally:
         # After a successful replace the temporary name no longer exists.
-        if name is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
-def _settle(temporary: Path, path: Path) -> None:
-    """Flush to the disk, then take the final name."""
+def _name_beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+
+
+def _create(path: Path) -> int:
+    """Create an empty file and return its permission bits.
+
+    The kernel applies the umask (and the folder's default ACL). Python can only read the umask by
+    changing it, for all threads of the process.
+    """
+    path.touch(exist_ok=False)
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def _modes_from_umask(folder: Path) -> None:
+    """Give every file below `folder` the mode of a new file: safetensors writes 0600."""
+    probe = _name_beside(folder / "mode")
+    mode = _create(probe)
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
+def _cannot_write(path: Path, error: Exception) -> str:
+    return (
+        f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); choose another "
+        "place or free the disk. Nothing was changed"
+    )
+
+
+def _settle(temporary: Path, path: Path, mode: int) -> None:
+    """Flush a temporary file to the disk and give it its mode and its final name."""
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
+    os.chmod(temporary, mode)
     os.replace(temporary, path)
 
 
 def content_hash(value: Any) -> str:
-    """sha256 of a JSON-able value in canonical form (sorted keys, no spaces)."""
+    """Compute the sha256 of a JSON value in canonical form (sorted keys, no spaces).
+
+    Args:
+        value: Any nesting of mappings, sequences, strings, numbers, booleans and None.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def file_hash(path: str | Path) -> str:
-    """sha256 of a file's bytes."""
+    """Compute the sha256 of a file.
+
+    Args:
+        path: The file to read.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -88,13 +171,23 @@ def save_artifact(
     version: int,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Save `body` as JSON at `path`, and `tensors` beside it as `<name>.<hash>.safetensors`.
+    """Save a JSON file, and its tensors beside it as `<name>.<hash>.safetensors`.
 
-    The JSON names its tensor file, so that replacing the JSON replaces both at once: a full disk
+    The JSON names its tensor file, so that replacing the JSON replaces both at once. A full disk
     or a kill at any moment leaves the previous artefact whole.
 
+    Args:
+        path: The JSON file. An existing artefact is replaced.
+        body: The content, as JSON values.
+        format: The kind of file, such as "cdt_lens.circuit".
+        version: Version of the format.
+        tensors: Tensors by name, in any dtype.
+
+    Returns:
+        `path` as a `Path`.
+
     Raises:
-        InputError: the place cannot be written.
+        InputError: The file cannot be written.
     """
     path = Path(path)
     # As it will be read: JSON turns keys into strings and tuples into lists.
@@ -105,11 +198,11 @@ def save_artifact(
     new = None
     if tensors:
         # Straight to the disk: a checkpoint of a whole model should not be in memory twice.
-        with _temporary(path) as temporary:
+        with _temporary(path) as (temporary, mode):
             safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
             digest = file_hash(temporary)
             new = path.with_name(f"{path.name}.{digest[:12]}.safetensors")
-            _settle(temporary, new)
+            _settle(temporary, new, mode)
         document["tensors"] = {"file": new.name, "sha256": digest}
     document["sha256"] = content_hash(document)
     try:
@@ -122,7 +215,11 @@ def save_artifact(
 
 
 def remove_artifact(path: str | Path) -> None:
-    """Delete an artefact and its tensors, if they are there."""
+    """Delete an artefact and its tensors, if they exist.
+
+    Args:
+        path: The JSON file.
+    """
     path = Path(path)
     tensors = _tensor_file(path)
     path.unlink(missing_ok=True)
@@ -130,7 +227,7 @@ def remove_artifact(path: str | Path) -> None:
 
 
 def _tensor_file(path: Path) -> Path | None:
-    """The tensor file that the artefact at `path` names, as far as it can be read."""
+    """Return the tensor file that the artefact at `path` names, or None if it names none."""
     try:
         entry = json.loads(path.read_text("utf-8"))["tensors"]["file"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -147,17 +244,25 @@ def _remove(path: Path | None, *, but: Path | None) -> None:
 def load_artifact(
     path: str | Path, *, format: str, version: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `save_artifact` wrote: the body, and the tensors by name.
+    """Read a file that `save_artifact` wrote.
+
+    Args:
+        path: The JSON file.
+        format: The expected kind of file.
+        version: The newest version of the format that the caller can read.
+
+    Returns:
+        The body with `format` and `version`, and the tensors by name.
 
     Raises:
-        InputError: there is no file at `path`.
-        ArtifactError: damaged, of another kind, or of a format version from the future.
+        InputError: There is no file at `path`.
+        ArtifactError: The file is damaged, of another kind, or of a newer version of the format.
     """
     path = Path(path)
     document = _read_json(path)
-    found = document.get("format")
-    if found != format:
-        raise ArtifactError(f"{path}: expected a {format} file, got {found!r}")
+    kind = document.get("format")
+    if kind != format:
+        raise ArtifactError(f"{path}: expected a {format} file, got {kind!r}")
     if not isinstance(document.get("version"), int) or document["version"] > version:
         raise ArtifactError(
             f"{path}: format version {document.get('version')!r}, this cdt_lens reads up to "
@@ -172,10 +277,17 @@ def load_artifact(
 
 
 def artifact_format(path: str | Path) -> str:
-    """What kind of artefact a file is, such as "cdt_lens.circuit".
+    """Return the kind of an artefact, such as "cdt_lens.circuit".
+
+    Args:
+        path: The JSON file.
+
+    Returns:
+        Its `format` field; "None" if it has none.
 
     Raises:
-        InputError: no such file. ArtifactError: not an artefact.
+        InputError: There is no file at `path`.
+        ArtifactError: The file is no JSON object.
     """
     return str(_read_json(Path(path)).get("format"))
 

@@ -1,47 +1,271 @@
-"""Results that are made once and kept on disk."""
+"""Results that are made once and kept on disk under the key of what they were made from.
+
+A key is a mapping of names to JSON values: the hashes of the model, the data and the baseline, and
+every option that changes a number. This module adds the version of `cdt_lens` to every key. Three
+rules hold for every kept result:
+
+1. A kept result is used again only under an equal key. Otherwise it is made again, and `say`
+   receives the reason: the names that differ, or the version that made it.
+2. A checkpoint of work in progress is refused under another key, with the reason. It may be hours
+   of work, so only its owner removes it; `Kept.drop_stale` does so in a run directory.
+3. The whole version of the package counts. Nobody can tell which change of a release changes no
+   number, and a result that is made again needlessly is only late. The versions of torch,
+   transformers and TransformerLens do not count: they move the last bits of a number and not its
+   meaning, and the provenance of a result records them.
+
+A result that a person loads, such as `Circuit.load`, is no kept result; any version reads it.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from cdt_lens.core.artifacts import load_artifact, save_artifact
-from cdt_lens.core.errors import ArtifactError
+from torch import Tensor
+
+import cdt_lens
+from cdt_lens.core.artifacts import load_artifact, remove_artifact, save_artifact
+from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.core.processes import is_main, wait_for_all
 
 Say = Callable[[str], None]
+Result = TypeVar("Result")
 
 
-def kept(path: Path, format: str, key: Mapping[str, Any], say: Say) -> dict[str, Any] | None:
-    """What an earlier call has kept for the same key; None where it has to be made again."""
-    if not path.exists():
-        return None
+def key_of(made_from: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a key: what a result is made from, and the version of `cdt_lens` that makes it.
+
+    Args:
+        made_from: Everything that changes a number of the result, by name.
+
+    Returns:
+        The key as JSON values, as it is read back from a file.
+    """
+    key: dict[str, Any] = as_json({**made_from, "version": cdt_lens.__version__})
+    return key
+
+
+def difference(kept: object, key: Mapping[str, Any]) -> str | None:
+    """Compare the key of a kept result with the key of the result that is wanted.
+
+    Args:
+        kept: The key in the file. Files of earlier versions may hold something else than a mapping,
+            or a key without a version.
+        key: The wanted key, made by `key_of`.
+
+    Returns:
+        The reason why the kept result cannot be used, in words, or None if it can.
+    """
+    old = kept if isinstance(kept, Mapping) else {}
+    names = sorted(
+        name for name in {*old, *key} - {"version"} if name in old or isinstance(kept, Mapping)
+        if old.get(name) != key.get(name)
+    )  # fmt: skip
+    reasons = [f"other settings or data ({', '.join(names)})"] if names else []
+    if old.get("version") != key["version"]:
+        by = f"cdt_lens {old['version']}" if "version" in old else "an earlier cdt_lens"
+        reasons.append(f"{by} (this is {key['version']})")
+    return " and ".join(reasons) or None
+
+
+def reuse(
+    path: Path,
+    load: Callable[[Path], Result],
+    kept_key: Callable[[Result], object],
+    made_from: Mapping[str, Any],
+    say: Say,
+) -> Result | None:
+    """Load a kept result if it was made from the same key.
+
+    Under a launcher every process looks before any process may write.
+
+    Args:
+        path: The file of the kept result.
+        load: Reads the file.
+        kept_key: Returns the key of a loaded result.
+        made_from: What the wanted result is made from.
+        say: Receives the reason why a result has to be made again.
+
+    Returns:
+        The result, or None if there is no file, or if it has to be made again.
+    """
+    result = _usable(path, load, kept_key, key_of(made_from), say) if path.exists() else None
+    wait_for_all()
+    return result
+
+
+def _usable(
+    path: Path,
+    load: Callable[[Path], Result],
+    kept_key: Callable[[Result], object],
+    key: Mapping[str, Any],
+    say: Say,
+) -> Result | None:
     try:
-        body, _ = load_artifact(path, format=format, version=1)
+        result = load(path)
     except ArtifactError as error:
         say(f"{error}; making it again")
         return None
-    if body["key"] != as_json(dict(key)):
-        say(f"{path} was made with other settings or data; making it again")
+    reason = difference(kept_key(result), key)
+    if reason is not None:
+        say(f"{path} was made with {reason}; making it again")
         return None
-    return body
+    return result
 
 
-def keep(path: Path, format: str, body: Mapping[str, Any]) -> None:
-    """Save `body`, which holds the "key" that it was made from, from one process."""
-    if is_main():
-        save_artifact(path, body, format=format, version=1)
+class Kept:
+    """A file that holds values, and tensors if there are any, beside the key they were made from.
+
+    Args:
+        path: The JSON file.
+        format: The kind of file, such as "cdt_lens.transfer_cell".
+        made_from: What the values are made from.
+    """
+
+    def __init__(self, path: str | Path, format: str, made_from: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.format = format
+        self.key = key_of(made_from)
+
+    def reuse(self, say: Say) -> dict[str, Any] | None:
+        """Return the kept values, or None where they have to be made again.
+
+        Args:
+            say: Receives the reason why values have to be made again.
+
+        Returns:
+            The body of the file, or None.
+        """
+        return reuse(self.path, lambda _: self._read()[0], lambda body: body["key"], self.key, say)
+
+    def read(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Return the body and tensors of a checkpoint, or None if there is no file.
+
+        Returns:
+            The body of the file and its tensors by name.
+
+        Raises:
+            InputError: The checkpoint is of another run, or of another version of `cdt_lens`.
+            ArtifactError: The file is damaged or of another kind.
+        """
+        if not self.path.exists():
+            return None
+        body, tensors = self._read()
+        reason = difference(body["key"], self.key)
+        if reason is not None:
+            raise InputError(
+                f"{self.path}: a checkpoint of another run, with {reason}; remove it, or name "
+                "another file"
+            )
+        return body, tensors
+
+    def write(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Replace the file, whole or not at all, from this process.
+
+        Args:
+            values: The values as JSON, without the key.
+            tensors: Tensors by name.
+
+        Raises:
+            InputError: The file cannot be written.
+        """
+        body = {"key": self.key, **values}
+        save_artifact(self.path, body, format=self.format, version=1, tensors=tensors)
+
+    def keep(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
+        """Replace the file from the main process; every process returns when it is written.
+
+        Args:
+            values: The values as JSON, without the key.
+            tensors: Tensors by name.
+
+        Raises:
+            InputError: The file cannot be written.
+        """
+        if is_main():
+            self.write(values, tensors)
+        wait_for_all()
+
+    def drop_stale(self, say: Say) -> None:
+        """Remove a checkpoint that `read` would refuse for its key.
+
+        Args:
+            say: Receives the reason.
+
+        Raises:
+            ArtifactError: The file is damaged or of another kind.
+        """
+        reason = difference(self._read()[0]["key"], self.key) if self.path.exists() else None
+        wait_for_all()  # No process removes the file before every process has read it.
+        if reason is not None:
+            say(f"{self.path}: of a run with {reason}; removed")
+            self.remove()
+
+    def is_of_this_version(self) -> bool:
+        """Return whether this version of `cdt_lens` wrote the file.
+
+        Raises:
+            ArtifactError: The file is damaged or of another kind.
+        """
+        key = self._read()[0]["key"]
+        return isinstance(key, dict) and key.get("version") == self.key["version"]
+
+    def remove(self) -> None:
+        """Remove the file and its tensors; every process returns when they are gone."""
+        wait_for_all()
+        if is_main():
+            remove_artifact(self.path)
+        wait_for_all()
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        body, tensors = load_artifact(self.path, format=self.format, version=1)
+        # Files that an early version wrote may hold no key.
+        return {"key": {}, **body}, tensors
+
+
+def drop_other_versions(checkpoints: Iterable[Path], format: str, say: Say) -> None:
+    """Remove the checkpoints in a run directory that another version of `cdt_lens` wrote.
+
+    Args:
+        checkpoints: The JSON files.
+        format: Their kind.
+        say: Receives a line for every removed file.
+
+    Raises:
+        ArtifactError: A file is damaged or of another kind.
+    """
+    versionless = {path: Kept(path, format, {}) for path in checkpoints}
+    old = [path for path, kept in versionless.items() if not kept.is_of_this_version()]
+    wait_for_all()  # No process removes a file before every process has read it.
+    for path in old:
+        say(f"{path}: written by another version of cdt_lens; removed")
+        if is_main():
+            remove_artifact(path)
     wait_for_all()
 
 
 def as_json(value: Any) -> Any:
-    """As it is read back from JSON: tuples become lists."""
+    """Return a value as it is read back from JSON: tuples become lists, keys become strings.
+
+    Args:
+        value: A value that JSON can hold.
+
+    Returns:
+        The value after a round trip through JSON.
+    """
     return json.loads(json.dumps(value))
 
 
 def file_name(text: str) -> str:
-    """`text` as part of a file's name."""
+    """Return `text` with every run of other characters than letters, digits, `_.-` as one `_`.
+
+    Args:
+        text: Any name, such as "cdt:stable".
+
+    Returns:
+        A name that is safe as part of a file name.
+    """
     return re.sub(r"[^\w.-]+", "_", text)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pandas as pd
@@ -29,9 +28,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cdt_lens.core import display
-from cdt_lens.core.artifacts import content_hash, load_artifact, save_artifact
-from cdt_lens.core.errors import ArtifactError, InputError, expect
+from cdt_lens.core.artifacts import content_hash
+from cdt_lens.core.errors import InputError, expect
 from cdt_lens.core.processes import is_main, shard, sum_over_processes
+from cdt_lens.core.saved import Saved
 from cdt_lens.models.provenance import Provenance, provenance_of
 from cdt_lens.models.support import check_supported
 from cdt_lens.models.view import ModelView, view_of
@@ -43,7 +43,7 @@ BaselineAt = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Baseline:
+class Baseline(Saved):
     """Reference values of z for every head, and of the outputs of MLPs if asked for.
 
     kind: one of the slots, "zero" or "counterfactual"; means: `[layer, slot, head, d_head]`, in
@@ -56,6 +56,7 @@ class Baseline:
     provenance: Provenance = field(repr=False)
     pairs: Mapping[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False)
     mlp_means: Float[Tensor, "layer slot d_model"] | None = field(default=None, repr=False)
+    _format, _kind = "cdt_lens.baseline", "baseline file"
 
     def __repr__(self) -> str:
         shape = "layers {}, slots {}, heads {}".format(*self.means.shape[:3])
@@ -162,34 +163,20 @@ class Baseline:
         trace = view.run(tokens, [s for s in view.sites if s[0] == site])
         return lambda layer: trace[site, layer]
 
-    def save(self, path: str | Path) -> Path:
-        """Save as JSON beside safetensors, atomically; counterfactual baselines are not files.
-
-        Raises:
-            InputError: a counterfactual baseline, or a place that cannot be written.
-        """
+    def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         if self.kind == "counterfactual":
             raise InputError("a counterfactual baseline holds prompts, not means; save the task")
         body = {"kind": self.kind, "provenance": self.provenance.to_dict()}
         tensors = {"means": self.means} if self.means.numel() else {}
         if self.mlp_means is not None:
             tensors["mlp_means"] = self.mlp_means
-        return save_artifact(path, body, format="cdt_lens.baseline", version=1, tensors=tensors)
+        return body, tensors
 
     @classmethod
-    def load(cls, path: str | Path) -> Baseline:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: no such file. ArtifactError: damaged, or another kind of file.
-        """
-        body, tensors = load_artifact(path, format="cdt_lens.baseline", version=1)
-        try:
-            told = Provenance.from_dict(body["provenance"])
-            means = tensors.get("means", torch.zeros(0, 0, 0, 0))
-            return cls(body["kind"], means, told, mlp_means=tensors.get("mlp_means"))
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(f"{path}: not a whole baseline file ({error})") from error
+    def _from_file(cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Baseline:
+        provenance = Provenance.from_dict(body["provenance"])
+        means = tensors.get("means", torch.zeros(0, 0, 0, 0))
+        return cls(body["kind"], means, provenance, mlp_means=tensors.get("mlp_means"))
 
 
 def _digest(means: Tensor) -> str:

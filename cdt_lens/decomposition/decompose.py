@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from cdt_lens.core import display
 from cdt_lens.core.display import few
+from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError, NonFiniteError
 from cdt_lens.decomposition.baseline import Baseline, check_baseline
 from cdt_lens.decomposition.empty_model import EmptyModel
@@ -51,8 +52,8 @@ Source = Head | Node | Mlp
 SourceSet = Sequence[Source]
 
 
-@dataclass(frozen=True)
-class Decomposition:
+@dataclass(frozen=True, eq=False)
+class Decomposition(EqualByContent):
     """Relevant parts for every source set and example, in logits (+ raises the token's logit).
 
     tokens: candidate token ids; logits: the plain model's logits of them at the answer position;

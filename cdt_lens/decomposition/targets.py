@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cdt_lens.core.equality import EqualByContent
 from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.models.heads import Head
 from cdt_lens.models.sites import Site
 
 
-@dataclass(frozen=True)
-class TargetParts:
+@dataclass(frozen=True, eq=False)
+class TargetParts(EqualByContent):
     """The two parts of a target head's activation; `relevant + irrelevant` is the activation.
 
     0 at the padding behind shorter prompts.

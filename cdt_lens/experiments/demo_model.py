@@ -15,9 +15,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -36,6 +34,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from cdt_lens.core.artifacts import new_folder
 from cdt_lens.core.errors import InputError
 from cdt_lens.models.hugging_face import third_party_noise_off
 from cdt_lens.tasks.pseudo_languages import (
@@ -87,16 +86,9 @@ def make_demo_model(
     for step, loss in _pretrain(model, _batches(plain, full, steps, seed), steps):
         if step % 100 == 0:
             say(f"pre-training step {step} of {steps}: {loss:.3f} nats a word")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work,
-        third_party_noise_off(),
-    ):
-        model.save_pretrained(Path(work) / "model")
-        tokenizer.save_pretrained(Path(work) / "model")
-        if folder.exists():
-            folder.rmdir()
-        os.replace(Path(work) / "model", folder)
+    with new_folder(folder) as made, third_party_noise_off():
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
     return folder
 
 

@@ -45,7 +45,7 @@ def discover(run: Run, say: Say) -> tuple[Circuit, HeadScores, Evaluation]:
     baseline = make_baseline(run, say)
     scores = stage(
         run, "scores.json", HeadScores.load, lambda: _scores(run, baseline), say,
-        fits=lambda found: made_from(found, run.scored(), baseline),
+        made_from={"data": run.scored().hash, "baseline": baseline.hash},
     )  # fmt: skip
     circuit = _select(scores, settings)
     if is_main():
@@ -58,7 +58,7 @@ def make_baseline(run: Run, say: Say) -> Baseline:
     """The run's baseline, averaged now or by an earlier call."""
     baseline: Baseline = stage(
         run, "baseline.json", Baseline.load, lambda: _baseline(run), say,
-        fits=lambda found: found.provenance.task_hash == run.averaged().hash,
+        made_from={"data": run.averaged().hash},
     )  # fmt: skip
     return baseline
 
@@ -82,7 +82,7 @@ def ablate(run: Run, say: Say) -> MethodAgreement:
 
     reference = stage(
         run, "ablation.json", HeadScores.load, compute, say,
-        fits=lambda found: made_from(found, run.scored(), baseline),
+        made_from={"data": run.scored().hash, "baseline": baseline.hash},
     )  # fmt: skip
     return compare_scores(scores, reference)
 
@@ -118,7 +118,9 @@ def curve_fits(
     """Whether a curve was measured for these scores, with this baseline and on these examples."""
     told, made = curve.provenance.options, scores.provenance
     same_scores = told.get("scores") == made.options and told.get("scores_task") == made.task_hash
-    return same_scores and data is not None and made_from(curve, data, baseline)
+    # After an upgrade the scores are made again, with the same options and other numbers.
+    later = curve.provenance.created >= made.created
+    return same_scores and later and data is not None and made_from(curve, data, baseline)
 
 
 def _data_of(curve: FaithfulnessCurve, run: Run) -> Examples | None:

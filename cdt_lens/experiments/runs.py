@@ -1,15 +1,15 @@
 """Run directories: settings, the model and task they name, and stages that are done once.
 
 A run directory holds `run.json` (the settings), `baseline`, `scores`, `circuit`, `ablation`,
-`faithfulness` (JSON, with tensors beside them) and `report.html`. Every file is written whole; a
-stage whose file is there for the same settings is not run again, and a sweep that was cut off
-goes on after its last finished batch.
+`faithfulness` (JSON, with tensors beside them) and `report.html`. Every file is written whole. A
+stage is not run again if its file was made from the same model and data by the same version of
+`cdt_lens`. An interrupted sweep resumes after its last finished batch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from typing import Any
 from torch import nn
 
 from cdt_lens.core.artifacts import load_artifact, remove_artifact, save_artifact
-from cdt_lens.core.errors import ArtifactError, InputError
-from cdt_lens.core.kept import Say
+from cdt_lens.core.errors import InputError
+from cdt_lens.core.kept import Say, drop_other_versions, reuse
 from cdt_lens.core.processes import is_main, wait_for_all
 from cdt_lens.experiments.settings import Settings, load_for, make_task
+from cdt_lens.models.provenance import weight_hash
 from cdt_lens.models.view import view_of
+from cdt_lens.scoring.sweep import SWEEP_FORMAT
 from cdt_lens.tasks.evaluate import calibrate
 from cdt_lens.tasks.task import Examples, Task, most_balanced
 
@@ -133,35 +135,33 @@ def stage(
     compute: Callable[[], Any],
     say: Say,
     *,
-    fits: Callable[[Any], bool],
+    made_from: Mapping[str, Any],
 ) -> Any:
-    """The stage's file if it is this model's and `fits` the data; else compute it and save it."""
+    """Load the result of a stage if it was made from the same; else compute and save it.
+
+    Args:
+        run: The run directory.
+        name: The file of the stage.
+        load: Reads the file; the result has a `provenance`.
+        compute: Computes the result.
+        say: Receives the progress, and the reason why a result is made again.
+        made_from: Hashes of what the result is made from, besides the model.
+
+    Returns:
+        The result.
+    """
     path = run.path(name)
-    found = _found(run, name, load, say, fits) if path.exists() else None
-    wait_for_all()  # no process writes before every one has looked
-    if found is not None:
+    made_from = {"model": weight_hash(view_of(run.model)), **made_from}
+    kept = reuse(path, load, lambda result: result.provenance.key, made_from, say)
+    if kept is not None:
         say(f"{path} is there already")
-        return found
+        return kept
+    checkpoints = list(path.parent.glob(f"{path.stem}.partial*.json"))
+    drop_other_versions(checkpoints, SWEEP_FORMAT, say)
     result = compute()
     if is_main():
         result.save(path)
-        for rest in path.parent.glob(f"{path.stem}.partial*.json"):
-            remove_artifact(rest)
+        for checkpoint in path.parent.glob(f"{path.stem}.partial*.json"):
+            remove_artifact(checkpoint)
     wait_for_all()
     return result
-
-
-def _found(
-    run: Run, name: str, load: Callable[[Path], Any], say: Say, fits: Callable[[Any], bool]
-) -> Any | None:
-    """What the stage's file holds, or None where it has to be made again."""
-    try:
-        found = load(run.path(name))
-        check_run_model(run, found.provenance, name)
-    except ArtifactError as error:
-        say(f"{error}; making it again")
-        return None
-    if not fits(found):
-        say(f"{run.path(name)} was made from other data; making it again")
-        return None
-    return found

@@ -7,8 +7,8 @@
    cell, once.
 4. Result: tables, figures and one HTML report.
 
-Each finished piece lies in the run directory with what it was made from, and is not made again; an
-interrupted cell goes on from its last checkpoint. Targets, scopes and seeds may be added later.
+Each finished piece lies in the run directory with what it was made from, and is not made again. An
+interrupted cell resumes from its last checkpoint. Targets, scopes and seeds may be added later.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from cdt_lens.circuits.faithfulness import FaithfulnessCurve, f_of
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.artifacts import atomic_write, load_artifact, remove_artifact, save_artifact
 from cdt_lens.core.errors import InputError
-from cdt_lens.core.kept import as_json
+from cdt_lens.core.kept import Kept, as_json, difference, key_of
 from cdt_lens.core.processes import is_main, wait_for_all
 from cdt_lens.experiments.discovery import curve_fits, discover, judged_on, load_baseline, measure
 from cdt_lens.experiments.runs import Run
 from cdt_lens.experiments.scope_choices import choices
 from cdt_lens.experiments.settings import Settings, make_language, with_train
-from cdt_lens.experiments.transfer_cells import Cells, drop_stale
+from cdt_lens.experiments.transfer_cells import Cells
 from cdt_lens.experiments.transfer_config import TransferConfig
 from cdt_lens.finetuning.export import export
-from cdt_lens.finetuning.finetune import finetune
+from cdt_lens.finetuning.finetune import drop_stale_checkpoint, finetune
 from cdt_lens.finetuning.options import DEFAULT_RATES
 from cdt_lens.finetuning.transfer_result import (
     AUTO_COLUMNS,
@@ -163,76 +163,68 @@ class Transfer:
         return self.config.proxy.checkpoint or str(self.folder / "proxy")
 
     def _train_proxy(self) -> None:
-        """Make the proxy, or find one made from the same; every language is checked first."""
-        proxy, there = self.config.proxy, self._kept_proxy()
-        if proxy.checkpoint is not None or (there is not None and "key" not in there):
-            if proxy.checkpoint is None:
-                self.say(f"{self.proxy} is there already; what it was trained on is not recorded")
+        """Train the proxy, or keep one made from the same; every language is checked first."""
+        proxy = self.config.proxy
+        if proxy.checkpoint is not None:
             _check_data(self.model, self.tasks)
             return
-        missing = None
-        try:
-            model = self._load(self.config.model)
-            base = weight_hash(view_of(model))
-        except InputError as error:
-            if there is None:
-                raise
-            # A finished run can be reported without its base model.
-            model, base, missing = self.model, there["key"]["model"], error
-            self.say(f"{error}; {self.proxy} is not compared with it")
+        model, base, missing = self._base()
         tasks = self._tasks(model.tokenizer)
         _check_data(model, tasks)
         task = with_train(tasks[self.config.task.source], proxy.examples, proxy.training.seed)
-        key = as_json(
-            {
-                "train": task.train.hash, "valid": task.valid.hash, "model": base,
-                "options": asdict(proxy.training),
-            }
-        )  # fmt: skip
-        if there is not None:
-            different = [name for name in key if there["key"].get(name) != key[name]]
-            if not different:
-                self.say(f"{self.proxy} is there already")
-                return
-            if missing is not None:
-                raise missing
-            self.say(
-                f"{self.proxy} was trained with other settings or data ({', '.join(different)}); "
-                "training it again"
-            )
-        self._make_proxy(model, task, key)
+        made_from = {
+            "train": task.train.hash, "valid": task.valid.hash, "model": base,
+            "options": asdict(proxy.training),
+        }  # fmt: skip
+        kept = Kept(self.folder / "proxy.json", _PROXY, made_from)
+        if Path(self.proxy).exists() and kept.reuse(self.say) is not None:
+            self.say(f"{self.proxy} is there already")
+            return
+        if missing is not None:
+            raise InputError(f"{self.proxy} has to be trained again, but: {missing}") from missing
+        self._make_proxy(model, task, kept)
 
-    def _kept_proxy(self) -> dict[str, Any] | None:
-        """What an earlier call has noted of the proxy that it trained; None without a proxy."""
-        path = self.folder / "proxy.json"
-        there = path.exists() and Path(self.proxy).exists()
-        return load_artifact(path, format=_PROXY, version=1)[0] if there else None
+    def _base(self) -> tuple[Any, str | None, InputError | None]:
+        """Return the base model and its hash.
 
-    def _make_proxy(self, model: nn.Module, task: Task, key: dict[str, Any]) -> None:
+        A finished run can be reported without its base model: then these are the proxy, the hash
+        that its file recorded, and the reason why the base model cannot be loaded.
+        """
+        try:
+            model = self._load(self.config.model)
+            return model, weight_hash(view_of(model)), None
+        except InputError as error:
+            path = self.folder / "proxy.json"
+            if not (path.exists() and Path(self.proxy).exists()):
+                raise
+            self.say(f"{error}; {self.proxy} is not compared with it")
+            body, _ = load_artifact(path, format=_PROXY, version=1)
+            return self.model, body.get("key", {}).get("model"), error
+
+    def _make_proxy(self, model: nn.Module, task: Task, kept: Kept) -> None:
         config = self.config
         self.say(f"proxy stage: {config.model} on {config.task.source}")
         rate = config.proxy.training.learning_rate
         options = replace(config.proxy.training, learning_rate=rate or DEFAULT_RATES["full"])
         checkpoint = self.folder / "proxy.checkpoint.json"
-        trained = {"model": key["model"], "task": task.hash, "options": asdict(options)}
-        drop_stale(checkpoint, trained, self.say)
-        found = finetune(
+        drop_stale_checkpoint(checkpoint, model, task, self.say, scope="full", options=options)
+        tuned = finetune(
             model, task, scope="full", options=options,
             checkpoint=checkpoint, keep_checkpoint=True, log=self.folder / "proxy.log.jsonl",
             progress=self.progress,
         )  # fmt: skip
-        last = found.after
+        last = tuned.after
         self.say(
-            f"{task.name}: validation accuracy {found.before['target_accuracy']:.3f} before, "
-            f"{last['target_accuracy']:.3f} after {found.best_epoch} epochs"
+            f"{task.name}: validation accuracy {tuned.before['target_accuracy']:.3f} before, "
+            f"{last['target_accuracy']:.3f} after {tuned.best_epoch} epochs"
         )
         if is_main():
-            # Of other data, or of a call that ended before it was noted.
-            remove_artifact(self.folder / "proxy.json")
+            # A kill between the two must not leave a new proxy under an old key.
+            remove_artifact(kept.path)
             shutil.rmtree(self.proxy, ignore_errors=True)
-            export(found.adapter, config.model, self.proxy)
-            body = {"history": found.history.to_dict("records"), "options": dict(found.options)}
-            save_artifact(self.folder / "proxy.json", body | {"key": key}, format=_PROXY, version=1)
+            export(tuned.adapter, config.model, self.proxy)
+        kept.keep({"history": tuned.history.to_dict("records"), "options": dict(tuned.options)})
+        if is_main():
             remove_artifact(checkpoint)
         wait_for_all()
 
@@ -278,12 +270,16 @@ class Transfer:
         return Circuit.load(self.discovery.path("circuit.json"))
 
     def _discover(self) -> None:
-        """Baseline, scores, circuit and faithfulness; whatever is there already is kept."""
+        """Make baseline, scores, circuit and faithfulness, or keep what is there already."""
         _, scores, _ = discover(self.discovery, self.say)
         d, curve = self.config.discovery, self.curve()
         data = judged_on(self.discovery, "valid", d.faithfulness_examples)
-        if curve is None or not curve_fits(curve, scores, load_baseline(self.discovery), data):
-            measure(self.discovery, self.say, examples=d.faithfulness_examples, draws=d.draws)
+        if curve is not None and curve_fits(curve, scores, load_baseline(self.discovery), data):
+            reason = difference(curve.provenance.key, key_of(curve.provenance.key))
+            if reason is None:
+                return
+            self.say(f"the faithfulness curve was made with {reason}; making it again")
+        measure(self.discovery, self.say, examples=d.faithfulness_examples, draws=d.draws)
 
     def curve(self) -> FaithfulnessCurve | None:
         """The faithfulness curve on the source's validation split, if measured."""

@@ -1,7 +1,7 @@
 """Cells of a transfer experiment: one target, one scope, one seed, trained and judged once.
 
 Each cell is a file with its row of the table, its history and the key of what it was made from
-(model, data, heads, options); an interrupted one goes on from its last checkpoint.
+(model, data, heads, options, version). An interrupted cell resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ from typing import Any
 from torch import Tensor
 
 from cdt_lens.circuits.circuit import Circuit
-from cdt_lens.core.artifacts import load_artifact, remove_artifact
+from cdt_lens.core.artifacts import remove_artifact
 from cdt_lens.core.errors import NonFiniteError
-from cdt_lens.core.kept import as_json, file_name, keep, kept
-from cdt_lens.core.processes import is_main, wait_for_all
+from cdt_lens.core.kept import Kept, file_name
+from cdt_lens.core.processes import is_main
 from cdt_lens.experiments.settings import with_train
 from cdt_lens.experiments.transfer_config import TransferConfig
 from cdt_lens.finetuning.answer_pass import AnswerPass
-from cdt_lens.finetuning.finetune import finetune
+from cdt_lens.finetuning.finetune import drop_stale_checkpoint, finetune
 from cdt_lens.finetuning.options import DEFAULT_RATES, TrainingOptions
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.scopes import scope_heads
-from cdt_lens.finetuning.slices import selected_heads
 from cdt_lens.finetuning.transfer_result import CELL_COLUMNS
 from cdt_lens.models.provenance import weight_hash
 from cdt_lens.models.view import view_of
@@ -65,15 +64,15 @@ class Cells:
 
     def before(self, language: str) -> dict[str, Any]:
         """The untouched proxy model on a language."""
-        path = self.folder / "before" / f"{file_name(language)}.json"
         task = self.tasks[language]
-        key = {
+        made_from = {
             "model": self._hash, "task": task.hash, "baseline": self.baseline_hash,
             "circuit": [str(head) for head in self.circuit.heads],
         }  # fmt: skip
-        found = kept(path, _BEFORE, key, self.say)
+        kept = Kept(self.folder / "before" / f"{file_name(language)}.json", _BEFORE, made_from)
+        found = kept.reuse(self.say)
         if found is not None:
-            return found["row"]
+            return dict(found["row"])
         self.say(f"the proxy model as it is on {task.name}")
         test = self._on_test(task)
         row = {
@@ -81,37 +80,35 @@ class Cells:
             "valid_accuracy": evaluate(self.model, task.valid, task).accuracy,
             "examples": test.examples, "faithfulness": self.faithfulness(task),
         }  # fmt: skip
-        keep(path, _BEFORE, {"key": key, "row": row})
+        kept.keep({"row": row})
         return row
 
     def cell(self, target: str, scope: str, seed: int) -> dict[str, Any]:
         """One target, scope and seed: train, then judge on the test splits."""
         place = self.folder / "cells" / file_name(target) / f"{scope}-{seed}"
-        path = place.with_name(f"{place.name}.json")
         checkpoint = place.with_name(f"{place.name}.checkpoint.json")
         options = self._options(scope, seed)
         task = with_train(self.tasks[target], self.config.transfer.examples, seed)
         heads = scope_heads(scope, self.circuit, seed=seed)
-        key = as_json(
-            {
-                "model": self._hash, "task": task.hash, "source": self._source.hash,
-                "heads": [str(head) for head in heads], "options": asdict(options),
-            }
-        )  # fmt: skip
-        found = kept(path, _CELL, key, self.say)
+        made_from = {
+            "model": self._hash, "task": task.hash, "source": self._source.hash,
+            "heads": [str(head) for head in heads], "options": asdict(options),
+        }  # fmt: skip
+        kept = Kept(place.with_name(f"{place.name}.json"), _CELL, made_from)
+        found = kept.reuse(self.say)
         if found is not None:
             return found
-        view = view_of(self.model)
-        chosen = [str(head) for head in selected_heads(view, heads, kv=options.kv)]
-        drop_stale(checkpoint, {**key, "scope": scope, "heads": chosen}, self.say)
+        training: dict[str, Any] = {
+            "heads": self.circuit, "scope": scope, "source": self._source, "options": options,
+        }  # fmt: skip
+        drop_stale_checkpoint(checkpoint, self.model, task, self.say, **training)
         self.say(f"{target}, {scope}, seed {seed}")
-        cell: dict[str, Any] = {"key": key, "history": []}
+        cell: dict[str, Any] = {"history": []}
         common = {"target": target, "scope": scope, "seed": seed, "heads": len(heads)}
         common |= {"learning_rate": options.learning_rate}
         try:
             result = finetune(
-                self.model, task, heads=self.circuit, scope=scope, source=self._source,
-                options=options, checkpoint=checkpoint, keep_checkpoint=True,
+                self.model, task, **training, checkpoint=checkpoint, keep_checkpoint=True,
                 judge=lambda: (self._on_test(self.tasks[target]), self._on_test(self._source)),
                 log=place.with_name(f"{place.name}.log.jsonl"), progress=self.progress,
             )  # fmt: skip
@@ -123,7 +120,7 @@ class Cells:
             cell["row"] = common | self._judged(result, target)
             cell["history"] = result.history.to_dict("records")
             self._save_adapter(result, target, seed)
-        keep(path, _CELL, cell)
+        kept.keep(cell)
         if is_main():
             remove_artifact(checkpoint)
         return cell
@@ -173,20 +170,3 @@ class Cells:
         if self.config.transfer.save_adapters and small and is_main():
             name = f"{result.scope}-{seed}"
             result.adapter.save(self.folder / "adapters" / file_name(target) / name)
-
-
-def drop_stale(checkpoint: Path, key: Mapping[str, Any], say: Say) -> None:
-    """Remove what an interrupted training with other settings or data has left.
-
-    key: what `finetune` will train, by the names that its checkpoint keeps.
-    """
-    if not checkpoint.exists():
-        return
-    kept = load_artifact(checkpoint, format="cdt_lens.checkpoint", version=1)[0]["key"]
-    wait_for_all()  # no process removes it before every one has looked
-    different = [name for name, value in as_json(dict(key)).items() if kept.get(name) != value]
-    if different:
-        say(f"{checkpoint}: of a run with other settings or data ({', '.join(different)}); removed")
-        if is_main():
-            remove_artifact(checkpoint)
-    wait_for_all()

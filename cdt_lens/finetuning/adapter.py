@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from cdt_lens.core import display
-from cdt_lens.core.artifacts import load_artifact, save_artifact
-from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.core.errors import InputError
+from cdt_lens.core.saved import Saved
 from cdt_lens.finetuning.slices import HeadSlice
 from cdt_lens.finetuning.trainable import Slices
 from cdt_lens.models.heads import Head
@@ -30,12 +30,11 @@ from cdt_lens.models.provenance import Provenance
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.models.weights import check_fused, named_weights, sync_fused
 
-_FORMAT, _VERSION = "cdt_lens.adapter", 1
 _FILE = "adapter.json"
 
 
 @dataclass(frozen=True, eq=False)
-class Adapter:
+class Adapter(Saved):
     """Trained elements of a model.
 
     slices: by weight name, the heads (key/value heads for W_K, W_V, b_K, b_V) and their values
@@ -48,6 +47,7 @@ class Adapter:
     slices: Slices = field(repr=False)
     whole: Mapping[str, Tensor] = field(repr=False)
     provenance: Provenance = field(repr=False)
+    _format, _kind = "cdt_lens.adapter", "adapter"
 
     def __repr__(self) -> str:
         told = f"{self.elements:,} elements of {len(self.slices) + len(self.whole)} weights"
@@ -140,12 +140,7 @@ class Adapter:
 
     # ------------------------------------------------------------------ on disk
 
-    def save(self, folder: str | Path) -> Path:
-        """Save as `adapter.json` with its tensors beside it; whole or not at all.
-
-        Raises:
-            InputError: the place cannot be written.
-        """
+    def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         body = {
             "scope": self.scope,
             "heads": [str(head) for head in self.heads],
@@ -153,36 +148,28 @@ class Adapter:
             "provenance": self.provenance.to_dict(),
         }
         tensors = {f"slice/{name}": value for name, (_, value) in self.slices.items()}
-        tensors |= {f"whole/{name}": value for name, value in self.whole.items()}
-        path = _file_of(folder)
-        return save_artifact(path, body, format=_FORMAT, version=_VERSION, tensors=tensors)
+        return body, tensors | {f"whole/{name}": value for name, value in self.whole.items()}
 
     @classmethod
-    def load(cls, folder: str | Path) -> Adapter:
-        """Read what `save` wrote; `folder` may also be the JSON file itself.
+    def _from_file(cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+        return cls(
+            scope=body["scope"],
+            heads=tuple(Head.parse(text) for text in body["heads"]),
+            slices={
+                name: (tuple(index), tensors[f"slice/{name}"])
+                for name, index in body["slices"].items()
+            },
+            whole={
+                name.removeprefix("whole/"): value
+                for name, value in tensors.items()
+                if name.startswith("whole/")
+            },
+            provenance=Provenance.from_dict(body["provenance"]),
+        )
 
-        Raises:
-            InputError: no such file. ArtifactError: damaged, another kind of file, or newer.
-        """
-        path = _file_of(folder)
-        body, tensors = load_artifact(path, format=_FORMAT, version=_VERSION)
-        try:
-            return cls(
-                scope=body["scope"],
-                heads=tuple(Head.parse(text) for text in body["heads"]),
-                slices={
-                    name: (tuple(index), tensors[f"slice/{name}"])
-                    for name, index in body["slices"].items()
-                },
-                whole={
-                    name.removeprefix("whole/"): value
-                    for name, value in tensors.items()
-                    if name.startswith("whole/")
-                },
-                provenance=Provenance.from_dict(body["provenance"]),
-            )
-        except (KeyError, TypeError, InputError) as error:
-            raise ArtifactError(f"{path}: not a whole adapter ({error})") from error
+    @classmethod
+    def _path(cls, path: str | Path) -> Path:
+        return Path(path) if Path(path).suffix == ".json" else Path(path) / _FILE
 
 
 @dataclass(eq=False)
@@ -207,8 +194,3 @@ class Applied:
             for name, value in self.whole.items():
                 value.copy_(self.before_whole[name])
         sync_fused(self.view)
-
-
-def _file_of(folder: str | Path) -> Path:
-    path = Path(folder)
-    return path if path.suffix == ".json" else path / _FILE

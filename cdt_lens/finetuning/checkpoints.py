@@ -1,7 +1,7 @@
-"""What a training run keeps on disk: a checkpoint to go on from, and a log of its steps.
+"""The files of a training run: a checkpoint to resume from, and a log of its steps.
 
-The checkpoint is one artefact (JSON + safetensors, replaced whole); the log is JSON lines, cut back
-to the checkpoint when a run goes on, so that it reads like the log of an uninterrupted one.
+The checkpoint is one artefact (JSON and safetensors, replaced whole). The log is JSON lines. It is
+cut back to the checkpoint when a run resumes, so that it equals the log of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -14,19 +14,28 @@ from typing import Any
 
 from torch import Tensor
 
-from cdt_lens.core.artifacts import atomic_write, load_artifact, remove_artifact, save_artifact
+from cdt_lens.core.artifacts import atomic_write
 from cdt_lens.core.errors import ArtifactError, InputError
-from cdt_lens.core.processes import is_main, wait_for_all
+from cdt_lens.core.kept import Kept, Say
+from cdt_lens.core.processes import is_main
 
-_FORMAT, _VERSION = "cdt_lens.checkpoint", 1
 
-
-@dataclass
+@dataclass(eq=False)
 class State:
-    """Where a run stands.
+    """The state of a training run between two steps.
 
-    masters, best: values by weight name, now and at the best look; moments: AdamW's state, as
-    "<weight>|<moment>"; loss_sum, loss_count: of the steps since the last look.
+    Attributes:
+        masters: The present values, by weight name.
+        best: The values at the best evaluation, by weight name.
+        moments: The state of AdamW, as "<weight>|<moment>".
+        epoch: Number of finished epochs.
+        step: Number of finished steps.
+        best_epoch: The epoch of the best evaluation.
+        loss_sum: Sum of the losses since the last evaluation, in nats.
+        loss_count: Number of steps since the last evaluation.
+        seconds: Time spent in training.
+        stopped: The reason why the run ended, or None while it runs.
+        history: One row for each evaluation.
     """
 
     masters: dict[str, Tensor] = field(repr=False)
@@ -43,45 +52,48 @@ class State:
 
 
 class Checkpoint:
-    """A place for the state of one run; `key` names what is trained, and on what.
+    """The checkpoint of one training run.
 
-    Raises (on load):
-        InputError: the checkpoint is of another run (model, data or options).
+    Args:
+        path: The JSON file; the tensors are beside it.
+        made_from: What is trained, and on which data; `finetune` gives its key.
     """
 
-    def __init__(self, path: str | Path, key: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | Path, made_from: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self.key = json.loads(json.dumps(dict(key)))
+        self._kept = Kept(path, "cdt_lens.checkpoint", made_from)
 
     def save(self, state: State) -> None:
-        """Replace the checkpoint, whole or not at all."""
-        if is_main():
-            tensors = {f"masters/{name}": value for name, value in state.masters.items()}
-            tensors |= {f"best/{name}": value for name, value in state.best.items()}
-            tensors |= {f"moments/{name}": value for name, value in state.moments.items()}
-            body = {
-                "key": self.key, "epoch": state.epoch, "step": state.step,
-                "best_epoch": state.best_epoch, "loss_sum": state.loss_sum,
-                "loss_count": state.loss_count, "seconds": state.seconds,
-                "stopped": state.stopped, "history": state.history,
-            }  # fmt: skip
-            save_artifact(self.path, body, format=_FORMAT, version=_VERSION, tensors=tensors)
-        wait_for_all()
+        """Replace the checkpoint, whole or not at all.
+
+        Args:
+            state: The state to save.
+
+        Raises:
+            InputError: The file cannot be written.
+        """
+        tensors = {f"masters/{name}": value for name, value in state.masters.items()}
+        tensors |= {f"best/{name}": value for name, value in state.best.items()}
+        tensors |= {f"moments/{name}": value for name, value in state.moments.items()}
+        values = {
+            "epoch": state.epoch, "step": state.step, "best_epoch": state.best_epoch,
+            "loss_sum": state.loss_sum, "loss_count": state.loss_count, "seconds": state.seconds,
+            "stopped": state.stopped, "history": state.history,
+        }  # fmt: skip
+        self._kept.keep(values, tensors)
 
     def load(self) -> State | None:
-        """The state of an earlier call, or None."""
-        if not self.path.exists():
+        """Return the state that an earlier call saved, or None if there is no checkpoint.
+
+        Raises:
+            InputError: The checkpoint is of another run (model, data or options), or of another
+                version of `cdt_lens`, which may not continue it bit for bit.
+            ArtifactError: The file is damaged or of another kind.
+        """
+        kept = self._kept.read()
+        if kept is None:
             return None
-        body, tensors = load_artifact(self.path, format=_FORMAT, version=_VERSION)
-        if body["key"] != self.key:
-            different = sorted(
-                name for name in {*body["key"], *self.key}
-                if body["key"].get(name) != self.key.get(name)
-            )  # fmt: skip
-            raise InputError(
-                f"{self.path}: a checkpoint of another run ({', '.join(different)} differ); "
-                "remove it, or name another place"
-            )
+        body, tensors = kept
         try:
             return State(
                 masters=_under("masters/", tensors), best=_under("best/", tensors),
@@ -93,11 +105,20 @@ class Checkpoint:
         except KeyError as error:
             raise ArtifactError(f"{self.path}: not a whole checkpoint ({error})") from error
 
+    def drop_stale(self, say: Say) -> None:
+        """Remove the checkpoint if `load` would refuse it as another run's.
+
+        Args:
+            say: Receives the reason.
+
+        Raises:
+            ArtifactError: The file is damaged or of another kind.
+        """
+        self._kept.drop_stale(say)
+
     def remove(self) -> None:
-        """Delete it; a run that has its result needs it no more."""
-        wait_for_all()
-        if is_main():
-            remove_artifact(self.path)
+        """Remove the checkpoint of a run that has its result."""
+        self._kept.remove()
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -105,13 +126,24 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Log:
-    """Metrics of a run as JSON lines, one a step and one a look at validation data."""
+    """The metrics of a run as JSON lines: one for each step and one for each evaluation.
+
+    Args:
+        path: The file, to which lines are appended.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append a line."""
+        """Append a line, from the main process.
+
+        Args:
+            row: The values of the line, as JSON.
+
+        Raises:
+            InputError: The file cannot be written.
+        """
         if not is_main():
             return
         try:
@@ -125,12 +157,13 @@ class Log:
             ) from error
 
     def cut(self, step: int) -> None:
-        """Drop what an interrupted run wrote after `step`, and a last line that was cut short.
+        """Remove the lines of an interrupted run after `step`, and an incomplete last line.
 
-        A step below 0 begins a new log, in place of that of an earlier run.
+        Args:
+            step: The last step to keep. A step below 0 begins a new log in place of an earlier one.
 
         Raises:
-            InputError: the file holds something else than such a log.
+            InputError: The file is no training log.
         """
         if not is_main() or not self.path.exists():
             return

@@ -11,15 +11,13 @@
 from __future__ import annotations
 
 import copy
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from cdt_lens.core.artifacts import new_folder
 from cdt_lens.core.errors import InputError
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.models.hugging_face import load_hugging_face, third_party_noise_off
@@ -74,10 +72,7 @@ def _tokens(view: ModelView) -> Tensor:
 
 
 def _save(model: Any, tokenizer: Any, folder: Path, logits: Tensor, tokens: Tensor) -> Path:
-    temporary = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    with new_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         again, _ = load_hugging_face(temporary, dtype=model.dtype)
@@ -89,16 +84,4 @@ def _save(model: Any, tokenizer: Any, folder: Path, logits: Tensor, tokens: Tens
                 f"{folder}: the exported checkpoint does not give the trained model's logits; "
                 "nothing was written. Please report the model's family"
             )
-        if folder.exists():
-            folder.rmdir()  # empty, as checked
-        temporary.chmod(0o755)
-        temporary.replace(folder)
-    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        raise InputError(
-            f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error}); nothing "
-            "was changed"
-        ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
     return folder

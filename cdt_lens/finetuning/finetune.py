@@ -21,6 +21,7 @@ from torch import nn
 
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.core.errors import InputError, expect
+from cdt_lens.core.kept import Say
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.finetuning.answer_pass import AnswerPass
 from cdt_lens.finetuning.checkpoints import Checkpoint, Log
@@ -129,27 +130,19 @@ def finetune(
         )  # fmt: skip
         return replace(found, options={**found.options, "chosen_by": asdict(choice)})
     check_scope(scope)
-    if options.learning_rate is None:
-        options = options.changed(learning_rate=DEFAULT_RATES[scope])
-    if scope == "norms":  # which is all of them, whatever the head scopes of a run train
-        options = options.changed(norms="all")
+    options = _resolved(scope, options)
     check_splits(task, source, options)
     _check_lengths(view, task, source)
-    circuit = _circuit(view, heads)
-    # With kv="groups" whole groups are trained, and reported as the heads.
-    chosen = selected_heads(view, scope_heads(scope, circuit, seed=options.seed), kv=options.kv)
+    chosen = _chosen(view, scope, heads, options)
     check_trainable(view)
     check_supported(view)
     batch = next(task.train.batches(options.batch_size))
     check_caller_hooks(view, batch.tokens, batch.lengths)
-    base = weight_hash(view)
-    key = {
-        "scope": scope, "heads": [str(head) for head in chosen], "options": asdict(options),
-        "model": base, "task": task.hash, "source": None if source is None else source.hash,
-    }  # fmt: skip
     told: dict[str, Any] = {"scope": scope, **asdict(options)}
     provenance = provenance_of(view, task.train, options=told, seed=options.seed)
-    stored = None if checkpoint is None else Checkpoint(checkpoint, key)
+    stored = None
+    if checkpoint is not None:
+        stored = Checkpoint(checkpoint, _made_from(view, scope, chosen, options, task, source))
     written = None if log is None else Log(log)
     trainable = make_trainable(view, scope, chosen, options)
     first = _lowest_trained(view, trainable) if options.keep_frozen else 0
@@ -173,6 +166,69 @@ def finetune(
         stored.remove()
     result = _result(view, scope, chosen, options, trainable, trained, adapter)
     return replace(result, judged=judged)
+
+
+def drop_stale_checkpoint(
+    checkpoint: Path,
+    model: nn.Module | ModelView,
+    task: Task,
+    say: Say,
+    *,
+    scope: str,
+    options: TrainingOptions,
+    heads: Circuit | Iterable[Head | str] | None = None,
+    source: Task | None = None,
+) -> None:
+    """Remove a checkpoint that `finetune` would refuse, called with the same arguments.
+
+    Args:
+        checkpoint: The JSON file of the checkpoint. It may be missing.
+        model: The model to train.
+        task: The task to train on.
+        say: Receives the reason why the checkpoint is removed.
+        scope: One of `options.SCOPES`.
+        options: The training options.
+        heads: The circuit, or its heads.
+        source: The task in the language whose forgetting is followed.
+
+    Raises:
+        InputError: `finetune` would refuse the scope or the heads.
+        ArtifactError: The checkpoint is damaged, or the circuit is of another model.
+    """
+    if checkpoint.exists():
+        view, options = view_of(model), _resolved(scope, options)
+        chosen = _chosen(view, scope, heads, options)
+        made_from = _made_from(view, scope, chosen, options, task, source)
+        Checkpoint(checkpoint, made_from).drop_stale(say)
+
+
+def _made_from(
+    view: ModelView, scope: str, chosen: tuple[Head, ...], options: TrainingOptions,
+    task: Task, source: Task | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return everything that changes a number of a training run: the key of its checkpoint."""
+    return {
+        "scope": scope, "heads": [str(head) for head in chosen], "options": asdict(options),
+        "model": weight_hash(view), "task": task.hash,
+        "source": None if source is None else source.hash,
+    }  # fmt: skip
+
+
+def _resolved(scope: str, options: TrainingOptions) -> TrainingOptions:
+    """Return the options with the values that depend on the scope."""
+    if options.learning_rate is None:
+        options = options.changed(learning_rate=DEFAULT_RATES[scope])
+    # The scope `norms` trains all of them, whatever the head scopes of a run train.
+    return options.changed(norms="all") if scope == "norms" else options
+
+
+def _chosen(
+    view: ModelView, scope: str, heads: Circuit | Iterable[Head | str] | None,
+    options: TrainingOptions,
+) -> tuple[Head, ...]:  # fmt: skip
+    """Return the heads that are trained: with kv="groups" whole groups of them."""
+    chosen = scope_heads(scope, _circuit(view, heads), seed=options.seed)
+    return selected_heads(view, chosen, kv=options.kv)
 
 
 def _choose(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from cdt_lens.core import display
+from cdt_lens.core.equality import EqualByContent
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.models.heads import Head
 from cdt_lens.models.provenance import Provenance
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class FineTuneResult:
+class FineTuneResult(EqualByContent):
     """What one fine-tuning run did.
 
     heads: whose slices were trained; siblings: unselected query heads that share a trained

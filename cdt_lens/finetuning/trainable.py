@@ -46,7 +46,7 @@ class Master:
     decay: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Learnt:
     """What training changed: slices of weights, and whole weights, by TransformerLens name."""
 

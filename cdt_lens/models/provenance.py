@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+import cdt_lens
 from cdt_lens.core.errors import ArtifactError
 from cdt_lens.models.caller_hooks import caller_hooks
 from cdt_lens.models.view import ModelView
@@ -23,7 +24,7 @@ from cdt_lens.models.weights import BLOCK_WEIGHTS, END_WEIGHTS, canonical, first
 
 # The hashes of the models seen within `hashed_once`.
 _HASHES: ContextVar[dict[Any, str] | None] = ContextVar("weight hashes", default=None)
-_PACKAGES = ("cdt_lens", "torch", "transformer_lens", "transformers")
+_PACKAGES = ("torch", "transformer_lens", "transformers")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,16 @@ class Provenance:
     def from_dict(cls, values: Mapping[str, Any]) -> Provenance:
         """The inverse of `to_dict`."""
         return cls(**values)
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the result was made from, by the names of a kept result's key (`core.kept`)."""
+        key: dict[str, Any] = {"model": self.model_hash, "data": self.task_hash}
+        if "baseline_hash" in self.options:
+            key["baseline"] = self.options["baseline_hash"]
+        if "cdt_lens" in self.versions:
+            key["version"] = self.versions["cdt_lens"]
+        return key
 
     def check_model(self, view: ModelView, what: str) -> None:
         """Refuse to use this result with another model.
@@ -102,7 +113,7 @@ def provenance_of(
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the numbers depend on."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "cdt_lens": cdt_lens.__version__}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

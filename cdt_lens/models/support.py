@@ -29,7 +29,7 @@ from cdt_lens.models.view import ModelView, at_least_float32
 _PROBE_LENGTH = 7
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Support:
     """What the check learnt: biases by site (only the non-zero ones), and what is missing.
 

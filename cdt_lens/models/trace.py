@@ -13,7 +13,7 @@ from cdt_lens.core.errors import UnsupportedModelError
 from cdt_lens.models.sites import Hook, Site
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockCall:
     """How the model called one block: what follows the residual stream in its arguments."""
 
@@ -21,7 +21,7 @@ class BlockCall:
     kwargs: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """One ordinary run: residual streams before each block and after the last, and activations."""
 

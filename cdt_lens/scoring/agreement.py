@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core import display
+from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
 from cdt_lens.viz import figures
 from cdt_lens.viz.svg import figure_html
@@ -77,8 +78,8 @@ def _flat(values: Tensor) -> np.ndarray:
     return values.detach().double().cpu().flatten().numpy()
 
 
-@dataclass(frozen=True)
-class MethodAgreement:
+@dataclass(frozen=True, eq=False)
+class MethodAgreement(EqualByContent):
     """How well scores predict a reference, over all heads; correlations without unit."""
 
     scores: HeadScores

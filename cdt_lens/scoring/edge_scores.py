@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from cdt_lens.circuits.nodes import Site
 from cdt_lens.core import display
+from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError, NonFiniteError
 from cdt_lens.core.processes import gather_items, is_main, shard
 from cdt_lens.decomposition.baseline import Baseline, check_baseline
@@ -53,7 +54,7 @@ _SITES: tuple[Site, Site, Site] = ("q", "k", "v")
 
 
 @dataclass(frozen=True, eq=False)
-class EdgeScores:
+class EdgeScores(EqualByContent):
     """Every edge's score, signed, in logits, label-balanced over the examples.
 
     sources: all heads and MLPs, by layer; to_logits: d(rel) of each; to_heads: by the target's

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cdt_lens.core import display
+from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.decompose import Node, decompose
@@ -26,8 +27,8 @@ from cdt_lens.tasks.task import Examples, require_examples
 from cdt_lens.viz import widgets
 
 
-@dataclass(frozen=True)
-class AttentionView:
+@dataclass(frozen=True, eq=False)
+class AttentionView(EqualByContent):
     """Attention patterns of chosen heads on example prompts; each row of a pattern sums to 1."""
 
     prompts: tuple[tuple[str, ...], ...]
@@ -57,8 +58,8 @@ class AttentionView:
         return self.widget()._repr_html_()
 
 
-@dataclass(frozen=True)
-class TokenRelevance:
+@dataclass(frozen=True, eq=False)
+class TokenRelevance(EqualByContent):
     """What chosen heads contribute at each position: logits, + = towards the gold label.
 
     directions: the full model's task direction of each prompt, in logits.

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cdt_lens.circuits.head_scores import HeadScores, label_index
-from cdt_lens.core.artifacts import content_hash, load_artifact, save_artifact
 from cdt_lens.core.errors import InputError
+from cdt_lens.core.kept import Kept
 from cdt_lens.core.processes import gather_items, is_main, shard
 from cdt_lens.decomposition.baseline import Baseline, check_baseline
 from cdt_lens.decomposition.decompose import irrelevant_logits
@@ -40,6 +40,8 @@ from cdt_lens.tasks.metrics import (
     task_direction,
 )
 from cdt_lens.tasks.task import Batch, Examples, require_examples
+
+SWEEP_FORMAT = "cdt_lens.sweep"
 
 
 def score_heads(
@@ -63,7 +65,8 @@ def score_heads(
         direction: "mean", or "strongest" for the competitor that the full model rates highest.
         rows: (source x example) rows per forward pass, at least batch_size; the sources are
             halved when memory runs out.
-        checkpoint: a file that keeps finished batches, so that an interrupted call resumes.
+        checkpoint: a file that keeps finished batches, so that an interrupted call resumes; one
+            of another run, or of another version of this package, is refused.
 
     Under `accelerate launch` each process scores its share of the examples.
 
@@ -88,7 +91,7 @@ def score_heads(
     }
     provenance = provenance_of(view, examples, options=options)
     sweep = _Sweep(view, examples, baseline, rules, sources, direction, rows)
-    rows_done = sweep.run(batch_size, _store(checkpoint, provenance), progress)
+    rows_done = sweep.run(batch_size, _kept_rows(checkpoint, provenance), progress)
     return collect_scores(view, examples, rows_done, sources, method, provenance)
 
 
@@ -121,10 +124,10 @@ class _Sweep:
     rows: int | None
 
     def run(
-        self, batch_size: int, store: _Store | None, progress: bool
+        self, batch_size: int, kept: Kept | None, progress: bool
     ) -> dict[int, Float[Tensor, " source_and_direction"]]:
         """d(rel) of each source, then d(full), for each example index; from all processes."""
-        done = {} if store is None else store.read()
+        done = _read_rows(kept)
         batches = [
             batch
             for batch in self.examples.batches(batch_size, shard=shard())
@@ -136,8 +139,9 @@ class _Sweep:
         ) as bar:
             for batch in batches:
                 done |= self._batch(batch.to(self.view.device), bar)
-                if store is not None:
-                    store.write(done)
+                if kept is not None:
+                    rows = torch.stack(list(done.values()))
+                    kept.write({"index": list(done)}, {"rows": rows})
         items = gather_items(list(done.items()))
         return dict(items)
 
@@ -185,39 +189,23 @@ def collect_scores(
     )
 
 
-@dataclass(frozen=True)
-class _Store:
-    """Finished examples on disk, under a key of everything that changes their numbers."""
-
-    path: Path
-    key: str
-
-    def read(self) -> dict[int, Tensor]:
-        """What an interrupted call with the same key had finished; nothing if it is new.
-
-        Raises:
-            InputError: of another run. ArtifactError: damaged, or no checkpoint at all.
-        """
-        if not self.path.exists():
-            return {}
-        body, tensors = load_artifact(self.path, format="cdt_lens.sweep", version=1)
-        if body["key"] != self.key:
-            raise InputError(
-                f"{self.path}: a checkpoint of another run (model, task or options differ); "
-                "remove it or name another file"
-            )
-        return dict(zip(body["index"], tensors["rows"], strict=True))
-
-    def write(self, done: Mapping[int, Tensor]) -> None:
-        body = {"key": self.key, "index": list(done)}
-        tensors = {"rows": torch.stack(list(done.values()))}
-        save_artifact(self.path, body, format="cdt_lens.sweep", version=1, tensors=tensors)
-
-
-def _store(path: str | Path | None, provenance: Provenance) -> _Store | None:
+def _kept_rows(path: str | Path | None, provenance: Provenance) -> Kept | None:
+    """Return where this process keeps its finished examples, under all that changes a number."""
     if path is None:
         return None
     rank, world = shard()
     path = Path(path) if world == 1 else Path(path).with_suffix(f".{rank}of{world}.json")
-    what = [provenance.model_hash, provenance.task_hash, provenance.options]
-    return _Store(path, content_hash(what))
+    made_from = {
+        "model": provenance.model_hash, "data": provenance.task_hash,
+        "options": provenance.options,
+    }  # fmt: skip
+    return Kept(path, SWEEP_FORMAT, made_from)
+
+
+def _read_rows(kept: Kept | None) -> dict[int, Tensor]:
+    """Return the rows of the examples that an interrupted call had finished, by their index."""
+    found = None if kept is None else kept.read()
+    if found is None:
+        return {}
+    body, tensors = found
+    return dict(zip(body["index"], tensors["rows"], strict=True))

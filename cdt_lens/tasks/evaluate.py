@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cdt_lens.core import display
+from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.processes import gather_items, shard
 from cdt_lens.models.support import check_caller_hooks, check_supported
@@ -24,8 +25,8 @@ from cdt_lens.tasks.metrics import answer_loss, balanced_mean, correct, macro_f1
 from cdt_lens.tasks.task import Batch, Examples, Task, require_examples
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, eq=False)
+class Evaluation(EqualByContent):
     """Results on one split: shares from 0 to 1, and the label-balanced mean direction in logits.
 
     loss is the mean cross-entropy over the candidates, in nats; macro_f1 is None where the labels

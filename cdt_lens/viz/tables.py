@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cdt_lens.circuits.head_scores import HeadScores
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scored:
     """Scores and standard errors of every head, whether they come with examples or a circuit.
 
