@@ -1,13 +1,14 @@
 """Mean-ablation experiments: the metric of a model in which only chosen heads are left.
 
-m(C) of method.md §6: every head outside C is set to the baseline, MLPs intact. An ablated model is
-the irrelevant stream under the all-through rules, so the engine of the decomposition runs it.
+m(C) is the metric with every head outside C set to its baseline, MLPs intact (MIB, arXiv
+2504.13151). An ablated model is the irrelevant stream under the all-through rules, so the engine of
+the decomposition runs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -16,17 +17,17 @@ from tqdm.auto import tqdm
 
 from cdt_lens.circuits.measures import check_gap
 from cdt_lens.core.errors import InputError
-from cdt_lens.core.processes import gather_items, is_main, shard
+from cdt_lens.core.passes import Passes
+from cdt_lens.core.processes import gather_items
 from cdt_lens.decomposition.baseline import Baseline, check_baseline
 from cdt_lens.decomposition.decompose import irrelevant_logits
 from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import PRESETS
 from cdt_lens.models.heads import Head, all_heads, check_heads
 from cdt_lens.models.view import ModelView, view_of
-from cdt_lens.tasks.metrics import balanced_mean, correct, task_direction
+from cdt_lens.tasks.metrics import Metric, average, correct, label_numbers, task_direction
 from cdt_lens.tasks.task import Batch, Examples, Task, require_examples
 
-Metric = Literal["direction", "accuracy"]
 # Of the size of the task direction: what float32 leaves where ablation changes nothing.
 _ROUNDING = 1e-4
 
@@ -43,20 +44,33 @@ def circuit_metric(
     rows: int | None = None,
     progress: bool = True,
 ) -> Float[Tensor, " circuit"]:
-    """m(C) of each circuit: the metric with every other head mean-ablated.
+    """Compute m(C) of each circuit: the metric with every other head mean-ablated.
 
-    "direction" is the label-balanced mean task direction in logits; "accuracy" the label-balanced
-    share of examples whose best candidate is an answer (minus the task's prior, if it has one).
+    Args:
+        model: A TransformerLens model or its `ModelView`.
+        circuits: The heads of each circuit, as `Head` or by name such as "L9H6".
+        examples: The examples to measure on.
+        baseline: The values that ablated heads take.
+        metric: "direction", the label-balanced mean task direction; "accuracy", the share of right
+            answers; or "balanced_accuracy", that share averaged over the labels. An answer is right
+            if it is the best candidate (after the task's prior is subtracted, if it has one).
+        task: Supplies the prior.
+        batch_size: Number of examples per batch.
+        rows: Maximum number of (circuit x example) rows per forward pass; None chooses it by the
+            length of the prompts.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        m(C), in logits for "direction" and a share from 0 to 1 for the accuracies.
 
     Raises:
-        InputError: no examples, an unknown metric, or a head outside the model.
+        InputError: There are no examples, the metric is unknown, or a head is outside the model.
     """
     if metric not in get_args(Metric):
         raise InputError(f"metric={metric!r}: expected one of {', '.join(get_args(Metric))}")
-    table, labels = _by_example(
-        view_of(model), circuits, examples, baseline, metric, task, batch_size, rows, progress
-    )
-    return balanced_mean(table, labels)
+    passes = Passes(batch_size, rows, progress)
+    table, labels = _by_example(view_of(model), circuits, examples, baseline, metric, task, passes)
+    return average(metric, table, labels)
 
 
 def _by_example(
@@ -66,29 +80,25 @@ def _by_example(
     baseline: Baseline,
     metric: Metric,
     task: Task | None,
-    batch_size: int,
-    rows: int | None,
-    progress: bool,
+    passes: Passes,
 ) -> tuple[Float[Tensor, "circuit example"], Int[Tensor, " example"]]:
-    """The metric of each circuit on each example, and the examples' labels."""
+    """Compute the metric of each circuit on each example, and the number of each label."""
     require_examples(examples)
     check_baseline(baseline, view)
     everyone = all_heads(view.n_layers, view.n_heads)
     kept = [set(check_heads(c, view.n_layers, view.n_heads)) for c in circuits]
     complements = [tuple(h for h in everyone if h not in inside) for inside in kept]
-    batches = list(examples.batches(batch_size, shard=shard()))
+    batches = passes.batches(examples)
     items: list[tuple[int, Tensor]] = []
-    total = len(batches) * len(circuits)
-    with tqdm(total=total, desc="circuits", disable=not (progress and is_main())) as bar:
+    with passes.bar(name="circuits", total=len(batches) * len(circuits)) as bar:
         for batch in batches:
             values = _per_example(
-                view, batch.to(view.device), complements, baseline, metric, task, rows, bar
+                view, batch.to(view.device), complements, baseline, metric, task, passes.rows, bar
             )
             items += [(index, values[:, row]) for row, index in enumerate(batch.index)]
     ordered = dict(gather_items(items))
     table = torch.stack([ordered[i] for i in range(len(examples))], dim=-1)
-    labels = torch.tensor([examples.labels.index(e.label) for e in examples])
-    return table.double(), labels
+    return table.double(), label_numbers([e.label for e in examples], examples.labels)
 
 
 def _per_example(
@@ -122,22 +132,30 @@ def measure_circuits(
     examples: Examples,
     baseline: Baseline,
     *,
-    metric: Metric,
-    task: Task | None,
-    batch_size: int,
-    rows: int | None,
-    progress: bool,
+    metric: Metric = "direction",
+    task: Task | None = None,
+    passes: Passes,
 ) -> dict[tuple[Head, ...], float]:
-    """m(C) of each different circuit, computed once; see `circuit_metric`.
+    """Compute m(C) of each different circuit once; see `circuit_metric`.
+
+    Args:
+        view: The model.
+        circuits: The heads of each circuit, in order.
+        examples: The examples to measure on.
+        baseline: The values that ablated heads take.
+        metric: The metric.
+        task: Supplies the prior, if it has one.
+        passes: Sizes of the forward passes.
+
+    Returns:
+        m(C) by the heads of C, in logits or as a share from 0 to 1.
 
     Raises:
-        InputError: all heads and none are among them, and differ by no more than rounding.
+        InputError: All heads and none are among the circuits, and differ only by rounding.
     """
     unique = list(dict.fromkeys(circuits))
-    table, labels = _by_example(
-        view, unique, examples, baseline, metric, task, batch_size, rows, progress
-    )
-    values = balanced_mean(table, labels).tolist()
+    table, labels = _by_example(view, unique, examples, baseline, metric, task, passes)
+    values = average(metric, table, labels).tolist()
     measured = dict(zip(unique, values, strict=True))
     everyone = all_heads(view.n_layers, view.n_heads)
     if metric == "direction" and everyone in measured and () in measured:

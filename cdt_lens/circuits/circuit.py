@@ -1,7 +1,7 @@
-"""`Circuit`: a set of heads with the scores and the provenance that led to it; on disk as well.
+"""`Circuit`: a set of heads with the scores and the provenance that led to it.
 
-Also the controls of the same size (method.md §5): random heads, random heads with the same number
-in each layer, and near-zero heads, all reproducible from a seed.
+The controls of the same size are here as well: random heads, random heads with the same number in
+each layer (both reproducible from a seed), and the heads with scores nearest to zero.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cdt_lens.circuits.graph import Graph
 from cdt_lens.core import display
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.saved import Saved
-from cdt_lens.models.heads import Head, all_heads, check_heads, heads_to_mask
+from cdt_lens.models.heads import Head, all_heads, check_heads, heads_to_mask, mask_to_heads
 from cdt_lens.models.provenance import Provenance
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.viz import figures
@@ -32,12 +32,19 @@ from cdt_lens.viz.tables import Scored
 class Circuit(Saved):
     """Heads of one model for one task.
 
-    heads: in order; scores, stderr: of all heads, `[layer, head]`, signed, in logits (+ pushes
-    towards the gold label), or None; selection: how the heads were chosen from the scores; graph:
-    what heads and MLPs hand to each other, if that is known.
+    Args:
+        heads: The heads; kept in order and without repeats.
+        n_layers: Number of layers of the model.
+        n_heads: Number of heads per layer.
+        scores: Signed scores of all heads in logits (positive = pushes towards the gold label), or
+            None.
+        stderr: Standard errors of the scores in logits, or None.
+        selection: How the heads were chosen from the scores.
+        provenance: Origin of the scores.
+        graph: Edges between heads and MLPs, if known.
 
     Raises:
-        InputError: a head lies outside the model, or the graph is of another model's shape.
+        InputError: A head is outside the model, or the graph belongs to a model of another shape.
     """
 
     heads: tuple[Head, ...]
@@ -82,12 +89,12 @@ class Circuit(Saved):
 
     @property
     def complement(self) -> tuple[Head, ...]:
-        """The heads outside the circuit."""
+        """The heads outside the circuit, in order."""
         inside = set(self.heads)
         return tuple(h for h in all_heads(self.n_layers, self.n_heads) if h not in inside)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a head: name, layer, index, score and standard error in logits."""
+        """Return one row per head: name, layer, index, score and standard error in logits."""
         rows = [
             {
                 "head": str(h),
@@ -111,11 +118,14 @@ class Circuit(Saved):
         return display.html(title, *parts, self.to_dataframe())
 
     def check_model(self, model: nn.Module | ModelView) -> None:
-        """Refuse to use the circuit with a model whose weights are not those it was found in.
+        """Refuse a model other than the one that the circuit was found in.
+
+        Args:
+            model: A TransformerLens model or its `ModelView`.
 
         Raises:
-            InputError: the model has other layers, heads or width. ArtifactError: the weight hashes
-                differ; the message shows both.
+            InputError: The model has another number of layers or heads, or another width.
+            ArtifactError: The weight hashes differ; the message shows both.
         """
         view = view_of(model)
         own = (self.n_layers, self.n_heads, None if self.graph is None else self.graph.d_model)
@@ -158,10 +168,19 @@ class Circuit(Saved):
 
 
 def random_heads(k: int, n_layers: int, n_heads: int, *, seed: int) -> tuple[Head, ...]:
-    """`k` heads drawn without replacement.
+    """Draw `k` heads without replacement.
+
+    Args:
+        k: Number of heads to draw.
+        n_layers: Number of layers of the model.
+        n_heads: Number of heads per layer.
+        seed: Seed of the draw.
+
+    Returns:
+        The heads, in order.
 
     Raises:
-        InputError: the model has fewer heads.
+        InputError: The model has fewer than `k` heads.
     """
     everyone = all_heads(n_layers, n_heads)
     if not 0 <= k <= len(everyone):
@@ -174,7 +193,17 @@ def random_heads(k: int, n_layers: int, n_heads: int, *, seed: int) -> tuple[Hea
 def random_heads_like(
     heads: Iterable[Head], n_layers: int, n_heads: int, *, seed: int
 ) -> tuple[Head, ...]:
-    """Heads drawn without replacement, as many in each layer as `heads` has there."""
+    """Draw heads without replacement, as many in each layer as `heads` has there.
+
+    Args:
+        heads: The heads whose numbers per layer are kept.
+        n_layers: Number of layers of the model.
+        n_heads: Number of heads per layer.
+        seed: Seed of the draw.
+
+    Returns:
+        The heads, in order.
+    """
     chosen = check_heads(heads, n_layers, n_heads)
     generator = torch.Generator().manual_seed(seed)
     drawn: list[Head] = []
@@ -182,3 +211,29 @@ def random_heads_like(
         order = torch.randperm(n_heads, generator=generator)[:count].tolist()
         drawn += [Head(layer, head) for head in order]
     return tuple(sorted(drawn))
+
+
+def near_zero_heads(
+    scores: Float[Tensor, "layer head"], circuit: Iterable[Head]
+) -> tuple[Head, ...]:
+    """Choose the scored heads of smallest magnitude outside a circuit, as many as it has.
+
+    Args:
+        scores: Scores of the heads in logits, NaN where a head was not scored.
+        circuit: The heads of the circuit.
+
+    Returns:
+        The heads, in order. Equal magnitudes are taken in order of layer and head.
+
+    Raises:
+        InputError: Too few scored heads lie outside the circuit.
+    """
+    inside = set(circuit)
+    outside = [h for h in mask_to_heads(~scores.isnan()) if h not in inside]
+    if len(outside) < len(inside):
+        raise InputError(
+            f"near-zero: only {len(outside)} scored heads lie outside a circuit of {len(inside)}; "
+            "select a smaller circuit, or score all heads"
+        )
+    outside.sort(key=lambda head: abs(float(scores[head.layer, head.head])))
+    return tuple(sorted(outside[: len(inside)]))

@@ -1,8 +1,8 @@
-"""Is a circuit enough, and is it needed? Mean-ablation experiments (method.md §6; MIB, 2504.13151).
+"""Faithfulness of circuits, by mean-ablation experiments (MIB, arXiv 2504.13151).
 
-1. m(C): the metric with every head outside C set to the baseline, MLPs intact.
+1. m(C) is the metric with every head outside C set to the baseline, MLPs intact.
 2. f(C) = (m(C) - m(empty)) / (m(full) - m(empty)), over circuits of growing size.
-3. Completeness is f of the complement: the circuit is knocked out instead.
+3. Completeness is f of the complement: the circuit is ablated instead.
 4. Controls of the same size: random heads, and random heads with as many in each layer.
 5. CPR is the area under f, CMD the area under |1 - f|, over MIB's fractions.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -21,35 +21,48 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from cdt_lens.circuits.ablation import Metric, measure_circuits
+from cdt_lens.circuits.ablation import measure_circuits
 from cdt_lens.circuits.circuit import Circuit, random_heads, random_heads_like
-from cdt_lens.circuits.head_scores import HeadScores
-from cdt_lens.circuits.measures import MIB_FRACTIONS, cmd, cpr, faithfulness
+from cdt_lens.circuits.head_scores import HeadScores, Ranking
+from cdt_lens.circuits.measures import MIB_FRACTIONS, cmd, cpr, faithfulness, heads_at
 from cdt_lens.core import display
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError, expect
+from cdt_lens.core.passes import Passes
 from cdt_lens.core.saved import Saved
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import Provenance, provenance_of
 from cdt_lens.models.view import ModelView, view_of
+from cdt_lens.tasks.metrics import Metric
 from cdt_lens.tasks.task import Examples, Task
 from cdt_lens.viz import figures
 from cdt_lens.viz.svg import figure_html
 
-Ranking = Literal["magnitude", "signed"]
 CONTROLS = ("random", "random-per-layer")
+Heads = tuple[Head, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class FaithfulnessCurve(Saved):
-    """Faithfulness of circuits of growing size, beside random ones.
+    """Faithfulness of circuits of growing size, beside random circuits.
 
-    sizes: heads kept; fractions: of all heads, as asked for (the areas use these);
-    faithfulness: f, 1 = as the full model, 0 = as no heads; completeness: f of the complement;
-    random: f of random circuits by control; beaten: share of them with a smaller f than the
-    circuit's, equal ones counted half; full, empty: the metric with all heads and with none, in
-    logits or as a share.
+    Args:
+        sizes: Number of heads kept at each point.
+        fractions: Shares of all heads that were asked for; the areas are taken over these.
+        faithfulness: f of each circuit, without unit: 1 as the full model, 0 as no heads.
+        completeness: f of each complement.
+        random: f of the random circuits by control.
+        full: The metric with all heads, in logits or as a share from 0 to 1.
+        empty: The metric with no heads.
+        metric: Name of the metric (`tasks.metrics`).
+        cpr: Area under f.
+        cmd: Area under |1 - f|.
+        random_cpr: CPR of each draw by control.
+        random_cmd: CMD of each draw by control.
+        beaten: Share of the random circuits with a smaller f than the circuit's, by control; equal
+            ones count half.
+        provenance: Model, examples and options of the measurement.
     """
 
     sizes: tuple[int, ...]
@@ -66,14 +79,15 @@ class FaithfulnessCurve(Saved):
     random_cmd: Mapping[str, Float[Tensor, " draw"]] = field(repr=False)
     beaten: Mapping[str, Float[Tensor, " size"]] = field(repr=False)
     provenance: Provenance = field(repr=False)
-    _format, _kind = "cdt_lens.faithfulness", "faithfulness file"
+    # In files of version 1 "accuracy" is the label-balanced share of right answers.
+    _format, _kind, _version = "cdt_lens.faithfulness", "faithfulness file", 2
 
     def __repr__(self) -> str:
         areas = f"CPR {self.cpr:.3f}", f"CMD {self.cmd:.3f}"
         return display.line(self, self.metric, *areas, f"{len(self.sizes)} sizes")
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a size: f, completeness, and the median f of each control (no unit)."""
+        """Return one row per size: f, completeness, and the median f of each control."""
         table = {
             "heads": self.sizes,
             "fraction": self.fractions,
@@ -109,6 +123,7 @@ class FaithfulnessCurve(Saved):
     def _from_file(
         cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> FaithfulnessCurve:
+        body = body if body["version"] > 1 else _renamed(body)
         return _curve(
             sizes=tuple(body["sizes"]),
             fractions=tuple(body["fractions"]),
@@ -122,6 +137,16 @@ class FaithfulnessCurve(Saved):
         )
 
 
+def _renamed(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the contents of a file of version 1 with the metric's present name."""
+    if body["metric"] != "accuracy":
+        return body
+    provenance = body["provenance"]
+    options = {**provenance["options"], "metric": "balanced_accuracy"}
+    provenance = {**provenance, "options": options}
+    return {**body, "metric": "balanced_accuracy", "provenance": provenance}
+
+
 def _curve(
     *,
     sizes: tuple[int, ...],
@@ -130,7 +155,7 @@ def _curve(
     random: Mapping[str, Float[Tensor, "draw size"]],
     **rest: Any,
 ) -> FaithfulnessCurve:
-    """A curve with everything that follows from its points: areas and shares beaten."""
+    """Return a curve with everything that follows from its points: areas and shares beaten."""
     return FaithfulnessCurve(
         sizes=sizes,
         fractions=fractions,
@@ -147,7 +172,19 @@ def _curve(
 
 @dataclass(frozen=True, eq=False)
 class CircuitFaithfulness(EqualByContent):
-    """Faithfulness of one given circuit, and the same-size random circuits beside it."""
+    """Faithfulness of one circuit, beside random circuits of its size.
+
+    Args:
+        heads: The heads of the circuit.
+        faithfulness: f of the circuit, without unit: 1 as the full model, 0 as no heads.
+        completeness: f of the complement.
+        random: f of the random circuits by control.
+        beaten: Share of the random circuits with a smaller f, by control; equal ones count half.
+        full: The metric with all heads, in logits or as a share from 0 to 1.
+        empty: The metric with no heads.
+        metric: Name of the metric (`tasks.metrics`).
+        provenance: Model, examples and options of the measurement.
+    """
 
     heads: tuple[Head, ...]
     faithfulness: float
@@ -160,11 +197,11 @@ class CircuitFaithfulness(EqualByContent):
     provenance: Provenance = field(repr=False)
 
     def __repr__(self) -> str:
-        told = f"f {self.faithfulness:.3f}", f"completeness {self.completeness:.3f}"
-        return display.line(self, f"{len(self.heads)} heads", self.metric, *told)
+        values = f"f {self.faithfulness:.3f}", f"completeness {self.completeness:.3f}"
+        return display.line(self, f"{len(self.heads)} heads", self.metric, *values)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """f of the circuit, without it, and of its controls; shares of draws beaten, 0 to 1."""
+        """Return f of the circuit, of its complement and of its controls, and the shares beaten."""
         return faithfulness_frame(self)
 
     def _repr_html_(self) -> str:
@@ -188,69 +225,64 @@ def faithfulness_curve(
     rows: int | None = None,
     progress: bool = True,
 ) -> FaithfulnessCurve:
-    """Keep the top heads by score, ablate the rest, for each fraction; and random heads likewise.
+    """Measure f of the top heads of a ranking at growing sizes, and of random circuits.
 
     Args:
-        by: rank heads by the "signed" score or by "magnitude"; draws: random circuits of each
-            kind and size; seed: draw i of a size uses seed + i.
+        model: A TransformerLens model or its `ModelView`.
+        scores: Scores of all heads of this model.
+        examples: The examples to measure on, other ones than those scored.
+        baseline: The values that ablated heads take.
+        fractions: Circuit sizes as rising shares of all heads, each rounded down to whole heads.
+        by: Rank heads by their "signed" score or by its "magnitude".
+        metric: "direction", "accuracy" or "balanced_accuracy"; see `circuit_metric`.
+        draws: Number of random circuits of each kind and size.
+        seed: Seed of the draws; draw i uses seed + i.
+        task: Supplies the prior for the accuracies, if it has one.
+        batch_size: Number of examples per batch.
+        rows: Maximum number of (circuit x example) rows per forward pass; None chooses it by the
+            length of the prompts.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        f, completeness, controls and areas, without unit.
 
     Raises:
-        InputError: fractions out of order or range, scores of another model's shape, or a metric
-            that ablating every head does not change.
+        InputError: The fractions are out of order or range, some heads have no score, or ablating
+            every head does not change the metric.
+        ArtifactError: The scores belong to another model.
     """
     expect(scores, HeadScores, "faithfulness_curve", "for a circuit use circuit_faithfulness")
     view = view_of(model)
     scores.provenance.check_model(view, "these scores")
-    _check_draws(draws)
     fractions = checked_fractions(fractions)
-    everyone = all_heads(view.n_layers, view.n_heads)
+    total = view.n_layers * view.n_heads
     ranking = scores.ranking(by)
-    if len(ranking) < len(everyone):
+    if len(ranking) < total:
         raise InputError(
-            f"faithfulness_curve: only {len(ranking)} of {len(everyone)} heads have scores; score "
-            "all heads, or use circuit_faithfulness"
+            f"faithfulness_curve: only {len(ranking)} of {total} heads have scores; score all "
+            "heads, or use circuit_faithfulness"
         )
-    sizes = sizes_at(fractions, len(everyone))
-    circuits = {size: tuple(sorted(ranking[:size])) for size in sizes}
-    wanted: list[tuple[Head, ...]] = [everyone, ()]
-    for size in dict.fromkeys(sizes):
-        wanted += _family(circuits[size], view, draws, seed)
-    measured = measure_circuits(
-        view, wanted, examples, baseline, metric=metric, task=task, batch_size=batch_size,
-        rows=rows, progress=progress,
+    sizes = tuple(heads_at(fraction, total) for fraction in fractions)
+    circuits = [tuple(sorted(ranking[:size])) for size in sizes]
+    measured = _measure(
+        view, circuits, examples, baseline, metric=metric, task=task, draws=draws, seed=seed,
+        passes=Passes(batch_size, rows, progress),
     )  # fmt: skip
-    full, empty = measured[everyone], measured[()]
-
-    def f(heads: Sequence[Head]) -> float:
-        return f_of(measured[tuple(heads)], full, empty)
-
-    families = {size: _family(circuits[size], view, draws, seed) for size in sizes}
-    values = torch.tensor([f(families[size][0]) for size in sizes])
-    random = {
-        name: torch.tensor(
-            [[f(families[size][2 + n * draws + i]) for size in sizes] for i in range(draws)]
-        ).reshape(draws, len(sizes))
-        for n, name in enumerate(CONTROLS)
-    }
-    options = {
+    origin = {
         "scores": scores.provenance.options,
         "scores_task": scores.provenance.task_hash,
         "by": by,
-        "metric": metric,
-        "draws": draws,
-        "baseline": baseline.kind,
-        "baseline_hash": baseline.hash,
     }
     return _curve(
         sizes=sizes,
         fractions=fractions,
-        values=values,
-        completeness=torch.tensor([f(families[size][1]) for size in sizes]),
-        random=random,
-        full=full,
-        empty=empty,
+        values=torch.tensor(measured.faithfulness),
+        completeness=torch.tensor(measured.completeness),
+        random=measured.random,
+        full=measured.full,
+        empty=measured.empty,
         metric=metric,
-        provenance=provenance_of(view, examples, options=options, seed=seed),
+        provenance=_provenance(view, examples, baseline, origin, metric, draws, seed),
     )
 
 
@@ -268,88 +300,150 @@ def circuit_faithfulness(
     rows: int | None = None,
     progress: bool = True,
 ) -> CircuitFaithfulness:
-    """Faithfulness and completeness of one circuit, against random circuits of its size.
+    """Measure f and completeness of one circuit, and f of random circuits of its size.
+
+    Args:
+        model: A TransformerLens model or its `ModelView`.
+        circuit: A circuit of this model.
+        examples: The examples to measure on, other ones than those scored.
+        baseline: The values that ablated heads take.
+        metric: "direction", "accuracy" or "balanced_accuracy"; see `circuit_metric`.
+        draws: Number of random circuits of each kind.
+        seed: Seed of the draws; draw i uses seed + i.
+        task: Supplies the prior for the accuracies, if it has one.
+        batch_size: Number of examples per batch.
+        rows: Maximum number of (circuit x example) rows per forward pass; None chooses it by the
+            length of the prompts.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        f, completeness and controls, without unit.
 
     Raises:
-        ArtifactError: the circuit was found in another model.
-        InputError: no examples, or a metric that ablating every head does not change.
+        ArtifactError: The circuit was found in another model.
+        InputError: There are no examples, or ablating every head does not change the metric.
     """
     fix = "scores.select(...) makes one, and so does Circuit(heads, n_layers, n_heads)"
     expect(circuit, Circuit, "circuit_faithfulness", fix)
     view = view_of(model)
     circuit.check_model(view)
-    _check_draws(draws)
+    measured = _measure(
+        view, [circuit.heads], examples, baseline, metric=metric, task=task, draws=draws, seed=seed,
+        passes=Passes(batch_size, rows, progress),
+    )  # fmt: skip
+    own = measured.faithfulness[0]
+    random = {name: values[:, 0] for name, values in measured.random.items()}
+    origin = {"circuit": [str(head) for head in circuit.heads]}
+    return CircuitFaithfulness(
+        heads=circuit.heads,
+        faithfulness=own,
+        completeness=measured.completeness[0],
+        random=random,
+        beaten={name: float(_beaten(values, own)) for name, values in random.items()},
+        full=measured.full,
+        empty=measured.empty,
+        metric=metric,
+        provenance=_provenance(view, examples, baseline, origin, metric, draws, seed),
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """f of circuits, of their complements and of their controls, and the metric at both ends."""
+
+    faithfulness: tuple[float, ...]
+    completeness: tuple[float, ...]
+    random: dict[str, Float[Tensor, "draw size"]]
+    full: float
+    empty: float
+
+
+def _measure(
+    view: ModelView,
+    circuits: Sequence[Heads],
+    examples: Examples,
+    baseline: Baseline,
+    *,
+    metric: Metric,
+    task: Task | None,
+    draws: int,
+    seed: int,
+    passes: Passes,
+) -> _Measured:
+    """Measure circuits with their complements and random controls, each different one once."""
+    if draws < 1:
+        raise InputError(f"draws={draws}: expected at least 1 random circuit of each kind")
     everyone = all_heads(view.n_layers, view.n_heads)
-    family = _family(circuit.heads, view, draws, seed)
+    families = [_family(heads, view, draws, seed) for heads in circuits]
+    wanted = [everyone, (), *(heads for family in families for heads in family)]
+    measured = measure_circuits(
+        view, wanted, examples, baseline, metric=metric, task=task, passes=passes
+    )
+    full, empty = measured[everyone], measured[()]
+    # One row per member of a family: the circuit, its complement, then the draws of each control.
+    own, without, *drawn = zip(
+        *([f_of(measured[heads], full, empty) for heads in family] for family in families),
+        strict=True,
+    )
+    random = {
+        name: torch.tensor(drawn[n * draws : (n + 1) * draws]) for n, name in enumerate(CONTROLS)
+    }
+    return _Measured(own, without, random, full, empty)
+
+
+def _provenance(
+    view: ModelView,
+    examples: Examples,
+    baseline: Baseline,
+    origin: Mapping[str, Any],
+    metric: Metric,
+    draws: int,
+    seed: int,
+) -> Provenance:
     options = {
-        "circuit": [str(head) for head in circuit.heads],
+        **origin,
         "metric": metric,
         "draws": draws,
         "baseline": baseline.kind,
         "baseline_hash": baseline.hash,
     }
-    wanted = [everyone, (), *family]
-    measured = measure_circuits(
-        view, wanted, examples, baseline, metric=metric, task=task, batch_size=batch_size,
-        rows=rows, progress=progress,
-    )  # fmt: skip
-    full, empty = measured[everyone], measured[()]
-
-    def f(heads: tuple[Head, ...]) -> float:
-        return f_of(measured[heads], full, empty)
-
-    own = f(family[0])
-    random = {
-        name: torch.tensor([f(h) for h in family[2 + n * draws : 2 + (n + 1) * draws]])
-        for n, name in enumerate(CONTROLS)
-    }
-    return CircuitFaithfulness(
-        heads=circuit.heads,
-        faithfulness=own,
-        completeness=f(family[1]),
-        random=random,
-        beaten={name: float(_beaten(value, own)) for name, value in random.items()},
-        full=full,
-        empty=empty,
-        metric=metric,
-        provenance=provenance_of(view, examples, options=options, seed=seed),
-    )
+    return provenance_of(view, examples, options=options, seed=seed)
 
 
 def f_of(metric: float, full: float, empty: float) -> float:
-    """f of one circuit, in double precision: 1 exactly for the full model."""
+    """Compute f of one circuit in double precision, so that it is exactly 1 for the full model.
+
+    Args:
+        metric: m(C) of the circuit.
+        full: m with all heads.
+        empty: m with no heads.
+
+    Raises:
+        InputError: Ablating every head leaves the metric as it was.
+    """
     return float(faithfulness(torch.tensor(metric, dtype=torch.float64), full, empty))
 
 
 def _beaten(random: Tensor, own: Tensor | float) -> Tensor:
-    """Share of random circuits with a smaller f than the circuit's; equal ones count half."""
+    """Compute the share of random circuits with a smaller f; equal ones count half."""
     return ((random < own).float() + (random == own).float() / 2).mean(0)
 
 
-def _family(
-    heads: tuple[Head, ...], view: ModelView, draws: int, seed: int
-) -> list[tuple[Head, ...]]:
-    """A circuit, its complement, and its random controls, in that order."""
+def _family(heads: Heads, view: ModelView, draws: int, seed: int) -> list[Heads]:
+    """Return a circuit, its complement, and its random controls, in that order."""
     shape = (view.n_layers, view.n_heads)
-    inside = set(heads)
-    complement = tuple(h for h in all_heads(*shape) if h not in inside)
+    complement = Circuit(heads, *shape).complement
     free = [random_heads(len(heads), *shape, seed=seed + i) for i in range(draws)]
     layered = [random_heads_like(heads, *shape, seed=seed + i) for i in range(draws)]
     return [heads, complement, *free, *layered]
 
 
-def _check_draws(draws: int) -> None:
-    if draws < 1:
-        raise InputError(f"draws={draws}: expected at least 1 random circuit of each kind")
-
-
-def sizes_at(fractions: Sequence[float], n_heads: int) -> tuple[int, ...]:
-    """Heads kept at each fraction of `n_heads`, rounded down."""
-    return tuple(min(n_heads, int(fraction * n_heads + 1e-9)) for fraction in fractions)
-
-
 def checked_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
-    """At least two fractions, rising, each from 0 to 1; raises InputError for anything else."""
+    """Return `fractions` as a tuple of at least two rising shares, each from 0 to 1.
+
+    Raises:
+        InputError: The fractions are fewer, out of order or out of range.
+    """
     values = tuple(float(x) for x in fractions)
     if (
         len(values) < 2
@@ -361,7 +455,7 @@ def checked_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
 
 
 def faithfulness_frame(result: CircuitFaithfulness) -> pd.DataFrame:
-    """The circuit, its complement and each control: f, and the share of draws beaten."""
+    """Return one row for the circuit, its complement and each control: f, and the share beaten."""
     rows: list[tuple[str, float, float | None]] = [
         ("circuit", result.faithfulness, None),
         ("without the circuit", result.completeness, None),

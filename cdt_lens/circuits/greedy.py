@@ -1,4 +1,4 @@
-"""A circuit built head by head, by what each head adds to faithfulness (method.md §5)."""
+"""A circuit built head by head, by the faithfulness that each head adds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.measures import faithfulness
 from cdt_lens.core.errors import InputError
+from cdt_lens.core.passes import Passes
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.view import ModelView, view_of
@@ -27,14 +28,30 @@ def greedy_circuit(
     batch_size: int = 16,
     progress: bool = True,
 ) -> Circuit:
-    """Build a circuit head by head, adding each time the one that brings f nearest to 1.
+    """Build a circuit head by head, adding each time the head that brings f nearest to 1.
 
-    Candidates are the `pool` heads with the largest scores; k steps of at most `pool` ablation
-    runs each. Choose on one split and report faithfulness on another.
+    The search takes k steps of at most `pool` ablation runs each. Choose on one split and report
+    faithfulness on another.
+
+    Args:
+        model: A TransformerLens model or its `ModelView`.
+        scores: Scores of the model's heads.
+        examples: The examples that f is measured on.
+        baseline: The values that ablated heads take.
+        k: Number of heads in the circuit.
+        pool: Number of candidates: the heads with the largest signed scores.
+        rows: Maximum number of (circuit x example) rows per forward pass; None chooses it by the
+            length of the prompts.
+        batch_size: Number of examples per batch.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The circuit, with these scores and their provenance.
 
     Raises:
-        InputError: k is larger than the pool.
+        InputError: k is larger than the pool, or fewer than k heads have scores.
     """
+    passes = Passes(batch_size, rows, progress)
     if not 1 <= k <= pool:
         raise InputError(f"greedy_circuit: k={k}, expected 1 to pool={pool}")
     view = view_of(model)
@@ -43,10 +60,7 @@ def greedy_circuit(
     if k > len(candidates):
         raise InputError(f"greedy_circuit: k={k}, but only {len(candidates)} heads have scores")
     everyone = all_heads(view.n_layers, view.n_heads)
-    measured = measure_circuits(
-        view, [everyone, ()], examples, baseline, metric="direction", task=None,
-        batch_size=batch_size, rows=rows, progress=progress,
-    )  # fmt: skip
+    measured = measure_circuits(view, [everyone, ()], examples, baseline, passes=passes)
     full, empty = measured[everyone], measured[()]
     chosen: list[Head] = []
     while len(chosen) < k:

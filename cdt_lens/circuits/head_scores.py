@@ -1,14 +1,14 @@
 """`HeadScores`: one signed score per head with its standard error; selection of circuits from it.
 
-Selections of method.md §5: the top k or a fraction (signed or by magnitude), a threshold, heads
-whose score is stable under resampling of the examples, and near-zero heads as a control.
+A circuit is selected by number, by fraction, by a threshold, or as the heads whose score is stable
+under resampling of the examples. Near-zero heads are a control of the same size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 import torch
@@ -16,23 +16,35 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from cdt_lens.circuits.circuit import Circuit
+from cdt_lens.circuits.circuit import Circuit, near_zero_heads
+from cdt_lens.circuits.measures import heads_at
 from cdt_lens.core import display
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import Provenance
+from cdt_lens.tasks.metrics import label_numbers
 from cdt_lens.viz import figures
 from cdt_lens.viz.svg import figure_html
+
+Ranking = Literal["signed", "magnitude"]
 
 
 @dataclass(frozen=True, eq=False)
 class HeadScores(Saved):
     """Signed relevance of every head, in logits: positive pushes towards the gold label.
 
-    values: label-balanced mean over examples; stderr: its standard error; per_example: d(rel) of
-    each example; direction: the full model's label-balanced mean task direction, in logits.
-    Heads that were not asked for are NaN.
+    Heads are ranked by the signed score everywhere, the largest first, unless a method is called
+    with `by="magnitude"`; equal scores stand in order of layer and head.
+
+    Args:
+        values: Label-balanced mean over the examples, NaN for heads that were not scored.
+        stderr: Standard error of `values`.
+        per_example: d(rel) of each example.
+        example_labels: Label of each example.
+        direction: Label-balanced mean task direction of the full model, in logits.
+        method: Name of the method.
+        provenance: Model, task and options that the scores were computed with.
     """
 
     values: Float[Tensor, "layer head"]
@@ -59,28 +71,49 @@ class HeadScores(Saved):
     def n_heads(self) -> int:
         return self.values.shape[1]
 
-    def ranking(self, by: Literal["magnitude", "signed"] = "magnitude") -> tuple[Head, ...]:
-        """All scored heads, the largest first; ties in order of layer and head."""
-        if by not in ("magnitude", "signed"):
-            raise InputError(f"by={by!r}: expected 'magnitude' or 'signed'")
+    def ranking(self, by: Ranking = "signed") -> tuple[Head, ...]:
+        """Return all scored heads, the largest first.
+
+        Args:
+            by: "signed" for the score itself, "magnitude" for its absolute value.
+
+        Raises:
+            InputError: `by` is neither of the two.
+        """
+        if by not in get_args(Ranking):
+            raise InputError(f"by={by!r}: expected 'signed' or 'magnitude'")
         keys = (self.values.abs() if by == "magnitude" else self.values).flatten()
         order = torch.argsort(keys.nan_to_num(nan=-torch.inf), descending=True, stable=True)
         everyone = all_heads(self.n_layers, self.n_heads)
         return tuple(everyone[i] for i in order.tolist() if not torch.isnan(keys[i]))
 
-    def top(self, k: int, by: Literal["magnitude", "signed"] = "magnitude") -> tuple[Head, ...]:
-        """The `k` heads with the largest magnitude (or signed score), the largest first."""
+    def top(self, k: int, by: Ranking = "signed") -> tuple[Head, ...]:
+        """Return the first `k` heads of the ranking, the largest first.
+
+        Args:
+            k: Number of heads.
+            by: "signed" for the score itself, "magnitude" for its absolute value.
+
+        Raises:
+            InputError: `k` is negative or larger than the number of scored heads.
+        """
         ranking = self.ranking(by)
         if not 0 <= k <= len(ranking):
             raise InputError(f"k={k}: expected 0 to {len(ranking)}, the number of scored heads")
         return ranking[:k]
 
-    def near_zero(self, k: int) -> Circuit:
-        """The `k` heads with the smallest magnitude, a control (method.md §5)."""
-        ranking = self.ranking()
-        if not 0 <= k <= len(ranking):
-            raise InputError(f"k={k}: expected 0 to {len(ranking)}, the number of scored heads")
-        return self.circuit(ranking[len(ranking) - k :], {"rule": "near-zero", "k": k})
+    def near_zero(self, k: int, by: Ranking = "signed") -> Circuit:
+        """Return the control of `select(k=k, by=by)`: the heads of smallest magnitude outside it.
+
+        Args:
+            k: Number of heads.
+            by: The ranking that the circuit is selected by.
+
+        Raises:
+            InputError: `k` is negative, or fewer than 2k heads are scored.
+        """
+        heads = near_zero_heads(self.values, self.top(k, by))
+        return self.circuit(heads, {"rule": "near-zero", "k": k, "by": by})
 
     def select(
         self,
@@ -89,18 +122,27 @@ class HeadScores(Saved):
         fraction: float | None = None,
         threshold: float | None = None,
         confidence: float | None = None,
-        by: Literal["magnitude", "signed"] = "signed",
+        by: Ranking = "signed",
         resamples: int = 1000,
         seed: int = 0,
     ) -> Circuit:
-        """Choose a circuit by exactly one of `k`, `fraction`, `threshold`, `confidence`.
+        """Select a circuit by exactly one of `k`, `fraction`, `threshold` and `confidence`.
 
-        k, fraction: that many of the heads, rounded, at least one. threshold: scores (magnitudes)
-        of at least that many logits. confidence: heads whose bootstrap interval of that level over
-        examples, drawn within each label, excludes 0 (and lies above it, if `by="signed"`).
+        Args:
+            k: Number of heads.
+            fraction: Share of the scored heads, rounded down as in MIB, but at least one head.
+            threshold: Smallest score (or magnitude) in logits.
+            confidence: Level of a bootstrap interval over examples, drawn within each label.
+                Selects the heads whose interval lies above 0, or leaves 0 out by magnitude.
+            by: "signed" for the score itself, "magnitude" for its absolute value.
+            resamples: Number of bootstrap samples for `confidence`.
+            seed: Seed of the bootstrap.
+
+        Returns:
+            The circuit, with these scores and their provenance.
 
         Raises:
-            InputError: none or several of the four, or a value out of range.
+            InputError: None or several of the four are given, or a value is out of range.
         """
         # Plain numbers, whatever numpy or torch gave, so that they can be saved.
         given = {
@@ -121,7 +163,7 @@ class HeadScores(Saved):
         elif fraction is not None:
             if not 0 < fraction <= 1:
                 raise InputError(f"select: fraction={fraction}, expected more than 0 and at most 1")
-            heads = ranking[: max(1, round(fraction * len(ranking)))]
+            heads = ranking[: max(1, heads_at(fraction, len(ranking)))]
         elif threshold is not None:
             if threshold != threshold:
                 raise InputError("select: threshold is NaN, expected logits")
@@ -132,7 +174,12 @@ class HeadScores(Saved):
         return self.circuit(heads, {"by": by, **chosen})
 
     def circuit(self, heads: Sequence[Head], selection: Mapping[str, Any]) -> Circuit:
-        """A circuit of chosen heads that carries these scores and their provenance."""
+        """Return a circuit of these heads that carries the scores and their provenance.
+
+        Args:
+            heads: The heads of the circuit.
+            selection: How they were chosen.
+        """
         return Circuit(
             heads=tuple(heads),
             n_layers=self.n_layers,
@@ -177,7 +224,7 @@ class HeadScores(Saved):
         return tuple(h for h in self.ranking() if h in inside)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a head: name, layer, index, score and standard error in logits."""
+        """Return one row per head: name, layer, index, score and standard error in logits."""
         return pd.DataFrame(
             [
                 {
@@ -196,7 +243,7 @@ class HeadScores(Saved):
         return figures.heatmap(self, circuit=circuit)
 
     def bars(self, k: int = 20) -> Figure:
-        """The `k` heads with the largest magnitude, with their standard errors."""
+        """The `k` heads with the largest scores, with their standard errors."""
         return figures.bars(self, k)
 
     def _repr_html_(self) -> str:
@@ -226,6 +273,5 @@ class HeadScores(Saved):
 
 
 def label_index(labels: Sequence[str]) -> Int[Tensor, " example"]:
-    """Labels as numbers, in alphabetical order."""
-    names = sorted(set(labels))
-    return torch.tensor([names.index(label) for label in labels])
+    """Return labels as numbers, in alphabetical order."""
+    return label_numbers(labels, sorted(set(labels)))

@@ -1,4 +1,4 @@
-"""Measures of faithfulness over circuit sizes (MIB, arXiv 2504.13151)."""
+"""Measures of faithfulness over circuit sizes, and the sizes (MIB, arXiv 2504.13151)."""
 
 from __future__ import annotations
 
@@ -14,23 +14,47 @@ from cdt_lens.core.errors import InputError
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
+def heads_at(fraction: float, n_heads: int) -> int:
+    """Return how many of `n_heads` heads a fraction of them is, rounded down as in MIB.
+
+    Args:
+        fraction: Share of the heads, from 0 to 1.
+        n_heads: Number of heads to choose from.
+    """
+    # A product such as 0.29 * 100 lies just below the whole number that it stands for.
+    return min(n_heads, int(fraction * n_heads + 1e-9))
+
+
 def faithfulness(
     circuit: Float[Tensor, "*rows"], full: float, empty: float
 ) -> Float[Tensor, "*rows"]:
-    """f = (m(C) - m(empty)) / (m(full) - m(empty)); 1 for the full model, 0 for no heads.
+    """Compute f = (m(C) - m(empty)) / (m(full) - m(empty)).
+
+    Args:
+        circuit: m(C) of each circuit.
+        full: m with all heads.
+        empty: m with no heads.
+
+    Returns:
+        f of each circuit, without unit: 1 for the full model, 0 for no heads.
 
     Raises:
-        InputError: ablating every head leaves the metric as it was, so that f has no meaning.
+        InputError: Ablating every head leaves the metric as it was, so that f has no meaning.
     """
     check_gap(full, empty)
     return (circuit - empty) / (full - empty)
 
 
 def check_gap(full: float, empty: float, least: float = 1e-9) -> None:
-    """Refuse to divide by what all heads together change, where that is `least` or less.
+    """Refuse to divide by a difference between all heads and none of `least` or less.
+
+    Args:
+        full: m with all heads.
+        empty: m with no heads.
+        least: The largest difference that counts as rounding, in the unit of the metric.
 
     Raises:
-        InputError: ablating every head leaves the metric as it was.
+        InputError: Ablating every head leaves the metric as it was.
     """
     if abs(full - empty) <= least:
         raise InputError(
@@ -40,10 +64,26 @@ def check_gap(full: float, empty: float, least: float = 1e-9) -> None:
 
 
 def cpr(fractions: Sequence[float], f: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows"]:
-    """Circuit performance ratio: trapezoid area under f over the fractions (MIB §3)."""
+    """Compute the circuit performance ratio: the trapezoid area under f (MIB §3).
+
+    Args:
+        fractions: Circuit sizes as rising shares of all heads.
+        f: Faithfulness at each size.
+
+    Returns:
+        The area, without unit; larger is better.
+    """
     return torch.trapezoid(f.double(), torch.tensor(fractions, dtype=torch.float64), dim=-1)
 
 
 def cmd(fractions: Sequence[float], f: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows"]:
-    """Circuit-model distance: trapezoid area under |1 - f| (MIB §3); 0 is best."""
+    """Compute the circuit-model distance: the trapezoid area under |1 - f| (MIB §3).
+
+    Args:
+        fractions: Circuit sizes as rising shares of all heads.
+        f: Faithfulness at each size.
+
+    Returns:
+        The area, without unit; 0 is best.
+    """
     return cpr(fractions, (1 - f).abs())

@@ -64,8 +64,9 @@ def compare(
     from cdt_lens.planted.catalogue import PLANTED
     from cdt_lens.scoring.methods import DEFAULT_METHODS
 
-    if (model is None) == (planted is None):
-        raise InputError("compare: expected either --model or --planted")
+    expected = InputError("compare: expected either --model or --planted")
+    if planted is not None and model is not None:
+        raise expected
     names = checked_methods(DEFAULT_METHODS if methods is None else _split(methods))
     if planted is not None:
         circuits = _split(planted)
@@ -79,7 +80,8 @@ def compare(
         )  # fmt: skip
         tell(str(out / "report.html"))
         return
-    assert model is not None
+    if model is None:
+        raise expected
     settings = arguments.task_settings(
         model=model, task=task, language=language, data=data,
         files={"train": train, "valid": valid}, template=template, verbalizer=verbalizer,

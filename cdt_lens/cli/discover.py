@@ -88,7 +88,8 @@ def faithfulness(
     split: Annotated[str, typer.Option(help="Split that the scores have not seen.")] = "valid",
     examples: Annotated[int, typer.Option(min=1, help="Examples, balanced.")] = 48,
     metric: Annotated[
-        Literal["direction", "accuracy"], typer.Option(help="What is kept.")
+        Literal["direction", "accuracy", "balanced_accuracy"],
+        typer.Option(help="The metric that f is computed from."),
     ] = "direction",
     draws: Annotated[int, typer.Option(min=1, help="Random circuits of each kind and size.")] = 5,
 ) -> None:
@@ -130,8 +131,8 @@ def trace(
 
     opened = runs.open_run(run, say)
     circuit = experiment.trace(opened, say, examples=examples, width=width, fan_in=fan_in)
-    assert circuit.graph is not None
-    tell_graph(circuit.graph)
+    if circuit.graph is not None:
+        tell_graph(circuit.graph)
     print(f"graph of {len(circuit)} heads: {opened.path('graph.json')}")
 
 

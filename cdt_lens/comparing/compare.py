@@ -21,9 +21,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cdt_lens.circuits.circuit import random_heads
-from cdt_lens.circuits.faithfulness import checked_fractions, sizes_at
+from cdt_lens.circuits.faithfulness import checked_fractions
 from cdt_lens.circuits.head_scores import HeadScores
-from cdt_lens.circuits.measures import MIB_FRACTIONS
+from cdt_lens.circuits.measures import MIB_FRACTIONS, heads_at
 from cdt_lens.comparing.comparison import (
     RANKINGS,
     YARDSTICK,
@@ -35,6 +35,7 @@ from cdt_lens.comparing.measured_circuits import MeasuredCircuits
 from cdt_lens.comparing.timed_scores import TimedScorer, TimedScores
 from cdt_lens.core.errors import InputError, NonFiniteError, expect
 from cdt_lens.core.kept import Say
+from cdt_lens.core.passes import Passes
 from cdt_lens.decomposition.baseline import Baseline, check_baseline
 from cdt_lens.models.caller_hooks import caller_hooks
 from cdt_lens.models.provenance import provenance_of
@@ -83,6 +84,7 @@ def compare_methods(
         UnsupportedModelError: a component of the model has no rule.
         NonFiniteError: the yardstick itself left the finite range.
     """
+    passes = Passes(batch_size, rows, progress)
     names = checked_methods(methods)
     fractions = checked_fractions(fractions)
     view = view_of(model)
@@ -97,15 +99,14 @@ def compare_methods(
             f"what is kept in {place} could not be told from numbers without them; leave folder "
             "out, or take the hooks off"
         )
-    how: dict[str, Any] = {"batch_size": batch_size, "rows": rows, "progress": progress}
     kept_at = None if place is None else place / "circuits.json"
-    circuits = MeasuredCircuits(view, valid, baseline, kept_at, say, **how)
-    scorer = TimedScorer(view, train, baseline, place, say, seed, **how)
+    circuits = MeasuredCircuits(view, valid, baseline, kept_at, say, passes)
+    scorer = TimedScorer(view, train, baseline, place, say, seed, passes)
     scored = [scorer.score(name) for name in names]
     exact = scored[0].scores
     if exact is None:
         raise NonFiniteError(f"the yardstick was refused: {scored[0].refused}")
-    sizes = sizes_at(fractions, view.n_layers * view.n_heads)
+    sizes = tuple(heads_at(f, view.n_layers * view.n_heads) for f in fractions)
     results = []
     for each in scored:
         say(f"faithfulness: {each.method}")

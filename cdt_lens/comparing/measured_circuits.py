@@ -13,6 +13,7 @@ from pathlib import Path
 from cdt_lens.circuits.ablation import measure_circuits
 from cdt_lens.circuits.faithfulness import f_of
 from cdt_lens.core.kept import Kept, Say
+from cdt_lens.core.passes import Passes
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import weight_hash
@@ -49,9 +50,7 @@ class MeasuredCircuits:
     baseline: Baseline
     path: Path | None
     say: Say
-    batch_size: int = 16
-    rows: int | None = None
-    progress: bool = True
+    passes: Passes = field(default_factory=Passes)
     metric: dict[str, float] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -77,9 +76,8 @@ class MeasuredCircuits:
         if not wanted:
             return
         measured = measure_circuits(
-            self.view, wanted, self.examples, self.baseline, metric="direction", task=None,
-            batch_size=self.batch_size, rows=self.rows, progress=self.progress,
-        )  # fmt: skip
+            self.view, wanted, self.examples, self.baseline, passes=self.passes
+        )
         self.metric |= {_name(circuit): value for circuit, value in measured.items()}
         if self._kept is not None:
             self._kept.keep({"metric": self.metric})

@@ -25,6 +25,7 @@ class Saved(EqualByContent, ABC):
 
     _format: ClassVar[str]
     _kind: ClassVar[str]
+    _version: ClassVar[int] = 1
 
     def save(self, path: str | Path) -> Path:
         """Save as JSON, with the tensors beside it as safetensors; whole or not at all.
@@ -41,7 +42,7 @@ class Saved(EqualByContent, ABC):
         """
         body, tensors = self._to_file()
         return save_artifact(
-            self._path(path), body, format=self._format, version=1, tensors=tensors
+            self._path(path), body, format=self._format, version=self._version, tensors=tensors
         )
 
     @classmethod
@@ -59,7 +60,7 @@ class Saved(EqualByContent, ABC):
             ArtifactError: The file is damaged, of another kind, or of a newer format.
         """
         path = cls._path(path)
-        body, tensors = load_artifact(path, format=cls._format, version=1)
+        body, tensors = load_artifact(path, format=cls._format, version=cls._version)
         try:
             result: Result = cls._from_file(body, tensors)
             return result

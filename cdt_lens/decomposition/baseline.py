@@ -25,12 +25,12 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from cdt_lens.core import display
 from cdt_lens.core.artifacts import content_hash
 from cdt_lens.core.errors import InputError, expect
-from cdt_lens.core.processes import is_main, shard, sum_over_processes
+from cdt_lens.core.passes import Passes
+from cdt_lens.core.processes import sum_over_processes
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.provenance import Provenance, provenance_of
 from cdt_lens.models.support import check_supported
@@ -179,6 +179,18 @@ class Baseline(Saved):
         return cls(body["kind"], means, provenance, mlp_means=tensors.get("mlp_means"))
 
 
+def no_mlp_baseline(layer: int) -> Tensor:
+    """Stand in for the baseline of MLPs in a run that has no MLPs among its sources.
+
+    Raises:
+        InputError: Always; an MLP as a source needs a baseline.
+    """
+    raise InputError(
+        f"MLP {layer} is a source, but the run has no baseline for MLPs; give mlp_baseline, such "
+        "as baseline.mlps_for_batch(view, batch)"
+    )
+
+
 def _digest(means: Tensor) -> str:
     return hashlib.sha256(means.contiguous().numpy().tobytes()).hexdigest()
 
@@ -217,9 +229,10 @@ def mean_activations(
     if positions not in get_args(Slots):
         raise InputError(f"positions={positions!r}: expected one of {', '.join(get_args(Slots))}")
     require_examples(examples)
+    passes = Passes(batch_size, progress=progress)
     view = view_of(model)
     check_supported(view)
-    sums, mlp_sums, counts = _streaming_sums(view, examples, positions, mlps, batch_size, progress)
+    sums, mlp_sums, counts = _streaming_sums(view, examples, positions, mlps, passes)
     if positions == "answer" and not bool(counts[:, 0].any()):
         raise InputError(
             f"{examples.name}: no prompt has a position before the answer, so there is no mean for "
@@ -258,8 +271,7 @@ def _streaming_sums(
     examples: Examples,
     positions: Slots,
     mlps: bool,
-    batch_size: int,
-    progress: bool,
+    passes: Passes,
 ) -> tuple[
     Float[Tensor, "label layer slot head d_head"],
     Float[Tensor, "label layer slot d_model"] | None,
@@ -279,8 +291,7 @@ def _streaming_sums(
     mlp_sums = torch.zeros(n_labels, view.n_layers, n_slots, mlp_width, dtype=torch.float64)
     sites = [("z", layer) for layer in range(view.n_layers)]
     mlp_sites = [s for s in view.sites if s[0] == "mlp_out"] if mlps else []
-    batches = list(examples.batches(batch_size, shard=shard()))
-    for batch in tqdm(batches, desc="baseline", disable=not (progress and is_main()), leave=False):
+    for batch in passes.bar(passes.batches(examples), name="baseline", leave=False):
         trace = view.run(batch.tokens, [*sites, *mlp_sites])
         n_pos = batch.tokens.shape[1]
         slots = _slot_of(positions, batch.lengths, n_pos)

@@ -24,7 +24,8 @@ from cdt_lens.core import display
 from cdt_lens.core.display import few
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError, NonFiniteError
-from cdt_lens.decomposition.baseline import Baseline, check_baseline
+from cdt_lens.core.passes import Passes
+from cdt_lens.decomposition.baseline import Baseline, check_baseline, no_mlp_baseline
 from cdt_lens.decomposition.empty_model import EmptyModel
 from cdt_lens.decomposition.hooks import MlpResets, Resets
 from cdt_lens.decomposition.propagate import Propagator
@@ -117,6 +118,7 @@ def decompose(
         NonFiniteError: a source set left the finite range; says where and which rule to change.
     """
     require_examples(examples)
+    rows = Passes(rows=rows).rows
     view = view_of(model)
     check_baseline(baseline, view)
     batch = next(examples.batches(len(examples), sort_by_length=False)).to(view.device)
@@ -132,7 +134,7 @@ def decompose(
     propagator = Propagator(
         view, batch.tokens, batch.lengths, baseline.for_batch(view, batch),
         resolve_rules(rules), record=record,
-        mlp_baseline=baseline.mlps_for_batch(view, batch) if has_mlp else None,
+        mlp_baseline=baseline.mlps_for_batch(view, batch) if has_mlp else no_mlp_baseline,
     )  # fmt: skip
     taps = Targets(propagator, target_heads, len(sets))
     full = propagator.full_logits(batch.candidates)
@@ -196,8 +198,6 @@ def rows_per_chunk(propagator: Propagator, rows: int | None) -> int:
     """Rows of one forward pass: as asked for, or by the prompts' length and the device."""
     batch, n_pos, _ = propagator.trace.resid[-1].shape
     if rows is not None:
-        if rows < 1:
-            raise InputError(f"rows={rows}: expected at least 1")
         return max(rows, batch)
     budget = TOKENS_PER_CHUNK.get(propagator.view.device.type, TOKENS_PER_CHUNK["cuda"])
     return max(batch, budget // n_pos)

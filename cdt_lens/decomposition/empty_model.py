@@ -1,15 +1,15 @@
-"""What a head adds to a model in which every head is ablated: the other end of ablation.
+"""The effect of adding heads to the empty model, in which every head is ablated.
 
-Removing a head from the whole model understates it where another stands in for it (OR, backup
-heads), and adding it to an empty one understates it where it needs others (AND). The two are the
-last and the first marginal contribution of the head in the game m(C) that faithfulness measures
-(method.md §6), and a Shapley value is an average that begins and ends with them.
+Removing a head from the full model understates it if another head stands in for it (OR, backup
+heads). Adding it to the empty model understates it if it needs other heads (AND). The two are the
+last and the first marginal contribution of the head in the game m(C) that faithfulness measures;
+its Shapley value is an average over all of them.
 
-1. One run with every head's z at the baseline, MLPs intact: the empty model, m(empty).
-2. For each source set, the same run from the set's first layer on, in which the set's heads work
-   as they can there, every other head still at the baseline: m(set).
-3. The logits of 2 less those of 1 are what the set adds. MLPs in the set, which the empty model
-   has, add what is lost when they are set to their baseline there.
+1. Run the empty model: every head's z at its baseline, MLPs intact. This gives m(empty).
+2. For each source set, repeat the run from the set's first layer on with the set's heads at work
+   and every other head at its baseline. This gives m(set).
+3. The effect is the logits of step 2 minus those of step 1. The empty model has its MLPs, so an MLP
+   in the set adds what is lost there when its output takes its baseline.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ from cdt_lens.models.view import at_answer
 
 
 class EmptyModel:
-    """One batch in the model whose heads are all ablated, ready to be given some of them back."""
+    """One batch in the model whose heads are all ablated.
+
+    Args:
+        propagator: The same batch in the full model, with the baseline.
+    """
 
     def __init__(self, propagator: Propagator) -> None:
         self.run = propagator
@@ -45,7 +49,16 @@ class EmptyModel:
     def added_logits(
         self, resets: Resets, mlp_resets: MlpResets, candidates: Int[Tensor, "batch k"]
     ) -> Float[Tensor, "source batch k"]:
-        """What each source set adds to the candidates' logits."""
+        """Compute what each source set adds to the logits of the candidates.
+
+        Args:
+            resets: Heads of each source set.
+            mlp_resets: MLPs of each source set.
+            candidates: Token ids of the candidates.
+
+        Returns:
+            The effect in logits; positive raises the token's logit.
+        """
         start = min([*resets, *mlp_resets])
         n_sources = next(iter([*resets.values(), *mlp_resets.values()])).shape[0]
         with_set = self._logits(start, n_sources, resets, {}, candidates)
@@ -89,7 +102,6 @@ class EmptyModel:
 
     def _reset_mlp(self, layer: int, resets: Mapping[int, Tensor]) -> Hook:
         run = self.run
-        assert run.mlp_baseline is not None
         baseline = run.mlp_baseline(layer)
 
         def hook(value: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class GatedPass:
             plain = self._plain_logits(batch)
             weights = strongest_competitor(plain, batch.is_answer, batch.is_candidate)
         points = _points(steps)
-        total: Tensor | None = None
+        gradients: list[Tensor] = []
         full = torch.zeros(len(batch.index))
         for point in points:
             gates: dict[int, Tensor] = {}
@@ -75,13 +75,11 @@ class GatedPass:
                     self._logits(batch, self._gate_hooks(baseline, point, gates)), weights
                 )
                 found = self._gradient(d, [gates[layer] for layer in range(view.n_layers)])
-            stacked = torch.stack([at_least_float32(g) for g in found])
-            total = stacked if total is None else total + stacked
+            gradients.append(torch.stack([at_least_float32(g) for g in found]))
             full = d.detach()
-        assert total is not None
         if points[-1] != 1.0:
             full = task_direction(self._plain_logits(batch), weights)
-        mean = total / len(points)
+        mean = sum(gradients[1:], gradients[0]) / len(points)
         by_position = rearrange(mean, "layer example pos head 1 -> example layer head pos")
         self._check_finite(by_position, full)
         return by_position, full

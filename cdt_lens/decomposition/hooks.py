@@ -1,7 +1,7 @@
-"""The rules as hooks: what stands at each site while irrelevant streams pass through a model.
+"""The rules as hooks at the sites that the irrelevant streams pass through.
 
-`RuleHooks` builds the hooks of one replay for many source sets at once; each sees the rows as
-[source, batch, ...] and puts a function of `rules` in place of the plain step.
+`RuleHooks` builds the hooks of one replay for many source sets at once. Each hook sees the rows as
+[source, batch, ...] and replaces the plain step by a function of `rules`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from cdt_lens.models.support import Support, output_site
 from cdt_lens.models.trace import Trace
 from cdt_lens.models.view import ModelView
 
-# Where the baseline goes in: for each layer with sources, [source, batch or 1, pos or 1, head].
+# Heads that take their baseline, by layer: [source, batch or 1, pos or 1, head].
 Resets = Mapping[int, Bool[Tensor, "source _batch _pos head"]]
-# Likewise for the output of MLPs.
+# Source sets in which the MLP's output takes its baseline, by layer.
 MlpResets = Mapping[int, Bool[Tensor, " source"]]
-# A rule at one site: the irrelevant part as the model computed it -> as the rule has it.
+# A rule at one site: from the irrelevant part that the model computed to that of the rule.
 Step = Callable[[Tensor, Site], Tensor]
 # Called with the irrelevant part [source, batch, pos, ...] at a site.
 Tap = Callable[[Tensor], None]
@@ -35,24 +35,35 @@ Tap = Callable[[Tensor], None]
 
 @runtime_checkable
 class Run(Protocol):
-    """What the hooks need to know of the run that they belong to (`propagate.Propagator`)."""
+    """The run that the hooks belong to, as far as they use it (`propagate.Propagator`)."""
 
     view: ModelView
     rules: Rules
     support: Support
     trace: Trace
     baseline: BaselineAt
-    mlp_baseline: BaselineAt | None
+    mlp_baseline: BaselineAt
 
     def biased(self, name: str, layer: int) -> bool:
-        """Whether the rules share out a bias at this site."""
+        """Return whether the rules share out a bias at this site."""
         ...
 
 
 def norm_hooks(
     run: Run, norm: str, layer: int, n_sources: int, full: Mapping[Site, Tensor] | Trace
 ) -> dict[Site, Hook]:
-    """Hooks that make `norm` divide by the recorded scale and share out its bias."""
+    """Build the hooks that make a norm divide by its recorded scale and share out its bias.
+
+    Args:
+        run: The run that the hooks belong to.
+        norm: Name of the norm, such as "ln1".
+        layer: Layer of the norm; `n_layers` for the final norm.
+        n_sources: Number of source sets.
+        full: Activations of the ordinary run.
+
+    Returns:
+        The hooks by site.
+    """
     scale = full[f"{norm}.scale", layer]
 
     def divide_by_recorded(value: Tensor) -> Tensor:
@@ -80,8 +91,24 @@ def norm_hooks(
     return hooks
 
 
+def _then(first: Step | None, second: Step) -> Step:
+    """Return one step that applies both rules, in this order."""
+    if first is None:
+        return second
+    return lambda value, site: second(first(value, site), site)
+
+
 class RuleHooks:
-    """The hooks of one replay: the rules of each step, for `n_sources` copies of the batch."""
+    """The hooks of one replay: the rules of each step, for `n_sources` copies of the batch.
+
+    Args:
+        owner: The run that the hooks belong to.
+        n_sources: Number of source sets.
+        start: First layer of the replay.
+        resets: Heads that take their baseline.
+        taps: Called once per replay with the irrelevant part at a site, after the site's rules.
+        mlp_resets: MLPs that take their baseline.
+    """
 
     def __init__(
         self,
@@ -96,9 +123,11 @@ class RuleHooks:
         self.n_sources, self.start, self.resets, self.taps = n_sources, start, resets, taps
         self.mlp_resets = mlp_resets
         self.hooks: dict[Site, Hook] = {}
+        self._steps: dict[Site, Step] = {}
         self._shared: dict[int, Callable[[Tensor], Tensor]] = {}
 
     def build(self) -> dict[Site, Hook]:
+        """Build the hooks by site."""
         for layer in range(self.start, self.owner.view.n_layers):
             # Up to z of the first source layer the irrelevant part is the full activation.
             if layer > self.start:
@@ -113,16 +142,21 @@ class RuleHooks:
         return self.hooks
 
     def _put(self, site: Site, step: Step, handed_over: bool = False) -> None:
-        """Hook `site`: see the rows as [source, batch, ...], apply a rule, feed the tap.
+        """Hook `site`: apply the rule to the rows as [source, batch, ...], then feed the tap once.
 
-        handed_over: give the model the relevant part from here on, as decomposed attention needs.
+        Args:
+            site: The site; one that the model does not have is left out.
+            step: The rule. It follows the rules that the site has already.
+            handed_over: Whether the model gets the relevant part from here on, as decomposed
+                attention needs.
         """
         if site not in self.owner.view.sites:
             return
         tap = self.taps.get(site)
+        chain = self._steps[site] = _then(self._steps.get(site), step)
 
         def hook(value: Tensor) -> Tensor:
-            result = step(value.reshape(self.n_sources, -1, *value.shape[1:]), site)
+            result = chain(value.reshape(self.n_sources, -1, *value.shape[1:]), site)
             if tap is not None:
                 tap(result)
             if handed_over:
@@ -168,7 +202,10 @@ class RuleHooks:
         self.hooks[name, layer] = hook
 
     def _share_pattern_and_values(self, layer: int) -> None:
-        """The model gets the recorded pattern and so gives A v_irrel; A_irrel v is added here."""
+        """Compute (A v_irrel + A_irrel v) / 2: the model adds the first term by itself.
+
+        It computes A v_irrel because the hook gives it the recorded pattern A.
+        """
         values = self.trace["v", layer]
         group = self.owner.view.n_heads // self.owner.view.n_kv_heads
         kept: dict[str, Tensor] = {}
@@ -251,23 +288,17 @@ class RuleHooks:
             )
 
     def _reset_mlp(self, layer: int) -> None:
-        """The baseline in place of what the MLP adds, where the MLP is a source."""
-        assert self.owner.mlp_baseline is not None
+        """Put the baseline in place of the MLP's output, where the MLP is a source."""
         reset = self.mlp_resets[layer][:, None, None, None]
         baseline = self.owner.mlp_baseline(layer)
-        before = self.hooks.pop(("mlp_out", layer), None)
 
         def step(value: Tensor, site: Site) -> Tensor:
-            if before is not None:
-                rows = value.reshape(-1, *value.shape[2:])
-                changed = before(rows)
-                value = value if changed is None else changed.reshape(value.shape)
             return torch.where(reset, baseline.to(value.dtype), value)
 
         self._put(("mlp_out", layer), step)
 
     def _activated(self, irrel: Mapping[str, Tensor], layer: int) -> Tensor:
-        """Irrelevant part after the activation, and after the product of a gated MLP."""
+        """Compute the irrelevant part after the activation, or the product of a gated MLP."""
         function = self.owner.view.activation(layer)
         if function is None:
             raise UnsupportedModelError(f"{self.owner.view.name}: layer {layer} has no activation")

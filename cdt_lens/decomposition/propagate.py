@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cdt_lens.core.errors import UnsupportedModelError
 from cdt_lens.decomposition import rules as rule
-from cdt_lens.decomposition.baseline import BaselineAt
+from cdt_lens.decomposition.baseline import BaselineAt, no_mlp_baseline
 from cdt_lens.decomposition.hooks import MlpResets, Resets, RuleHooks, Tap, norm_hooks
 from cdt_lens.decomposition.rules import Rules
 from cdt_lens.models.sites import Hook, Site
@@ -44,7 +44,7 @@ class Propagator:
         rules: Rules,
         *,
         record: Sequence[Site] = (),
-        mlp_baseline: BaselineAt | None = None,
+        mlp_baseline: BaselineAt = no_mlp_baseline,
     ) -> None:
         self.view = view
         self.rules = rules

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.errors import InputError, UnsupportedModelError
 from cdt_lens.decomposition import rules as rule
 from cdt_lens.models.sites import Hook, Site
 from cdt_lens.models.view import ModelView, at_least_float32
@@ -112,7 +112,8 @@ def _norms_of(view: ModelView, layer: int, paths: Paths) -> list[str]:
 
 def _mlp_slopes(view: ModelView, slopes: Slopes, layer: int) -> dict[Site, Hook]:
     function = view.activation(layer)
-    assert function is not None  # a plain MLP has one
+    if function is None:
+        raise UnsupportedModelError(f"{view.name}: layer {layer} has no activation")
     gated = ("pre_linear", layer) in view.sites
     seen: dict[str, Tensor] = {}
 

@@ -10,7 +10,6 @@ import itertools
 from dataclasses import replace
 from pathlib import Path
 
-from cdt_lens.circuits.ablation import Metric
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve, faithfulness_curve
 from cdt_lens.circuits.head_scores import HeadScores
@@ -26,6 +25,7 @@ from cdt_lens.scoring.methods import exact_ablation
 from cdt_lens.scoring.prompt_views import attention_view, token_relevance
 from cdt_lens.scoring.sweep import score_heads
 from cdt_lens.tasks.evaluate import Evaluation, evaluate
+from cdt_lens.tasks.metrics import Metric
 from cdt_lens.tasks.task import Examples, Task, most_balanced
 from cdt_lens.viz.report.report import render_report
 
@@ -184,7 +184,7 @@ def report(run: Run, say: Say, *, prompts: int = 3, heads: int = 8) -> Path:
         results.append(traced.graph)
     shown = _short(run.task.valid if len(run.task.valid) else run.task.train, prompts)
     say(f"views of {len(shown)} prompts")
-    strongest = [h for h in scores.ranking() if h in circuit][:heads]
+    strongest = [h for h in scores.ranking(run.settings.by) if h in circuit][:heads]
     results.append(attention_view(run.model, shown, strongest))
     results.append(
         token_relevance(

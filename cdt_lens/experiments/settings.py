@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cdt_lens.circuits.faithfulness import Ranking
+from cdt_lens.circuits.head_scores import Ranking
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.kept import Say
 from cdt_lens.decomposition.baseline import Slots

@@ -30,6 +30,7 @@ from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.artifacts import atomic_write, load_artifact, remove_artifact, save_artifact
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.kept import Kept, as_json, difference, key_of
+from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import is_main, wait_for_all
 from cdt_lens.experiments.discovery import curve_fits, discover, judged_on, load_baseline, measure
 from cdt_lens.experiments.runs import Run
@@ -296,15 +297,15 @@ class Transfer:
 
     def _faithfulness(self, task: Task) -> float:
         """f(C) of the proxy circuit on validation prompts of `task`, with the source's means."""
-        n = min(self.config.discovery.faithfulness_examples, most_balanced(task.valid))
+        d = self.config.discovery
+        n = min(d.faithfulness_examples, most_balanced(task.valid))
         data = task.valid.balanced(n, seed=self.config.task.seed)
         view, heads = view_of(self.model), self.circuit.heads
         everyone = all_heads(view.n_layers, view.n_heads)
         try:
             measured = measure_circuits(
                 view, [everyone, heads, ()], data, load_baseline(self.discovery),
-                metric="direction", task=None, batch_size=self.config.discovery.batch_size,
-                rows=self.config.discovery.rows, progress=self.progress,
+                passes=Passes(d.batch_size, d.rows, self.progress),
             )  # fmt: skip
             return f_of(measured[heads], measured[everyone], measured[()])
         except InputError:  # the data were checked before: no head changes anything on them

@@ -1,10 +1,10 @@
-"""Scopes: which heads a transfer trains, and the rule that chooses a scope before training.
+"""Scopes: the heads that a transfer trains, and the rules that choose a scope before training.
 
-Scopes (CT-SFT, arXiv 2601.08146): `decision` is the circuit; `near-zero`, `random` and
-`random-per-layer` are head sets of its size; `norms`, `full` and `lora` select no heads.
-`gap` rule: a transfer is hard when the proxy model lost at least half of its margin over chance
-on its way from the source to the target language; hard transfers take `decision`, easy ones
-`near-zero`. It uses validation data and the untouched proxy model only.
+Scopes (CT-SFT, arXiv 2601.08146): `decision` is the circuit; `near-zero` (`near_zero_heads`),
+`random` and `random-per-layer` are sets of as many heads; `norms`, `full` and `lora` select none.
+The `gap` rule calls a transfer hard if the proxy model loses at least half of its margin over
+chance between the source and the target language. Hard transfers take `decision`, easy ones
+`near-zero`. The rule uses validation data and the untouched proxy model only.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cdt_lens.circuits.circuit import Circuit, random_heads, random_heads_like
+from cdt_lens.circuits.circuit import Circuit, near_zero_heads, random_heads, random_heads_like
 from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.finetuning.options import SCOPES
-from cdt_lens.models.heads import Head, all_heads
+from cdt_lens.models.heads import Head
 
 HEAD_SCOPES = ("decision", "near-zero", "random", "random-per-layer")
 _HARD = 0.5
@@ -24,7 +24,13 @@ _HARD = 0.5
 
 @dataclass(frozen=True)
 class ScopeChoice:
-    """A scope chosen by `rule` from `inputs`, before the transfer was trained."""
+    """A scope chosen before the transfer was trained.
+
+    Args:
+        rule: Name of the rule, "gap" or "race".
+        scope: The chosen scope.
+        inputs: The numbers that the rule used.
+    """
 
     rule: str
     scope: str
@@ -32,10 +38,10 @@ class ScopeChoice:
 
 
 def check_scope(scope: str) -> str:
-    """`scope`, if there is one of that name.
+    """Return `scope` if it is the name of a scope.
 
     Raises:
-        InputError: there is none.
+        InputError: There is no such scope.
     """
     if scope not in SCOPES:
         raise InputError(
@@ -46,10 +52,16 @@ def check_scope(scope: str) -> str:
 
 
 def scope_heads(scope: str, circuit: Circuit | None, *, seed: int = 0) -> tuple[Head, ...]:
-    """The heads that `scope` trains, given the circuit; none for norms, full and lora.
+    """Return the heads that `scope` trains; none for norms, full and lora.
+
+    Args:
+        scope: Name of the scope.
+        circuit: The circuit, whose heads or size the scope takes.
+        seed: Seed of the random scopes.
 
     Raises:
-        InputError: an unknown scope, no circuit, or one without scores for `near-zero`.
+        InputError: The scope is unknown, there is no circuit, or `near-zero` is asked for a circuit
+            without scores or with too few scored heads outside it.
     """
     if check_scope(scope) not in HEAD_SCOPES:
         return ()
@@ -65,26 +77,21 @@ def scope_heads(scope: str, circuit: Circuit | None, *, seed: int = 0) -> tuple[
 
 
 def _near_zero(circuit: Circuit) -> tuple[Head, ...]:
-    """The scored heads of the smallest magnitude outside the circuit, as many as it has."""
-    scores = circuit.scores
-    if scores is None:
+    if circuit.scores is None:
         raise InputError(
             "scope 'near-zero': the circuit has no scores; take it from HeadScores.select"
         )
-    everyone = all_heads(circuit.n_layers, circuit.n_heads)
-    scored = [h for h in everyone if not bool(scores[h.layer, h.head].isnan())]
-    outside = [h for h in scored if h not in circuit]
-    if len(outside) < len(circuit):
-        raise InputError(
-            f"scope 'near-zero': only {len(outside)} scored heads lie outside a circuit of "
-            f"{len(circuit)}; select a smaller circuit, or score all heads"
-        )
-    outside.sort(key=lambda head: abs(float(scores[head.layer, head.head])))
-    return tuple(sorted(outside[: len(circuit)]))
+    return near_zero_heads(circuit.scores, circuit.heads)
 
 
 def choose_by_gap(source: float, target: float, chance: float) -> ScopeChoice:
-    """The `gap` rule, from the proxy model's validation accuracies and chance, shares 0 to 1."""
+    """Choose by the `gap` rule.
+
+    Args:
+        source: Validation accuracy of the proxy model on the source language, from 0 to 1.
+        target: Its validation accuracy on the target language.
+        chance: Accuracy of always giving the most frequent label.
+    """
     margin = source - chance
     lost = (source - target) / margin if margin > 0 else 1.0
     inputs = {"source_accuracy": source, "target_accuracy": target, "chance": chance}
@@ -94,10 +101,11 @@ def choose_by_gap(source: float, target: float, chance: float) -> ScopeChoice:
 
 
 def choose_by_race(rows: Mapping[str, Mapping[str, Any]]) -> ScopeChoice:
-    """The `race` rule: of `decision` and `near-zero`, the better on validation after a short run.
+    """Choose by the `race` rule: the scope with the better validation accuracy after a short run.
 
-    rows: a row of each scope's training history (see `finetune.FineTuneResult.history`); a tie in
-    accuracy goes to the lower loss.
+    Args:
+        rows: One row of the training history of each scope (`FineTuneResult.history`). A tie in
+            accuracy goes to the lower loss.
     """
     keys = {s: (rows[s]["target_accuracy"], -rows[s]["target_loss"]) for s in rows}
     inputs = {

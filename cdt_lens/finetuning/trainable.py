@@ -261,7 +261,8 @@ def _hand_over(master: nn.Parameter, *, transpose: bool = False) -> Callable[[Te
     """Move a parameter's gradient to its master, in the master's type, and free it."""
 
     def hook(parameter: Tensor) -> None:
-        assert parameter.grad is not None
+        if parameter.grad is None:  # the hook runs only once a gradient has arrived
+            return
         grad = parameter.grad.T if transpose else parameter.grad
         if master.grad is None:  # in the master's layout, which autograd may add to
             master.grad = torch.empty_like(master).copy_(grad)

@@ -24,14 +24,14 @@ import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from cdt_lens.circuits.nodes import Site
 from cdt_lens.core import display
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError, NonFiniteError
-from cdt_lens.core.processes import gather_items, is_main, shard
-from cdt_lens.decomposition.baseline import Baseline, check_baseline
+from cdt_lens.core.passes import Passes
+from cdt_lens.core.processes import gather_items
+from cdt_lens.decomposition.baseline import Baseline, check_baseline, no_mlp_baseline
 from cdt_lens.decomposition.decompose import (
     build_mlp_resets,
     build_resets,
@@ -46,7 +46,7 @@ from cdt_lens.decomposition.slopes import SLOPES
 from cdt_lens.models.heads import Head, Mlp, all_heads
 from cdt_lens.models.sites import Hook
 from cdt_lens.models.view import ModelView, at_least_float32, view_of
-from cdt_lens.tasks.metrics import balanced_mean, task_direction
+from cdt_lens.tasks.metrics import balanced_mean, label_numbers, task_direction
 from cdt_lens.tasks.task import Batch, Examples, require_examples
 
 Unit = Head | Mlp
@@ -121,6 +121,7 @@ def score_edges(
         NonFiniteError: a source left the finite range under these rules.
     """
     require_examples(examples)
+    passes = Passes(batch_size, rows, progress)
     view = view_of(model)
     rules = resolve_rules(rules)
     if rules.context != "full":
@@ -131,18 +132,17 @@ def score_edges(
     check_baseline(baseline, view)
     sources = _units(view)
     items: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
-    batches = list(examples.batches(batch_size, shard=shard()))
-    hidden = not (progress and is_main())
-    with tqdm(total=len(batches) * len(sources), desc="edges", unit="unit", disable=hidden) as bar:
+    batches = passes.batches(examples)
+    with passes.bar(name="edges", total=len(batches) * len(sources), unit="unit") as bar:
         for batch in batches:
             sweep = _EdgeSweep(view, batch.to(view.device), baseline, rules, sources)
-            for chunk in sweep.chunks(rows):
+            for chunk in sweep.chunks(passes.rows):
                 sweep.run(chunk)
                 bar.update(len(chunk))
             sweep.check_finite()
             items += sweep.by_example()
     done = dict(gather_items(items))
-    labels = torch.tensor([examples.labels.index(example.label) for example in examples])
+    labels = label_numbers([example.label for example in examples], examples.labels)
 
     def mean(part: int) -> Tensor:
         table = torch.stack([done[i][part] for i in range(len(examples))], dim=-1)
@@ -183,10 +183,10 @@ class _EdgeSweep:
         self.run_of = Propagator(
             view, batch.tokens, batch.lengths, baseline.for_batch(view, batch), rules,
             record=[*heads, *self.mlps],
-            mlp_baseline=baseline.mlps_for_batch(view, batch) if self.mlps else None,
+            mlp_baseline=baseline.mlps_for_batch(view, batch) if self.mlps else no_mlp_baseline,
         )  # fmt: skip
-        passes = GatedPass(view, SLOPES["gradient"])
-        gradients = passes.gradients(batch, [*heads, *self.mlps])
+        gated = GatedPass(view, SLOPES["gradient"])
+        gradients = gated.gradients(batch, [*heads, *self.mlps])
         self.slopes = {site: at_least_float32(slope) for site, slope in gradients.items()}
         self.full = self.run_of.full_logits(batch.candidates)
         n, examples = len(sources), len(batch.index)

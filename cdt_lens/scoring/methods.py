@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.errors import InputError, did_you_mean
+from cdt_lens.core.passes import Passes
 from cdt_lens.decomposition.baseline import Baseline, check_baseline
 from cdt_lens.decomposition.decompose import check_finite
 from cdt_lens.decomposition.gated_pass import Steps
@@ -152,7 +153,7 @@ def random_scores(
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(view.n_layers * view.n_heads, generator=generator)
     done: dict[int, Tensor] = {}
-    for batch in examples.batches(batch_size):
+    for batch in examples.batches(Passes(batch_size).batch_size):
         batch = batch.to(view.device)
         run = Propagator(
             view, batch.tokens, batch.lengths, baseline.for_batch(view, batch), PRESETS["ablation"]

@@ -24,11 +24,11 @@ import torch
 from einops import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.errors import InputError
-from cdt_lens.core.processes import gather_items, is_main, shard
+from cdt_lens.core.passes import Passes
+from cdt_lens.core.processes import gather_items
 from cdt_lens.decomposition.baseline import Baseline, check_baseline
 from cdt_lens.decomposition.gated_pass import GatedPass, Steps
 from cdt_lens.decomposition.slopes import Slopes, resolve_slopes
@@ -67,6 +67,7 @@ def one_pass(
         NonFiniteError: a score left the finite range, as half precision may.
     """
     require_examples(examples)
+    passes = Passes(batch_size, progress=progress)
     view = view_of(model)
     slopes = resolve_slopes(slopes)
     if not (steps in (None, "ends") or (isinstance(steps, int) and steps >= 1)):
@@ -79,13 +80,12 @@ def one_pass(
         **recorded_options(baseline, direction),
         "heads": "all",
     }
-    passes = GatedPass(view, slopes)
+    gated = GatedPass(view, slopes)
     items: list[tuple[int, Tensor]] = []
-    batches = list(examples.batches(batch_size, shard=shard()))
-    for batch in tqdm(batches, desc=method, disable=not (progress and is_main())):
+    for batch in passes.bar(passes.batches(examples), name=method):
         batch = batch.to(view.device)
         at = baseline.for_batch(view, batch)
-        by_position, full = passes.scores(batch, at, steps, direction)
+        by_position, full = gated.scores(batch, at, steps, direction)
         relevant = reduce(by_position, "example layer head pos -> example layer head", "sum")
         rows = torch.cat([relevant.flatten(1), full[:, None]], 1).float().cpu()
         items += list(zip(batch.index, rows, strict=True))
@@ -111,12 +111,12 @@ def position_relevance(
     require_examples(examples)
     view = view_of(model)
     check_baseline(baseline, view)
-    passes = GatedPass(view, resolve_slopes(slopes))
+    gated = GatedPass(view, resolve_slopes(slopes))
     longest = max(len(example.tokens) for example in examples)
     out = torch.full((len(examples), view.n_layers, view.n_heads, longest), torch.nan)
-    for batch in examples.batches(batch_size):
+    for batch in examples.batches(Passes(batch_size).batch_size):
         batch = batch.to(view.device)
-        values, _ = passes.scores(batch, baseline.for_batch(view, batch), None, "mean")
+        values, _ = gated.scores(batch, baseline.for_batch(view, batch), None, "mean")
         for row, index in enumerate(batch.index):
             length = int(batch.lengths[row])
             out[index, ..., :length] = values[row, ..., :length].float().cpu()

@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from cdt_lens.circuits.head_scores import HeadScores, label_index
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.kept import Kept
-from cdt_lens.core.processes import gather_items, is_main, shard
+from cdt_lens.core.passes import Passes
+from cdt_lens.core.processes import gather_items, shard
 from cdt_lens.decomposition.baseline import Baseline, check_baseline
 from cdt_lens.decomposition.decompose import irrelevant_logits
 from cdt_lens.decomposition.propagate import Propagator
@@ -76,6 +77,7 @@ def score_heads(
         NonFiniteError: a head left the finite range; names it, the layer and the rule to change.
     """
     require_examples(examples)
+    passes = Passes(batch_size, rows, progress)
     view = view_of(model)
     rules = resolve_rules(rules)
     check_baseline(baseline, view)
@@ -90,9 +92,9 @@ def score_heads(
         "heads": "all" if chosen is None else [str(h) for h in chosen],
     }
     provenance = provenance_of(view, examples, options=options)
-    sweep = _Sweep(view, examples, baseline, rules, sources, direction, rows)
-    rows_done = sweep.run(batch_size, _kept_rows(checkpoint, provenance), progress)
-    return collect_scores(view, examples, rows_done, sources, method, provenance)
+    sweep = _Sweep(view, examples, baseline, rules, sources, direction, passes)
+    done = sweep.run(_kept_rows(checkpoint, provenance))
+    return collect_scores(view, examples, done, sources, method, provenance)
 
 
 def recorded_options(baseline: Baseline, direction: Direction) -> dict[str, Any]:
@@ -121,22 +123,18 @@ class _Sweep:
     rules: Rules
     sources: tuple[Head, ...]
     direction: Direction
-    rows: int | None
+    passes: Passes
 
-    def run(
-        self, batch_size: int, kept: Kept | None, progress: bool
-    ) -> dict[int, Float[Tensor, " source_and_direction"]]:
+    def run(self, kept: Kept | None) -> dict[int, Float[Tensor, " source_and_direction"]]:
         """d(rel) of each source, then d(full), for each example index; from all processes."""
         done = _read_rows(kept)
         batches = [
             batch
-            for batch in self.examples.batches(batch_size, shard=shard())
+            for batch in self.passes.batches(self.examples)
             if not set(batch.index) <= done.keys()
         ]
         total = len(batches) * len(self.sources)
-        with tqdm(
-            total=total, desc="heads", unit="head", disable=not (progress and is_main())
-        ) as bar:
+        with self.passes.bar(name="heads", total=total, unit="head") as bar:
             for batch in batches:
                 done |= self._batch(batch.to(self.view.device), bar)
                 if kept is not None:
@@ -155,7 +153,7 @@ class _Sweep:
         if self.direction == "strongest":
             weights = strongest_competitor(full, batch.is_answer, batch.is_candidate)
         sets = [(head,) for head in self.sources]
-        irrel = irrelevant_logits(propagator, sets, batch, rows=self.rows, done=bar.update)
+        irrel = irrelevant_logits(propagator, sets, batch, rows=self.passes.rows, done=bar.update)
         relevant = task_direction(full - irrel, weights)
         both = torch.cat([relevant, task_direction(full, weights)[None]]).float().cpu()
         return {index: both[:, row] for row, index in enumerate(batch.index)}

@@ -1,8 +1,8 @@
-"""How well a model does a task as it stands: accuracy, macro-F1, mean direction; label priors.
+"""Evaluation of a model on a task: accuracy, macro-F1, mean direction, loss; label priors.
 
 A zero-shot model prefers some labels whatever the text says. The prior of a label is its mean
-logit on content-free prompts ("N/A", "", "[MASK]"; contextual calibration, arXiv 2102.09690), and
-accuracy compares logits minus priors.
+logit on content-free prompts ("N/A", "", "[MASK]"; contextual calibration, arXiv 2102.09690). An
+answer is right if its logit minus its prior is the largest.
 """
 
 from __future__ import annotations
@@ -18,20 +18,35 @@ from torch import Tensor, nn
 from cdt_lens.core import display
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
-from cdt_lens.core.processes import gather_items, shard
+from cdt_lens.core.passes import Passes
+from cdt_lens.core.processes import gather_items
 from cdt_lens.models.support import check_caller_hooks, check_supported
 from cdt_lens.models.view import ModelView, at_answer, view_of
-from cdt_lens.tasks.metrics import answer_loss, balanced_mean, correct, macro_f1, task_direction
+from cdt_lens.tasks.metrics import (
+    answer_loss,
+    average,
+    correct,
+    label_numbers,
+    macro_f1,
+    task_direction,
+)
 from cdt_lens.tasks.task import Batch, Examples, Task, require_examples
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation(EqualByContent):
-    """Results on one split: shares from 0 to 1, and the label-balanced mean direction in logits.
+    """Results on one split; `tasks.metrics` defines accuracy, balanced accuracy and direction.
 
-    loss is the mean cross-entropy over the candidates, in nats; macro_f1 is None where the labels
-    do not name the answers (generated tasks); confusion counts examples by gold and predicted
-    label.
+    Args:
+        split: Name of the split.
+        accuracy: Share of right answers among all examples, from 0 to 1.
+        macro_f1: Mean F1 over the labels, from 0 to 1; None where the labels do not name the
+            answers (generated tasks).
+        direction: Label-balanced mean task direction in logits; positive favours the gold label.
+        loss: Mean cross-entropy over the candidates, in nats.
+        examples: Number of examples.
+        balanced_accuracy: Share of right answers within each label, averaged over the labels.
+        confusion: Number of examples by gold label (rows) and predicted label (columns).
     """
 
     split: str
@@ -40,11 +55,14 @@ class Evaluation(EqualByContent):
     direction: float
     loss: float
     examples: int
+    balanced_accuracy: float
     confusion: pd.DataFrame | None = field(default=None, repr=False)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row: shares from 0 to 1, the direction in logits, the loss in nats."""
-        names = ("split", "examples", "accuracy", "macro_f1", "direction", "loss")
+        """Return one row: shares from 0 to 1, the direction in logits, the loss in nats."""
+        names = (
+            "split", "examples", "accuracy", "balanced_accuracy", "macro_f1", "direction", "loss",
+        )  # fmt: skip
         return pd.DataFrame([{name: getattr(self, name) for name in names}])
 
     def _repr_html_(self) -> str:
@@ -63,20 +81,29 @@ def evaluate(
     batch_size: int = 32,
     logits_of: Callable[[Batch], Tensor] | None = None,
 ) -> Evaluation:
-    """Accuracy, macro-F1, mean task direction and loss on `examples`.
+    """Evaluate `model` on `examples`.
 
-    task: supplies the verbalizer (for macro-F1) and the label prior, if it has one; logits_of:
-    gives the candidates' logits `[batch, k]` in another way than the model's ordinary run.
+    Args:
+        model: A TransformerLens model or its `ModelView`.
+        examples: One split of a task.
+        task: Supplies the verbalizer (for macro-F1) and the label prior, which is subtracted
+            before an answer counts as right.
+        batch_size: Number of examples per forward pass.
+        logits_of: Computes the candidates' logits `[batch, k]` of a batch in another way than the
+            model's ordinary run.
+
+    Returns:
+        Accuracy, balanced accuracy, macro-F1, mean task direction and loss.
 
     Raises:
-        InputError: no examples, or a task whose labels have other tokens than theirs.
+        InputError: There are no examples, or the labels of `task` have other tokens than theirs.
     """
     require_examples(examples)
     if task is not None:
         _check_words(examples, task)
     view = view_of(model)
     items: list[tuple[int, tuple[bool, float, float, int]]] = []
-    for batch in examples.batches(batch_size, shard=shard()):
+    for batch in Passes(batch_size).batches(examples):
         logits = candidate_logits(view, batch) if logits_of is None else logits_of(batch)
         direction = task_direction(logits, batch.direction)
         losses = answer_loss(logits, batch.is_answer, batch.is_candidate)
@@ -94,17 +121,19 @@ def evaluate(
             token = int(batch.candidates[row, best[row]])
             values = (bool(right[row]), float(direction[row]), float(losses[row]), token)
             items.append((index, values))
-    found = dict(gather_items(items))
-    rows = [found[i] for i in range(len(examples))]
-    labels = torch.tensor([examples.labels.index(e.label) for e in examples])
+    gathered = dict(gather_items(items))
+    rows = [gathered[i] for i in range(len(examples))]
+    labels = label_numbers([example.label for example in examples], examples.labels)
+    right = torch.tensor([row[0] for row in rows], dtype=torch.float64)
     f1, confusion = _by_label(examples, [row[-1] for row in rows], task)
     return Evaluation(
         split=examples.name,
-        accuracy=sum(row[0] for row in rows) / len(rows),
+        accuracy=float(average("accuracy", right, labels)),
         macro_f1=f1,
-        direction=float(balanced_mean(torch.tensor([row[1] for row in rows]), labels)),
+        direction=float(average("direction", torch.tensor([row[1] for row in rows]), labels)),
         loss=math.fsum(row[2] for row in rows) / len(rows),
         examples=len(rows),
+        balanced_accuracy=float(average("balanced_accuracy", right, labels)),
         confusion=confusion,
     )
 
@@ -125,10 +154,17 @@ def candidate_logits(view: ModelView, batch: Batch) -> Tensor:
 
 
 def label_prior(model: nn.Module | ModelView, task: Task) -> dict[str, float]:
-    """Mean logit of each label on content-free prompts, minus the mean over labels; in logits.
+    """Compute the mean logit of each label on content-free prompts.
+
+    Args:
+        model: A TransformerLens model or its `ModelView`.
+        task: A task with a verbalizer.
+
+    Returns:
+        The prior of each label in logits, centred: the priors sum to 0.
 
     Raises:
-        InputError: the task has no verbalizer, so its labels have no logits.
+        InputError: The task has no verbalizer, so its labels have no logits.
     """
     if not len(task.content_free):
         raise InputError(f"task {task.name}: no content-free prompts, so no label prior")
@@ -142,7 +178,15 @@ def label_prior(model: nn.Module | ModelView, task: Task) -> dict[str, float]:
 
 
 def calibrate(model: nn.Module | ModelView, task: Task) -> Task:
-    """`task` with the model's label prior, which accuracy then takes off."""
+    """Return `task` with the model's label prior, which both accuracies then subtract.
+
+    Args:
+        model: A TransformerLens model or its `ModelView`.
+        task: A task with a verbalizer.
+
+    Raises:
+        InputError: The task has no verbalizer.
+    """
     return task.with_prior(label_prior(model, task))
 
 

@@ -1,6 +1,13 @@
-"""Measures as pure functions: task direction, accuracy, macro-F1, faithfulness, CPR, CMD, ranks.
+"""Measures of a task as pure functions: direction, accuracy, loss, macro-F1, and their means.
 
-Logits come as the candidates' logits `[..., batch, k]`, with the masks of `tasks.Batch`.
+Every name has one meaning in the whole package:
+
+- direction: the task direction in logits, averaged within each label, then over the labels.
+- accuracy: the share of right answers among all examples, from 0 to 1.
+- balanced_accuracy: the share of right answers within each label, averaged over the labels.
+
+Functions of logits take the logits of the candidates, `[..., batch, k]`, and the masks of
+`tasks.task.Batch`.
 """
 
 from __future__ import annotations
@@ -13,12 +20,22 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Direction = Literal["mean", "strongest"]
+Metric = Literal["direction", "accuracy", "balanced_accuracy"]
 
 
 def task_direction(
     logits: Float[Tensor, "*rows batch k"], direction: Float[Tensor, "batch k"]
 ) -> Float[Tensor, "*rows batch"]:
-    """d = mean logit of the answers minus mean logit of the others; logits, + = gold label."""
+    """Compute d = mean logit of the answers - mean logit of the others.
+
+    Args:
+        logits: Logits of the candidates.
+        direction: Weights of the candidates, `Batch.direction` or those of the strongest
+            competitor.
+
+    Returns:
+        d of each example in logits; positive favours the gold label.
+    """
     # 0 * inf would turn a padding candidate's overflow into NaN, so weights of 0 are left out.
     return torch.where(direction == 0, 0.0, logits * direction).sum(-1)
 
@@ -28,9 +45,16 @@ def strongest_competitor(
     is_answer: Bool[Tensor, "batch k"],
     is_candidate: Bool[Tensor, "batch k"],
 ) -> Float[Tensor, "batch k"]:
-    """Weights of the direction l[y] - max over y' != y of l[y'], the competitor fixed by `logits`.
+    """Compute the weights of the direction l[y] - max over y' != y of l[y'].
 
-    `logits` are the full model's own, so that the direction stays linear (method.md §1).
+    Args:
+        logits: The full model's logits of the candidates. They fix the competitor, so that the
+            direction stays linear.
+        is_answer: True at the answers.
+        is_candidate: True at the answers and the others, False at padding.
+
+    Returns:
+        +1 / n at the n answers, -1 at the strongest competitor and 0 elsewhere.
     """
     others = logits.masked_fill(is_answer | ~is_candidate, -torch.inf)
     weights = is_answer / is_answer.sum(-1, keepdim=True)
@@ -44,7 +68,16 @@ def answer_loss(
     is_answer: Bool[Tensor, "batch k"],
     is_candidate: Bool[Tensor, "batch k"],
 ) -> Float[Tensor, " batch"]:
-    """-log of the probability of the answers among the candidates, in nats."""
+    """Compute -log of the probability of the answers among the candidates.
+
+    Args:
+        logits: Logits of the candidates.
+        is_answer: True at the answers.
+        is_candidate: True at the answers and the others, False at padding.
+
+    Returns:
+        The loss of each example in nats.
+    """
     answers = logits.masked_fill(~is_answer, -torch.inf).logsumexp(-1)
     return logits.masked_fill(~is_candidate, -torch.inf).logsumexp(-1) - answers
 
@@ -55,7 +88,17 @@ def correct(
     is_candidate: Bool[Tensor, "batch k"],
     prior: Float[Tensor, "batch k"] | None = None,
 ) -> Bool[Tensor, "*rows batch"]:
-    """Whether an answer's logit (minus its prior) is above every other's; a tie is not."""
+    """Decide whether an answer has the largest logit; a tie with another candidate is wrong.
+
+    Args:
+        logits: Logits of the candidates.
+        is_answer: True at the answers.
+        is_candidate: True at the answers and the others, False at padding.
+        prior: Logits to subtract before the comparison, if any.
+
+    Returns:
+        True for each example that is answered right.
+    """
     if prior is not None:
         logits = logits - prior
     answer = logits.masked_fill(~is_answer, -torch.inf).amax(-1)
@@ -63,10 +106,40 @@ def correct(
     return answer > other
 
 
+def average(
+    metric: Metric, values: Float[Tensor, "*rows example"], labels: Int[Tensor, " example"]
+) -> Float[Tensor, "*rows"]:
+    """Average a metric over examples: "accuracy" over all alike, the others label-balanced.
+
+    Args:
+        metric: Name of the metric.
+        values: The task direction of each example in logits, or 1 where it is answered right and
+            0 where not.
+        labels: Number of each example's label.
+
+    Returns:
+        The metric, in logits for "direction" and a share from 0 to 1 for the two accuracies.
+    """
+    return values.mean(-1) if metric == "accuracy" else balanced_mean(values, labels)
+
+
+def label_numbers(labels: Sequence[str], order: Sequence[str]) -> Int[Tensor, " example"]:
+    """Return the position of each label in `order`."""
+    return torch.tensor([order.index(label) for label in labels])
+
+
 def balanced_mean(
     values: Float[Tensor, "*rows example"], labels: Int[Tensor, " example"]
 ) -> Float[Tensor, "*rows"]:
-    """Mean over labels of the per-label means."""
+    """Compute the mean within each label, then the mean of these over the labels present.
+
+    Args:
+        values: One value for each example.
+        labels: Number of each example's label.
+
+    Returns:
+        The label-balanced mean, in the unit of `values`.
+    """
     present = labels.unique()
     return torch.stack([values[..., labels == label].mean(-1) for label in present]).mean(0)
 
@@ -74,7 +147,15 @@ def balanced_mean(
 def balanced_stderr(
     values: Float[Tensor, "*rows example"], labels: Int[Tensor, " example"]
 ) -> Float[Tensor, "*rows"]:
-    """Standard error of `balanced_mean`: sqrt(sum of s^2/n) / K; NaN if a label has one example."""
+    """Compute the standard error of `balanced_mean`: sqrt(sum of s^2 / n over labels) / K.
+
+    Args:
+        values: One value for each example.
+        labels: Number of each example's label.
+
+    Returns:
+        The standard error in the unit of `values`, NaN if a label has a single example.
+    """
     present = labels.unique()
     terms = []
     for label in present:
@@ -86,7 +167,16 @@ def balanced_stderr(
 
 
 def macro_f1(predicted: Sequence[str], gold: Sequence[str], labels: Sequence[str]) -> float:
-    """Mean over labels of 2TP / (2TP + FP + FN); a label neither present nor predicted counts 0."""
+    """Compute the mean over labels of F1 = 2TP / (2TP + FP + FN).
+
+    Args:
+        predicted: Predicted label of each example.
+        gold: Gold label of each example.
+        labels: All labels. One that is neither present nor predicted counts as 0.
+
+    Returns:
+        Macro-F1 from 0 to 1.
+    """
     scores = []
     for label in labels:
         hits = sum(p == g == label for p, g in zip(predicted, gold, strict=True))

@@ -77,7 +77,7 @@ def circuit_faithfulness() -> cdt.CircuitFaithfulness:
 def evaluation() -> cdt.Evaluation:
     confusion = pd.DataFrame([[1, 2], [0, 3]], index=["a", HOSTILE], columns=["a", HOSTILE])
     confusion.index.name, confusion.columns.name = "gold", "predicted"
-    return cdt.Evaluation(HOSTILE, 0.75, None, 1.25, 0.5, 6, confusion)
+    return cdt.Evaluation(HOSTILE, 0.75, None, 1.25, 0.5, 6, 0.75, confusion)
 
 
 def hostile_origin(result: Any) -> Any:

@@ -361,7 +361,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, rows: Sequence[tuple[float, float]
 
     def evaluate(_view: Any, examples: Any, _task: Any, **_: Any) -> Evaluation:
         accuracy, loss = left.pop(0)
-        return Evaluation(examples.name, accuracy, 1 - accuracy, 0.0, loss, len(examples))
+        return Evaluation(examples.name, accuracy, 1 - accuracy, 0.0, loss, len(examples), accuracy)
 
     monkeypatch.setattr(training, "evaluate", evaluate)
 

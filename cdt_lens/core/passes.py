@@ -1,0 +1,81 @@
+"""`Passes`: how a computation walks through its examples, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from tqdm.auto import tqdm
+
+from cdt_lens.core.errors import InputError
+from cdt_lens.core.processes import is_main, shard
+
+_Batch = TypeVar("_Batch", covariant=True)
+
+
+@runtime_checkable
+class _Batched(Protocol[_Batch]):
+    """Examples that come in batches, such as `tasks.task.Examples`."""
+
+    def batches(self, batch_size: int, *, shard: tuple[int, int]) -> Iterator[_Batch]: ...
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Sizes of the forward passes and the progress bar. Numbers depend on them by rounding only.
+
+    Args:
+        batch_size: Number of examples per batch.
+        rows: Maximum number of (source x example) rows per forward pass, at least the batch size.
+            None chooses it by the length of the prompts and the device.
+        progress: Whether the main process shows a progress bar.
+
+    Raises:
+        InputError: `batch_size` or `rows` is not a whole number of at least 1, or `progress` is
+            not a bool.
+    """
+
+    batch_size: int = 16
+    rows: int | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batch_size", _whole("batch_size", self.batch_size))
+        if self.rows is not None:
+            object.__setattr__(self, "rows", _whole("rows", self.rows))
+        if not isinstance(self.progress, bool):
+            raise InputError(f"progress={self.progress!r}: expected True or False")
+
+    def batches(self, examples: _Batched[_Batch]) -> list[_Batch]:
+        """Return the batches of `examples` that belong to this process."""
+        return list(examples.batches(self.batch_size, shard=shard()))
+
+    def bar(
+        self,
+        items: Iterable[Any] | None = None,
+        *,
+        name: str,
+        total: int | None = None,
+        unit: str = "it",
+        leave: bool = True,
+    ) -> tqdm:
+        """Return a progress bar, which stays hidden if `progress` is False or in other processes.
+
+        Args:
+            items: What the bar iterates over; None for a bar that is updated by hand.
+            name: Text in front of the bar.
+            total: Number of steps, if `items` is None.
+            unit: Name of one step.
+            leave: Whether the bar stays visible at the end.
+        """
+        hidden = not (self.progress and is_main())
+        return tqdm(items, desc=name, total=total, unit=unit, leave=leave, disable=hidden)
+
+
+def _whole(name: str, value: Any) -> int:
+    """Return `value` as an int, whichever library's integer it is."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise InputError(f"{name}={value!r}: expected a whole number of at least 1")
+    return int(value)
