@@ -32,7 +32,7 @@ from cdt_lens.core.passes import Passes
 from cdt_lens.core.saved import Saved
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.heads import Head, all_heads
-from cdt_lens.models.provenance import Provenance, provenance_of
+from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.metrics import Metric
 from cdt_lens.tasks.task import Examples, Task
@@ -209,6 +209,7 @@ class CircuitFaithfulness(EqualByContent):
         return display.html(title, self.to_dataframe())
 
 
+@hashed_once()
 def faithfulness_curve(
     model: nn.Module | ModelView,
     scores: HeadScores,
@@ -286,6 +287,7 @@ def faithfulness_curve(
     )
 
 
+@hashed_once()
 def circuit_faithfulness(
     model: nn.Module | ModelView,
     circuit: Circuit,

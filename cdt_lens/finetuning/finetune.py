@@ -10,8 +10,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -46,7 +46,7 @@ from cdt_lens.finetuning.slices import (
 from cdt_lens.finetuning.trainable import SlicesAndWholes, Trainable
 from cdt_lens.finetuning.trainer import Trained, Trainer
 from cdt_lens.models.heads import Head, check_heads
-from cdt_lens.models.provenance import provenance_of, weight_hash
+from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of, weight_hash
 from cdt_lens.models.support import check_caller_hooks, check_supported
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.models.weights import check_trainable, own_weights, place
@@ -58,7 +58,7 @@ R = TypeVar("R")
 
 
 def _with_gradients(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` outside of a caller's `torch.inference_mode`, where no tensor has a gradient."""
+    """Leave the caller's `torch.inference_mode`, in which no tensor has a gradient."""
 
     @functools.wraps(function)
     def outside(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -88,30 +88,78 @@ def finetune(
     progress: bool = True,
     **changes: Any,
 ) -> FineTuneResult:
-    """Train `scope` of a model on `task.train`, judged on `task.valid` after each epoch.
+    """Train part of a model on `task.train`, and evaluate it on `task.valid` after each epoch.
 
-    heads: the circuit, or its heads (default scope `decision`); `near-zero` needs a circuit with
-        scores; `norms`, `full` and `lora` need no heads.
-    scope: one of `options.SCOPES`, or "auto": `decision` or `near-zero`, chosen by `rule` before
-        training from validation data only; the choice and its inputs are kept in the result.
-    rule: "gap" (see `scopes.choose_by_gap`; needs `source`) or "race": one epoch of each.
-    source: the task in the language that the model already does, to follow forgetting; never
-        trained on, and only its validation split is looked at.
-    checkpoint: a file to go on from after an interruption; it is removed when the run is done,
-        unless `keep_checkpoint=True`: the same call then gives the same result again at once.
-    log: a JSON-lines file with a line a step and a line a look.
-    keep: leave the trained values in the model.
-    judge: called once with the best values in the model; what it returns is `result.judged`. For
-        `lora` in half precision that is more exact than its merged, rounded adapter.
-    changes: training options by name, such as `epochs=5`, `learning_rate=1e-4`.
+    The model is left as it was, unless `keep=True`.
+
+    Args:
+        model: A TransformerLens model or its `ModelView`.
+        task: The task in the target language.
+        heads: The circuit, or its heads as `Head` or by name such as "L9H6". The scope
+            `near-zero` needs a circuit with scores; `norms`, `full` and `lora` need no heads.
+        scope: One of `options.SCOPES`, or "auto", which chooses `decision` or `near-zero` by `rule`
+            from validation data before training; the result records the choice. The default is
+            `decision` if heads are given, else `full`.
+        source: The task in the source language. Its validation split measures forgetting; it is
+            never trained on.
+        options: Training options.
+        rule: How "auto" chooses: "gap" (`scopes.choose_by_gap`; needs `source`), or "race", which
+            trains one epoch of each scope.
+        checkpoint: A JSON file from which an interrupted run resumes. A finished run removes it.
+        keep_checkpoint: Keep the checkpoint of a finished run; the same call then returns the same
+            result at once.
+        log: A JSON-lines file with one line per step and one per evaluation.
+        keep: Leave the trained values in the model.
+        judge: Called once with the best values in the model; its return value becomes
+            `result.judged`. For `lora` in half precision this is more exact than the merged,
+            rounded adapter.
+        progress: Whether to show a progress bar.
+        **changes: Training options by name, such as `epochs=5` or `learning_rate=1e-4`.
+
+    Returns:
+        The history, the adapter with the values of the best epoch, and what was trained.
 
     Raises:
-        InputError: an option, scope, head or split that cannot be trained with.
-        ArtifactError: a circuit of another model (both hashes are shown).
-        UnsupportedModelError: folded norms, or a weight that is missing or tied.
-        NonFiniteError: a loss or gradient became NaN or infinite; the step is named.
+        InputError: An option, scope, head or split cannot be trained with.
+        ArtifactError: The circuit is of another model; the message shows both hashes.
+        UnsupportedModelError: The norms are folded, or a weight is missing or tied.
+        NonFiniteError: A loss or gradient became NaN or infinite; the message names the step.
     """
     view = view_of(model)
+    _check_call(task, source, options, rule)
+    scope = scope or ("decision" if heads is not None else "full")
+    options = (options or TrainingOptions()).changed(**changes)
+    if scope == "auto":
+        choice = _choose(view, task, heads, source, options, rule, progress)
+        result = finetune(
+            view, task, heads=heads, scope=choice.scope, source=source, options=options,
+            checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, log=log, keep=keep,
+            judge=judge, progress=progress,
+        )  # fmt: skip
+        return replace(result, options={**result.options, "chosen_by": asdict(choice)})
+    plan = _plan(view, task, heads, scope, source, options)
+    stored = None if checkpoint is None else Checkpoint(checkpoint, plan.made_from)
+    result = _run(plan, stored, None if log is None else Log(log), judge, keep, progress)
+    if stored is not None and not keep_checkpoint:
+        stored.remove()
+    return result
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A training run that was checked: what is trained, on what, and how."""
+
+    view: ModelView
+    task: Task
+    source: Task | None
+    scope: str
+    heads: tuple[Head, ...]
+    options: TrainingOptions
+    made_from: Mapping[str, Any]
+    provenance: Provenance
+
+
+def _check_call(task: object, source: object, options: object, rule: str) -> None:
     expect(task, Task, "finetune", "give the task, whose train and valid splits are used")
     if source is not None:
         expect(source, Task, "finetune: source", "give the source task, not one of its splits")
@@ -119,16 +167,14 @@ def finetune(
         expect(options, TrainingOptions, "finetune: options", "or give them by name: epochs=5")
     if rule not in ("gap", "race"):
         raise InputError(f"rule={rule!r}: expected gap or race")
-    scope = scope or ("decision" if heads is not None else "full")
-    options = (options or TrainingOptions()).changed(**changes)
-    if scope == "auto":
-        choice = _choose(view, task, heads, source, options, rule, progress)
-        found = finetune(
-            view, task, heads=heads, scope=choice.scope, source=source, options=options,
-            checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, log=log, keep=keep,
-            judge=judge, progress=progress,
-        )  # fmt: skip
-        return replace(found, options={**found.options, "chosen_by": asdict(choice)})
+
+
+@hashed_once()
+def _plan(
+    view: ModelView, task: Task, heads: Circuit | Iterable[Head | str] | None, scope: str,
+    source: Task | None, options: TrainingOptions,
+) -> _Plan:  # fmt: skip
+    """Check everything that can be refused before the first step."""
     check_scope(scope)
     options = _resolved(scope, options)
     check_splits(task, source, options)
@@ -138,33 +184,37 @@ def finetune(
     check_supported(view)
     batch = next(task.train.batches(options.batch_size))
     check_caller_hooks(view, batch.tokens, batch.lengths)
-    told: dict[str, Any] = {"scope": scope, **asdict(options)}
-    provenance = provenance_of(view, task.train, options=told, seed=options.seed)
-    stored = None
-    if checkpoint is not None:
-        stored = Checkpoint(checkpoint, _made_from(view, scope, chosen, options, task, source))
-    written = None if log is None else Log(log)
-    trainable = make_trainable(view, scope, chosen, options)
+    made_from = _made_from(view, scope, chosen, options, task, source)
+    recorded = {"scope": scope, **asdict(options)}
+    provenance = provenance_of(view, task.train, options=recorded, seed=options.seed)
+    return _Plan(view, task, source, scope, chosen, options, made_from, provenance)
+
+
+def _run(
+    plan: _Plan, stored: Checkpoint | None, log: Log | None, judge: Callable[[], Any] | None,
+    keep: bool, progress: bool,
+) -> FineTuneResult:  # fmt: skip
+    """Train, and restore the model unless the trained values are to stay in it."""
+    view, options = plan.view, plan.options
+    trainable = make_trainable(view, plan.scope, plan.heads, options)
     first = _lowest_trained(view, trainable) if options.keep_frozen else 0
     done = False
     try:
         with trainable.attached():
             trained = Trainer(
-                AnswerPass(view, first_layer=first), trainable, task, options, source, stored,
-                written, progress, f"{task.name} {scope}",
+                AnswerPass(view, first_layer=first), trainable, plan.task, options, plan.source,
+                stored, log, progress, f"{plan.task.name} {plan.scope}",
             ).run()  # fmt: skip
             judged = None if judge is None else judge()
         learnt = trainable.learnt()
-        adapter = Adapter(scope, chosen, learnt.slices, learnt.whole, provenance)
+        adapter = Adapter(plan.scope, plan.heads, learnt.slices, learnt.whole, plan.provenance)
         done = True
     finally:
         if not (keep and done):
             trainable.restore()
     if keep:
         _keep(view, trainable, adapter)
-    if stored is not None and not keep_checkpoint:
-        stored.remove()
-    result = _result(view, scope, chosen, options, trainable, trained, adapter)
+    result = _result(view, plan.scope, plan.heads, options, trainable, trained, adapter)
     return replace(result, judged=judged)
 
 

@@ -35,7 +35,7 @@ from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import PRESETS, Rules, resolve_rules
 from cdt_lens.decomposition.slopes import SLOPES, Slopes
 from cdt_lens.models.heads import Head
-from cdt_lens.models.provenance import provenance_of
+from cdt_lens.models.provenance import hashed_once, provenance_of
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.scoring.one_pass import one_pass
 from cdt_lens.scoring.sweep import collect_scores, score_heads
@@ -138,6 +138,7 @@ def direct_attribution(
     )  # fmt: skip
 
 
+@hashed_once()
 def random_scores(
     model: nn.Module | ModelView,
     examples: Examples,

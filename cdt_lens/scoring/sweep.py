@@ -31,7 +31,7 @@ from cdt_lens.decomposition.decompose import irrelevant_logits
 from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import DEFAULT_RULES, Rules, resolve_rules
 from cdt_lens.models.heads import Head, all_heads, check_heads
-from cdt_lens.models.provenance import Provenance, provenance_of
+from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.metrics import (
     Direction,
@@ -45,6 +45,7 @@ from cdt_lens.tasks.task import Batch, Examples, require_examples
 SWEEP_FORMAT = "cdt_lens.sweep"
 
 
+@hashed_once()
 def score_heads(
     model: nn.Module | ModelView,
     examples: Examples,
