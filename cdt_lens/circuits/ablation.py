@@ -7,7 +7,7 @@ the irrelevant stream under the all-through rules, so the engine of the decompos
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cdt_lens.circuits.measures import check_gap
+from cdt_lens.core.choices import Metric
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.processes import gather_items, is_main, shard
 from cdt_lens.decomposition.baseline import Baseline, check_baseline
@@ -26,7 +27,6 @@ from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.metrics import balanced_mean, correct, task_direction
 from cdt_lens.tasks.task import Batch, Examples, Task, require_examples
 
-Metric = Literal["direction", "accuracy"]
 # Of the size of the task direction: what float32 leaves where ablation changes nothing.
 _ROUNDING = 1e-4
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -28,6 +28,7 @@ from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.measures import MIB_FRACTIONS, cmd, cpr, faithfulness
 from cdt_lens.core import display
 from cdt_lens.core.artifacts import load_artifact, save_artifact
+from cdt_lens.core.choices import Ranking
 from cdt_lens.core.errors import ArtifactError, InputError, expect
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.heads import Head, all_heads
@@ -37,7 +38,6 @@ from cdt_lens.tasks.task import Examples, Task
 from cdt_lens.viz import figures
 from cdt_lens.viz.svg import figure_html
 
-Ranking = Literal["magnitude", "signed"]
 _FORMAT = "cdt_lens.faithfulness"
 CONTROLS = ("random", "random-per-layer")
 

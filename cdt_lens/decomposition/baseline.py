@@ -19,7 +19,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import pandas as pd
 import torch
@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from cdt_lens.core import display
 from cdt_lens.core.artifacts import content_hash, load_artifact, save_artifact
+from cdt_lens.core.choices import Slots
 from cdt_lens.core.errors import ArtifactError, InputError, expect
 from cdt_lens.core.processes import is_main, shard, sum_over_processes
 from cdt_lens.models.provenance import Provenance, provenance_of
@@ -37,7 +38,6 @@ from cdt_lens.models.support import check_supported
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.task import Batch, Examples, require_examples
 
-Slots = Literal["answer", "pooled", "right", "left"]
 # Reference values at a layer, [batch, pos, head, d_head] or broadcastable to it.
 BaselineAt = Callable[[int], Tensor]
 

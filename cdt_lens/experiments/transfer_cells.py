@@ -19,7 +19,7 @@ from cdt_lens.core.artifacts import load_artifact, remove_artifact
 from cdt_lens.core.errors import NonFiniteError
 from cdt_lens.core.kept import as_json, file_name, keep, kept
 from cdt_lens.core.processes import is_main, wait_for_all
-from cdt_lens.experiments.settings import with_train
+from cdt_lens.experiments.inputs import with_train
 from cdt_lens.experiments.transfer_config import TransferConfig
 from cdt_lens.finetuning.answer_pass import AnswerPass
 from cdt_lens.finetuning.finetune import finetune

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.core.choices import Direction
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.processes import gather_items, is_main, shard
 from cdt_lens.decomposition.baseline import Baseline, check_baseline
@@ -35,7 +36,6 @@ from cdt_lens.decomposition.slopes import Slopes, resolve_slopes
 from cdt_lens.models.provenance import provenance_of
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.scoring.sweep import collect_scores, recorded_options
-from cdt_lens.tasks.metrics import Direction
 from cdt_lens.tasks.task import Examples, require_examples
 
 

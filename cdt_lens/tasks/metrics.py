@@ -6,13 +6,10 @@ Logits come as the candidates' logits `[..., batch, k]`, with the masks of `task
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-
-Direction = Literal["mean", "strongest"]
 
 
 def task_direction(
