@@ -14,7 +14,7 @@ import torch
 
 import cdt_lens as cdt
 from cdt_lens.circuits.circuit import random_heads
-from cdt_lens.experiments.settings import with_train
+from cdt_lens.experiments.inputs import with_train
 
 RATES = {
     "random": (1e-3, 3e-3),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cdt_lens.circuits.measures import check_gap
+from cdt_lens.core.choices import Metric
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import gather_items
@@ -25,7 +26,7 @@ from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import PRESETS
 from cdt_lens.models.heads import Head, all_heads, check_heads
 from cdt_lens.models.view import ModelView, view_of
-from cdt_lens.tasks.metrics import Metric, average, correct, label_numbers, task_direction
+from cdt_lens.tasks.metrics import average, correct, label_numbers, task_direction
 from cdt_lens.tasks.task import Batch, Examples, Task, require_examples
 
 # Of the size of the task direction: what float32 leaves where ablation changes nothing.

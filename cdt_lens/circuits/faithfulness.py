@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from cdt_lens.circuits.ablation import measure_circuits
 from cdt_lens.circuits.circuit import Circuit, random_heads, random_heads_like
-from cdt_lens.circuits.head_scores import HeadScores, Ranking
+from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.measures import MIB_FRACTIONS, cmd, cpr, faithfulness, heads_at
 from cdt_lens.core import display
+from cdt_lens.core.choices import Metric, Ranking
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError, expect
 from cdt_lens.core.passes import Passes
@@ -34,7 +35,6 @@ from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of
 from cdt_lens.models.view import ModelView, view_of
-from cdt_lens.tasks.metrics import Metric
 from cdt_lens.tasks.task import Examples, Task
 from cdt_lens.viz import figures
 from cdt_lens.viz.svg import figure_html

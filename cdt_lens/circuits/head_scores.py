@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import pandas as pd
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from cdt_lens.circuits.circuit import Circuit, near_zero_heads
 from cdt_lens.circuits.measures import heads_at
 from cdt_lens.core import display
+from cdt_lens.core.choices import Ranking
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.heads import Head, all_heads
@@ -26,8 +27,6 @@ from cdt_lens.models.provenance import Provenance
 from cdt_lens.tasks.metrics import label_numbers
 from cdt_lens.viz import figures
 from cdt_lens.viz.svg import figure_html
-
-Ranking = Literal["signed", "magnitude"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,10 @@ fix). 2, unusable options. 130, interrupted; finished work is kept and the same 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from cdt_lens.cli.compare import compare
 from cdt_lens.cli.console import err
@@ -18,15 +20,29 @@ from cdt_lens.cli.finetune import demo, export, finetune, transfer
 from cdt_lens.cli.show import show
 from cdt_lens.core.errors import CdtLensError
 
+
+class Commands(TyperGroup):
+    """The commands; typer itself would end an interrupted one without a word on resuming."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; an interrupt ends it with exit code 130."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            err.print("cdt-lens: interrupted; give the same command again to resume")
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help=(
-        "Find the attention heads that carry a task (contextual decomposition), prove the circuit "
-        "faithful, and look at it.\n\n"
-        "Adapt it to another language by training its heads alone.\n\n"
+        "Find the attention heads that carry a task (contextual decomposition), measure how "
+        "faithful their circuit is, and draw it.\n\n"
+        "Adapt the circuit to another language by training its heads alone.\n\n"
         "Start with `cdt-lens demo --out runs/demo`, which needs no download."
     ),
 )
@@ -39,12 +55,9 @@ for _command in (
 
 
 def main() -> None:
-    """Entry point: errors of a person's making become one line and exit code 1."""
+    """Run the command line; an error that the user can correct is one line and exit code 1."""
     try:
         app()
     except CdtLensError as error:
         err.print(f"cdt-lens: {error}", markup=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("cdt-lens: interrupted; the same command goes on where it stopped")
-        sys.exit(130)

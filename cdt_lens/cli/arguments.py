@@ -1,88 +1,122 @@
-"""Options that several commands have."""
+"""Options of the commands; those of settings are read from the fields of the settings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from cdt_lens.core.errors import InputError
+from cdt_lens.experiments.settings import Settings
 
-# Options that several commands have.
-TrainFile = Annotated[Path | None, typer.Option(help="Your CSV, TSV or JSONL for training.")]
-Data = Annotated[Path | None, typer.Option(help="Folder with the data sets; default: the hub.")]
-Template = Annotated[
-    str | None, typer.Option(help=r'Prompt with columns in braces: "{text}\nSentiment:".')
-]
+Command = Callable[..., None]
+
+Out = Annotated[Path, typer.Option(help="Run directory; an interrupted run resumes there.")]
+RunFolder = Annotated[Path, typer.Argument(help="Run directory of cdt-lens discover.")]
+TrainFile = Annotated[Path | None, typer.Option(help="Your CSV, TSV or JSONL file to train on.")]
+ValidFile = Annotated[Path | None, typer.Option(help="Your file of validation examples.")]
+TestFile = Annotated[Path | None, typer.Option(help="Your file of test examples.")]
 Verbalizer = Annotated[
-    list[str] | None, typer.Option(help='label=" word", once a label; one token each.')
-]
-LabelColumn = Annotated[str, typer.Option(help="Column with the label.")]
-ModelClass = Annotated[Literal["auto", "hooked", "bridge"], typer.Option(help="Model class.")]
-Device = Annotated[str | None, typer.Option(help="Such as cuda or cpu.")]
-Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
-# Options of the commands that score heads.
-TaskName = Annotated[
-    str,
+    list[str] | None,
     typer.Option(
-        help="nusax-senti, xnli, ioi, greater-than, gendered-pronoun, pseudo-sentiment, or "
-        "files (your own)."
+        help='The word of one token for a label, as label=" word"; repeat the option for each '
+        "label."
     ),
 ]
-Language = Annotated[str | None, typer.Option(help="Such as english, javanese; xnli: en.")]
-Shots = Annotated[int, typer.Option(min=0, help="Solved examples before every prompt.")]
-Scored = Annotated[int, typer.Option(min=1, help="Examples to score, balanced.")]
-Averaged = Annotated[
-    int | None, typer.Option(min=1, help="Examples to average; default: all of train.")
-]
-Positions = Annotated[
-    Literal["answer", "pooled", "right", "left"],
-    typer.Option(help="Positions that share a mean."),
-]
-BatchSize = Annotated[int, typer.Option(min=1, help="Examples per batch.")]
-Rows = Annotated[
-    int | None,
-    typer.Option(min=1, help="Rows (sources x examples) per pass; default by length."),
-]
-Seed = Annotated[int, typer.Option(help="Decides every draw.")]
 
 
-def task_settings(
-    *,
-    data: Path | None,
-    files: Mapping[str, Path | None],
-    template: str | None,
-    verbalizer: list[str] | None,
-    **rest: Any,
-) -> Any:
-    """`runs.Settings` from options as a person writes them."""
-    from cdt_lens.experiments.settings import Settings
+def with_options(**taken: tuple[type, tuple[str, ...]]) -> Callable[[Command], Command]:
+    """Give a command the options of settings in place of a parameter.
 
-    return Settings(
-        data=None if data is None else str(data),
-        files={name: str(path) for name, path in files.items() if path is not None},
-        template=None if template is None else template.replace(r"\n", "\n"),
-        verbalizer=words_of(verbalizer or []),
-        **rest,
-    )
+    Each option has the name, type, limits, default and description of a field of the settings. The
+    command gets their values as a dictionary.
+
+    Args:
+        taken: By the name of the command's parameter, the settings and the names of their fields.
+
+    Returns:
+        A decorator of commands.
+    """
+
+    def decorate(command: Command) -> Command:
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            kind, names = taken.get(parameter.name, (None, ()))
+            parameters += [parameter] if kind is None else [_option(kind, name) for name in names]
+
+        @wraps(command)
+        def with_dictionaries(**values: Any) -> None:
+            gathered = {
+                parameter: {name: values.pop(name) for name in names}
+                for parameter, (_, names) in taken.items()
+            }
+            command(**values, **gathered)
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        signature = inspect.Signature([p.replace(kind=keyword) for p in parameters])
+        with_dictionaries.__signature__ = signature  # type: ignore[attr-defined]
+        with_dictionaries.__annotations__ = {p.name: p.annotation for p in parameters}
+        return with_dictionaries
+
+    return decorate
+
+
+def _option(kind: type, name: str) -> inspect.Parameter:
+    """Return the option of one field."""
+    value, described = get_args(get_type_hints(kind, include_extras=True)[name])[:2]
+    default = next(field.default for field in fields(kind) if field.name == name)
+    least = next((limit.ge for limit in described.metadata if hasattr(limit, "ge")), None)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if default is MISSING else default,
+        annotation=Annotated[value, typer.Option(help=described.description, min=least)],
+    )  # fmt: skip
+
+
+def settings_of(
+    given: Mapping[str, Any], files: Mapping[str, Path | None], verbalizer: list[str] | None
+) -> Settings:
+    """Make settings of options as they are typed.
+
+    Args:
+        given: Values by the name of the setting.
+        files: The file of each split, if the task is of files.
+        verbalizer: Words as `label= word`.
+
+    Raises:
+        InputError: A value that a setting does not allow, or a malformed verbalizer.
+    """
+    typed = dict(given)
+    if typed.get("template") is not None:
+        typed["template"] = typed["template"].replace(r"\n", "\n")
+    if typed.get("data") is not None:
+        typed["data"] = str(Path(typed["data"]))
+    paths = {name: str(path) for name, path in files.items() if path is not None}
+    return Settings(files=paths, verbalizer=words_of(verbalizer or []), **typed)
 
 
 def words_of(words: list[str]) -> dict[str, str]:
-    """A verbalizer from `label= word` arguments, one a label.
+    """Make a verbalizer of `label= word` arguments, one for each label.
+
+    Args:
+        words: The arguments.
 
     Raises:
-        InputError: no `=`, several labels in one argument, or a label given twice.
+        InputError: An argument without `=`, several labels in one argument, or a label given twice.
     """
-    found: dict[str, str] = {}
+    verbalizer: dict[str, str] = {}
     for given in words:
         label, equals, word = given.partition("=")
         if not equals or "=" in word:
             raise InputError(
                 f'--verbalizer {given!r}: expected label=" word", the option again for each label'
             )
-        if label in found:
+        if label in verbalizer:
             raise InputError(f"--verbalizer {given!r}: label {label!r} was given before")
-        found[label] = word
-    return found
+        verbalizer[label] = word
+    return verbalizer

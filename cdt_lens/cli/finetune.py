@@ -3,106 +3,106 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cdt_lens.cli.arguments import (
-    Data,
-    Device,
-    Dtype,
-    LabelColumn,
-    ModelClass,
-    Template,
+    Out,
     TrainFile,
+    ValidFile,
     Verbalizer,
-    task_settings,
+    settings_of,
+    with_options,
 )
 from cdt_lens.cli.console import say, tell, tell_table
 from cdt_lens.cli.show import show_transfer
 from cdt_lens.core.errors import InputError
+from cdt_lens.experiments.settings import ModelSettings, Settings
 from cdt_lens.finetuning.options import SCOPES, TrainingOptions
 
+_OPTIONS = (
+    "task", "language", "data", "template", "label_column", "backend", "device", "dtype",
+)  # fmt: skip
+_TRAINING = ("epochs", "batch_size", "learning_rate", "patience", "seed")
 
+
+@with_options(given=(Settings, _OPTIONS), training=(TrainingOptions, _TRAINING))
 def finetune(
-    model: Annotated[str, typer.Option(help="The checkpoint that does the source language.")],
+    model: Annotated[str, typer.Option(help="Checkpoint that solves the task in the source.")],
     out: Annotated[Path, typer.Option(help="Folder for the adapter, the log and the report.")],
+    given: dict[str, Any],
+    training: dict[str, Any],
     circuit: Annotated[
         Path | None, typer.Option(help="circuit.json of cdt-lens discover on that checkpoint.")
     ] = None,
-    scope: Annotated[str, typer.Option(help=f"auto, or one of {', '.join(SCOPES)}.")] = "decision",
-    task: Annotated[str, typer.Option(help="As for discover, or files.")] = "nusax-senti",
-    language: Annotated[str | None, typer.Option(help="The target language.")] = None,
+    scope: Annotated[
+        str, typer.Option(help=f"What to train: auto, or one of {', '.join(SCOPES)}.")
+    ] = "decision",
     source: Annotated[
-        str | None, typer.Option(help="The source language, to follow forgetting.")
+        str | None, typer.Option(help="Source language, to measure what is forgotten of it.")
     ] = None,
-    data: Data = None,
     train: TrainFile = None,
-    valid: Annotated[Path | None, typer.Option(help="Likewise, to choose the epoch by.")] = None,
+    valid: ValidFile = None,
     source_valid: Annotated[
-        Path | None, typer.Option(help="Your file in the source language, to follow forgetting.")
+        Path | None,
+        typer.Option(help="Your file in the source language, to measure what is forgotten of it."),
     ] = None,
-    template: Template = None,
     verbalizer: Verbalizer = None,
-    label_column: LabelColumn = "label",
-    epochs: Annotated[int, typer.Option(min=0, help="The most.")] = 3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples of a step.")] = 16,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="The peak; default: the scope's own.")
-    ] = None,
-    patience: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many looks without improvement.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Decides every draw.")] = 0,
     option: Annotated[
         list[str] | None,
         typer.Option(help="Any other training option as name=value, such as norms=circuit."),
     ] = None,
-    backend: ModelClass = "auto",
-    device: Device = None,
-    dtype: Dtype = "float32",
 ) -> None:
-    """Train a circuit's heads (or a control) on a target language; the model itself is kept.
+    """Train the heads of a circuit (or a control) on a target language.
 
-    Writes `adapter.json` with its tensors, `history.csv`, `log.jsonl` and `report.html`. An
-    interrupted run goes on where it stopped. `cdt-lens export` makes a checkpoint of it.
+    The model itself is not changed. Writes `adapter.json` with its tensors, `history.csv`,
+    `log.jsonl` and `report.html`. An interrupted run resumes where it stopped. `cdt-lens export`
+    makes a checkpoint of the adapter.
     """
-    import cdt_lens as cdt
-    from cdt_lens.core.artifacts import atomic_write, remove_artifact
-    from cdt_lens.core.processes import is_main
-    from cdt_lens.experiments.settings import load_for, make_task
+    from cdt_lens.circuits.circuit import Circuit
+    from cdt_lens.experiments.inputs import load_for, make_task
+    from cdt_lens.finetuning.finetune import finetune as train_on
 
     if (out / "adapter.json").exists() and not (out / "checkpoint.json").exists():
         raise InputError(
             f"{out}: holds a finished adapter; name another folder, or remove that one"
         )
-    more: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "patience": patience}
-    more |= {"learning_rate": learning_rate, "seed": seed, **_options(option or [])}
-    options = TrainingOptions().changed(**more)
-    settings = task_settings(
-        model=model, task=task, language=language, data=data,
-        files={"train": train, "valid": valid}, template=template, verbalizer=verbalizer,
-        label_column=label_column, backend=backend, device=device, dtype=dtype, seed=seed,
-    )  # fmt: skip
+    options = TrainingOptions().changed(**{**training, **_options(option or [])})
+    chosen = {"model": model, "seed": training["seed"], **given}
+    settings = settings_of(chosen, {"train": train, "valid": valid}, verbalizer)
     loaded = load_for(settings, say)
     target = make_task(settings, loaded.tokenizer)
-    told = _source_settings(settings, source, source_valid)
-    result = cdt.finetune(
-        loaded, target, heads=None if circuit is None else cdt.Circuit.load(circuit), scope=scope,
-        source=None if told is None else make_task(told, loaded.tokenizer),
+    of_source = _source_settings(settings, source, source_valid)
+    result = train_on(
+        loaded, target, heads=None if circuit is None else Circuit.load(circuit), scope=scope,
+        source=None if of_source is None else make_task(of_source, loaded.tokenizer),
         options=options, checkpoint=out / "checkpoint.json", keep_checkpoint=True,
         log=out / "log.jsonl",
     )  # fmt: skip
+    _write(result, out, target.name)
+    _show(result, out)
+
+
+def _write(result: Any, out: Path, name: str) -> None:
+    from cdt_lens.core.artifacts import atomic_write, remove_artifact
+    from cdt_lens.core.processes import is_main
+    from cdt_lens.viz.report.report import render_report
+
     if is_main():
         result.adapter.save(out)
         atomic_write(out / "history.csv", result.history.to_csv(index=False))
         remove_artifact(out / "checkpoint.json")
-        cdt.render_report(result, path=out / "report.html", title=f"{target.name}: {result.scope}")
+        render_report(result, path=out / "report.html", title=f"{name}: {result.scope}")
+
+
+def _show(result: Any, out: Path) -> None:
     columns = ["epoch", "train_loss", "target_loss", "target_accuracy", "source_accuracy"]
-    rows = [[f"{row[c]:.3f}" for c in columns[1:]] for row in result.history.to_dict("records")]
-    epochs_seen = result.history["epoch"].tolist()
-    tell_table(columns, [[e, *row] for e, row in zip(epochs_seen, rows, strict=True)])
+    history = result.history.to_dict("records")
+    rows = [[row["epoch"], *(f"{row[c]:.3f}" for c in columns[1:])] for row in history]
+    tell_table(columns, rows)
     tell(
         f"{result.trained_parameters:,} of {result.total_parameters:,} parameters "
         f"({result.share:.2%}): {_trained(result)}; "
@@ -111,7 +111,7 @@ def finetune(
 
 
 def _trained(result: Any) -> str:
-    """What a run trained, in words."""
+    """Return in words what a run trained."""
     whole = {"full": "every weight", "norms": "the norms", "lora": "low-rank updates"}
     if result.scope in whole:
         return whole[result.scope]
@@ -119,10 +119,10 @@ def _trained(result: Any) -> str:
     return f"{len(result.heads)} heads{norms[result.options['norms']]}"
 
 
-def _source_settings(settings: Any, language: str | None, valid: Path | None) -> Any:
-    """The settings of the task in the source language, if it is to be followed."""
-    from dataclasses import replace
-
+def _source_settings(
+    settings: Settings, language: str | None, valid: Path | None
+) -> Settings | None:
+    """Return the settings of the task in the source language; None if it is not measured."""
     own = bool(settings.files) or settings.task == "files"
     if own and language is not None:
         raise InputError(
@@ -138,56 +138,61 @@ def _source_settings(settings: Any, language: str | None, valid: Path | None) ->
 
 def export(
     adapter: Annotated[Path, typer.Argument(help="Folder or file of an adapter.")],
-    base: Annotated[str, typer.Option(help="The model that it was trained on.")],
+    base: Annotated[str, typer.Option(help="Model that the adapter was trained on.")],
     to: Annotated[Path, typer.Option(help="New folder for the Hugging Face checkpoint.")],
 ) -> None:
-    """Write a Hugging Face checkpoint with the adapter in it; all else stays bit-identical."""
-    import cdt_lens as cdt
+    """Write a Hugging Face checkpoint of the base model with the adapter applied.
 
-    tell(str(cdt.export(cdt.Adapter.load(adapter), base, to)))
+    Every weight that the adapter does not hold stays bit-identical.
+    """
+    from cdt_lens.finetuning.adapter import Adapter
+    from cdt_lens.finetuning.export import export as write
+
+    tell(str(write(Adapter.load(adapter), base, to)))
 
 
+@with_options(given=(ModelSettings, ("device",)))
 def transfer(
     config: Annotated[
         Path, typer.Argument(help="TOML file; benchmarks/nusax.toml shows the keys.")
     ],
-    out: Annotated[Path, typer.Option(help="Run directory; an interrupted run goes on there.")],
-    device: Device = None,
+    out: Out,
+    given: dict[str, Any],
 ) -> None:
-    """Proxy stage, discovery, every scope x target x seed, and one report.
+    """Run a transfer experiment: proxy stage, discovery, and training of every scope.
 
-    Under `accelerate launch` the examples of every step are shared out over the processes.
+    Every scope is trained on every target with every seed, and one report compares them. Under
+    `accelerate launch` the examples of every step are divided between the processes.
     """
-    from dataclasses import replace
-
     from cdt_lens.experiments.transfer import run_transfer
     from cdt_lens.experiments.transfer_config import read_config
 
     read = read_config(config)
-    show_transfer(run_transfer(replace(read, device=device or read.device), out, say))
+    show_transfer(run_transfer(replace(read, device=given["device"] or read.device), out, say))
     tell(str(out / "report.html"))
 
 
-def demo(
-    out: Annotated[Path, typer.Option(help="Run directory; an interrupted run goes on there.")],
-    seed: Annotated[int, typer.Option(min=0, help="Decides every draw.")] = 0,
-) -> None:
-    """The whole experiment offline: a small model, an invented language, minutes on two cores."""
+@with_options(given=(Settings, ("seed",)))
+def demo(out: Out, given: dict[str, Any]) -> None:
+    """Run a whole transfer experiment offline, in minutes on two cores.
+
+    A small model is trained on the spot and adapted to invented languages.
+    """
     from cdt_lens.experiments.demo import run_demo
 
-    show_transfer(run_demo(out, say, seed=seed))
+    show_transfer(run_demo(out, say, **given))
     tell(str(out / "report.html"))
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:
-    """Training options from `name=value` arguments; values are read as TOML, else as text."""
-    found: dict[str, Any] = {}
+    """Read training options from `name=value` arguments; a value is TOML, or else text."""
+    options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals:
             raise InputError(f"--option {pair!r}: expected name=value, such as norms=circuit")
         try:
-            found[name] = tomllib.loads(f"value = {text}")["value"]
+            options[name] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
-            found[name] = text
-    return found
+            options[name] = text
+    return options

@@ -1,72 +1,99 @@
-"""`cdt-lens show`, and the tables that other commands print."""
+"""The command `show`, and how the other commands print their results."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from cdt_lens.cli.console import out, tell, tell_table
+from cdt_lens.cli.console import tell, tell_table
 
 _AGREEMENT = ("Spearman", "Pearson", "forward passes", "time")
 
 
 def show_transfer(result: Any) -> None:
-    """The tables of a transfer result."""
-    before = result.before.set_index("language")
+    """Print the tables of a transfer result."""
     columns = ["target", "scope", "seeds", "accuracy", "macro-F1", "retention", "trained", "s"]
+    runs = result.summary().to_dict("records")
     rows: list[list[str]] = []
-    fewer: list[str] = []
     for target in result.targets:
-        if target in before.index:
-            row = before.loc[target]
-            rows.append(
-                [target, "(none)", "", f"{row['accuracy']:.3f}", f"{row['macro_f1']:.3f}",
-                 "1.000", "0", ""]
-            )  # fmt: skip
-        for row in result.summary().to_dict("records"):
-            if row["target"] == target:
-                whole = row["seeds"] == row["asked"]
-                seeds = f"{row['seeds']}" if whole else f"{row['seeds']} of {row['asked']}"
-                cells = _cells_of(row)
-                rows.append([*cells[:2], seeds, *cells[2:]])
-                if not whole:
-                    broken = f", {row['diverged']} diverged" if row["diverged"] else ""
-                    fewer.append(f"{target} {row['scope']} {seeds} seeds{broken}")
-    tell_table(columns, rows)
+        rows += _untouched(result, target)
+        rows += [_cells_of(run) for run in runs if run["target"] == target]
+    tell_table(columns, rows, repeat=2)
+    fewer = [_missing(run) for run in runs if run["seeds"] < run["asked"]]
     if fewer:
         tell(f"means over fewer seeds than asked: {'; '.join(fewer)}")
     tell(
         "accuracy and macro-F1 on the target's test split; retention: source accuracy after / "
-        "before; (none): the proxy checkpoint as it is"
+        "before; (none): the proxy checkpoint without training on the target"
     )
-    if len(result.auto):
-        for rule, part in result.auto.groupby("rule"):
-            ties = int((part["better"] == "tie").sum())
-            decided = part[part["better"] != "tie"]
-            tell(
-                f"scope auto, {rule} rule: the better of decision and near-zero in "
-                f"{int(decided['right'].sum())} of {len(decided)}"
-                + (f", {ties} ties" if ties else "")
-            )
+    for rule, choices in result.auto.groupby("rule"):
+        _tell_choices(rule, choices)
 
 
-def _cells_of(row: dict[str, Any]) -> list[str]:
+def _untouched(result: Any, target: str) -> list[list[str]]:
+    """Return the row of the proxy checkpoint on a target, if it was measured."""
+    measured = result.before[result.before["language"] == target].to_dict("records")
+    return [
+        [target, "(none)", "", f"{row['accuracy']:.3f}", f"{row['macro_f1']:.3f}", "1.000", "0", ""]
+        for row in measured
+    ]
+
+
+def _cells_of(run: dict[str, Any]) -> list[str]:
     def spread(name: str) -> str:
-        std = row[f"{name}_std"]
-        return f"{row[name]:.3f}" + ("" if std != std else f" ±{std:.3f}")
+        std = run[f"{name}_std"]
+        return f"{run[name]:.3f}" + ("" if std != std else f" ±{std:.3f}")
 
     return [
-        row["target"], row["scope"], spread("accuracy"), spread("macro_f1"), spread("retention"),
-        f"{row['share']:.2%}", f"{row['seconds']:.0f}",
+        run["target"], run["scope"], _seeds(run), spread("accuracy"), spread("macro_f1"),
+        spread("retention"), f"{run['share']:.2%}", f"{run['seconds']:.0f}",
     ]  # fmt: skip
 
 
+def _seeds(run: dict[str, Any]) -> str:
+    whole = run["seeds"] == run["asked"]
+    return f"{run['seeds']}" if whole else f"{run['seeds']} of {run['asked']}"
+
+
+def _missing(run: dict[str, Any]) -> str:
+    diverged = f", {run['diverged']} diverged" if run["diverged"] else ""
+    return f"{run['target']} {run['scope']} {_seeds(run)} seeds{diverged}"
+
+
+def _tell_choices(rule: str, choices: Any) -> None:
+    decided = choices[choices["better"] != "tie"]
+    ties = len(choices) - len(decided)
+    tell(
+        f"scope auto, {rule} rule: chose the better of decision and near-zero in "
+        f"{int(decided['right'].sum())} of {len(decided)}" + (f", {ties} ties" if ties else "")
+    )
+
+
+def show_curve(curve: Any) -> None:
+    """Print a faithfulness curve beside its random circuits."""
+    columns = ["heads", "fraction", "faithfulness", "completeness"]
+    rows = [
+        [
+            row["heads"], f"{row['fraction']:g}", f"{row['faithfulness']:.2f}",
+            f"{row['completeness']:.2f}",
+            *(f"{row[f'{name} (median)']:.2f}" for name in curve.random),
+        ]
+        for row in curve.to_dataframe().to_dict("records")
+    ]  # fmt: skip
+    tell_table([*columns, *curve.random], rows)
+    tell(f"metric {curve.metric}: {curve.full:.3f} with all heads, {curve.empty:.3f} with none")
+    controls = "; ".join(
+        f"{name} {float(curve.random_cpr[name].mean()):.3f} and "
+        f"{float(curve.random_cmd[name].mean()):.3f}"
+        for name in curve.random
+    )
+    tell(f"CPR {curve.cpr:.3f}, CMD {curve.cmd:.3f} (means of the random circuits: {controls})")
+
+
 def tell_graph(graph: Any, limit: int = 12) -> None:
-    """The strongest edges of a circuit's graph."""
+    """Print the strongest edges of the graph of a circuit."""
     edges = graph.top_edges(limit)
     tell(f"graph of {len(graph.kept_nodes)} nodes and {len(graph.kept_edges)} edges")
     if edges:
@@ -76,106 +103,107 @@ def tell_graph(graph: Any, limit: int = 12) -> None:
 
 
 def show_comparison(result: Any) -> None:
-    """The tables of a comparison: agreement and cost, then faithfulness, then what was refused."""
+    """Print agreement and cost, then faithfulness, then the methods that were refused."""
     table = result.table()
-    _tell(table[["method", *(c for c in table if c in _AGREEMENT)]])
-    _tell(table[[c for c in table if c not in _AGREEMENT]])
+    _tell_frame(table[["method", *(c for c in table if c in _AGREEMENT)]])
+    _tell_frame(table[[c for c in table if c not in _AGREEMENT]])
     tell(
         "* the best of its column; Spearman and Pearson with exact mean-ablation on "
         f"{result.scored} examples of {result.task}, CPR and CMD on {result.held_out} held out"
     )
     tell(
-        f"task direction {result.full:.3f} logits with all heads, {result.empty:.3f} with none, "
-        "held out"
+        f"task direction on the held-out examples: {result.full:.3f} logits with all heads, "
+        f"{result.empty:.3f} with none"
     )
-    for each in result.methods:
-        if each.refused:
-            tell(f"{each.method} is refused: {each.refused}")
+    for method in result.methods:
+        if method.refused:
+            tell(f"{method.method} is refused: {method.refused}")
 
 
 def show_planted(result: Any) -> None:
-    """AUROC and average precision by method and planted circuit."""
+    """Print AUROC and average precision by method and planted circuit."""
     for measure, words in (("auroc", "AUROC"), ("average_precision", "average precision")):
         tell(f"{words} of the magnitude of the scores against the planted heads (* the best)")
-        _tell(result.table(measure))
-    for name, each in result.circuits.items():
-        for method in each.methods:
+        _tell_frame(result.table(measure))
+    for name, comparison in result.circuits.items():
+        for method in comparison.methods:
             if method.refused:
                 tell(f"{method.method} is refused on {name}: {method.refused}")
 
 
-def _tell(table: Any) -> None:
-    """A table, in as many parts as the terminal needs, each with the first column."""
-    first, *rest = table.columns
-    for part in _parts(table, first, rest):
-        headings = [first, *(name.replace(" ", "\n") for name in part)]
-        tell_table(headings, table[[first, *part]].to_numpy().tolist())
-
-
-def _parts(table: Any, first: str, rest: Sequence[str]) -> list[list[str]]:
-    """Columns that stand beside each other within the terminal's width."""
-
-    def width(column: str) -> int:
-        # A heading breaks between its words; a column has three blanks around it.
-        words = [*column.split(), *table[column]]
-        return 3 + max(len(str(word)) for word in words)
-
-    room = out.width - width(first)
-    parts: list[list[str]] = [[]]
-    for column in rest:
-        if parts[-1] and sum(map(width, parts[-1])) + width(column) > room:
-            parts.append([])
-        parts[-1].append(column)
-    return parts
+def _tell_frame(table: Any) -> None:
+    tell_table(list(table.columns), table.to_numpy().tolist())
 
 
 def show(
     file: Annotated[
-        Path, typer.Argument(help="A circuit, an adapter, a comparison or a transfer result.")
+        Path,
+        typer.Argument(help="Circuit, adapter, comparison or transfer result."),
     ],
 ) -> None:
-    """What a file holds, and where it came from."""
-    from cdt_lens.circuits.circuit import Circuit
-    from cdt_lens.comparing.comparison import Comparison, PlantedComparison
+    """Print the contents of a file and its provenance."""
     from cdt_lens.core.artifacts import artifact_format
-    from cdt_lens.finetuning.adapter import Adapter
-    from cdt_lens.finetuning.transfer_result import TransferResult
 
     path = file / "adapter.json" if file.is_dir() else file
     kind = artifact_format(path)
-    provenance: Any
-    if kind == "cdt_lens.adapter":
-        adapter = Adapter.load(path)
-        print(f"adapter, scope {adapter.scope}: {adapter.elements:,} trained elements")
-        rows = adapter.to_dataframe().to_dict("records")
-        columns = ["weight", "heads", "elements"]
-        tell_table(columns, [[row[c] or "all" for c in columns] for row in rows])
-        provenance = adapter.provenance
-    elif kind == "cdt_lens.transfer":
-        result = TransferResult.load(path)
-        show_transfer(result)
-        provenance = result.provenance
-    elif kind == "cdt_lens.comparison":
-        compared = Comparison.load(path)
-        show_comparison(compared)
-        provenance = compared.provenance
-    elif kind == "cdt_lens.planted_comparison":
-        show_planted(PlantedComparison.load(path))
-        provenance = None
-    else:
-        circuit = Circuit.load(path)
-        heads = circuit.n_layers * circuit.n_heads
-        print(f"{len(circuit)} of {heads} heads, {dict(circuit.selection)}")
-        _table(circuit.to_dataframe().to_dict("records"))
-        if circuit.graph is not None:
-            tell_graph(circuit.graph)
-        provenance = circuit.provenance
+    show_it = {
+        "cdt_lens.adapter": _show_adapter, "cdt_lens.transfer": _show_transfer_file,
+        "cdt_lens.comparison": _show_comparison_file,
+        "cdt_lens.planted_comparison": _show_planted_file,
+    }.get(kind, _show_circuit)  # fmt: skip
+    provenance = show_it(path)
     if provenance is not None:
         for name, value in provenance.to_dict().items():
-            print(f"{name}: {value}")
+            tell(f"{name}: {value}")
+
+
+def _show_adapter(path: Path) -> Any:
+    from cdt_lens.finetuning.adapter import Adapter
+
+    adapter = Adapter.load(path)
+    tell(f"adapter, scope {adapter.scope}: {adapter.elements:,} trained elements")
+    columns = ["weight", "heads", "elements"]
+    rows = adapter.to_dataframe().to_dict("records")
+    tell_table(columns, [[row[c] or "all" for c in columns] for row in rows])
+    return adapter.provenance
+
+
+def _show_transfer_file(path: Path) -> Any:
+    from cdt_lens.finetuning.transfer_result import TransferResult
+
+    result = TransferResult.load(path)
+    show_transfer(result)
+    return result.provenance
+
+
+def _show_comparison_file(path: Path) -> Any:
+    from cdt_lens.comparing.comparison import Comparison
+
+    comparison = Comparison.load(path)
+    show_comparison(comparison)
+    return comparison.provenance
+
+
+def _show_planted_file(path: Path) -> None:
+    from cdt_lens.comparing.comparison import PlantedComparison
+
+    show_planted(PlantedComparison.load(path))
+
+
+def _show_circuit(path: Path) -> Any:
+    from cdt_lens.circuits.circuit import Circuit
+
+    circuit = Circuit.load(path)
+    heads = circuit.n_layers * circuit.n_heads
+    tell(f"{len(circuit)} of {heads} heads, {dict(circuit.selection)}")
+    _tell_heads(circuit.to_dataframe().to_dict("records"))
+    if circuit.graph is not None:
+        tell_graph(circuit.graph)
+    return circuit.provenance
 
 
 def show_heads(scores: Any, circuit: Any, limit: int = 12) -> None:
+    """Print the strongest heads of a circuit with their scores."""
     rows = [
         {
             "head": str(head),
@@ -185,14 +213,14 @@ def show_heads(scores: Any, circuit: Any, limit: int = 12) -> None:
         for head in scores.ranking()
         if head in circuit
     ]
-    _table(rows[:limit])
+    _tell_heads(rows[:limit])
     if len(rows) > limit:
-        print(f"... and {len(rows) - limit} more heads of the circuit")
+        tell(f"... and {len(rows) - limit} more heads of the circuit")
 
 
-def _table(rows: list[Any]) -> None:
-    table = Table("head", "score (logits)", "standard error")
-    for row in rows:
-        values = [row["score"], row["stderr"]]
-        table.add_row(str(row["head"]), *("" if v is None else f"{v:+.4f}" for v in values))
-    out.print(table)
+def _tell_heads(rows: list[Any]) -> None:
+    cells = [
+        [row["head"], *("" if v is None else f"{v:+.4f}" for v in (row["score"], row["stderr"]))]
+        for row in rows
+    ]
+    tell_table(["head", "score (logits)", "standard error"], cells)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import pandas as pd
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from cdt_lens.core import display
 from cdt_lens.core.artifacts import content_hash
+from cdt_lens.core.choices import Slots
 from cdt_lens.core.errors import InputError, expect
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import sum_over_processes
@@ -37,7 +38,6 @@ from cdt_lens.models.support import check_supported
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.task import Batch, Examples, require_examples
 
-Slots = Literal["answer", "pooled", "right", "left"]
 # Reference values at a layer, [batch, pos, head, d_head] or broadcastable to it.
 BaselineAt = Callable[[int], Tensor]
 

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cdt_lens.core import display
+from cdt_lens.core.choices import DEFAULT_RULES
 from cdt_lens.core.display import few
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError, NonFiniteError
@@ -29,7 +30,7 @@ from cdt_lens.decomposition.baseline import Baseline, check_baseline, no_mlp_bas
 from cdt_lens.decomposition.empty_model import EmptyModel
 from cdt_lens.decomposition.hooks import MlpResets, Resets
 from cdt_lens.decomposition.propagate import Propagator
-from cdt_lens.decomposition.rules import DEFAULT_RULES, Rules, resolve_rules
+from cdt_lens.decomposition.rules import Rules, resolve_rules
 from cdt_lens.decomposition.targets import TargetParts, Targets
 from cdt_lens.models.heads import Head, Mlp, check_heads
 from cdt_lens.models.view import ModelView, Site, view_of

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cdt_lens.core import display
+from cdt_lens.core.choices import Direction
 from cdt_lens.core.errors import InputError, NonFiniteError, UnsupportedModelError
 from cdt_lens.decomposition import rules as rule
 from cdt_lens.decomposition.baseline import BaselineAt
@@ -20,7 +21,7 @@ from cdt_lens.models.heads import Head
 from cdt_lens.models.sites import Hook, Site
 from cdt_lens.models.support import Support, check_caller_hooks, check_supported
 from cdt_lens.models.view import ModelView, at_answer, at_least_float32
-from cdt_lens.tasks.metrics import Direction, strongest_competitor, task_direction
+from cdt_lens.tasks.metrics import strongest_competitor, task_direction
 from cdt_lens.tasks.task import Batch
 
 # Where the gates of all heads stand, from 0 (ablated) to 1 (as they are).

@@ -93,10 +93,6 @@ PRESETS: dict[str, Rules] = {
 }
 
 
-# The rules that found every planted circuit (docs/results/methods.md).
-DEFAULT_RULES = "two-ended"
-
-
 def resolve_rules(rules: str | Rules) -> Rules:
     """A preset by name, or the rules themselves.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve, faithfulness_curve
 from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.core.choices import Metric
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.kept import Say
 from cdt_lens.core.processes import is_main, wait_for_all
@@ -25,7 +26,6 @@ from cdt_lens.scoring.methods import exact_ablation
 from cdt_lens.scoring.prompt_views import attention_view, token_relevance
 from cdt_lens.scoring.sweep import score_heads
 from cdt_lens.tasks.evaluate import Evaluation, evaluate
-from cdt_lens.tasks.metrics import Metric
 from cdt_lens.tasks.task import Examples, Task, most_balanced
 from cdt_lens.viz.report.report import render_report
 

@@ -20,7 +20,8 @@ from cdt_lens.core.artifacts import load_artifact, remove_artifact, save_artifac
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.kept import Say, drop_other_versions, reuse
 from cdt_lens.core.processes import is_main, wait_for_all
-from cdt_lens.experiments.settings import Settings, load_for, make_task
+from cdt_lens.experiments.inputs import load_for, make_task
+from cdt_lens.experiments.settings import Settings
 from cdt_lens.models.provenance import weight_hash
 from cdt_lens.models.view import view_of
 from cdt_lens.scoring.sweep import SWEEP_FORMAT
@@ -83,23 +84,42 @@ def start_run(settings: Settings, folder: str | Path, say: Say) -> Run:
             )
     run = _open(folder, settings, say)
     _check_size(run)
-    if is_main():
-        save_artifact(path, {"settings": wanted}, format="cdt_lens.run", version=1)
-    wait_for_all()
+    keep_settings(run)
     return run
 
 
+def keep_settings(run: Run) -> None:
+    """Write `run.json`, with which a run directory can be opened, from one process."""
+    if is_main():
+        settings = {"settings": asdict(run.settings)}
+        save_artifact(run.path("run.json"), settings, format="cdt_lens.run", version=1)
+    wait_for_all()
+
+
 def open_run(folder: str | Path, say: Say) -> Run:
-    """Open a run directory that `discover` has made.
+    """Open a run directory that `discover`, `compare` or the discovery of a transfer has made.
+
+    Args:
+        folder: The run directory.
+        say: Takes one line of progress.
 
     Raises:
-        InputError: the folder holds no run.
+        InputError: The folder holds no run.
     """
     path = Path(folder) / "run.json"
     if not path.exists():
-        raise InputError(f"{folder}: holds no run (no run.json); make one with cdt-lens discover")
+        raise InputError(f"{folder}: holds no run (no run.json); {_how_to_make(Path(folder))}")
     body, _ = load_artifact(path, format="cdt_lens.run", version=1)
     return _open(Path(folder), Settings.from_dict(body["settings"]), say)
+
+
+def _how_to_make(folder: Path) -> str:
+    if (folder.parent / "transfer.json").exists():
+        return (
+            "it is the discovery of a transfer by an earlier version; give the command that made "
+            "it (cdt-lens transfer or demo) again, which keeps what is finished and writes the file"
+        )
+    return "make one with cdt-lens discover"
 
 
 def _open(folder: Path, settings: Settings, say: Say) -> Run:
@@ -111,16 +131,11 @@ def _open(folder: Path, settings: Settings, say: Say) -> Run:
 
 
 def _check_size(run: Run) -> None:
-    """Refuse an impossible circuit size before the sweep, not after it."""
-    k, fraction = run.settings.k, run.settings.fraction
-    view = view_of(run.model)
+    """Refuse more heads than the model has before the sweep, not after it."""
+    k, view = run.settings.k, view_of(run.model)
     heads = view.n_layers * view.n_heads
-    if k is not None and fraction is not None:
-        raise InputError("circuit size: expected k or fraction, got both")
-    if k is not None and not 0 < k <= heads:
-        raise InputError(f"k={k}: the model has {heads} heads")
-    if fraction is not None and not 0 < fraction <= 1:
-        raise InputError(f"fraction={fraction}: expected more than 0 and at most 1")
+    if k is not None and k > heads:
+        raise InputError(f"k={k}: the model has {heads} heads; choose at most as many")
 
 
 def check_run_model(run: Run, provenance: Any, name: str) -> None:

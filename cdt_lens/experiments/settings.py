@@ -1,136 +1,146 @@
-"""One task in several languages, as a transfer experiment needs it."""
+"""The settings of discover, compare and transfer.
+
+Each setting has its name, type, limits, default and description here, once: the keys of `run.json`
+and of a transfer's TOML file, and the options of the command line, are read from these fields. The
+module imports neither torch nor TransformerLens, so that the command line starts at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any
 
-import torch
+from pydantic import Field
 
-from cdt_lens.circuits.head_scores import Ranking
+from cdt_lens.core.checked import Checked, from_values
+from cdt_lens.core.choices import (
+    DEFAULT_RULES,
+    Backend,
+    Direction,
+    Dtype,
+    Preset,
+    Ranking,
+    Slots,
+)
 from cdt_lens.core.errors import InputError
-from cdt_lens.core.kept import Say
-from cdt_lens.decomposition.baseline import Slots
-from cdt_lens.decomposition.rules import DEFAULT_RULES
-from cdt_lens.experiments.transfer_config import TaskSettings
-from cdt_lens.models.loading import Backend, load_model
-from cdt_lens.tasks.datasets import load_task, task_from_files
-from cdt_lens.tasks.metrics import Direction
-from cdt_lens.tasks.task import Task, drawn
+
+# The sizes of train, valid and test. A file holds them as a list.
+Sizes = Annotated[tuple[int, int, int], Field(strict=False)]
 
 
-def make_language(settings: TaskSettings, language: str, tokenizer: Any) -> Task:
-    """The task in one language.
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Checked):
+    """Which model is loaded, and how."""
 
-    Raises:
-        InputError: data that cannot be read, or files that are not named.
-    """
-    if settings.name == "files":
-        if language not in settings.files or settings.template is None or not settings.verbalizer:
-            raise InputError(
-                f"task files: expected [task.files.{language}] with train, valid and test, and in "
-                "[task] a template and a verbalizer word for each label"
-            )
-        return task_from_files(
-            settings.files[language], tokenizer=tokenizer, template=settings.template,
-            verbalizer=settings.verbalizer, label_column=settings.label_column,
-            name=f"files/{language}", seed=settings.seed,
-        )  # fmt: skip
-    return load_task(
-        settings.name, language, tokenizer=tokenizer, folder=settings.data,
-        template=settings.template, verbalizer=settings.verbalizer or None, n=settings.sizes,
-        seed=settings.seed,
-    )  # fmt: skip
+    model: Annotated[str, Field(description="Hub name, Hugging Face folder or .gguf file.")]
+    backend: Annotated[Backend, Field(description="TransformerLens class to load it as.")] = "auto"
+    device: Annotated[
+        str | None, Field(description="Device, such as cuda or cpu; the default is a GPU if any.")
+    ] = None
+    dtype: Annotated[Dtype, Field(description="Number type of the weights.")] = "float32"
 
 
-def with_train(task: Task, n: int | None, seed: int) -> Task:
-    """The task with `n` of its training examples, drawn by the seed, in the order of the data."""
-    if n is None or n >= len(task.train):
-        return task
-    return replace(task, train=drawn(task.train, n, seed))
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Checked):
+    """How the examples of a task are made."""
+
+    data: Annotated[
+        str | None, Field(description="Folder with the data sets; the default is the hub.")
+    ] = None
+    template: Annotated[
+        str | None,
+        Field(description=r'Prompt with the columns in braces, such as "{text}\nSentiment:".'),
+    ] = None
+    verbalizer: Annotated[
+        dict[str, str], Field(description="The word of one token that stands for each label.")
+    ] = field(default_factory=dict)
+    label_column: Annotated[str, Field(description="Column that holds the label.")] = "label"
+    sizes: Annotated[
+        Sizes | None, Field(description="Sizes of train, valid and test of generated data.")
+    ] = None
+    seed: Annotated[int, Field(ge=0, description="Seed of every random draw.")] = 0
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a discovery run does; all of it is kept in `run.json`.
+@dataclass(frozen=True, kw_only=True)
+class CircuitSettings(Checked):
+    """How heads are scored and a circuit is selected."""
 
-    model: hub name, folder or GGUF file; task and language: see `datasets.load_task`, or "files"
-    with `files` by split, `template` and `verbalizer`; examples: scored, balanced over labels;
-    baseline_examples: averaged (None: as many as can be balanced); k or fraction: circuit size.
-    """
+    examples: Annotated[
+        int, Field(ge=1, description="Number of examples to score, balanced over the labels.")
+    ] = 48
+    baseline_examples: Annotated[
+        int | None,
+        Field(
+            ge=1, description="Number of examples to average for the baseline; default: all of "
+            "the training split.",
+        ),
+    ] = None  # fmt: skip
+    k: Annotated[int | None, Field(ge=1, description="Number of heads in the circuit.")] = None
+    fraction: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="Share of all heads in the circuit; default: 0.1."),
+    ] = None
+    by: Annotated[
+        Ranking, Field(description="Rank heads by the magnitude or by the signed score.")
+    ] = "signed"
+    rules: Annotated[Preset, Field(description="Propagation rules.")] = DEFAULT_RULES
+    positions: Annotated[
+        Slots, Field(description="Positions that share one mean in the baseline.")
+    ] = "answer"
+    batch_size: Annotated[int, Field(ge=1, description="Number of examples per batch.")] = 16
+    rows: Annotated[
+        int | None,
+        Field(
+            ge=1, description="Number of rows (sources x examples) per pass; the default depends "
+            "on the length of the prompts.",
+        ),
+    ] = None  # fmt: skip
 
-    model: str
-    task: str
-    language: str | None = None
-    data: str | None = None
-    files: Mapping[str, str] = field(default_factory=dict)
-    template: str | None = None
-    verbalizer: Mapping[str, str] = field(default_factory=dict)
-    label_column: str = "label"
-    shots: int = 0
-    calibrate: bool = False
-    backend: Backend = "auto"
-    device: str | None = None
-    dtype: str = "float32"
-    rules: str = DEFAULT_RULES
-    positions: Slots = "answer"
-    direction: Direction = "mean"
-    examples: int = 48
-    baseline_examples: int | None = None
-    k: int | None = None
-    fraction: float | None = None
-    by: Ranking = "signed"
-    batch_size: int = 16
-    rows: int | None = None
-    seed: int = 0
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k is not None and self.fraction is not None:
+            raise InputError("circuit size: expected k or fraction, got both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(ModelSettings, DataSettings, CircuitSettings):
+    """The settings of one run on one task in one language; all of them are kept in `run.json`."""
+
+    task: Annotated[
+        str,
+        Field(
+            description="nusax-senti, xnli, ioi, greater-than, gendered-pronoun, pseudo-sentiment, "
+            "or files for files of your own."
+        ),
+    ] = "nusax-senti"
+    language: Annotated[
+        str | None, Field(description="Language, such as english or javanese; of xnli, en or fr.")
+    ] = None
+    files: Annotated[
+        dict[str, str], Field(description="Path of the file of each split, for the task files.")
+    ] = field(default_factory=dict)
+    shots: Annotated[
+        int, Field(ge=0, description="Number of solved examples before every prompt.")
+    ] = 0
+    calibrate: Annotated[
+        bool, Field(description="Subtract the label prior before accuracy is measured.")
+    ] = False
+    direction: Annotated[
+        Direction,
+        Field(description="Contrast the answer with the mean or the strongest of other labels."),
+    ] = "mean"
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Settings:
-        """The inverse of `dataclasses.asdict`.
+        """Return the settings that `dataclasses.asdict` gave as `values`.
 
         Raises:
-            InputError: a name that is no setting.
+            InputError: A name that is no setting, or a value that its type does not allow.
         """
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise InputError(f"settings: unknown {', '.join(unknown)}; this cdt_lens may be older")
-        return cls(**values)
+        return from_values(cls, values, "settings")
 
 
-def load_for(settings: Settings, say: Say) -> Any:
-    """The model that `settings` name.
-
-    Raises:
-        InputError: an unknown dtype, or a model that cannot be loaded.
-    """
-    dtype = getattr(torch, settings.dtype, None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise InputError(f"dtype={settings.dtype!r}: expected float32, bfloat16 or float64")
-    say(f"loading {settings.model}")
-    return load_model(settings.model, backend=settings.backend, device=settings.device, dtype=dtype)
-
-
-def make_task(settings: Settings, tokenizer: Any) -> Task:
-    """The task that `settings` name.
-
-    Raises:
-        InputError: an unknown task, files that cannot be read, or words of several tokens.
-    """
-    if settings.task == "files" or settings.files:
-        if not settings.files or settings.template is None or not settings.verbalizer:
-            raise InputError(
-                "task files: expected a file for train (and valid, test), a template with the "
-                'columns in braces, and a verbalizer word for each label, such as positive=" good"'
-            )
-        return task_from_files(
-            settings.files, tokenizer=tokenizer, template=settings.template,
-            verbalizer=settings.verbalizer, label_column=settings.label_column,
-            shots=settings.shots, seed=settings.seed,
-        )  # fmt: skip
-    return load_task(
-        settings.task, settings.language, tokenizer=tokenizer, folder=settings.data,
-        template=settings.template, verbalizer=settings.verbalizer or None,
-        shots=settings.shots, seed=settings.seed,
-    )  # fmt: skip
+def values_of(settings: object, part: type) -> dict[str, Any]:
+    """Return by name the values of `settings` for the fields of `part`, one of its bases."""
+    return {field.name: getattr(settings, field.name) for field in fields(part)}

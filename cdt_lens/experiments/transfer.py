@@ -33,9 +33,9 @@ from cdt_lens.core.kept import Kept, as_json, difference, key_of
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import is_main, wait_for_all
 from cdt_lens.experiments.discovery import curve_fits, discover, judged_on, load_baseline, measure
-from cdt_lens.experiments.runs import Run
+from cdt_lens.experiments.inputs import make_task, with_train
+from cdt_lens.experiments.runs import Run, keep_settings
 from cdt_lens.experiments.scope_choices import choices
-from cdt_lens.experiments.settings import Settings, make_language, with_train
 from cdt_lens.experiments.transfer_cells import Cells
 from cdt_lens.experiments.transfer_config import TransferConfig
 from cdt_lens.finetuning.export import export
@@ -245,7 +245,7 @@ class Transfer:
         return self._tasks(self.model.tokenizer)
 
     def _tasks(self, tokenizer: Any) -> dict[str, Task]:
-        return {name: make_language(self.config.task, name, tokenizer) for name in self.languages}
+        return {name: make_task(self.config.settings(name), tokenizer) for name in self.languages}
 
     @property
     def source(self) -> Task:
@@ -256,13 +256,7 @@ class Transfer:
     @cached_property
     def discovery(self) -> Run:
         """The discovery run of the proxy model on the source language."""
-        d, task = self.config.discovery, self.config.task
-        settings = Settings(
-            model=self.proxy, task=task.name, language=task.source, data=task.data,
-            examples=d.examples, baseline_examples=d.baseline_examples, k=d.k,
-            fraction=d.fraction, by=d.by, rules=d.rules, positions=d.positions,
-            batch_size=d.batch_size, rows=d.rows, seed=task.seed, dtype=self.config.dtype,
-        )  # fmt: skip
+        settings = self.config.settings(self.config.task.source, model=self.proxy)
         return Run(self.folder / "discovery", settings, self.model, self.source)
 
     @property
@@ -271,7 +265,8 @@ class Transfer:
         return Circuit.load(self.discovery.path("circuit.json"))
 
     def _discover(self) -> None:
-        """Make baseline, scores, circuit and faithfulness, or keep what is there already."""
+        """Make baseline, scores, circuit and faithfulness, or keep existing ones."""
+        keep_settings(self.discovery)
         _, scores, _ = discover(self.discovery, self.say)
         d, curve = self.config.discovery, self.curve()
         data = judged_on(self.discovery, "valid", d.faithfulness_examples)
@@ -334,7 +329,10 @@ class Transfer:
             scopes=config.transfer.scopes,
             cells=table([cell["row"] for cell in cells], CELL_COLUMNS),
             before=table(before, BEFORE_COLUMNS),
-            chance=self.cells.judged(self.tasks[config.task.targets[0]]).chance,
+            chance={
+                target: self.cells.judged(self.tasks[target]).chance
+                for target in config.task.targets
+            },
             auto=table(choices(config, self.tasks, before, cells), AUTO_COLUMNS),
             discovery=facts,
             settings=as_json(config.to_dict()),

@@ -19,7 +19,7 @@ from cdt_lens.core.artifacts import remove_artifact
 from cdt_lens.core.errors import NonFiniteError
 from cdt_lens.core.kept import Kept, file_name
 from cdt_lens.core.processes import is_main
-from cdt_lens.experiments.settings import with_train
+from cdt_lens.experiments.inputs import with_train
 from cdt_lens.experiments.transfer_config import TransferConfig
 from cdt_lens.finetuning.answer_pass import AnswerPass
 from cdt_lens.finetuning.finetune import drop_stale_checkpoint, finetune

@@ -16,157 +16,181 @@ targets = ["indonesian", "javanese"]
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field
 
+from cdt_lens.core.checked import Checked, check_names, from_values
+from cdt_lens.core.choices import Backend, Preset, Ranking
 from cdt_lens.core.errors import InputError, did_you_mean
-from cdt_lens.decomposition.rules import PRESETS
+from cdt_lens.experiments.settings import (
+    CircuitSettings,
+    DataSettings,
+    ModelSettings,
+    Settings,
+    values_of,
+)
 from cdt_lens.finetuning.options import SCOPES, TrainingOptions
 
+# A file holds them as a list.
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
+Rate = Annotated[float, Field(gt=0)]
 
-@dataclass(frozen=True)
-class TaskSettings:
-    """The task in its source language and in its targets.
 
-    files: by language, then split, for `name = "files"`; sizes: of train, valid and test where the
-    data are generated; test_examples: how many test examples to judge on (None: all).
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings(DataSettings):
+    """[task]: the task in its source language and in its targets.
+
+    Args:
+        name: The task, as for `Settings.task`.
+        source: The proxy language.
+        targets: The languages to adapt to.
+        files: Paths by language and split, for the task "files".
+        test_examples: Number of test examples to judge on; None takes all.
     """
 
     name: str
     source: str
-    targets: tuple[str, ...]
-    data: str | None = None
-    template: str | None = None
-    verbalizer: dict[str, str] = field(default_factory=dict)
-    label_column: str = "label"
+    targets: Names
     files: dict[str, dict[str, str]] = field(default_factory=dict)
-    sizes: tuple[int, int, int] | None = None
-    test_examples: int | None = None
-    seed: int = 0
+    test_examples: Annotated[int | None, Field(ge=1)] = None
 
     def __post_init__(self) -> None:
-        _at_least(1, test_examples=self.test_examples)
-        _at_least(0, seed=self.seed)
+        super().__post_init__()
+        _check_once("targets", self.targets)
+        if self.source in self.targets:
+            raise InputError(f"targets: {self.source!r} is the source; name other languages")
 
 
-@dataclass(frozen=True)
-class ProxySettings:
-    """The proxy stage. checkpoint: a model that has done it already; examples: of the source."""
+@dataclass(frozen=True, kw_only=True)
+class ProxySettings(Checked):
+    """[proxy]: the stage that fine-tunes the model on the source language.
+
+    Args:
+        checkpoint: A model that is fine-tuned already; the stage is then left out.
+        examples: Number of training examples of the source; None takes all.
+        training: The training options.
+    """
 
     checkpoint: str | None = None
-    examples: int | None = None
+    examples: Annotated[int | None, Field(ge=1)] = None
     training: TrainingOptions = field(default_factory=lambda: TrainingOptions(epochs=2))
 
-    def __post_init__(self) -> None:
-        _at_least(1, examples=self.examples)
 
+@dataclass(frozen=True, kw_only=True)
+class DiscoverySettings(CircuitSettings):
+    """[discovery]: how the circuit is found, and how its faithfulness is measured.
 
-@dataclass(frozen=True)
-class DiscoverySettings:
-    """How the circuit is found and its faithfulness measured; see `runs.Settings`."""
+    Args:
+        faithfulness_examples: Number of validation examples to measure faithfulness on.
+        draws: Number of random circuits of each kind and size.
+    """
 
-    examples: int = 48
-    baseline_examples: int | None = None
-    k: int | None = None
-    fraction: float | None = None
     # Not the defaults of `discover`: heads to train may matter either way, and nothing that was
     # measured speaks against it (docs/results/adaptation.md).
-    by: Literal["magnitude", "signed"] = "magnitude"
-    rules: str = "stable"
-    positions: Literal["answer", "pooled", "right", "left"] = "answer"
-    faithfulness_examples: int = 24
-    draws: int = 3
-    batch_size: int = 16
-    rows: int | None = None
-
-    def __post_init__(self) -> None:
-        _at_least(
-            1, examples=self.examples, baseline_examples=self.baseline_examples, k=self.k,
-            faithfulness_examples=self.faithfulness_examples, draws=self.draws,
-            batch_size=self.batch_size, rows=self.rows,
-        )  # fmt: skip
-        if self.k is not None and self.fraction is not None:
-            raise InputError("circuit size: expected k or fraction, got both")
-        if self.fraction is not None and not 0 < self.fraction <= 1:
-            raise InputError(f"fraction={self.fraction}: expected more than 0 and at most 1")
-        if self.rules not in PRESETS:
-            raise InputError(
-                f"rules={self.rules!r}: expected one of {', '.join(PRESETS)}"
-                f"{did_you_mean(self.rules, PRESETS)}"
-            )
+    by: Ranking = "magnitude"
+    rules: Preset = "stable"
+    faithfulness_examples: Annotated[int, Field(ge=1)] = 24
+    draws: Annotated[int, Field(ge=1)] = 3
 
 
-@dataclass(frozen=True)
-class TransferSettings:
-    """Scopes x targets x seeds. examples: of each target (None: all); race_epochs: of the `race`
-    rule; save_adapters: keep the adapters of the head scopes and of `norms`."""
+@dataclass(frozen=True, kw_only=True)
+class TransferSettings(Checked):
+    """[transfer]: the runs, one for each scope, target and seed.
 
-    scopes: tuple[str, ...] = ("full", "decision", "near-zero", "random", "norms", "lora")
-    seeds: tuple[int, ...] = (0,)
-    examples: int | None = None
-    race_epochs: int = 1
-    learning_rates: dict[str, float] = field(default_factory=dict)
+    Args:
+        scopes: The scopes to train.
+        seeds: The seeds to train each scope with.
+        examples: Number of training examples of each target; None takes all.
+        race_epochs: Number of epochs after which the race rule chooses a scope.
+        learning_rates: Peak learning rates by scope; the others take that of `training`.
+        save_adapters: Whether the adapters of the head scopes and of `norms` are kept.
+        training: The training options.
+    """
+
+    scopes: Names = ("full", "decision", "near-zero", "random", "norms", "lora")
+    seeds: Seeds = (0,)
+    examples: Annotated[int | None, Field(ge=1)] = None
+    race_epochs: Annotated[int, Field(ge=1)] = 1
+    learning_rates: dict[str, Rate] = field(default_factory=dict)
     save_adapters: bool = True
     training: TrainingOptions = field(default_factory=TrainingOptions)
 
     def __post_init__(self) -> None:
-        _at_least(1, examples=self.examples, race_epochs=self.race_epochs)
-        for seed in self.seeds:
-            _at_least(0, seeds=seed)
-        wrong = {s: r for s, r in self.learning_rates.items() if not r > 0}
-        if wrong:
-            raise InputError(f"learning_rates: expected numbers above 0, got {wrong}")
+        super().__post_init__()
+        _check_once("scopes", self.scopes)
+        _check_once("seeds", self.seeds)
+        for scope in (*self.scopes, *self.learning_rates):
+            if scope not in SCOPES:
+                raise InputError(
+                    f"scope {scope!r}: unknown{did_you_mean(scope, SCOPES)}; expected some of "
+                    f"{', '.join(SCOPES)}"
+                )
         if self.training.seed:
-            raise InputError(f"seed={self.training.seed}: expected seeds = [{self.training.seed}]")
+            seed = self.training.seed
+            raise InputError(f"[transfer] has no option `seed`; write `seeds = [{seed}]`")
 
 
-@dataclass(frozen=True)
-class TransferConfig:
-    """A whole transfer experiment."""
+@dataclass(frozen=True, kw_only=True)
+class TransferConfig(ModelSettings):
+    """A whole transfer experiment.
 
-    model: str
+    Args:
+        model: The base model: hub name, Hugging Face folder or .gguf file.
+        backend: TransformerLens class to load it as.
+        device: Device, such as cuda or cpu.
+        dtype: Number type of the weights.
+        task: The task in its source language and in its targets.
+        proxy: The stage that fine-tunes the model on the source language.
+        discovery: How the circuit is found, and how its faithfulness is measured.
+        transfer: The runs, one for each scope, target and seed.
+    """
+
+    backend: Backend = "bridge"
     task: TaskSettings
     proxy: ProxySettings = field(default_factory=ProxySettings)
     discovery: DiscoverySettings = field(default_factory=DiscoverySettings)
     transfer: TransferSettings = field(default_factory=TransferSettings)
-    backend: Literal["auto", "hooked", "bridge"] = "bridge"
-    device: str | None = None
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-
-    def __post_init__(self) -> None:
-        for scope in (*self.transfer.scopes, *self.transfer.learning_rates):
-            if scope not in SCOPES:
-                raise InputError(
-                    f"transfer scope {scope!r}: unknown{did_you_mean(scope, SCOPES)}; expected "
-                    f"some of {', '.join(SCOPES)}"
-                )
-        for name, values in (
-            ("transfer.scopes", self.transfer.scopes),
-            ("transfer.seeds", self.transfer.seeds),
-            ("task.targets", self.task.targets),
-        ):
-            if not values or len(set(values)) < len(values):
-                raise InputError(f"{name}: expected at least one, each once; got {list(values)}")
-        if self.task.source in self.task.targets:
-            raise InputError(
-                f"task.targets: {self.task.source!r} is the source; name other languages"
-            )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested values."""
+        """Return the settings as plain nested values."""
         return asdict(self)
+
+    def settings(self, language: str, *, model: str | None = None) -> Settings:
+        """Return the settings of a discovery run on the task in one language.
+
+        Args:
+            language: The source or a target.
+            model: The model of the run; None takes the base model.
+
+        Raises:
+            InputError: The task is "files", and no files are named for the language.
+        """
+        task = self.task
+        if task.name == "files" and language not in task.files:
+            raise InputError(
+                f"task files: expected [task.files.{language}] with train, valid and test, and in "
+                "[task] a template and a verbalizer word for each label"
+            )
+        values = values_of(self, ModelSettings) | values_of(task, DataSettings)
+        values |= values_of(self.discovery, CircuitSettings) | {"model": model or self.model}
+        files = task.files[language] if task.name == "files" else {}
+        return Settings(task=task.name, language=language, files=files, **values)
 
 
 def read_config(path: str | Path) -> TransferConfig:
-    """The configuration in a TOML file.
+    """Read the configuration in a TOML file.
+
+    Args:
+        path: The file; benchmarks/nusax.toml shows the keys.
 
     Raises:
-        InputError: no such file, not TOML, or a key or value that does not belong; the message
-            names the place.
+        InputError: The file cannot be read, is not TOML, or holds a key or value that does not
+            belong; the message names the section.
     """
     path = Path(path)
     try:
@@ -178,64 +202,50 @@ def read_config(path: str | Path) -> TransferConfig:
     return config_of(values, where=str(path))
 
 
+_SECTIONS: Mapping[str, type] = {
+    "task": TaskSettings, "proxy": ProxySettings, "discovery": DiscoverySettings,
+    "transfer": TransferSettings,
+}  # fmt: skip
+
+
 def config_of(values: Mapping[str, Any], *, where: str = "settings") -> TransferConfig:
-    """The configuration in nested values, such as `TransferConfig.to_dict` gives.
+    """Make a configuration of nested values, such as `TransferConfig.to_dict` gives.
+
+    Args:
+        values: The keys of the file, and a mapping for each section.
+        where: The file that the values are from, for error messages.
 
     Raises:
-        InputError: a key or value that does not belong.
+        InputError: A key or value that does not belong.
     """
-    sections = {"task": TaskSettings, "proxy": ProxySettings, "discovery": DiscoverySettings}
-    sections["transfer"] = TransferSettings
     filled = dict(values)
-    for name, kind in sections.items():
+    for name, kind in _SECTIONS.items():
         section = filled.get(name, {})
         if not isinstance(section, Mapping):
             raise InputError(f"{where}: {name}: expected a section [{name}], got {section!r}")
-        place = f"{where}: [{name}]"
-        filled[name] = _checked(kind, _with_training(kind, section, place), place)
-    return _checked(TransferConfig, filled, where)
+        at = f"{where}: [{name}]"
+        if "training" in {item.name for item in fields(kind)}:
+            section = _with_training(kind, section, at)
+        filled[name] = from_values(kind, section, at)
+    return from_values(TransferConfig, filled, where)
 
 
-def _with_training(kind: Any, section: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Keys of the section's own, and the rest as its training options."""
-    own = {f.name for f in fields(kind)}
-    if "training" not in own:
-        return dict(section)
-    options = {f.name for f in fields(TrainingOptions)}
+def _with_training(kind: type, section: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Gather the keys of a section that are training options; the rest keep their defaults."""
+    own = {item.name for item in fields(kind)} - {"training"}
+    options = {item.name for item in fields(TrainingOptions)}
+    check_names([name for name in section if name != "training"], own | options, where)
     nested = section.get("training", {})
     if not isinstance(nested, Mapping):
         raise InputError(f"{where}: training: expected a section, got {nested!r}")
-    # What is not given keeps the section's own default.
-    given = asdict(kind().training) | dict(nested)
-    for name in nested:
-        TrainingOptions().changed(**{name: nested[name]})
-    given |= {key: value for key, value in section.items() if key in options}
-    kept = {k: v for k, v in section.items() if k not in options and k != "training"}
-    return kept | {"training": given}
-
-
-def _at_least(low: int, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < low:
-            raise InputError(f"{name}={value}: expected at least {low}")
-
-
-def _checked(kind: Any, values: Mapping[str, Any], where: str) -> Any:
-    known = {f.name for f in fields(kind)}
-    if "training" in known:
-        known |= {f.name for f in fields(TrainingOptions)}
-    for key in values:
-        if key not in known:
-            raise InputError(
-                f"{where}: unknown key {key!r}{did_you_mean(key, known)}; the keys are "
-                f"{', '.join(sorted(known - {'training'}))}"
-            )
+    loose = {name: section[name] for name in section if name in options}
     try:
-        return TypeAdapter(kind).validate_python(dict(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = "".join(f"{part}: " for part in (".".join(map(str, first["loc"])),) if part)
-        if first["type"] == "value_error":  # one of ours, from a __post_init__
-            raise InputError(f"{where}: {place}{first['ctx']['error']}") from error
-        got = "" if first["type"] == "missing" else f", got {first['input']!r}"
-        raise InputError(f"{where}: {place}{first['msg']}{got}") from error
+        training = kind().training.changed(**{**nested, **loose})
+    except InputError as error:
+        raise InputError(f"{where}: training: {error}") from error
+    return {name: section[name] for name in section if name in own} | {"training": training}
+
+
+def _check_once(name: str, values: Sequence[object]) -> None:
+    if not values or len(set(values)) < len(values):
+        raise InputError(f"{name}: expected at least one, each once; got {list(values)}")

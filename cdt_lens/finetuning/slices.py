@@ -12,20 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cdt_lens.core.choices import KeyValue, Norms
 from cdt_lens.core.errors import InputError, UnsupportedModelError
 from cdt_lens.models.heads import Head, check_heads
 from cdt_lens.models.support import output_site
 from cdt_lens.models.view import ModelView
 from cdt_lens.models.weights import holders, is_norm, own_weights, place
 
-KeyValue = Literal["shared", "skip", "groups"]
-Norms = Literal["all", "circuit", "none"]
 # Each role with the site whose activation its slice makes.
 QUERY_ROLES = ("W_Q", "b_Q", "W_O")
 KEY_VALUE_ROLES = ("W_K", "b_K", "W_V", "b_V")

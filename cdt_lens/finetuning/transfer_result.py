@@ -34,7 +34,8 @@ class TransferResult(Saved):
 
     cells: one row a (target, scope, seed), measured on the test split: accuracy and macro-F1 of the
     target; source_accuracy after the transfer and retention (after / before); before: the proxy
-    checkpoint untouched, a row a language; chance: accuracy of always giving the commonest label;
+    checkpoint untouched, a row a language; chance: for each target, the accuracy of always giving
+    its commonest label (files of 0.3 hold that of the first target alone);
     auto: what the rules for choosing a scope chose, and whether that was the better one.
     """
 
@@ -44,7 +45,7 @@ class TransferResult(Saved):
     scopes: tuple[str, ...]
     cells: pd.DataFrame = field(repr=False)
     before: pd.DataFrame = field(repr=False)
-    chance: float
+    chance: Mapping[str, float]
     auto: pd.DataFrame = field(repr=False)
     discovery: Mapping[str, Any] = field(default_factory=dict, repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -102,7 +103,7 @@ class TransferResult(Saved):
     def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         body: dict[str, Any] = {
             "task": self.task, "proxy": self.proxy, "targets": list(self.targets),
-            "scopes": list(self.scopes), "chance": self.chance,
+            "scopes": list(self.scopes), "chance": dict(self.chance),
             "discovery": dict(self.discovery), "settings": dict(self.settings),
             "provenance": None if self.provenance is None else self.provenance.to_dict(),
         }  # fmt: skip
@@ -113,11 +114,17 @@ class TransferResult(Saved):
         provenance = body["provenance"]
         return cls(
             task=body["task"], proxy=body["proxy"], targets=tuple(body["targets"]),
-            scopes=tuple(body["scopes"]), chance=body["chance"],
+            scopes=tuple(body["scopes"]), chance=_chance(body),
             discovery=body["discovery"], settings=body["settings"],
             provenance=None if provenance is None else Provenance.from_dict(provenance),
             **{name: _from_json(body[name]) for name in _TABLES},
         )  # fmt: skip
+
+
+def _chance(body: Mapping[str, Any]) -> dict[str, float]:
+    told = body["chance"]
+    # 0.3 kept one number, the first target's.
+    return dict(told) if isinstance(told, Mapping) else {body["targets"][0]: float(told)}
 
 
 def _to_json(values: pd.DataFrame) -> dict[str, Any]:

@@ -11,18 +11,17 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from cdt_lens.core.choices import Backend
 from cdt_lens.core.errors import InputError, UnsupportedModelError
 from cdt_lens.models.hugging_face import first_line, load_hugging_face, third_party_noise_off
 from cdt_lens.models.support import check_supported
 from cdt_lens.models.view import is_model, view_of
-
-Backend = Literal["auto", "hooked", "bridge"]
 
 # Families that HookedTransformer 3.9 reads right from any folder (measured against Hugging Face).
 _HOOKED_FAMILIES = frozenset(

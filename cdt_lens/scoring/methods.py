@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.core.choices import Direction
 from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.core.passes import Passes
 from cdt_lens.decomposition.baseline import Baseline, check_baseline
@@ -39,7 +40,7 @@ from cdt_lens.models.provenance import hashed_once, provenance_of
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.scoring.one_pass import one_pass
 from cdt_lens.scoring.sweep import collect_scores, score_heads
-from cdt_lens.tasks.metrics import Direction, task_direction
+from cdt_lens.tasks.metrics import task_direction
 from cdt_lens.tasks.task import Examples, require_examples
 
 IG_STEPS = 5

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.core.choices import Direction
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import gather_items
@@ -35,7 +36,6 @@ from cdt_lens.decomposition.slopes import Slopes, resolve_slopes
 from cdt_lens.models.provenance import hashed_once, provenance_of
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.scoring.sweep import collect_scores, recorded_options
-from cdt_lens.tasks.metrics import Direction
 from cdt_lens.tasks.task import Examples, require_examples
 
 

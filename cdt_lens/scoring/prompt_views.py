@@ -15,11 +15,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cdt_lens.core import display
+from cdt_lens.core.choices import DEFAULT_RULES
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.decompose import Node, decompose
-from cdt_lens.decomposition.rules import DEFAULT_RULES, Rules
+from cdt_lens.decomposition.rules import Rules
 from cdt_lens.models.heads import Head, check_heads
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.metrics import task_direction

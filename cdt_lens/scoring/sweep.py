@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cdt_lens.circuits.head_scores import HeadScores, label_index
+from cdt_lens.core.choices import DEFAULT_RULES, Direction
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.kept import Kept
 from cdt_lens.core.passes import Passes
@@ -29,12 +30,11 @@ from cdt_lens.core.processes import gather_items, shard
 from cdt_lens.decomposition.baseline import Baseline, check_baseline
 from cdt_lens.decomposition.decompose import irrelevant_logits
 from cdt_lens.decomposition.propagate import Propagator
-from cdt_lens.decomposition.rules import DEFAULT_RULES, Rules, resolve_rules
+from cdt_lens.decomposition.rules import Rules, resolve_rules
 from cdt_lens.models.heads import Head, all_heads, check_heads
 from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.metrics import (
-    Direction,
     balanced_mean,
     balanced_stderr,
     strongest_competitor,

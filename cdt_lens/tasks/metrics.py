@@ -13,14 +13,12 @@ Functions of logits take the logits of the candidates, `[..., batch, k]`, and th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Direction = Literal["mean", "strongest"]
-Metric = Literal["direction", "accuracy", "balanced_accuracy"]
+from cdt_lens.core.choices import Metric
 
 
 def task_direction(

@@ -15,7 +15,7 @@ from cdt_lens.cli import app as cli, compare as compare_command, console
 from cdt_lens.comparing import timed_scores as scores_module
 from cdt_lens.comparing.comparison import Comparison, PlantedComparison
 from cdt_lens.core.errors import CdtLensError
-from cdt_lens.experiments import settings
+from cdt_lens.experiments import inputs
 from cdt_lens.planted.catalogue import PLANTED
 
 
@@ -113,7 +113,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 def test_a_mistake_is_told_before_the_model_is_loaded(
     mistake, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(settings, "load_model", None)
+    monkeypatch.setattr(inputs, "load_model", None)
     arguments, told = MISTAKES[mistake]
     with pytest.raises(CdtLensError, match=told):
         run("compare", *of_files(place, tmp_path / "x", *arguments))
@@ -123,7 +123,7 @@ def test_a_mistake_is_told_before_the_model_is_loaded(
 def test_a_task_without_held_out_examples_is_told_before_the_model_is_loaded(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(settings, "load_model", None)
+    monkeypatch.setattr(inputs, "load_model", None)
     with pytest.raises(CdtLensError, match="expected --valid, the file"):
         run("compare", *of_files(place, tmp_path / "x", splits=("train",)))
     for planted, told in (

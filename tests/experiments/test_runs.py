@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.places import ROOT
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_csv, write_task
 
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve
 from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.core.errors import InputError
 from cdt_lens.core.processes import gather_items, is_main, shard, sum_over_processes, wait_for_all
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.experiments import discovery as experiment
-from cdt_lens.experiments.runs import Run, start_run
+from cdt_lens.experiments.runs import Run, open_run, start_run
 from cdt_lens.experiments.settings import Settings
 
 
@@ -118,3 +120,8 @@ def test_a_report_leaves_out_faithfulness_on_other_examples(tmp_path: Path):
     assert not shown(run)
     experiment.measure(run, told.append, split="test", examples=6, draws=1)
     assert shown(run)
+
+
+def test_the_discovery_of_a_transfer_of_0_3_is_refused_with_the_way_to_open_it():
+    with pytest.raises(InputError, match="no run.json.*give the command that made it .* again"):
+        open_run(ROOT / "tests" / "files_0_3" / "transfer" / "discovery", print)

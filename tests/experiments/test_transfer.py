@@ -14,10 +14,14 @@ import torch
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_csv
 from transformers import AutoModelForCausalLM
 
+from cdt_lens.circuits.circuit import Circuit
+from cdt_lens.circuits.faithfulness import FaithfulnessCurve
 from cdt_lens.cli import finetune as commands
 from cdt_lens.core.artifacts import load_artifact, save_artifact
 from cdt_lens.core.errors import InputError, NonFiniteError
 from cdt_lens.experiments import transfer, transfer_cells as cells
+from cdt_lens.experiments.discovery import discover, measure
+from cdt_lens.experiments.runs import open_run
 from cdt_lens.experiments.transfer import run_transfer
 from cdt_lens.experiments.transfer_config import TransferConfig, config_of
 from cdt_lens.finetuning import trainer as training
@@ -114,6 +118,29 @@ def test_every_cell_and_every_file(finished: tuple[TransferResult, Path]):
     assert not list(out.rglob("*checkpoint*")), "a finished cell leaves no checkpoint"
     # The proxy is an ordinary checkpoint.
     AutoModelForCausalLM.from_pretrained(out / "proxy")
+
+
+def test_the_discovery_of_a_transfer_opens_as_a_run(finished: tuple[TransferResult, Path]):
+    """`cdt-lens faithfulness`, `trace` and `report` take its directory, with the same numbers."""
+    _, out = finished
+    run = open_run(out / "discovery", quiet)
+    kept = FaithfulnessCurve.load(run.path("faithfulness.json"))
+    again = measure(run, quiet, examples=6, draws=2)
+    assert torch.equal(again.faithfulness, kept.faithfulness)
+    assert again.provenance.task == kept.provenance.task == "files/source/valid"
+    assert discover(run, quiet)[0].heads == Circuit.load(run.path("circuit.json")).heads
+
+
+def test_each_target_has_its_own_level_of_chance(own: Path):
+    rows = [["w30 w31", "good"]] * 3 + [["w32", "bad"], ["w33", "fine"]]
+    with open(own / "far" / "test.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["text", "label"], *rows])
+    few = {**FEW, "task": {"targets": ["near", "far"]}}
+    result = run_transfer(settings(own, **few), own / "run", quiet, progress=False)
+    assert result.chance == pytest.approx({"near": 1 / 3, "far": 3 / 5})
+    assert transfer_section(result, "s", [result]).facts["Chance (always the commonest label)"] == (
+        "near 0.333, far 0.600"
+    )
 
 
 def test_a_cell_is_the_adapter_on_the_proxy(finished: tuple[TransferResult, Path], place: Path):

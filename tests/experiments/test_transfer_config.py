@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from helpers.checks import unchecked_types
+from helpers.places import ROOT
 
+from cdt_lens.core.artifacts import load_artifact
+from cdt_lens.core.choices import Preset
 from cdt_lens.core.errors import InputError
+from cdt_lens.decomposition.rules import PRESETS
+from cdt_lens.experiments.settings import CircuitSettings, Settings, values_of
 from cdt_lens.experiments.transfer_config import config_of, read_config
 
 LEAST = {"model": "m", "task": {"name": "files", "source": "a", "targets": ["b", "c"]}}
@@ -58,24 +65,33 @@ def test_what_is_kept_in_a_run_reads_back():
     ("change", "told"),
     [
         ({"modle": "x"}, "settings: unknown key 'modle'; did you mean 'model'?"),
-        ({"model": 3}, "settings: model: .*string, got 3"),
-        ({"task": {"name": "files", "source": "a"}}, r"\[task\]: targets: Field required"),
-        ({"task": {"name": "x", "source": "a", "targets": "b"}}, r"\[task\]: targets: .*got 'b'"),
-        ({"task": {"name": "x", "source": "a", "targets": []}}, "task.targets: .*at least one"),
+        ({"model": 3}, "settings: model=3: expected text"),
+        ({"task": {"name": "files", "source": "a"}}, r"\[task\]: targets is missing"),
+        (
+            {"task": {"name": "x", "source": "a", "targets": "b"}},
+            r"\[task\]: targets='b': expected a list",
+        ),
+        (
+            {"task": {"name": "x", "source": "a", "targets": []}},
+            r"\[task\]: targets: .*at least one",
+        ),
         ({"task": {"name": "x", "source": "a", "targets": ["b", "b"]}}, "each once"),
         ({"task": {"name": "x", "source": "a", "targets": ["a"]}}, "'a' is the source"),
         ({"task": 4}, r"task: expected a section \[task\], got 4"),
         ({"proxy": {"epoch": 2}}, r"\[proxy\]: unknown key 'epoch'; did you mean 'epochs'?"),
         ({"proxy": {"epochs": -1}}, r"\[proxy\]: training: epochs=-1: expected .*at least 0"),
-        ({"proxy": {"epochs": "many"}}, r"\[proxy\]: training.epochs: .*integer.*got 'many'"),
+        (
+            {"proxy": {"epochs": "many"}},
+            r"\[proxy\]: training: epochs='many': expected a whole number",
+        ),
         ({"transfer": {"scopes": ["decison"]}}, "'decison': unknown; did you mean 'decision'?"),
         ({"transfer": {"learning_rates": {"loar": 1e-3}}}, "'loar': unknown; did you mean 'lora'?"),
-        ({"transfer": {"seeds": []}}, "transfer.seeds: expected at least one"),
-        ({"dtype": "float16"}, "dtype: .*got 'float16'"),
+        ({"transfer": {"seeds": []}}, r"\[transfer\]: seeds: expected at least one"),
+        ({"dtype": "float16"}, "dtype='float16': expected one of float32, bfloat16, float64"),
     ],
 )
 def test_mistakes_are_named(change: dict[str, object], told: str):
-    with pytest.raises(InputError, match=told):
+    with unchecked_types(), pytest.raises(InputError, match=told):
         config_of(LEAST | change)
 
 
@@ -97,15 +113,23 @@ def test_a_section_keeps_its_own_defaults():
 @pytest.mark.parametrize(
     ("section", "change", "told"),
     [
-        ("discovery", {"k": 0}, "k=0: expected at least 1"),
+        ("discovery", {"k": 0}, "k=0: expected a whole number of at least 1"),
         ("discovery", {"k": 3, "fraction": 0.1}, "expected k or fraction, got both"),
-        ("discovery", {"fraction": 7}, "fraction=7.0: expected more than 0"),
+        ("discovery", {"fraction": 7}, "fraction=7: expected a number above 0 and of at most 1"),
         ("discovery", {"rules": "stabel"}, "rules='stabel': .*did you mean 'stable'?"),
-        ("transfer", {"examples": -1}, "examples=-1: expected at least 1"),
-        ("transfer", {"seeds": [0, -1]}, r"\[transfer\]: seeds=-1: expected at least 0"),
+        ("transfer", {"examples": -1}, "examples=-1: expected a whole number of at least 1"),
+        (
+            "transfer",
+            {"seeds": [0, -1]},
+            r"\[transfer\]: seeds=\[0, -1\]: expected a list; 1: .*greater than or equal to 0",
+        ),
         ("proxy", {"seed": -1}, "seed=-1: expected .*at least 0"),
-        ("transfer", {"seed": 3}, r"seed=3: expected seeds = \[3\]"),
-        ("transfer", {"learning_rates": {"full": 0}}, "learning_rates: expected numbers above 0"),
+        ("transfer", {"seed": 3}, r"\[transfer\] has no option `seed`; write `seeds = \[3\]`"),
+        (
+            "transfer",
+            {"learning_rates": {"full": 0}},
+            "learning_rates=.*; full: Input should be greater than 0",
+        ),
         ("proxy", {"training": {"epohcs": 9}}, "'epohcs': unknown; did you mean 'epochs'?"),
         ("proxy", {"training": 3}, "training: expected a section, got 3"),
     ],
@@ -118,5 +142,56 @@ def test_values_out_of_range_are_told_before_anything_runs(
 
 
 def test_a_negative_seed_of_the_data_is_refused():
-    with pytest.raises(InputError, match=r"\[task\]: seed=-1: expected at least 0"):
+    with pytest.raises(
+        InputError, match=r"\[task\]: seed=-1: expected a whole number of at least 0"
+    ):
         config_of(LEAST | {"task": {**LEAST["task"], "seed": -1}})
+
+
+@pytest.mark.parametrize("name", ["nusax", "nusax-two-ended", "xnli"])
+def test_the_files_of_the_benchmarks_are_read(name: str):
+    config = read_config(ROOT / "benchmarks" / f"{name}.toml")
+    assert config.dtype == "bfloat16" and config.backend == "bridge"
+    assert config.discovery.k == 8 and "decision" in config.transfer.scopes
+
+
+def test_settings_that_0_3_kept_are_those_of_the_same_file_now():
+    old = ROOT / "tests" / "files_0_3"
+    run = load_artifact(old / "run" / "run.json", format="cdt_lens.run", version=1)[0]["settings"]
+    settings = Settings.from_dict(run)
+    assert (settings.task, settings.k, settings.rules) == ("files", 2, "two-ended")
+    kept = load_artifact(
+        old / "transfer" / "transfer.json", format="cdt_lens.transfer_run", version=1
+    )[0]["settings"]
+    now = json.loads(json.dumps(read_config(old / "transfer.toml").to_dict()))
+    now["task"] |= {"targets": [], "files": {}}
+    assert {name: now[name] for name in kept} == kept
+
+
+def test_a_transfer_finds_its_circuit_by_other_rules_than_discover():
+    config = config_of({**LEAST, "task": {**LEAST["task"], "name": "pseudo-sentiment"}})
+    assert (config.discovery.rules, config.discovery.by) == ("stable", "magnitude")
+    assert (Settings(model="m").rules, Settings(model="m").by) == ("two-ended", "signed")
+    ours, theirs = config.settings("b"), Settings(model="m")
+    different = {
+        name
+        for name, value in values_of(ours, CircuitSettings).items()
+        if value != values_of(theirs, CircuitSettings)[name]
+    }
+    assert different == {"rules", "by"}
+
+
+def test_the_presets_that_may_be_named_are_those_that_there_are():
+    assert set(get_args(Preset)) == set(PRESETS)
+
+
+def test_settings_made_in_python_are_checked_as_those_of_a_file():
+    with unchecked_types():
+        for wrong in ({"examples": 0}, {"examples": "3"}, {"fraction": 2}, {"by": "size"}):
+            with pytest.raises(InputError, match=next(iter(wrong))):
+                Settings(model="m", **wrong)
+        assert Settings(model="m", sizes=[1, 2, 3]).sizes == (1, 2, 3)
+    with pytest.raises(
+        InputError, match="settings: unknown key 'exmples'; did you mean 'examples'"
+    ):
+        Settings.from_dict({"model": "m", "exmples": 3})

@@ -63,7 +63,7 @@ def test_a_learning_rate_is_finite_and_above_0(rate):
 
 def test_warmup_is_a_share():
     assert TrainingOptions(warmup=1.0).warmup == 1.0
-    with pytest.raises(InputError, match="warmup=1.5.*share of all steps, 0 to 1"):
+    with pytest.raises(InputError, match="warmup=1.5: expected .*of at least 0.* and of at most 1"):
         TrainingOptions(warmup=1.5)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from helpers.places import ROOT
 
 from cdt_lens.core.errors import ArtifactError
 from cdt_lens.finetuning.transfer_result import (
@@ -32,7 +34,7 @@ def sample(cells: list[dict[str, object]]) -> TransferResult:
         cells=table(cells, CELL_COLUMNS),
         before=table([{"language": "en", "accuracy": 1 / 3, "macro_f1": math.nan,
                        "valid_accuracy": 0.1, "examples": 12}], BEFORE_COLUMNS),
-        chance=0.4, auto=table([], AUTO_COLUMNS), discovery={"heads in the circuit": 3},
+        chance={"0.3": 0.4, "b": 0.25}, auto=table([], AUTO_COLUMNS), discovery={"heads in the circuit": 3},
         settings={"a": {"b": [1, 2]}},
     )  # fmt: skip
 
@@ -71,9 +73,16 @@ def test_round_trip(tmp_path: Path):
         pd.testing.assert_frame_equal(
             getattr(again, name), getattr(result, name), check_dtype=False, check_index_type=False
         )
+    assert again.chance == {"0.3": 0.4, "b": 0.25}
     assert again.targets == result.targets and again.settings == result.settings
     # A target may be called "0.3", and stays text.
     assert again.cells["target"].tolist() == ["0.3"]
+
+
+def test_a_file_of_0_3_holds_the_chance_level_of_its_first_target():
+    path = ROOT / "tests" / "files_0_3" / "transfer" / "result.json"
+    told = json.loads(path.read_text("utf-8"))["chance"]
+    assert TransferResult.load(path).chance == {"near": told}
 
 
 def test_an_unfinished_run_has_an_empty_summary():
@@ -82,6 +91,6 @@ def test_an_unfinished_run_has_an_empty_summary():
 
 def test_damage_is_named(tmp_path: Path):
     path = sample([]).save(tmp_path / "result.json")
-    path.write_text(path.read_text().replace('"chance": 0.4', '"chance": 0.5'))
+    path.write_text(path.read_text().replace('"b": 0.25', '"b": 0.5'))
     with pytest.raises(ArtifactError, match="result.json: damaged"):
         TransferResult.load(path)

@@ -213,7 +213,7 @@ def transfer(
         scopes=scopes,
         cells=table(cells, CELL_COLUMNS),
         before=pd.DataFrame(before, columns=list(BEFORE_COLUMNS)),
-        chance=0.3825,
+        chance={target: 0.3825 + 0.01 * place for place, target in enumerate(targets)},
         auto=choices(targets, seeds),
         discovery={"heads in circuit": 27, "f(C), proxy validation": 0.83, "rule": "magnitude"},
         settings={"examples": 24, "training": {"epochs": 10, "batch_size": 16}, "kv": "share"},

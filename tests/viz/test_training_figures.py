@@ -138,7 +138,10 @@ def test_accuracies_stand_on_the_row_of_their_scope_beside_chance():
     placed = points(figure)
     for index, target in enumerate(result.targets):
         axes = panels(figure)[index]
-        assert lines_at(axes, upright=True) >= {result.chance, result.before["accuracy"][1 + index]}
+        assert lines_at(axes, upright=True) >= {
+            result.chance[target],
+            result.before["accuracy"][1 + index],
+        }
         for place, scope in enumerate(result.scopes):
             expected = runs(result, target, scope)["accuracy"]
             seeds = placed[f"seeds-{index}-{place}"]
@@ -189,7 +192,7 @@ def test_before_the_first_run_the_panels_say_so(figure_of, cells):
 @pytest.mark.parametrize("figure_of", BOTH)
 def test_unknown_references_are_left_out(figure_of):
     result = sample.transfer()
-    draw(figure_of(replace(result, before=result.before.iloc[:0], chance=float("nan"))))
+    draw(figure_of(replace(result, before=result.before.iloc[:0], chance={})))
 
 
 @pytest.mark.parametrize("figure_of", BOTH)

@@ -117,7 +117,7 @@ def _transfer_facts(result: TransferResult) -> dict[str, str]:
         "Targets": f"{len(result.targets)}: {', '.join(result.targets)}",
         "Seeds": ", ".join(map(str, seeds)) or "none yet",
         "Runs finished": f"{done} of {planned}{broken}" if planned else "none yet",
-        "Chance (always the commonest label)": score(result.chance),
+        "Chance (always the commonest label)": _chance(result),
         "Test examples": _test_examples(result),
     }
     chosen = transfer_tables.right_of(result)
@@ -125,6 +125,14 @@ def _transfer_facts(result: TransferResult) -> dict[str, str]:
         right = ", ".join(f"{rule} {words}" for rule, words in chosen.items())
         facts["Automatic choice right"] = right
     return facts
+
+
+def _chance(result: TransferResult) -> str:
+    """Return one number, or one for each target where they differ."""
+    by_target = {target: score(result.chance.get(target, np.nan)) for target in result.targets}
+    if len(set(by_target.values())) == 1:
+        return next(iter(by_target.values()))
+    return ", ".join(f"{target} {value}" for target, value in by_target.items())
 
 
 def _test_examples(result: TransferResult) -> str:

@@ -1,0 +1,23 @@
+"""The choices that users make by name, as types.
+
+The functions, the settings files and the command line all take them from here. The module imports
+nothing heavy, so that the command line starts at once.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Backend = Literal["auto", "hooked", "bridge"]
+Dtype = Literal["float32", "bfloat16", "float64"]
+# The keys of `decomposition.rules.PRESETS`.
+Preset = Literal["two-ended", "shared", "stable", "official", "linear", "ablation"]
+# The rules that found every planted circuit (docs/results/methods.md).
+DEFAULT_RULES: Preset = "two-ended"
+Slots = Literal["answer", "pooled", "right", "left"]
+Direction = Literal["mean", "strongest"]
+Ranking = Literal["signed", "magnitude"]
+Metric = Literal["direction", "accuracy", "balanced_accuracy"]
+KeyValue = Literal["shared", "skip", "groups"]
+Norms = Literal["all", "circuit", "none"]
+Scope = Literal["decision", "near-zero", "random", "random-per-layer", "norms", "full", "lora"]

@@ -1,0 +1,77 @@
+"""The model and the task that settings name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from cdt_lens.core.errors import InputError
+from cdt_lens.core.kept import Say
+from cdt_lens.experiments.settings import Settings
+from cdt_lens.models.loading import load_model
+from cdt_lens.tasks.datasets import load_task, task_from_files
+from cdt_lens.tasks.task import Task, drawn
+
+
+def load_for(settings: Settings, say: Say) -> Any:
+    """Load the model that `settings` name.
+
+    Args:
+        settings: The settings of a run.
+        say: Takes one line of progress.
+
+    Raises:
+        InputError: The model cannot be loaded.
+    """
+    dtype = getattr(torch, settings.dtype)
+    say(f"loading {settings.model}")
+    return load_model(settings.model, backend=settings.backend, device=settings.device, dtype=dtype)
+
+
+def make_task(settings: Settings, tokenizer: Any) -> Task:
+    """Make the task that `settings` name.
+
+    Args:
+        settings: The settings of a run.
+        tokenizer: The tokenizer of the model.
+
+    Raises:
+        InputError: An unknown task, files that are not named or cannot be read, or a verbalizer
+            word of several tokens.
+    """
+    if settings.task == "files" or settings.files:
+        return _task_of_files(settings, tokenizer)
+    return load_task(
+        settings.task, settings.language, tokenizer=tokenizer, folder=settings.data,
+        template=settings.template, verbalizer=settings.verbalizer or None, n=settings.sizes,
+        shots=settings.shots, seed=settings.seed,
+    )  # fmt: skip
+
+
+def _task_of_files(settings: Settings, tokenizer: Any) -> Task:
+    if not settings.files or settings.template is None or not settings.verbalizer:
+        raise InputError(
+            "task files: expected a file for train (and valid, test), a template with the "
+            'columns in braces, and a verbalizer word for each label, such as positive=" good"'
+        )
+    name = "files" if settings.language is None else f"files/{settings.language}"
+    return task_from_files(
+        settings.files, tokenizer=tokenizer, template=settings.template,
+        verbalizer=settings.verbalizer, label_column=settings.label_column, name=name,
+        shots=settings.shots, seed=settings.seed,
+    )  # fmt: skip
+
+
+def with_train(task: Task, n: int | None, seed: int) -> Task:
+    """Return the task with fewer training examples.
+
+    Args:
+        task: The whole task.
+        n: The number of training examples to keep; None keeps all.
+        seed: Seed of the draw. Those that are drawn keep the order of the data.
+    """
+    if n is None or n >= len(task.train):
+        return task
+    return replace(task, train=drawn(task.train, n, seed))
