@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from helpers import sample_results as sample
 
 from cdt_lens.circuits.measures import MIB_FRACTIONS
 from cdt_lens.comparing.comparison import Comparison, MethodResult, PlantedComparison, RankingCurve
+from helpers import sample_results as sample
 
 SIZES = (0, 0, 1, 2, 5, 13, 27, 54, 135, 270)
 # Spearman, Pearson, how steep the curve by signed score is, seconds, forward passes.

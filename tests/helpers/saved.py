@@ -7,11 +7,12 @@ import random
 from pathlib import Path
 
 import torch
-from helpers.tiny_models import D_VOCAB, build
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
+
+from helpers.tiny_models import D_VOCAB, build
 
 TEMPLATE = "{text} w3"
 VERBALIZER = {"bad": " w10", "fine": " w11", "good": " w12"}

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from helpers.tiny_models import FAMILIES
-from helpers.wrapped import needs_hooked, view, wrap
 
 from cdt_lens.models.view import ModelView
+from helpers.tiny_models import FAMILIES
+from helpers.wrapped import needs_hooked, view, wrap
 
 BRIDGE_ONLY = ("gemma2", "gemma3")  # HookedTransformer does not read these right
 EVERY_FAMILY = tuple(FAMILIES)

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from helpers.tiny_models import D_VOCAB
 
 from cdt_lens.tasks.task import Example, Examples
+from helpers.tiny_models import D_VOCAB
 
 LABELS = ("positive", "neutral", "negative")
 ANSWERS = {"positive": 20, "neutral": 30, "negative": 40}

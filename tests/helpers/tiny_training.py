@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from helpers.hf_layout import ROLES, home, kv_head_of, norms
-from helpers.tiny_tasks import ANSWERS, LABELS, examples
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,6 +13,8 @@ from cdt_lens.models.heads import Head
 from cdt_lens.models.view import ModelView
 from cdt_lens.models.weights import named_weights
 from cdt_lens.tasks.task import Examples, Task
+from helpers.hf_layout import ROLES, home, kv_head_of, norms
+from helpers.tiny_tasks import ANSWERS, LABELS, examples
 
 HEADS = ("L0H1", "L1H2")  # of different key/value groups, in different layers
 QUICK: dict[str, Any] = {

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import D_VOCAB, Float64Throughout, build
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cdt_lens.models.loading import _HOOKED_FAMILIES, _bridge, _hooked, has_hooked_transformer
 from cdt_lens.models.view import ModelView
+from helpers.tiny_models import D_VOCAB, Float64Throughout, build
 
 needs_hooked = pytest.mark.skipif(
     not has_hooked_transformer(), reason="HookedTransformer was removed in transformer-lens 4"
