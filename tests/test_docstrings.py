@@ -22,7 +22,11 @@ SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises|Examples?|Notes?):
 ENTRY = re.compile(r"    (\*{0,2}\w+(?:, \*{0,2}\w+)*)(?: \([^)]*\))?:(?: |$)")
 
 FUNCTIONS = {name: thing for name, thing in NAMES.items() if inspect.isfunction(thing)}
-CLASSES = {name: thing for name, thing in NAMES.items() if inspect.isclass(thing)}
+CLASSES = {
+    name: thing
+    for name, thing in NAMES.items()
+    if inspect.isclass(thing) and not issubclass(thing, Exception)
+}
 DATACLASSES = {name: thing for name, thing in CLASSES.items() if is_dataclass(thing)}
 METHODS = {
     f"{owner}.{name}": getattr(thing, name)
