@@ -15,7 +15,7 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    # Our own, in _ext/.
+    # The extensions of docs/_ext.
     "docstrings",
     "generated",
     "mathml",
@@ -26,18 +26,21 @@ exclude_patterns = ["_build", "_ext"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 default_role = "py:obj"
-smartquotes_action = "D"  # dashes; quotation marks in help texts are meant as they stand
+smartquotes_action = "D"  # dashes only: quotation marks in help texts are literal
 
 # Notebooks are shown as they were committed: CI runs them elsewhere.
 nb_execution_mode = "off"
-nb_ipywidgets_js = {}  # would come from another server
+nb_ipywidgets_js = {}  # the default loads scripts from another server
 
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
-autodoc_typehints = "none"  # _ext/docstrings.py puts the source's own annotations in signatures
+autodoc_typehints = "signature"
+# Remove this line when every docstring is in Google style; it hides their indentation warnings.
+suppress_warnings = ["docutils"]
 maximum_signature_line_length = 70
 napoleon_use_param = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 add_module_names = False
 
 # Nothing comes from another server, neither at build time nor in a reader's browser.

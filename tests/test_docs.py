@@ -123,38 +123,18 @@ def test_code_on_the_pages_uses_public_names_and_real_options() -> None:
         assert {each for each in arguments if each.startswith("--")} <= flags, line
 
 
-def test_docstrings_become_lists_links_and_plain_text() -> None:
-    text = """*Signed* relevance of |W rel| and *dims (method.md §4; arXiv 2407.00886).
-
-    rows: a few; seed, draws: of `Head`, or
-        `[layer, head]`. This goes on.
-    Nothing: is no name.
+def test_code_in_single_backticks_becomes_references_and_literals() -> None:
+    text = """*Signed* relevance of |W rel| and *dims: `Head`s, or `[layer, head]`.
 
     Args:
-        rows: some; seed: 1 by
-            default.
-
-    Raises:
-        InputError: none. ArtifactError, OSError: damaged: see there.
+        rows: `run_with_cache()` or `L0H1->L9H6<q>`.
     """
-    found = docstrings.to_rst(inspect.cleandoc(text).splitlines(), ["rows", "seed", "draws"])
-    assert found == [
-        r"*Signed* relevance of \|W rel\| and \*dims (:doc:`/method/scores`; "
-        "`arXiv 2407.00886 <https://arxiv.org/abs/2407.00886>`__).",
-        "",
-        "* **rows** -- a few",
-        "* **seed**, **draws** -- of `Head`, or ``[layer, head]``. This goes on. "
-        "Nothing: is no name.",
-        "",
-        "Args:",
-        "    rows: some",
-        "    seed: 1 by default.",
-        "",
-        "Raises:",
-        "    InputError: none.",
-        "    ArtifactError, OSError: damaged: see there.",
-        "",
-    ]
+    expected = r"""*Signed* relevance of \|W rel\| and \*dims: `Head`\ s, or ``[layer, head]``.
+
+    Args:
+        rows: `run_with_cache()` or ``L0H1->L9H6<q>``.
+    """
+    assert docstrings.to_rst(text) == expected
 
 
 def test_notebooks_are_copied_without_links_that_lead_off_the_site(tmp_path: Path) -> None:

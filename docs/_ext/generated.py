@@ -24,11 +24,10 @@ def setup(app: Any) -> dict[str, bool]:
 
 def _make(app: Any) -> None:
     # Imported here: it takes seconds, and configuration errors should show at once.
-    from cdt_lens import METHODS, PRESETS, score_heads
+    from cdt_lens import METHODS, PRESETS, one_pass, score_heads
     from cdt_lens.cli.app import app as commands
     from cdt_lens.decomposition.slopes import SLOPES
     from cdt_lens.planted.catalogue import PLANTED
-    from cdt_lens.scoring import one_pass
 
     folder = Path(app.srcdir) / "generated"
     shutil.rmtree(folder, ignore_errors=True)
