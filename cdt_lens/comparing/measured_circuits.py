@@ -41,7 +41,9 @@ class MeasuredCircuits:
     baseline: Baseline
     path: Path | None
     say: Say
-    passes: Passes = field(default_factory=Passes)
+    batch_size: int = 16
+    rows: int | None = None
+    progress: bool = True
     metric: dict[str, float] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -63,8 +65,9 @@ class MeasuredCircuits:
         if not wanted:
             return
         found = measure_circuits(
-            self.view, wanted, self.examples, self.baseline, passes=self.passes
-        )
+            self.view, wanted, self.examples, self.baseline,
+            passes=Passes(self.batch_size, self.rows, self.progress),
+        )  # fmt: skip
         self.metric |= {_name(circuit): value for circuit, value in found.items()}
         if self.path is not None:
             keep(self.path, _FORMAT, {"key": self._key, "metric": self.metric})
