@@ -35,7 +35,6 @@ from cdt_lens.comparing.measured_circuits import MeasuredCircuits
 from cdt_lens.comparing.timed_scores import TimedScorer, TimedScores
 from cdt_lens.core.errors import InputError, NonFiniteError, expect
 from cdt_lens.core.kept import Say
-from cdt_lens.core.passes import Passes
 from cdt_lens.decomposition.baseline import Baseline, check_baseline
 from cdt_lens.models.caller_hooks import caller_hooks
 from cdt_lens.models.provenance import provenance_of
@@ -84,7 +83,6 @@ def compare_methods(
         UnsupportedModelError: a component of the model has no rule.
         NonFiniteError: the yardstick itself left the finite range.
     """
-    passes = Passes(batch_size, rows, progress)
     names = checked_methods(methods)
     fractions = checked_fractions(fractions)
     view = view_of(model)
@@ -99,9 +97,10 @@ def compare_methods(
             f"what is kept in {place} could not be told from numbers without them; leave folder "
             "out, or take the hooks off"
         )
+    how: dict[str, Any] = {"batch_size": batch_size, "rows": rows, "progress": progress}
     kept_at = None if place is None else place / "circuits.json"
-    circuits = MeasuredCircuits(view, valid, baseline, kept_at, say, passes)
-    scorer = TimedScorer(view, train, baseline, place, say, seed, passes)
+    circuits = MeasuredCircuits(view, valid, baseline, kept_at, say, **how)
+    scorer = TimedScorer(view, train, baseline, place, say, seed, **how)
     scored = [scorer.score(name) for name in names]
     exact = scored[0].scores
     if exact is None:

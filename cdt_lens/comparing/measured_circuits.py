@@ -50,7 +50,9 @@ class MeasuredCircuits:
     baseline: Baseline
     path: Path | None
     say: Say
-    passes: Passes = field(default_factory=Passes)
+    batch_size: int = 16
+    rows: int | None = None
+    progress: bool = True
     metric: dict[str, float] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -76,8 +78,9 @@ class MeasuredCircuits:
         if not wanted:
             return
         measured = measure_circuits(
-            self.view, wanted, self.examples, self.baseline, passes=self.passes
-        )
+            self.view, wanted, self.examples, self.baseline,
+            passes=Passes(self.batch_size, self.rows, self.progress),
+        )  # fmt: skip
         self.metric |= {_name(circuit): value for circuit, value in measured.items()}
         if self._kept is not None:
             self._kept.keep({"metric": self.metric})

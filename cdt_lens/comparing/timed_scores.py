@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from cdt_lens.core.artifacts import remove_artifact
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError, NonFiniteError, UnsupportedModelError
 from cdt_lens.core.kept import Kept, Say, drop_other_versions, file_name, reuse
-from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import gather_items, is_main, shard, wait_for_all
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.provenance import hashed_once, weight_hash
@@ -82,7 +81,9 @@ class TimedScorer:
     folder: Path | None
     say: Say
     seed: int = 0
-    passes: Passes = field(default_factory=Passes)
+    batch_size: int = 16
+    rows: int | None = None
+    progress: bool = True
 
     def __post_init__(self) -> None:
         self._hash = weight_hash(self.view)
@@ -133,8 +134,7 @@ class TimedScorer:
     def _clock(self) -> dict[str, Any]:
         """Return the settings that change the time and not the scores."""
         return {
-            "batch_size": self.passes.batch_size, "rows": self.passes.rows,
-            "device": str(self.view.device),
+            "batch_size": self.batch_size, "rows": self.rows, "device": str(self.view.device),
             "threads": torch.get_num_threads(), "processes": shard()[1],
         }  # fmt: skip
 
@@ -194,8 +194,8 @@ class TimedScorer:
 
         def run(checkpoint: Path | None) -> HeadScores:
             scores: HeadScores = score_by(
-                method, self.view, self.examples, self.baseline, checkpoint=checkpoint,
-                seed=self.seed, **asdict(self.passes),
+                method, self.view, self.examples, self.baseline, batch_size=self.batch_size,
+                rows=self.rows, checkpoint=checkpoint, seed=self.seed, progress=self.progress,
             )  # fmt: skip
             return self._whole(method, scores)
 
@@ -237,7 +237,7 @@ class TimedScorer:
     def _pass(self) -> float:
         """Return the seconds of one forward pass of the examples, without the unembedding."""
         start = time.perf_counter()
-        for batch in self.passes.batches(self.examples):
+        for batch in self.examples.batches(self.batch_size, shard=shard()):
             resid = self.view.run(batch.tokens).resid[-1]
             float(resid[0, 0, 0])  # wait for the device
         return time.perf_counter() - start

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -17,10 +16,12 @@ from cdt_lens.circuits.ablation import circuit_metric, measure_circuits
 from cdt_lens.circuits.faithfulness import circuit_faithfulness, faithfulness_curve
 from cdt_lens.circuits.greedy import greedy_circuit
 from cdt_lens.core.errors import InputError
+from cdt_lens.core.passes import Passes
 from cdt_lens.decomposition.baseline import Baseline, counterfactual_baseline, mean_activations
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.view import ModelView
 from cdt_lens.scoring.one_pass import one_pass
+from cdt_lens.tasks.evaluate import evaluate
 from cdt_lens.tasks.metrics import balanced_mean
 from cdt_lens.tasks.task import Examples, Task
 
@@ -32,9 +33,10 @@ def means(view: ModelView, data: Examples) -> Baseline:
 
 
 @models(("gpt2", "llama", "gemma2"))
-@pytest.mark.parametrize("metric", ["direction", "accuracy"])
+@pytest.mark.parametrize("metric", ["direction", "accuracy", "balanced_accuracy"])
 def test_it_equals_an_ablation_by_hand(family, backend, metric, tokenizer_folder):
     measure = by_hand.direction if metric == "direction" else by_hand.is_right
+    mean = by_hand.plain if metric == "accuracy" else by_hand.balanced
     with Float64Throughout():
         view, data = shared(family, backend, tokenizer_folder), many()
         baseline = means(view, data)
@@ -46,12 +48,12 @@ def test_it_equals_an_ablation_by_hand(family, backend, metric, tokenizer_folder
             values = [
                 measure(by_hand.ablated_logits(view, item, rest, baseline), item) for item in data
             ]
-            expected = by_hand.balanced(values, data)
+            expected = mean(values, data)
             assert float(found[number]) == pytest.approx(expected, abs=1e-6)
     assert len(set(found.tolist())) > 2
 
 
-@pytest.mark.parametrize("metric", ["direction", "accuracy"])
+@pytest.mark.parametrize("metric", ["direction", "accuracy", "balanced_accuracy"])
 def test_batches_rows_and_repeats_change_nothing(metric, tokenizer_folder):
     view, data = shared("gpt2", "bridge", tokenizer_folder), many()
     baseline = means(view, data)
@@ -79,8 +81,27 @@ def test_a_prior_is_taken_from_the_candidates(tokenizer_folder):
     # A prior that rules two labels out leaves the third as the answer to everything.
     for label in LABELS:
         prior = {name: 0.0 if name == label else 1000.0 for name in LABELS}
-        found = circuit_metric(view, [()], data, baseline, task=task.with_prior(prior), **options)
-        assert float(found) == pytest.approx(1 / 3)
+        expected = {"accuracy": data.counts[label] / len(data), "balanced_accuracy": 1 / 3}
+        for metric, share in expected.items():
+            found = circuit_metric(
+                view, [()], data, baseline, task=task.with_prior(prior), metric=metric,
+                progress=False,
+            )  # fmt: skip
+            assert float(found) == pytest.approx(share)
+    assert len(set(data.counts.values())) > 1  # so that the two accuracies differ
+
+
+def test_each_accuracy_is_that_of_the_evaluation(tokenizer_folder):
+    """One name, one meaning: the whole model as a circuit, and as `evaluate` judges it."""
+    view, data = shared("gpt2", "bridge", tokenizer_folder), many()
+    evaluation = evaluate(view, data)
+    assert evaluation.accuracy != evaluation.balanced_accuracy
+    everyone = all_heads(view.n_layers, view.n_heads)
+    for metric in ("accuracy", "balanced_accuracy", "direction"):
+        (value,) = circuit_metric(
+            view, [everyone], data, means(view, data), metric=metric, progress=False
+        )
+        assert float(value) == pytest.approx(getattr(evaluation, metric), abs=1e-6)
 
 
 def test_the_direction_takes_no_prior(tokenizer_folder):
@@ -117,14 +138,9 @@ def test_each_circuit_is_measured_once(tokenizer_folder, monkeypatch):
     monkeypatch.setattr(
         module, "_by_example", lambda v, c, *a, **k: (seen.extend(c), true(v, c, *a, **k))[1]
     )
-    options = {
-        "metric": "direction",
-        "task": None,
-        "batch_size": 8,
-        "rows": None,
-        "progress": False,
-    }
-    found = measure_circuits(view, [*CIRCUITS, *CIRCUITS], data, means(view, data), **options)
+    found = measure_circuits(
+        view, [*CIRCUITS, *CIRCUITS], data, means(view, data), passes=Passes(8, progress=False)
+    )
     assert seen == list(CIRCUITS)
     assert set(found) == set(CIRCUITS)
 
@@ -136,7 +152,10 @@ def test_wrong_input_is_refused(tokenizer_folder):
         circuit_metric(view, [(Head(5, 0),)], data, baseline, progress=False)
     with pytest.raises(InputError, match="no examples"):
         circuit_metric(view, [()], data[:0], baseline, progress=False)
-    with unchecked_types(), pytest.raises(InputError, match="metric='f1'.*direction, accuracy"):
+    with (
+        unchecked_types(),
+        pytest.raises(InputError, match="metric='f1'.*direction, accuracy, balanced_accuracy"),
+    ):
         circuit_metric(view, [()], data, baseline, metric="f1", progress=False)
 
 
@@ -145,10 +164,9 @@ def test_what_rounding_leaves_is_nothing_to_explain(family, tokenizer_folder):
     """Prompts that are their own counterfactuals: ablation puts back what was there."""
     view, data = shared(family, "bridge", tokenizer_folder, torch.float32), many()
     itself = counterfactual_baseline(view, data, data)
-    options: dict[str, Any] = {"task": None, "batch_size": 4, "rows": None, "progress": False}
     everyone = all_heads(view.n_layers, view.n_heads)
     with pytest.raises(InputError, match="nothing to explain"):
-        measure_circuits(view, [everyone, ()], data, itself, metric="direction", **options)
+        measure_circuits(view, [everyone, ()], data, itself, passes=Passes(4, progress=False))
     scores = one_pass(view, data, means(view, data), progress=False)
     for call in (
         lambda: circuit_faithfulness(view, scores.select(k=3), data, itself, progress=False),

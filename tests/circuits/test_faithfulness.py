@@ -28,6 +28,7 @@ from cdt_lens.circuits.faithfulness import (
 )
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.measures import MIB_FRACTIONS
+from cdt_lens.core.artifacts import load_artifact, save_artifact
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.decomposition.baseline import Baseline, mean_activations
 from cdt_lens.models.heads import Head, all_heads
@@ -36,6 +37,7 @@ from cdt_lens.models.view import ModelView
 from cdt_lens.scoring.sweep import score_heads
 from cdt_lens.tasks.task import Examples
 
+FILES_0_3 = Path(__file__).parents[1] / "files_0_3"
 FRACTIONS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -114,7 +116,7 @@ def test_a_toy_of_two_heads_by_hand(tokenizer_folder):
 
 
 @models(("gpt2", "llama", "gemma2"))
-@pytest.mark.parametrize("metric", ["direction", "accuracy"])
+@pytest.mark.parametrize("metric", ["direction", "accuracy", "balanced_accuracy"])
 def test_it_is_1_for_all_heads_and_0_for_none(family, backend, metric, tokenizer_folder):
     view = shared(family, backend, tokenizer_folder, torch.float32)
     curve = curve_of(view, many(), metric=metric)
@@ -229,6 +231,19 @@ def test_the_default_fractions_are_mibs(tokenizer_folder):
     assert curve.to_dataframe()["heads"].tolist() == list(curve.sizes)
 
 
+def test_the_point_at_a_fraction_is_the_circuit_selected_by_it(tokenizer_folder):
+    """Of 8 heads 0.2 is 1 and 0.45 is 3: rounding would make both one larger."""
+    view = shared("gpt2", "bridge", tokenizer_folder, torch.float32)
+    data, baseline, scores = fitted(view, examples())
+    fractions = (0.2, 0.45, 0.6)
+    curve = curve_of(view, fractions=fractions)
+    for number, fraction in enumerate(fractions):
+        circuit = scores.select(fraction=fraction)
+        assert curve.sizes[number] == len(circuit)
+        alone = circuit_faithfulness(view, circuit, data, baseline, draws=1, progress=False)
+        assert float(curve.faithfulness[number]) == pytest.approx(alone.faithfulness, abs=1e-6)
+
+
 # On disk and refused -------------------------------------------------------------------------------
 
 
@@ -248,6 +263,28 @@ def test_round_trip_is_bit_equal(tmp_path: Path, tokenizer_folder):
     with pytest.raises(ArtifactError) as caught:
         FaithfulnessCurve.load(path)
     assert str(path) in str(caught.value)
+
+
+def test_accuracy_in_files_of_version_1_was_label_balanced(tmp_path: Path):
+    """Version 1 wrote the label-balanced share under the name that is now the plain one."""
+    body, tensors = load_artifact(
+        FILES_0_3 / "run" / "faithfulness.json", format="cdt_lens.faithfulness", version=1
+    )
+    assert FaithfulnessCurve.load(FILES_0_3 / "run" / "faithfulness.json").metric == "direction"
+    del body["version"]
+    body["metric"] = body["provenance"]["options"]["metric"] = "accuracy"
+    saved = {
+        version: save_artifact(
+            tmp_path / f"{version}.json", body, format="cdt_lens.faithfulness", version=version,
+            tensors=tensors,
+        )
+        for version in (1, 2)
+    }  # fmt: skip
+    old, new = (FaithfulnessCurve.load(path) for path in saved.values())
+    assert (old.metric, new.metric) == ("balanced_accuracy", "accuracy")
+    assert old.provenance.options["metric"] == "balanced_accuracy"
+    again = FaithfulnessCurve.load(old.save(tmp_path / "again.json"))
+    assert again.metric == "balanced_accuracy"
 
 
 @pytest.mark.parametrize(

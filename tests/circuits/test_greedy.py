@@ -44,6 +44,13 @@ def test_each_step_adds_the_head_that_brings_f_nearest_to_1(case, pool):
     assert found.provenance == scores.provenance
 
 
+def test_the_pool_is_the_top_of_the_signed_ranking(case):
+    view, scores, data, baseline = case
+    assert set(scores.top(3)) != set(scores.top(3, by="magnitude"))
+    found = greedy_circuit(view, scores, data, baseline, k=3, pool=3, progress=False)
+    assert found.heads == scores.select(k=3).heads
+
+
 @pytest.mark.parametrize(("k", "pool"), [(0, 8), (-1, 8), (4, 3), (9, 32)])
 def test_more_heads_than_there_are_candidates_are_refused(case, k, pool):
     view, scores, data, baseline = case

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.circuits.measures import heads_at
 from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.finetuning.scopes import scope_heads
 from cdt_lens.models.heads import Head
 from cdt_lens.scoring.agreement import compare_scores
 from cdt_lens.tasks.metrics import balanced_mean, balanced_stderr
@@ -48,8 +50,8 @@ def names(heads: Sequence[Head]) -> str:
 
 
 def test_ties_are_ranked_in_order_of_layer_and_head():
-    assert names(scores().ranking()) == "L0H1 L1H0 L0H0 L1H1 L1H2 L0H2"
-    assert names(scores().ranking("signed")) == "L1H0 L0H0 L1H1 L0H2 L1H2 L0H1"
+    assert names(scores().ranking("magnitude")) == "L0H1 L1H0 L0H0 L1H1 L1H2 L0H2"
+    assert names(scores().ranking()) == "L1H0 L0H0 L1H1 L0H2 L1H2 L0H1"
     assert names(scores(torch.zeros(2, 2)).ranking()) == "L0H0 L0H1 L1H0 L1H1"
     many = scores(torch.ones(12, 12)).ranking()
     assert list(many) == sorted(many)
@@ -57,19 +59,19 @@ def test_ties_are_ranked_in_order_of_layer_and_head():
 
 def test_heads_without_a_score_are_not_ranked():
     some = scores(torch.tensor([[torch.nan, -2.0], [0.0, torch.nan]]))
-    assert names(some.ranking()) == "L0H1 L1H0"
-    assert names(some.ranking("signed")) == "L1H0 L0H1"
+    assert names(some.ranking("magnitude")) == "L0H1 L1H0"
+    assert names(some.ranking()) == "L1H0 L0H1"
     assert names(some.select(fraction=0.5).heads) == "L1H0"
     assert names(some.select(threshold=0.0, by="magnitude").heads) == "L0H1 L1H0"
     assert names(some.select(confidence=0.9, by="magnitude").heads) == "L0H1"
-    assert names(some.near_zero(1).heads) == "L1H0"
+    assert names(some.near_zero(1).heads) == "L0H1"
     with pytest.raises(InputError, match="0 to 2"):
         some.top(3)
 
 
 def test_top_is_the_beginning_of_the_ranking():
-    assert names(scores().top(2)) == "L0H1 L1H0"
-    assert names(scores().top(2, by="signed")) == "L1H0 L0H0"
+    assert names(scores().top(2, by="magnitude")) == "L0H1 L1H0"
+    assert names(scores().top(2)) == "L1H0 L0H0"
     assert scores().top(0) == ()
     assert scores().top(6) == scores().ranking()
     for k in (-1, 7):
@@ -78,7 +80,7 @@ def test_top_is_the_beginning_of_the_ranking():
 
 
 def test_another_order_is_refused():
-    with unchecked_types(), pytest.raises(InputError, match="by='size'.*magnitude.*signed"):
+    with unchecked_types(), pytest.raises(InputError, match="by='size'.*signed.*magnitude"):
         scores().ranking("size")
     with unchecked_types(), pytest.raises(InputError, match="by='size'"):
         scores().select(threshold=0.5, by="size")
@@ -94,6 +96,7 @@ def test_another_order_is_refused():
         ({"k": 3}, "L0H0 L1H0 L1H1"),
         ({"fraction": 0.5, "by": "magnitude"}, "L0H0 L0H1 L1H0"),
         ({"fraction": 0.34}, "L0H0 L1H0"),
+        ({"fraction": 0.49}, "L0H0 L1H0"),  # rounded down
         ({"fraction": 0.001}, "L1H0"),  # at least one
         ({"fraction": 1.0}, "L0H0 L0H1 L0H2 L1H0 L1H1 L1H2"),
         ({"threshold": 0.5, "by": "magnitude"}, "L0H0 L0H1 L1H0 L1H1"),
@@ -112,17 +115,42 @@ def test_selections_by_rank_and_size(rule: Mapping[str, Any], expected: str):
     assert circuit.provenance == scores().provenance
 
 
-def test_near_zero_heads_are_the_smallest():
+def test_near_zero_heads_are_the_smallest_outside_the_circuit():
     assert names(scores().near_zero(1).heads) == "L0H2"
     assert names(scores().near_zero(2).heads) == "L0H2 L1H2"
+    # By the signed score L0H2 is in neither circuit of three, L0H0 in both.
+    assert names(scores().near_zero(3).heads) == "L0H1 L0H2 L1H2"
+    assert names(scores().near_zero(3, by="magnitude").heads) == "L0H2 L1H1 L1H2"
     assert scores().near_zero(0).heads == ()
-    assert len(scores().near_zero(6)) == 6
-    assert scores().near_zero(2).selection["rule"] == "near-zero"
+    assert scores().near_zero(2).selection == {
+        "method": "cdt", "rule": "near-zero", "k": 2, "by": "signed",
+    }  # fmt: skip
     for k in (-1, 7):
         with pytest.raises(InputError, match=f"k={k}"):
             scores().near_zero(k)
-    top, bottom = scores().select(k=3, by="magnitude"), scores().near_zero(3)
-    assert not set(top.heads) & set(bottom.heads)
+    with pytest.raises(InputError, match="only 2 scored heads lie outside a circuit of 4"):
+        scores().near_zero(4)
+
+
+@pytest.mark.parametrize("by", ["signed", "magnitude"])
+@pytest.mark.parametrize("k", [1, 2, 3, 6])
+def test_every_use_of_a_size_takes_the_same_heads(k: int, by: Any):
+    """`top`, `select` and the scope near-zero beside `near_zero`, on scores of both signs."""
+    generator = torch.Generator().manual_seed(5)
+    made = scores(torch.randn(3, 4, generator=generator))
+    circuit = made.select(k=k, by=by)
+    assert set(made.top(k, by=by)) == set(circuit)
+    assert made.near_zero(k, by=by).heads == scope_heads("near-zero", circuit)
+    assert made.select(k=k).heads == tuple(sorted(made.top(k)))
+
+
+@pytest.mark.parametrize(("fraction", "n", "expected"), [
+    (0.1, 96, 9), (0.001, 96, 0), (0.29, 100, 29), (0.1, 270, 27), (1.0, 96, 96),
+])  # fmt: skip
+def test_a_fraction_of_the_heads_has_one_size(fraction: float, n: int, expected: int):
+    assert heads_at(fraction, n) == expected
+    made = scores(torch.arange(float(n)).reshape(1, n))
+    assert len(made.select(fraction=fraction)) == max(1, expected)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,11 @@ def is_right(logits: Float[Tensor, " d_vocab"], item: Example) -> float:
     return float(logits[list(item.answers)].max() > logits[list(item.others)].max())
 
 
+def plain(values: list[float], data: Examples) -> float:
+    """Mean over the examples."""
+    return sum(values) / len(data)
+
+
 def balanced(values: list[float], data: Examples) -> float:
     """Mean over labels of the per-label means."""
     by_label: dict[str, list[float]] = {}

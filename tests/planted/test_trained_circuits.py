@@ -45,7 +45,7 @@ def accuracies(name: str, data: Examples, *circuits: tuple[Head, ...]) -> list[f
     circuit = planted(name)
     baseline = mean_activations(circuit.model, circuit.train, progress=False)
     return circuit_metric(
-        circuit.model, circuits, data, baseline, metric="accuracy", progress=False
+        circuit.model, circuits, data, baseline, metric="balanced_accuracy", progress=False
     ).tolist()
 
 

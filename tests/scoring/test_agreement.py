@@ -76,10 +76,15 @@ def test_equal_scores_count_together_whatever_their_order():
     assert agreement.average_precision(torch.zeros(8), torch.arange(8) < 3) == 3 / 8
 
 
-def test_average_precision_without_truth_or_with_nan_is_refused():
+def test_average_precision_without_truth_is_refused():
     scores = torch.arange(3.0)
     with pytest.raises(InputError, match="needs a true entry"):
         agreement.average_precision(scores, torch.zeros(3).bool())
-    scores[1] = torch.nan
-    with pytest.raises(InputError, match="no NaN"):
-        agreement.average_precision(scores, torch.ones(3).bool())
+
+
+@pytest.mark.parametrize("measure", [agreement.auroc, agreement.average_precision])
+def test_a_score_that_is_nan_is_refused(measure):
+    """Ranks put NaN above every score, so that it passed for the best head."""
+    scores = torch.tensor([0.0, torch.nan, 2.0])
+    with pytest.raises(InputError, match=f"{measure.__name__}: a score is NaN"):
+        measure(scores, torch.tensor([True, False, True]))

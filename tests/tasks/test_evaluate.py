@@ -44,6 +44,11 @@ def test_equals_the_models_own_answers(model_and_task):
     found = evaluate(model, task.valid, task, batch_size=5)
     assert found.accuracy == sum(p == g for p, g in zip(predicted, gold, strict=True)) / len(gold)
     assert found.macro_f1 == pytest.approx(macro_f1(predicted, gold, task.labels))
+    shares = [
+        sum(p == g for p, g in zip(predicted, gold, strict=True) if g == label) / gold.count(label)
+        for label in task.labels
+    ]
+    assert found.balanced_accuracy == pytest.approx(sum(shares) / 3)
     by_label = [sum(d) / len(d) for d in directions.values()]
     assert found.direction == pytest.approx(sum(by_label) / 3, abs=1e-5)
     assert found.confusion is not None and int(found.confusion.to_numpy().sum()) == len(gold)
@@ -65,6 +70,7 @@ def test_calibration_changes_answers_not_directions(model_and_task):
     burdened = task.with_prior({"bad": 100.0, "fine": 100.0, "good": 0.0})
     plain, found = evaluate(model, task.valid, task), evaluate(model, task.valid, burdened)
     assert found.accuracy == task.valid.counts["good"] / len(task.valid)
+    assert found.balanced_accuracy == pytest.approx(1 / 3)
     assert found.direction == plain.direction
     assert calibrate(model, task).prior == pytest.approx(label_prior(model, task))
 
