@@ -60,11 +60,9 @@ def difference(kept: object, key: Mapping[str, Any]) -> str | None:
         The reason why the kept result cannot be used, in words, or None if it can.
     """
     old = kept if isinstance(kept, Mapping) else {}
-    names = sorted(
-        name for name in {*old, *key} - {"version"} if name in old or isinstance(kept, Mapping)
-        if old.get(name) != key.get(name)
-    )  # fmt: skip
-    reasons = [f"other settings or data ({', '.join(names)})"] if names else []
+    names = sorted(name for name in {*old, *key} - {"version"} if old.get(name) != key.get(name))
+    # A file without a key tells nothing but that an early version wrote it.
+    reasons = [f"other settings or data ({', '.join(names)})"] if names and old else []
     if old.get("version") != key["version"]:
         by = f"cdt_lens {old['version']}" if "version" in old else "an earlier cdt_lens"
         reasons.append(f"{by} (this is {key['version']})")

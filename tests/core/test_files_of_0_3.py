@@ -211,7 +211,7 @@ def test_a_discovery_run_resumes_in_the_version_that_made_it(monkeypatch):
     ablate(run, said.append)
     assert scores == HeadScores.load(FILES / "run" / "scores.json")
     for name in ("baseline", "scores", "ablation"):
-        assert any(line.endswith(f"{name}.json is there already") for line in said)
+        assert any(line.endswith(f"{name}.json: using the kept result") for line in said)
 
 
 @pytest.mark.usefixtures("here")

@@ -266,7 +266,7 @@ def test_a_proxy_of_other_data_is_trained_again(own: Path):
     assert again.before.equals(afresh.before) and again.discovery == afresh.discovery
     told.clear()
     run_transfer(config, own / "run", told.append, progress=False)
-    assert f"{own / 'run' / 'proxy'} is there already" in told
+    assert f"{own / 'run' / 'proxy'}: using the kept result" in told
 
 
 def test_another_base_model_of_the_same_name_trains_the_proxy_again(own: Path):
