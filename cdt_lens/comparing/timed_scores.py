@@ -159,7 +159,7 @@ class TimedScorer:
         scores = reuse(path, HeadScores.load, self._key_of, self._made_from(), self.say)
         if scores is None:
             return None
-        self.say(f"{path} is there already")
+        self.say(f"{path}: using the kept result")
         if kept.get("clock") != self._clock():
             self.say(f"{method} was timed under other settings; its time here is not known")
             return TimedScores(method, scores)

@@ -1,7 +1,7 @@
 """The errors that `cdt_lens` raises on purpose.
 
-A message says where, what was expected, what was found and what to do about it; the command line
-prints it as one line without a traceback.
+A message names the place, the expected value, the actual value and the fix. The command line prints
+it as one line without a traceback.
 """
 
 from __future__ import annotations
@@ -16,26 +16,35 @@ class CdtLensError(Exception):
 
 
 class InputError(CdtLensError, ValueError):
-    """A value, file or option given by a person cannot be used as it is."""
+    """A value, file or option that the caller gave cannot be used."""
 
 
 class ArtifactError(CdtLensError):
-    """A saved file is damaged, of an unknown format version, or belongs to something else."""
+    """A saved file is damaged, of a newer format, of another kind, or of another model."""
 
 
 class UnsupportedModelError(CdtLensError):
-    """The model has a component for which no propagation rule exists."""
+    """The model has a component without a propagation rule."""
 
 
 class NonFiniteError(CdtLensError):
-    """A number left the finite range; the message names where and which rule to change."""
+    """A number is not finite; the message names the place and the rule to change."""
 
 
 def expect(value: Any, kind: type, where: str, fix: str) -> Any:
-    """`value`, unless it is of another type, as calls in a notebook easily hand over.
+    """Return `value` if it is of the expected type.
+
+    Args:
+        value: The argument of a public function.
+        kind: The expected type.
+        where: The function or parameter, for the message.
+        fix: The advice that ends the message.
+
+    Returns:
+        `value`, unchanged.
 
     Raises:
-        InputError: names the place, both types and the fix.
+        InputError: `value` is of another type.
     """
     if not isinstance(value, kind):
         raise InputError(f"{where}: expected {kind.__name__}, got {type(value).__name__}; {fix}")
@@ -43,17 +52,30 @@ def expect(value: Any, kind: type, where: str, fix: str) -> Any:
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """The closest option as `; did you mean 'x'?`, or nothing where none is close."""
+    """Suggest the option that is closest to a misspelt word.
+
+    Args:
+        word: The unknown word.
+        options: The known words.
+
+    Returns:
+        "; did you mean 'x'?", or "" where no option is close.
+    """
     names = {option.strip().lower(): option for option in options}
     close = difflib.get_close_matches(word.strip().lower(), list(names), n=1)
     return f"; did you mean {names[close[0]]!r}?" if close else ""
 
 
 def check_choices(what: str, options: object, kinds: Mapping[str, Any]) -> None:
-    """Refuse a field of `options` whose value is not one of its Literal's.
+    """Check the fields of an object that have a fixed set of values.
+
+    Args:
+        what: The name of the object, for the message.
+        options: The object.
+        kinds: The `Literal` type of each field, by its name.
 
     Raises:
-        InputError: names the field, its value and what it may be.
+        InputError: A field has a value that its `Literal` does not list.
     """
     for name, kind in kinds.items():
         value = getattr(options, name)

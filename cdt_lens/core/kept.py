@@ -60,11 +60,9 @@ def difference(kept: object, key: Mapping[str, Any]) -> str | None:
         The reason why the kept result cannot be used, in words, or None if it can.
     """
     old = kept if isinstance(kept, Mapping) else {}
-    names = sorted(
-        name for name in {*old, *key} - {"version"} if name in old or isinstance(kept, Mapping)
-        if old.get(name) != key.get(name)
-    )  # fmt: skip
-    reasons = [f"other settings or data ({', '.join(names)})"] if names else []
+    names = sorted(name for name in {*old, *key} - {"version"} if old.get(name) != key.get(name))
+    # A file without a key tells nothing but that an early version wrote it.
+    reasons = [f"other settings or data ({', '.join(names)})"] if names and old else []
     if old.get("version") != key["version"]:
         by = f"cdt_lens {old['version']}" if "version" in old else "an earlier cdt_lens"
         reasons.append(f"{by} (this is {key['version']})")
@@ -157,7 +155,7 @@ class Kept:
         reason = difference(body["key"], self.key)
         if reason is not None:
             raise InputError(
-                f"{self.path}: a checkpoint of another run, with {reason}; remove it, or name "
+                f"{self.path}: a checkpoint of another run, made with {reason}; remove it, or name "
                 "another file"
             )
         return body, tensors
@@ -201,7 +199,7 @@ class Kept:
         reason = difference(self._read()[0]["key"], self.key) if self.path.exists() else None
         wait_for_all()  # No process removes the file before every process has read it.
         if reason is not None:
-            say(f"{self.path}: of a run with {reason}; removed")
+            say(f"{self.path} was made with {reason}; removed")
             self.remove()
 
     def is_of_this_version(self) -> bool:
@@ -223,7 +221,7 @@ class Kept:
     def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         body, tensors = load_artifact(self.path, format=self.format, version=1)
         # Files that an early version wrote may hold no key.
-        return {"key": {}, **body}, tensors
+        return {"key": None, **body}, tensors
 
 
 def drop_other_versions(checkpoints: Iterable[Path], format: str, say: Say) -> None:
@@ -241,7 +239,7 @@ def drop_other_versions(checkpoints: Iterable[Path], format: str, say: Say) -> N
     old = [path for path, kept in versionless.items() if not kept.is_of_this_version()]
     wait_for_all()  # No process removes a file before every process has read it.
     for path in old:
-        say(f"{path}: written by another version of cdt_lens; removed")
+        say(f"{path} was made with another version of cdt_lens; removed")
         if is_main():
             remove_artifact(path)
     wait_for_all()

@@ -1,4 +1,4 @@
-"""Examples shared out over the processes of `accelerate launch`; alone, everything is a no-op."""
+"""The processes of `accelerate launch`, which share the examples; alone, every call is a no-op."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _state() -> Any | None:
     from accelerate import PartialState
 
     ours = not torch.distributed.is_initialized()
-    # Without a GPU accelerate would take each process for one by itself unless told so.
+    # Without a GPU and without `cpu=True`, accelerate treats each process as the only one.
     state = PartialState(cpu=not torch.cuda.is_available())
     if ours and torch.distributed.is_initialized():
         atexit.register(_leave_group)
@@ -33,31 +33,42 @@ def _state() -> Any | None:
 
 
 def _leave_group() -> None:
-    # Left to the end of the interpreter, a process group's threads now and then abort the process.
+    # Threads of a process group that live until the interpreter ends sometimes abort the process.
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def shard() -> tuple[int, int]:
-    """(rank of this process, number of processes)."""
+    """Return the rank of this process and the number of processes.
+
+    Raises:
+        InputError: The launched processes did not all find each other.
+    """
     state = _state()
     return (0, 1) if state is None else (int(state.process_index), int(state.num_processes))
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files and shows progress."""
+    """Return whether this process writes files and shows progress."""
     return shard()[0] == 0
 
 
 def wait_for_all() -> None:
-    """Return when every process is here, so that files written by one can be read by all."""
+    """Wait until every process has called this, so that all can read the files that one wrote."""
     state = _state()
     if state is not None:
         state.wait_for_everyone()
 
 
 def sum_over_processes(value: Tensor) -> Tensor:
-    """The sum of `value` over all processes, on each of them."""
+    """Add up a tensor over all processes.
+
+    Args:
+        value: A tensor of the same shape on every process.
+
+    Returns:
+        The sum, on every process and on the device of `value`.
+    """
     state = _state()
     if state is None:
         return value
@@ -67,7 +78,14 @@ def sum_over_processes(value: Tensor) -> Tensor:
 
 
 def gather_items(items: list[Any]) -> list[Any]:
-    """The items of all processes, in rank order, on each of them."""
+    """Collect the items of all processes.
+
+    Args:
+        items: The items of this process. They must be picklable.
+
+    Returns:
+        The items of all processes in the order of their ranks, on every process.
+    """
     if _state() is None:
         return items
     from accelerate.utils import gather_object

@@ -169,7 +169,7 @@ def stage(
     made_from = {"model": weight_hash(view_of(run.model)), **made_from}
     kept = reuse(path, load, lambda result: result.provenance.key, made_from, say)
     if kept is not None:
-        say(f"{path} is there already")
+        say(f"{path}: using the kept result")
         return kept
     checkpoints = list(path.parent.glob(f"{path.stem}.partial*.json"))
     drop_other_versions(checkpoints, SWEEP_FORMAT, say)

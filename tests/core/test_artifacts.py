@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from helpers.checks import assert_same_bits
 from torch import Tensor
@@ -18,6 +21,7 @@ from cdt_lens.core.artifacts import (
     content_hash,
     file_hash,
     load_artifact,
+    new_folder,
     save_artifact,
 )
 from cdt_lens.core.errors import ArtifactError, InputError
@@ -302,3 +306,55 @@ def test_file_hash_is_sha256(tmp_path: Path):
     (tmp_path / "a").write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert file_hash(tmp_path / "a") == known
+
+
+# Modes ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def modes(folder: Path) -> dict[str, int]:
+    """Permission bits of every file and folder below `folder`, and of itself."""
+    return {path.name: path.stat().st_mode & 0o777 for path in (folder, *folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077, 0o027, 0o000])
+def test_files_get_their_modes_from_the_umask(tmp_path: Path, mask: int):
+    """As a file that `open` makes: the kernel's answer, not ours."""
+    with umask(mask):
+        (tmp_path / "plain").mkdir()
+        (tmp_path / "plain" / "file").write_text("made by Python")
+        expected = modes(tmp_path / "plain")
+        save(tmp_path / "new" / "a.json", seed=1)
+        save(tmp_path / "new" / "a.json", seed=2)
+        atomic_write(tmp_path / "new" / "t.txt", "text")
+        with new_folder(tmp_path / "new" / "model") as made:
+            safetensors.torch.save_file({"a": torch.ones(2)}, made / "weights.safetensors")
+            (made / "deep").mkdir()
+            (made / "deep" / "b.json").write_text("{}")
+            (made / "private").write_text("a library made this readable by its owner alone")
+            (made / "private").chmod(0o600)
+    found = modes(tmp_path / "new")
+    assert {found.pop(name) for name in ("new", "model", "deep")} == {expected["plain"]}
+    assert len(found) == 6 and set(found.values()) == {expected["file"]}
+
+
+def test_a_new_folder_is_whole_or_not_there(tmp_path: Path):
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "a") as made:
+        (made / "file").write_text("text")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(tmp_path / "a") as made:
+        assert not (tmp_path / "a").exists()
+        (made / "file").write_text("text")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "file"]
+    with pytest.raises(InputError, match="a: cannot be written"), new_folder(tmp_path / "a"):
+        pass
+    assert (tmp_path / "a" / "file").read_text() == "text"

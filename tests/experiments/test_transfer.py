@@ -14,6 +14,7 @@ import torch
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_csv
 from transformers import AutoModelForCausalLM
 
+import cdt_lens
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve
 from cdt_lens.cli import finetune as commands
@@ -33,6 +34,7 @@ from cdt_lens.tasks.evaluate import evaluate
 from cdt_lens.viz.report.training_sections import transfer_section
 
 SCOPES = ["full", "decision", "near-zero", "norms"]
+THIS_VERSION = cdt_lens.__version__
 
 
 def quiet(_: str) -> None:
@@ -283,14 +285,14 @@ def test_a_proxy_of_other_data_is_trained_again(own: Path):
     for split in ("train", "valid"):
         swap_labels(own / "source" / f"{split}.csv")
     again = run_transfer(config, own / "run", told.append, progress=False)
-    assert any("proxy was trained with other settings or data (train, valid)" in t for t in told)
+    assert any("proxy.json was made with other settings or data (train, valid)" in t for t in told)
     afresh = run_transfer(config, own / "afresh", quiet, progress=False)
     assert again.provenance.model_hash == afresh.provenance.model_hash
     assert again.provenance.model_hash != first.provenance.model_hash
     assert again.before.equals(afresh.before) and again.discovery == afresh.discovery
     told.clear()
     run_transfer(config, own / "run", told.append, progress=False)
-    assert f"{own / 'run' / 'proxy'} is there already" in told
+    assert f"{own / 'run' / 'proxy'}: using the kept result" in told
 
 
 def test_another_base_model_of_the_same_name_trains_the_proxy_again(own: Path):
@@ -300,21 +302,88 @@ def test_another_base_model_of_the_same_name_trains_the_proxy_again(own: Path):
     base.save_pretrained(own / "tiny")
     told: list[str] = []
     run_transfer(settings(own, **FEW), own / "run", told.append, progress=False)
-    assert any("trained with other settings or data (model); training it again" in t for t in told)
+    assert any("made with other settings or data (model); making it again" in t for t in told)
 
 
-def test_a_proxy_that_does_not_say_what_it_was_trained_on_is_kept(own: Path):
-    """As runs of earlier versions left it."""
+def test_a_proxy_that_does_not_say_what_it_was_trained_on_is_trained_again(own: Path):
+    """Runs of early versions left such files."""
     config, told = settings(own, **FEW), []
     first = run_transfer(config, own / "run", quiet, progress=False)
     path = own / "run" / "proxy.json"
     body, _ = load_artifact(path, format="cdt_lens.transfer_proxy", version=1)
     old = {name: body[name] for name in ("history", "options")}
     save_artifact(path, old, format="cdt_lens.transfer_proxy", version=1)
-    shutil.rmtree(own / "tiny")
+    (own / "tiny").rename(own / "away")
+    with pytest.raises(InputError, match="proxy has to be trained again, but: .*tiny"):
+        run_transfer(config, own / "run", quiet, progress=False)
+    (own / "away").rename(own / "tiny")
     again = run_transfer(config, own / "run", told.append, progress=False)
     assert again.cells.equals(first.cells)
-    assert any("what it was trained on is not recorded" in t for t in told)
+    assert any("proxy.json was made with an earlier cdt_lens" in t for t in told)
+
+
+@pytest.fixture
+def upgraded(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The next version of the package, as a run directory of this one meets it."""
+    monkeypatch.setattr(cdt_lens, "__version__", "99.0")
+    return f"cdt_lens {THIS_VERSION} (this is 99.0)"
+
+
+def test_after_an_upgrade_nothing_kept_is_used_again(own: Path, upgraded: str, monkeypatch):
+    """Every file with numbers is made again, and the reason of each is given."""
+    config, told = settings(own, **FEW), []
+    with monkeypatch.context() as before:
+        before.setattr(cdt_lens, "__version__", THIS_VERSION)
+        run_transfer(config, own / "run", quiet, progress=False)
+    run_transfer(config, own / "run", told.append, progress=False)
+    run = own / "run"
+    remade = [
+        run / "proxy.json", run / "discovery" / "baseline.json", run / "discovery" / "scores.json",
+        run / "before" / "source.json", run / "before" / "near.json",
+        run / "cells" / "near" / "norms-0.json",
+    ]  # fmt: skip
+    for path in remade:
+        assert any(str(path) in line and upgraded in line for line in told), path
+    curve = FaithfulnessCurve.load(run / "discovery" / "faithfulness.json")
+    assert curve.provenance.versions["cdt_lens"] == "99.0"
+    told.clear()
+    run_transfer(config, own / "run", told.append, progress=False)
+    assert not any("again" in line or "norms, seed 0" in line for line in told)
+
+
+def test_an_interrupted_cell_of_another_version_starts_over(own: Path, upgraded: str, monkeypatch):
+    config = settings(own, **{**FEW, "proxy": {"checkpoint": str(own / "tiny")}})
+    real = cells.finetune
+
+    def cut() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as before, pytest.raises(KeyboardInterrupt):
+        before.setattr(cdt_lens, "__version__", THIS_VERSION)
+        before.setattr(cells, "finetune", lambda *a, **k: real(*a, **{**k, "judge": cut}))
+        run_transfer(config, own / "run", quiet, progress=False)
+    told: list[str] = []
+    run_transfer(config, own / "run", told.append, progress=False)
+    assert any(f"norms-0.checkpoint.json was made with {upgraded}; removed" in t for t in told)
+
+
+def test_an_interrupted_cell_resumes_whatever_its_scope_makes_of_the_options(
+    own: Path, monkeypatch
+):
+    """The scope `norms` always trains all norms, so its checkpoint has other options than asked."""
+    few = {**FEW, "transfer": {"scopes": ["norms"], "epochs": 1, "norms": "circuit"}}
+    config = settings(own, **{**few, "proxy": {"checkpoint": str(own / "tiny")}})
+    real = cells.finetune
+
+    def cut() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(cells, "finetune", lambda *a, **k: real(*a, **{**k, "judge": cut}))
+        run_transfer(config, own / "run", quiet, progress=False)
+    told: list[str] = []
+    run_transfer(config, own / "run", told.append, progress=False)
+    assert not any("removed" in t for t in told)
 
 
 def test_a_finished_run_needs_its_base_model_only_to_train(own: Path):
@@ -340,7 +409,7 @@ def test_an_interrupted_proxy_stage_starts_over_with_other_data(own: Path, monke
     swap_labels(own / "source" / "train.csv")
     told: list[str] = []
     run_transfer(settings(own, **FEW), own / "run", told.append, progress=False)
-    assert any("proxy.checkpoint.json: of a run with other settings or data" in t for t in told)
+    assert any("proxy.checkpoint.json was made with other settings or data" in t for t in told)
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
@@ -395,7 +464,7 @@ def test_an_interrupted_cell_starts_over_with_other_settings_and_else_goes_on(
     fewer = dataclasses.replace(config.transfer, examples=12)
     config = dataclasses.replace(config, transfer=fewer)
     result = run_transfer(config, own / "other", told.append, progress=False)
-    assert any("norms-0.checkpoint.json: of a run with other settings" in t for t in told)
+    assert any("norms-0.checkpoint.json was made with other settings" in t for t in told)
     assert any("(task); removed" in t for t in told)
     afresh = run_transfer(config, own / "afresh", quiet, progress=False)
     assert result.cells.drop(columns="seconds").equals(afresh.cells.drop(columns="seconds"))

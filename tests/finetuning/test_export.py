@@ -245,3 +245,17 @@ def test_a_full_disk_leaves_nothing_behind(folders, tmp_path):
         export(adapter, base, tmp_path / "out")
     assert os.listdir(tmp_path) == []
     export(adapter, base, tmp_path / "out")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_others_may_read_an_exported_folder_as_the_umask_says(folders, tmp_path, mask):
+    """safetensors itself writes weights that only their owner may read."""
+    base = folders("llama")
+    adapter = trained(load(base, "bridge"), "decision")
+    before = os.umask(mask)
+    try:
+        export(adapter, base, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()} == {0o666 & ~mask}

