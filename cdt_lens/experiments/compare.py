@@ -1,15 +1,15 @@
-"""`cdt-lens compare`: methods side by side in a run directory."""
+"""`cdt-lens compare`: methods compared in a run directory."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from cdt_lens.comparing.compare import checked_methods, compare_methods
 from cdt_lens.comparing.comparison import Comparison, PlantedComparison
 from cdt_lens.core.artifacts import atomic_write
+from cdt_lens.core.choices import Backend
 from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.core.kept import Say, file_name
 from cdt_lens.core.processes import is_main, wait_for_all
@@ -31,10 +31,18 @@ def compare_run(
     draws: int = 5,
     progress: bool = True,
 ) -> Comparison:
-    """Compare methods on a run's task, in its directory, and write what came of it there.
+    """Compare methods on the task of a run, and write the comparison into its directory.
+
+    Args:
+        run: An opened run directory.
+        say: Takes one line of progress.
+        methods: The methods to compare.
+        held_out: Number of validation examples to judge on, balanced over the labels.
+        draws: Number of random rankings.
+        progress: Whether to show progress bars.
 
     Raises:
-        InputError: what `compare_methods` refuses, or a task without a validation split.
+        InputError: `compare_methods` refuses the call, or the task has no validation split.
     """
     names = checked_methods(methods)
     settings = run.settings
@@ -58,16 +66,28 @@ def compare_planted(
     folder: str | Path | None = None,
     draws: int = 5,
     seed: int = 0,
-    backend: Any = "auto",
+    backend: Backend = "auto",
     batch_size: int = 16,
     rows: int | None = None,
     progress: bool = True,
     say: Say | None = None,
 ) -> PlantedComparison:
-    """Compare methods on planted circuits, whose heads are known; at every size of a circuit.
+    """Compare methods on planted circuits, whose heads are known, at every size of a circuit.
+
+    Args:
+        circuits: Names of planted circuits.
+        methods: The methods to compare.
+        folder: Folder for the results; None writes nothing.
+        draws: Number of random rankings.
+        seed: Seed of every random draw.
+        backend: TransformerLens class to make the models as.
+        batch_size: Number of examples per batch.
+        rows: Number of rows (sources x examples) per pass; None chooses it by the length.
+        progress: Whether to show progress bars.
+        say: Takes one line of progress.
 
     Raises:
-        InputError: an unknown planted circuit or method.
+        InputError: An unknown planted circuit or method.
     """
     names, methods = checked_circuits(circuits), checked_methods(methods)
     say = say or (lambda _: None)
@@ -92,7 +112,12 @@ def compare_planted(
 
 
 def write_comparison(result: Comparison | PlantedComparison, folder: str | Path) -> None:
-    """`comparison.json`, `.csv` and `.png`, and `report.html`, in `folder`, from one process."""
+    """Write `comparison.json`, `.csv` and `.png`, and `report.html`, from one process.
+
+    Args:
+        result: The comparison.
+        folder: The folder to write into.
+    """
     folder = Path(folder)
     if is_main():
         result.save(folder / "comparison.json")
@@ -108,10 +133,13 @@ def write_comparison(result: Comparison | PlantedComparison, folder: str | Path)
 
 
 def checked_circuits(circuits: Iterable[str]) -> tuple[str, ...]:
-    """Names of planted circuits, each once.
+    """Return names of planted circuits, each once.
+
+    Args:
+        circuits: The names.
 
     Raises:
-        InputError: an unknown name, or none.
+        InputError: An unknown name, or no name.
     """
     names, known = tuple(dict.fromkeys(circuits)), ", ".join(PLANTED)
     if not names:

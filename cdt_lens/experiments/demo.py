@@ -1,7 +1,7 @@
 """`cdt-lens demo`: the whole transfer experiment on an invented language, offline.
 
-A small transformer is pre-trained on the spot (see `demo_model`), learns sentiment in the source
-language, gives up its circuit, and is adapted to two invented languages, a near and a far one.
+A small transformer is pre-trained on the spot (see `demo_model`) and fine-tuned on sentiment in the
+source language. Its circuit is found and adapted to two invented languages, a near and a far one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ NEAR, FAR = "0.3", "0.8"
 
 
 def demo_config(model: str, seed: int = 0) -> TransferConfig:
-    """The demo's settings."""
+    """Return the settings of the demo.
+
+    Args:
+        model: Folder of the pre-trained model.
+        seed: Seed of the data.
+    """
     return config_of(
         {
             "model": model,
@@ -46,7 +51,17 @@ def demo_config(model: str, seed: int = 0) -> TransferConfig:
 def run_demo(
     folder: str | Path, say: Callable[[str], None], *, seed: int = 0, progress: bool = True
 ) -> TransferResult:
-    """Make the model, if it is not there, and run the experiment in `folder`."""
+    """Pre-train the model, unless it exists, and run the experiment.
+
+    Args:
+        folder: Run directory; an interrupted run resumes there.
+        say: Takes one line of progress.
+        seed: Seed of the model and the data.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The result of the transfer.
+    """
     folder = Path(folder)
     model = folder / "model"
     if not model.exists() and is_main():

@@ -1,16 +1,16 @@
-"""A tiny language model of the pseudo-languages, made in half a minute, for demos and tests.
+"""A tiny language model of the pseudo-languages, trained in half a minute, for demos and tests.
 
-1. Tokenizer: a token a word, split at white space; so " positive" after "Sentiment:" is one
+1. Tokenizer: one token per word, split at white space. " positive" after "Sentiment:" is one
    token, and the new line before "Sentiment:" is white space like any other.
 2. Model: Llama architecture, 4 layers of 8 heads with grouped keys and values, tied embeddings.
-3. Pre-training predicts the next word of unlabelled "reviews", of English and of the language at
-   each distance in equal shares. A review is a few sentences of one language and one mood; that
-   they share a mood is all that tells good words from bad ones. At first the reviews are plain
-   (one clause a sentence, no negation), then more and more often any sentences. Without that
-   start so small a model does not find the moods at all.
-4. What it never sees: "Sentiment:", a label word, a translation beside its original (every
-   language has draws of its own), or a sentence of any train, valid or test split: `pseudo.py`
-   keeps a part for this alone.
+3. Pre-training predicts the next word of unlabelled "reviews", in equal shares of English and of
+   the language at each distance. A review is a few sentences of one language and one mood; the
+   shared mood is all that distinguishes good words from bad ones. The first reviews are plain
+   (one clause per sentence, no negation), the later ones hold sentences of every kind. A model as
+   small as this one does not learn the moods without the plain reviews.
+4. The model never sees "Sentiment:", a label word, a translation beside its original (every
+   language has its own draws), or a sentence of a train, valid or test split:
+   `tasks.pseudo_languages` reserves a part for pre-training.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from cdt_lens.tasks.pseudo_languages import (
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 CONTEXT = 256
-STEPS = 400  # a language
+STEPS = 400  # per language
 BATCH_SIZE = 32
 LEARNING_RATE = 4e-3
 WARM_UP = 0.1  # share of the steps
@@ -62,18 +62,27 @@ def make_demo_model(
     steps: int | None = None,
     say: Callable[[str], None] = lambda _text: None,
 ) -> Path:
-    """Pre-train a tiny model on English and the languages at `distances`, saved in `folder`.
+    """Pre-train a tiny model on English and on the languages at some distances from it.
 
-    The folder is an ordinary Hugging Face one, whole or not there. The same seed on the same
-    machine gives the same weights; no global random state moves. `steps` is 400 a language if
-    not given: about half a minute on two cores for two distances.
+    The same seed on the same machine gives the same weights. No global random state changes.
+
+    Args:
+        folder: Hugging Face folder to write, as a whole or not at all.
+        distances: Distances of the languages from English, 0 to 1.
+        seed: Seed of every random draw.
+        steps: Number of training steps; None takes 400 per language, about half a minute on two
+            cores for two distances.
+        say: Takes one line of progress.
+
+    Returns:
+        The folder.
 
     Raises:
-        InputError: a folder that is not empty, no step, or a distance outside 0 to 1.
+        InputError: A folder that is not empty, fewer than one step, or a distance outside 0 to 1.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: exists and is no empty folder; name another or empty it")
+        raise InputError(f"{folder}: exists and is not an empty folder; name another or empty it")
     languages = ("source", *distances)
     steps = STEPS * len(languages) if steps is None else steps
     if steps < 1:
@@ -93,7 +102,11 @@ def make_demo_model(
 
 
 def demo_tokenizer(distances: Sequence[float | int | str]) -> PreTrainedTokenizerBase:
-    """One token for each word of English and of the languages, and for cue and label words."""
+    """Make the tokenizer: one token per word of each language, of the cue and of the labels.
+
+    Args:
+        distances: Distances of the languages from English, 0 to 1.
+    """
     cue = TEMPLATE.format(text="").split()
     answers = [word.strip() for word in VERBALIZER.values()]
     words = (*SPECIAL, ".", *cue, *answers, *pseudo_vocabulary(distances))
@@ -111,7 +124,7 @@ def _new_model(d_vocab: int, seed: int) -> LlamaForCausalLM:
         vocab_size=d_vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
         num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=CONTEXT,
         tie_word_embeddings=True, pad_token_id=0, bos_token_id=2, eos_token_id=3,
-        # So small a model learns slowly from the usual 0.02.
+        # A model as small as this learns slowly from the usual 0.02.
         initializer_range=0.08,
     )  # fmt: skip
     with torch.random.fork_rng():
@@ -126,11 +139,11 @@ def _encoded(
     *,
     plain: bool,
 ) -> list[Int[Tensor, " pos"]]:
-    """Token ids of the reviews of one kind, in all languages."""
+    """Return the token ids of the reviews of one kind, in all languages."""
     texts: list[str] = []
     for number, distance in enumerate(languages):
         size = PLAIN_SENTENCES if plain else SENTENCES
-        # A seed of its own for each language: no sentence is there in translation.
+        # Each language has its own seed, so that no sentence has a translation.
         own = (seed * len(languages) + number) * 2 + plain
         rows = pseudo_sentences(REVIEWS * size, distance, own, part="unlabelled", plain=plain)
         for label in VERBALIZER:
@@ -144,7 +157,7 @@ def _encoded(
 def _batches(
     plain: Sequence[Tensor], full: Sequence[Tensor], steps: int, seed: int
 ) -> Iterator[Int[Tensor, "batch pos"]]:
-    """Right-padded batches: plain reviews in the first third, at last hardly any."""
+    """Yield right-padded batches: plain reviews in the first third, hardly any at the end."""
     draw = random.Random(seed)
     for step in range(steps):
         kind = full if draw.random() < (step / steps - 0.35) / 0.55 else plain
@@ -154,7 +167,7 @@ def _batches(
 def _pretrain(
     model: LlamaForCausalLM, batches: Iterator[Int[Tensor, "batch pos"]], steps: int
 ) -> Iterator[tuple[int, float]]:
-    """AdamW with a linear warm-up and decay; yields each step's number and loss in nats a word."""
+    """Train with AdamW, a linear warm-up and decay; yield each step and its loss in nats a word."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     model.train()
     for step, tokens in enumerate(batches, start=1):

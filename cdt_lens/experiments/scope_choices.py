@@ -1,7 +1,7 @@
-"""What each rule for `scope="auto"` would have chosen in a transfer, and whether it was right.
+"""The scope that each rule for `scope="auto"` would have chosen in a transfer.
 
-The rules see validation data only. The race is read from the cells' own runs after `race_epochs`;
-"better" is told by the test split, afterwards.
+The rules see validation data only. The race rule reads the runs of the cells after `race_epochs`.
+Whether a choice was right is judged on the test split, afterwards.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ def choices(
     config: TransferConfig, tasks: Mapping[str, Task], before: Sequence[Mapping[str, Any]],
     cells: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows of `TransferResult.auto`: one a (target, seed, rule) in which both scopes finished."""
+    """Return the rows of `TransferResult.auto`, for each target, seed and rule.
+
+    Args:
+        config: The settings of the experiment.
+        tasks: The task in each language.
+        before: The rows of the untouched proxy model.
+        cells: The finished cells. A target and seed is left out unless both scopes finished.
+    """
     by_place = {(c["row"]["target"], c["row"]["seed"], c["row"]["scope"]): c for c in cells}
     judged = {row["language"]: row["valid_accuracy"] for row in before}
     rows: list[dict[str, Any]] = []
@@ -42,7 +49,7 @@ def choices(
 
 
 def _raced(racers: Mapping[str, Any], epochs: int) -> dict[str, Mapping[str, Any]]:
-    """Each racer's first look at validation data from this epoch on."""
+    """Return the first evaluation of each scope from this epoch on."""
     return {
         scope: next((row for row in cell["history"] if row["epoch"] >= epochs), cell["history"][-1])
         for scope, cell in racers.items()
