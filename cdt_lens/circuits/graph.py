@@ -1,9 +1,9 @@
-"""`Graph`: what a circuit's nodes hand to each other, edge by edge; no model is needed.
+"""`Graph`: the edges between the nodes of a circuit; it needs no model.
 
-The nodes are the embeddings, heads, MLPs and the logits (graph_nodes.py); an edge is what its
-target reads of what its source wrote into the residual stream. Scores are signed, in logits:
-positive = what goes along the edge (or through the node) pushes towards the gold label. None: not
-scored. Scores from another tool's file keep that tool's unit and sign, and `unit` says so.
+The nodes are the embeddings, heads, MLPs and the logits (`nodes`). An edge is the part of its
+target's input that its source wrote into the residual stream. Scores are signed, in logits:
+positive pushes towards the gold label. None means not scored. Scores from a file of another tool
+keep that tool's unit and sign, which `unit` states.
 """
 
 from __future__ import annotations
@@ -46,7 +46,12 @@ _SHAPE = ("n_layers", "n_heads", "d_model", "parallel", "unit")
 
 @dataclass(frozen=True)
 class GraphNode:
-    """A node's score in logits (None: not scored), and whether it belongs to the circuit."""
+    """A node of a graph.
+
+    Args:
+        score: Its score in logits; None if it was not scored.
+        in_graph: Whether it belongs to the circuit.
+    """
 
     score: float | None
     in_graph: bool
@@ -54,9 +59,15 @@ class GraphNode:
 
 @dataclass(frozen=True)
 class Edge:
-    """What `target` reads of `source`: by its queries, keys or values (site), or "" if no head.
+    """An edge of a graph.
 
-    score: in logits, + = towards the gold label (or the graph's unit); None: not scored.
+    Args:
+        source: Name of the node that writes.
+        target: Name of the node that reads.
+        site: "q", "k" or "v" if the target is a head, else "".
+        score: Its score in logits (positive = towards the gold label), or in the graph's unit; None
+            if it was not scored.
+        in_graph: Whether it belongs to the circuit.
     """
 
     source: str
@@ -67,21 +78,26 @@ class Edge:
 
     @property
     def name(self) -> str:
-        """Such as "L0H1->L9H6<q>"."""
+        """The name of the edge, such as "L0H1->L9H6<q>"."""
         return edge_name(self.source, self.target, self.site)
 
 
 @dataclass(frozen=True, eq=False)
 class Graph(EqualByContent):
-    """Nodes and edges of one model, with scores and with what belongs to the circuit.
+    """Nodes and edges of one model, with their scores and the circuit among them.
 
-    nodes: by name, at least those that edges name; edges: scored or kept ones, not necessarily
-    all that the model has; d_model: where it is known; parallel: attention and MLP of a layer
-    read the same residual stream; unit: of the scores, in words.
+    Args:
+        n_layers: Number of layers of the model.
+        n_heads: Number of heads per layer.
+        nodes: Nodes by name; at least those that the edges name.
+        edges: Edges that were scored or kept; not necessarily all of the model.
+        d_model: Width of the residual stream, if known.
+        parallel: Whether attention and MLP of a layer read the same residual stream.
+        unit: Unit of the scores, in words.
 
     Raises:
-        InputError: a node that the model has not, an edge to a node that is not there or that
-            runs against the residual stream, one given twice, or a score that is not finite.
+        InputError: The model has no such node, an edge names a node that is missing or runs against
+            the residual stream, an edge is given twice, or a score is not finite.
     """
 
     n_layers: int
@@ -110,8 +126,8 @@ class Graph(EqualByContent):
             seen.add(edge.name)
 
     def __repr__(self) -> str:
-        told = f"{len(self.kept_nodes)} nodes and {len(self.kept_edges)} edges"
-        return f"Graph({told} of {self.n_layers} layers of {self.n_heads} heads)"
+        kept = f"{len(self.kept_nodes)} nodes and {len(self.kept_edges)} edges"
+        return f"Graph({kept} of {self.n_layers} layers of {self.n_heads} heads)"
 
     @property
     def short_unit(self) -> str:
@@ -131,7 +147,7 @@ class Graph(EqualByContent):
 
     @property
     def kept_edges(self) -> tuple[Edge, ...]:
-        """The edges that belong to the circuit: in the graph, and between nodes that are."""
+        """The edges that belong to the circuit, as do both of their nodes."""
         return tuple(
             edge
             for edge in self.edges
@@ -141,7 +157,11 @@ class Graph(EqualByContent):
         )
 
     def top_edges(self, k: int, *, kept_only: bool = True) -> tuple[Edge, ...]:
-        """The at most `k` scored edges with the largest magnitude, the largest first.
+        """Return the scored edges of largest magnitude, the largest first.
+
+        Args:
+            k: Maximum number of edges.
+            kept_only: Whether to leave out edges outside the circuit.
 
         Raises:
             InputError: `k` is negative.
@@ -153,9 +173,9 @@ class Graph(EqualByContent):
         return tuple(edge for _, edge in sorted(scored, key=lambda pair: -pair[0])[:k])
 
     def pruned(self) -> Graph:
-        """The same scores, keeping only what lies on a path of kept edges to the logits.
+        """Return the graph whose circuit holds only paths of kept edges to the logits.
 
-        Nodes off such a path, and edges that do not end on one, leave the circuit.
+        The scores stay. Nodes off such a path, and edges that do not end on one, leave the circuit.
         """
         places = {name: parse_node(name, self.n_layers, self.n_heads) for name in self.nodes}
         reached = {LOGITS} & set(self.kept_nodes)
@@ -175,16 +195,16 @@ class Graph(EqualByContent):
         )
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row an edge: source, target, site, score in logits, and whether it is kept."""
+        """Return one row per edge: source, target, site, score, and whether it is kept."""
         columns = ["source", "target", "site", "score", "in_graph"]
         rows = [(e.source, e.target, e.site, e.score, e.in_graph) for e in self.edges]
         return pd.DataFrame(rows, columns=columns).astype({"score": float, "in_graph": bool})
 
     def to_networkx(self) -> Any:
-        """A `networkx.MultiDiGraph`, an edge's key being its site.
+        """Return a `networkx.MultiDiGraph` in which the key of an edge is its site.
 
-        Nodes have in_graph and, where scored, score; edges site, in_graph and, where scored,
-        score; the graph n_layers, n_heads, parallel, unit and, where known, d_model.
+        Nodes and edges have the attributes in_graph and, if scored, score; edges have site as well.
+        The graph has n_layers, n_heads, parallel, unit and, if known, d_model.
         """
         import networkx  # only here: it takes a moment to import
 
@@ -197,9 +217,13 @@ class Graph(EqualByContent):
         return made
 
     def to_dot(self, kept_only: bool = True) -> str:
-        """The graph for Graphviz, input at the bottom; blue is positive, red and dashed negative.
+        """Return the graph in the DOT language of Graphviz, with the input at the bottom.
 
-        The width of a line grows with the magnitude of its score; dotted lines have none.
+        Blue edges are positive, red dashed edges negative, dotted edges not scored. The width of a
+        line grows with the magnitude of its score.
+
+        Args:
+            kept_only: Whether to leave out what does not belong to the circuit.
         """
         return graph_dot.dot_text(self, kept_only=kept_only)
 
@@ -211,17 +235,21 @@ class Graph(EqualByContent):
         return str(figure_html(self.plot()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested values, for a file; an edge is a row as in `to_dataframe`."""
+        """Return plain nested values for a file; an edge is a row as in `to_dataframe`."""
         nodes = {name: [node.score, node.in_graph] for name, node in self.nodes.items()}
         edges = [[e.source, e.target, e.site, e.score, e.in_graph] for e in self.edges]
         return {**_shape(self), "nodes": nodes, "edges": edges}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Graph:
-        """The inverse of `to_dict`.
+        """Return the graph of the values that `to_dict` returned.
+
+        Args:
+            values: Plain nested values.
 
         Raises:
-            InputError: something that is no graph. KeyError, TypeError: a part is missing.
+            InputError: The values describe no graph.
+            KeyError, TypeError: A part is missing.
         """
         return cls(
             nodes={name: GraphNode(*row) for name, row in values["nodes"].items()},
@@ -259,7 +287,13 @@ def _check_edge(edge: Edge, places: Mapping[str, NodePlace], parallel: bool) -> 
 
 
 def dot_text(graph: Graph, *, kept_only: bool = True) -> str:
-    """The kept part of `graph`, or all of it with what is not kept in thin grey outlines."""
+    """Write a graph in the DOT language.
+
+    Args:
+        graph: The graph.
+        kept_only: Whether to leave out what does not belong to the circuit; otherwise it is drawn
+            in thin grey lines.
+    """
     kept_nodes, kept_edges = set(graph.kept_nodes), set(graph.kept_edges)
     names = [name for name in graph.nodes if name in kept_nodes or not kept_only]
     edges = [edge for edge in graph.edges if edge in kept_edges or not kept_only]
@@ -279,7 +313,7 @@ def _node(graph: Graph, name: str, place: NodePlace, kept: bool) -> str:
 
 
 def _rows(places: dict[str, NodePlace]) -> list[str]:
-    """The heads of a layer stand side by side."""
+    """Put the heads of a layer side by side."""
     heads = {name: place.layer for name, place in places.items() if place.kind == "head"}
     rows = groupby(sorted(heads, key=heads.__getitem__), key=heads.__getitem__)
     return [f"{{ rank=same; {' '.join(f'{_quoted(name)};' for name in row)} }}" for _, row in rows]
@@ -291,14 +325,14 @@ def _edge(edge: Edge, largest: float, kept: bool, unit: str) -> str:
     if score is not None:
         colour, style = (NEGATIVE, "dashed") if score < 0 else (POSITIVE, "solid")
         words = f"{score:+.4g} {unit}".rstrip()
-    look = {
+    attributes = {
         "label": edge.site,
         "color": colour if kept else "#cccccc",
         "style": style,
         "penwidth": f"{0.6 + 3.9 * abs(score or 0.0) / largest if kept else 0.4:.2f}",
         "tooltip": f"{edge.name}: {words}",
     }
-    return f"{_quoted(edge.source)} -> {_quoted(edge.target)} {_attributes(**look)};"
+    return f"{_quoted(edge.source)} -> {_quoted(edge.target)} {_attributes(**attributes)};"
 
 
 def _attributes(**values: str) -> str:
@@ -306,5 +340,5 @@ def _attributes(**values: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A quoted DOT string, whose only escape for itself is that of the quotation mark."""
+    """Return a quoted DOT string, in which only the quotation mark is escaped."""
     return '"' + text.replace('"', '\\"') + '"'

@@ -1,10 +1,10 @@
 """Names of the nodes of a circuit graph, and which node may read which.
 
 1. The nodes are "input" (the embeddings), heads "L9H6", MLPs "M3" and "logits".
-2. Each writes into the residual stream, and reads what was written before it: a head of layer l
-   everything before layer l, an MLP of layer l the heads of layer l as well, unless attention and
-   MLP stand in parallel (Pythia), and the logits everything.
-3. A head reads at three sites, its queries, keys and values; the other nodes at one, "".
+2. Each node writes into the residual stream and reads what earlier nodes wrote. A head of layer l
+   reads everything before layer l. An MLP of layer l reads the heads of layer l as well, unless
+   attention and MLP are parallel (Pythia). The logits read everything.
+3. A head reads at three sites: its queries, keys and values. The other nodes read at one site, "".
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cdt_lens.models.heads import Head
 
 Site = Literal["q", "k", "v", ""]
 INPUT, LOGITS = "input", "logits"
-# What scores are counted in: this package's, and what is known of those in other tools' files.
+# Units of scores: of this package, and of files of other tools, which do not state theirs.
 OWN_UNIT = "logits (+ = towards the gold label)"
 OTHER_UNIT = "the unit and with the sign of the tool that made them"
 
@@ -29,22 +29,37 @@ _NAME = re.compile(r"L(0|[1-9][0-9]*)H(0|[1-9][0-9]*)|M(0|[1-9][0-9]*)")
 
 @dataclass(frozen=True)
 class NodePlace:
-    """Where a node stands: its layer (-1: the input, `n_layers`: the logits), and its head."""
+    """Position of a node.
+
+    Args:
+        kind: Kind of the node.
+        layer: Layer of the node; -1 for the input, `n_layers` for the logits.
+        head: Index of a head in its layer.
+    """
 
     kind: Literal["input", "head", "mlp", "logits"]
     layer: int
     head: int = 0
 
     def step(self, parallel: bool) -> int:
-        """When the node reads and writes: it reads what nodes of smaller steps have written."""
+        """Return the step at which the node reads and writes; it reads nodes of smaller steps.
+
+        Args:
+            parallel: Whether attention and MLP of a layer read the same residual stream.
+        """
         return 2 * self.layer + (self.kind == "mlp" and not parallel)
 
 
 def parse_node(name: str, n_layers: int, n_heads: int) -> NodePlace:
-    """Read a node's name.
+    """Read the name of a node.
+
+    Args:
+        name: "input", "logits", a head such as "L9H6", or an MLP such as "M3".
+        n_layers: Number of layers of the model.
+        n_heads: Number of heads per layer.
 
     Raises:
-        InputError: another form, or a node outside a model of `n_layers` layers of `n_heads` heads.
+        InputError: The name has another form, or the model has no such node.
     """
     if name == INPUT:
         return NodePlace("input", -1)
@@ -65,7 +80,7 @@ def parse_node(name: str, n_layers: int, n_heads: int) -> NodePlace:
 
 
 def node_names(n_layers: int, n_heads: int) -> tuple[str, ...]:
-    """Every node of a model, in the order of the residual stream."""
+    """Return the names of all nodes of a model, in the order of the residual stream."""
     names = [INPUT]
     for layer in range(n_layers):
         names += [str(Head(layer, head)) for head in range(n_heads)]
@@ -76,7 +91,16 @@ def node_names(n_layers: int, n_heads: int) -> tuple[str, ...]:
 def possible_edges(
     n_layers: int, n_heads: int, *, parallel: bool = False
 ) -> Iterator[tuple[str, str, Site]]:
-    """Every (source, target, site) of a model: by layer, heads first, and there by source."""
+    """Iterate over the edges of a model: by layer of the target, heads first, then by source.
+
+    Args:
+        n_layers: Number of layers of the model.
+        n_heads: Number of heads per layer.
+        parallel: Whether attention and MLP of a layer read the same residual stream.
+
+    Returns:
+        Source, target and site of each edge.
+    """
     written = [INPUT]
     for layer in range(n_layers):
         heads = [str(Head(layer, head)) for head in range(n_heads)]
@@ -95,7 +119,14 @@ def possible_edges(
 def why_no_edge(
     source: NodePlace, target: NodePlace, site: str, *, parallel: bool = False
 ) -> str | None:
-    """What is wrong with an edge between two nodes; None: a model has it."""
+    """Return why a model has no such edge, or None if it has it.
+
+    Args:
+        source: The node that writes.
+        target: The node that reads.
+        site: The site of the target: "q", "k" or "v" of a head, "" of other nodes.
+        parallel: Whether attention and MLP of a layer read the same residual stream.
+    """
     if source.step(parallel) >= target.step(parallel):
         beside = " (attention and MLP of a layer are parallel)" if parallel else ""
         return f"runs against the residual stream: a node reads what was written before it{beside}"
@@ -107,7 +138,7 @@ def why_no_edge(
 
 
 def edge_name(source: str, target: str, site: Site) -> str:
-    """Such as "L0H1->L9H6<q>" or "M3->logits"."""
+    """Return the name of an edge, such as "L0H1->L9H6<q>" or "M3->logits"."""
     return f"{source}->{target}" + (f"<{site}>" if site else "")
 
 

@@ -1,15 +1,16 @@
 """Scores of the edges between heads, MLPs and the logits (CD-T, arXiv 2407.00886, §3.3).
 
-1. Every head and every MLP is a source once. Its irrelevant stream goes up through the model under
-   the rules; what is left of the task direction at the end is the edge to the logits.
-2. On the way its relevant part at the q, k and v of every later head is noted. An edge's score is
-   what the target's own contribution loses when that part alone is taken from its q (k, v):
+1. Every head and every MLP is a source once. Its irrelevant stream passes through the model under
+   the rules; d(rel) at the end is the score of its edge to the logits.
+2. On the way its relevant part is recorded at the q, k and v of every later head. The score of an
+   edge is the loss of the target's own contribution when that part is subtracted from its q (k, v):
    sum over positions of <z - z(q - rel_q), g>, with g the gradient of the task direction at z.
-   For an MLP as target it is <rel part of its output, g>. In logits, + = towards the gold label.
+   For an MLP as target it is <relevant part of its output, g>.
 
-An edge stands for all paths from source to target, as in CD-T, not for the direct one alone. The
-gradient is the full model's, so an edge that changes its target far (an MLP that makes the large
-activations of an attention sink) may score beyond the direction itself: read it as a first order.
+Scores are in logits; positive favours the gold label. An edge stands for all paths from source to
+target, as in CD-T, not for the direct path alone. The gradient is the full model's, so the score of
+an edge that changes its target by much (an MLP that makes the large activations of an attention
+sink) may exceed the direction itself: it is a first-order estimate.
 """
 
 from __future__ import annotations
@@ -55,10 +56,13 @@ _SITES: tuple[Site, Site, Site] = ("q", "k", "v")
 
 @dataclass(frozen=True, eq=False)
 class EdgeScores(EqualByContent):
-    """Every edge's score, signed, in logits, label-balanced over the examples.
+    """Signed scores of all edges in logits, label-balanced over the examples; 0 where no edge is.
 
-    sources: all heads and MLPs, by layer; to_logits: d(rel) of each; to_heads: by the target's
-    site (q, k, v) and place; to_mlps: by the target's layer. 0 where no edge is.
+    Args:
+        sources: All heads and MLPs, by layer.
+        to_logits: Scores of the edges from each source to the logits.
+        to_heads: Scores of the edges to heads, by the target's site (q, k, v), layer and head.
+        to_mlps: Scores of the edges to MLPs, by the target's layer.
     """
 
     sources: tuple[Unit, ...]
@@ -70,7 +74,7 @@ class EdgeScores(EqualByContent):
         return display.line(self, f"{len(self.sources)} sources", f"{int(self._count())} edges")
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row an edge: source, target, site and score in logits, the strongest first."""
+        """Return one row per edge: source, target, site, score in logits; the strongest first."""
         return edges_frame(self)
 
     def _repr_html_(self) -> str:
@@ -80,23 +84,29 @@ class EdgeScores(EqualByContent):
         return sum(int(v.count_nonzero()) for v in (self.to_logits, self.to_heads, self.to_mlps))
 
     def into(self, target: Unit | str) -> Iterator[tuple[Unit, Site, float]]:
-        """(source, site, score) of each edge that ends in `target`, the strongest first.
+        """Iterate over the edges that end in a head or MLP, the strongest first.
+
+        Args:
+            target: The head or MLP, or its name such as "L9H6" or "M9".
+
+        Returns:
+            Source, site and score in logits of each edge.
 
         Raises:
-            InputError: no unit of this model; "L9H6" and "M9" are read as one.
+            InputError: The model has no such head or MLP.
         """
         named = {str(unit): unit for unit in self.sources}
         if str(target) not in named:
             raise InputError(f"edges into {target}: the units are {display.few(self.sources)}")
         target = named[str(target)]
-        found: list[tuple[Unit, Site, float]] = []
+        edges: list[tuple[Unit, Site, float]] = []
         for number, source in enumerate(self.sources):
             if isinstance(target, Mlp):
-                found.append((source, "", float(self.to_mlps[number, target.layer])))
+                edges.append((source, "", float(self.to_mlps[number, target.layer])))
                 continue
             values = self.to_heads[number, :, target.layer, target.head].tolist()
-            found += [(source, site, value) for site, value in zip(_SITES, values, strict=True)]
-        kept = [edge for edge in found if edge[2] != 0]
+            edges += [(source, site, value) for site, value in zip(_SITES, values, strict=True)]
+        kept = [edge for edge in edges if edge[2] != 0]
         return iter(sorted(kept, key=lambda edge: -abs(edge[2])))
 
 
@@ -112,13 +122,26 @@ def score_edges(
     rows: int | None = None,
     progress: bool = True,
 ) -> EdgeScores:
-    """Scores of all edges between heads, MLPs and the logits, in about four sweeps' time.
+    """Score all edges between heads, MLPs and the logits, in about the time of four sweeps.
+
+    Args:
+        model: A TransformerLens model or its `ModelView`.
+        examples: The examples to score.
+        baseline: The values that ablated heads and MLPs take; `mean_activations(..., mlps=True)`.
+        rules: Name of a preset, or `Rules`, with context="full".
+        batch_size: Number of examples per batch.
+        rows: Maximum number of (source x example) rows per forward pass, at least the batch size.
+            None chooses it by the length of the prompts.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Signed scores in logits.
 
     Raises:
-        InputError: no examples, a baseline without MLPs for a model that has them, or rules with
-            context="both", which speaks of the logits alone.
-        UnsupportedModelError: a component of the model has no rule.
-        NonFiniteError: a source left the finite range under these rules.
+        InputError: There are no examples, the baseline has no MLPs for a model that has them, or
+            the rules have context="both", which is defined for logits only.
+        UnsupportedModelError: A component of the model has no rule.
+        NonFiniteError: A source left the finite range under these rules.
     """
     require_examples(examples)
     passes = Passes(batch_size, rows, progress)
@@ -126,8 +149,8 @@ def score_edges(
     rules = resolve_rules(rules)
     if rules.context != "full":
         raise InputError(
-            "score_edges: rules with context='both' say nothing of what is inside the model; use "
-            "context='full', such as the preset 'shared'"
+            "score_edges: context='both' is defined for logits only, not inside the model; use "
+            "rules with context='full', such as the preset 'shared'"
         )
     check_baseline(baseline, view)
     sources = _units(view)
@@ -152,7 +175,7 @@ def score_edges(
 
 
 def depth(unit: Unit) -> tuple[int, bool]:
-    """Where a unit stands on the way up; the MLP of a layer after its heads."""
+    """Return the depth of a head or MLP as a sort key; the MLP of a layer is after its heads."""
     return unit.layer, isinstance(unit, Mlp)
 
 
@@ -167,7 +190,7 @@ class _Stop(Exception):
 
 
 class _EdgeSweep:
-    """All sources over one batch; fills tables of (source, ..., example)."""
+    """All sources over one batch; it fills tables of (source, ..., example)."""
 
     def __init__(
         self,
@@ -202,7 +225,7 @@ class _EdgeSweep:
             yield from (members[at : at + size] for at in range(0, len(members), size))
 
     def run(self, chunk: list[int]) -> None:
-        """Carry the streams of a chunk (of one first layer) up, and read every edge from it."""
+        """Carry the streams of sources of one layer through the model and score their edges."""
         chosen = [(self.sources[i],) for i in chunk]
         layer = self.sources[chunk[0]].layer
         seen: dict[tuple[str, int], Tensor] = {}
@@ -241,27 +264,31 @@ class _EdgeSweep:
             self.to_mlps[chunk, site[1]] = lost.masked_fill(own[:, None], 0.0)
 
     def _lost_z(self, layer: int, name: str, irrel: Tensor) -> Float[Tensor, "source head example"]:
-        """<z - z with `irrel` in place of q, k or v, gradient at z>, for every head of a layer."""
+        """Compute <z - z with `irrel` for q, k or v, gradient at z> of every head of a layer."""
         trace, n_sources = self.run_of.trace, irrel.shape[0]
-        found: dict[str, Tensor] = {}
+        replayed: dict[str, Tensor] = {}
 
         def put(value: Tensor) -> Tensor:
             return irrel.reshape(value.shape)
 
         def stop(value: Tensor) -> None:
-            found["z"] = value
+            replayed["z"] = value
             raise _Stop
 
         hooks: dict[tuple[str, int], Hook] = {(name, layer): put, ("z", layer): stop}
         rows = trace.resid[layer].repeat(n_sources, 1, 1)
         with contextlib.suppress(_Stop):
             self.view.replay(trace, rows, layer, hooks, stop=layer + 1)
-        z = rearrange(found["z"], "(s b) p h d -> s b p h d", s=n_sources)
+        z = rearrange(replayed["z"], "(s b) p h d -> s b p h d", s=n_sources)
         away = at_least_float32(trace["z", layer] - z)
         return einsum(away, self.slopes["z", layer], "s b p h d, b p h d -> s h b")
 
     def check_finite(self) -> None:
-        """Refuse sources that left the finite range."""
+        """Refuse sources that left the finite range.
+
+        Raises:
+            NonFiniteError: The message names the first source.
+        """
         check_finite(self.run_of, [(unit,) for unit in self.sources], self.batch, self.irrel)
         for table in (self.to_heads, self.to_mlps):
             bad = (~torch.isfinite(table)).flatten(1).any(1).nonzero().flatten().tolist()
@@ -281,10 +308,10 @@ class _EdgeSweep:
 
 
 def edges_frame(scores: EdgeScores) -> pd.DataFrame:
-    """One row an edge that has a score: source, target, site and score, the strongest first."""
+    """Return one row per edge with a score: source, target, site, score; the strongest first."""
     rows: list[tuple[str, str, str, float]] = []
     heads, mlps, ends = (
-        each.tolist() for each in (scores.to_heads, scores.to_mlps, scores.to_logits)
+        table.tolist() for table in (scores.to_heads, scores.to_mlps, scores.to_logits)
     )
     for number, source in enumerate(map(str, scores.sources)):
         rows.append((source, "logits", "", ends[number]))

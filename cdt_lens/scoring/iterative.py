@@ -1,12 +1,12 @@
-"""What feeds the heads that matter: the iterative algorithm of CD-T (arXiv 2407.00886, §3.3).
+"""The iterative algorithm of CD-T, which finds the inputs of relevant heads (2407.00886, §3.3).
 
-From the logits to the units (heads and MLPs) most relevant to them, from each of these to the units
-most relevant to its queries, keys and values, or to its input, until the layers end:
+It goes from the logits to the units (heads and MLPs) most relevant to them, and from each of these
+to the units most relevant to its queries, keys and values, or to its input:
 
-1. Every edge has a score (`edge_scores`).
-2. `width` units are taken at the logits.
-3. From the last layer down, the `fan_in` strongest edges of each unit taken are kept, and the units
-   that they come from are taken.
+1. Score every edge (`edge_scores`).
+2. Select the `width` units with the strongest edges to the logits.
+3. From the last layer down, keep the `fan_in` strongest edges into each selected unit and select
+   the units that they come from.
 """
 
 from __future__ import annotations
@@ -42,14 +42,26 @@ def trace_circuit(
     rows: int | None = None,
     progress: bool = True,
 ) -> Circuit:
-    """A circuit with its graph, found backwards from the logits (arXiv 2407.00886, §3.3).
+    """Find a circuit and its graph backwards from the logits (arXiv 2407.00886, §3.3).
 
-    width: units taken at the logits; fan_in: edges kept into each unit taken. The circuit's heads
-    are the graph's; its scores are those of the edges to the logits. `baseline` needs `mlps=True`
-    where the model has MLPs. Raises what `score_edges` raises, and
+    Args:
+        model: A TransformerLens model or its `ModelView`.
+        examples: The examples to score edges on.
+        baseline: The values that ablated heads and MLPs take; `mean_activations(..., mlps=True)`.
+        width: Number of units selected at the logits.
+        fan_in: Number of edges kept into each selected unit.
+        rules: Name of a preset, or `Rules`, with context="full".
+        batch_size: Number of examples per batch.
+        rows: Maximum number of (source x example) rows per forward pass, at least the batch size.
+            None chooses it by the length of the prompts.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        A circuit of the graph's heads. Its scores are those of the edges to the logits, in logits.
 
     Raises:
-        InputError: width or fan_in below 1.
+        InputError: `width` or `fan_in` is below 1, or as `score_edges`.
+        UnsupportedModelError, NonFiniteError: As `score_edges`.
     """
     _check_widths(width, fan_in)
     view = view_of(model)
@@ -69,10 +81,15 @@ def trace_circuit(
 
 
 def select_edges(scores: EdgeScores, *, width: int, fan_in: int) -> tuple[Edge, ...]:
-    """The edges of step 3: into the logits, then into each unit taken, from the last layer down.
+    """Select the edges into the logits, then into each selected unit, from the last layer down.
+
+    Args:
+        scores: Scores of all edges.
+        width: Number of units selected at the logits.
+        fan_in: Number of edges kept into each selected unit.
 
     Raises:
-        InputError: width or fan_in below 1.
+        InputError: `width` or `fan_in` is below 1.
     """
     _check_widths(width, fan_in)
     order = scores.to_logits.abs().argsort(descending=True, stable=True)[:width].tolist()

@@ -58,11 +58,29 @@ def exact_ablation(
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> HeadScores:
-    """What each head's mean-ablation takes away from the task direction, exactly.
+    """Measure the exact effect of mean-ablating each head on the task direction.
 
-    score = d(full) - d(with the head's z set to the baseline), in logits: positive = the head
-    pushes towards the gold label. A real intervention on the model: every rule is *through*, so
-    this is `score_heads` with the "ablation" preset. Raises what `score_heads` raises.
+    score = d(full) - d(with the head's z set to the baseline). This is a real intervention on the
+    model: `score_heads` with the "ablation" preset, in which every rule is *through*.
+
+    Args:
+        model: A TransformerLens model or its `ModelView`.
+        examples: The examples to score.
+        baseline: The values that ablated heads take.
+        heads: The heads to score, as `Head` or by name; None scores all.
+        direction: "mean" of the competing answers, or "strongest" for the one that the full model
+            rates highest.
+        batch_size: Number of examples per batch.
+        rows: Maximum number of (source x example) rows per forward pass, at least the batch size.
+            None chooses it by the length of the prompts.
+        checkpoint: File that keeps finished batches, so that an interrupted call resumes.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Signed scores in logits (positive = pushes towards the gold label) with standard errors.
+
+    Raises:
+        InputError, UnsupportedModelError, NonFiniteError: As `score_heads`.
     """
     return score_heads(
         model,
@@ -88,10 +106,24 @@ def attribution_patching(
     batch_size: int = 16,
     progress: bool = True,
 ) -> HeadScores:
-    """<d(direction)/dz, z - baseline> of each head, summed over positions, in logits.
+    """Estimate `exact_ablation` to first order, as in attribution patching.
 
-    The first-order estimate of `exact_ablation`; positive = pushes towards the gold label. Raises
-    what `one_pass` raises.
+    score = sum over positions of <d(direction) / dz, z - baseline>.
+
+    Args:
+        model: A TransformerLens model or its `ModelView`.
+        examples: The examples to score.
+        baseline: The values that ablated heads take.
+        direction: "mean" of the competing answers, or "strongest" for the one that the full model
+            rates highest.
+        batch_size: Number of examples per batch.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Signed scores in logits (positive = pushes towards the gold label) with standard errors.
+
+    Raises:
+        InputError, UnsupportedModelError, NonFiniteError: As `one_pass`.
     """
     return one_pass(
         model, examples, baseline, slopes="gradient", direction=direction, batch_size=batch_size,
@@ -109,10 +141,26 @@ def integrated_gradients(
     batch_size: int = 16,
     progress: bool = True,
 ) -> HeadScores:
-    """Gradients by each head's gate, averaged over `steps` midpoints from ablated to plain.
+    """Average the gradients by each head's gate over the path from ablated to plain.
 
-    The gates of all heads move together, so the scores add up to m(full) - m(empty) in logits, up
-    to the step size. Raises what `one_pass` raises.
+    The gates of all heads move together, so the scores add up to m(full) - m(empty), up to the step
+    size.
+
+    Args:
+        model: A TransformerLens model or its `ModelView`.
+        examples: The examples to score.
+        baseline: The values that ablated heads take.
+        steps: Number of midpoints of the path.
+        direction: "mean" of the competing answers, or "strongest" for the one that the full model
+            rates highest.
+        batch_size: Number of examples per batch.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Signed scores in logits (positive = pushes towards the gold label) with standard errors.
+
+    Raises:
+        InputError, UnsupportedModelError, NonFiniteError: As `one_pass`.
     """
     return one_pass(
         model, examples, baseline, slopes="gradient", steps=steps, direction=direction,
@@ -129,9 +177,24 @@ def direct_attribution(
     batch_size: int = 16,
     progress: bool = True,
 ) -> HeadScores:
-    """Direct logit attribution: (z - baseline) W_O through the final norm's scale, in logits.
+    """Attribute logits directly: (z - baseline) W_O through the final norm's scale.
 
-    No later block sees it; positive = pushes towards the gold label. Raises what `one_pass` raises.
+    No later block sees this part.
+
+    Args:
+        model: A TransformerLens model or its `ModelView`.
+        examples: The examples to score.
+        baseline: The values that ablated heads take.
+        direction: "mean" of the competing answers, or "strongest" for the one that the full model
+            rates highest.
+        batch_size: Number of examples per batch.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Signed scores in logits (positive = pushes towards the gold label) with standard errors.
+
+    Raises:
+        InputError, UnsupportedModelError, NonFiniteError: As `one_pass`.
     """
     return one_pass(
         model, examples, baseline, slopes="direct", direction=direction, batch_size=batch_size,
@@ -148,7 +211,21 @@ def random_scores(
     seed: int = 0,
     batch_size: int = 16,
 ) -> HeadScores:
-    """Normal deviates for scores, the same for every example: the floor of any comparison."""
+    """Draw normal scores, the same for every example, as the floor of a comparison.
+
+    Args:
+        model: A TransformerLens model or its `ModelView`.
+        examples: The examples to score.
+        baseline: The values that ablated heads take.
+        seed: Seed of the draw.
+        batch_size: Number of examples per batch.
+
+    Returns:
+        Scores without meaning, with the task direction of the full model.
+
+    Raises:
+        InputError: There are no examples, or the baseline belongs to another model.
+    """
     require_examples(examples)
     view = view_of(model)
     check_baseline(baseline, view)
@@ -174,7 +251,14 @@ _BACKWARD = ("batch_size", "progress")
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to score heads: its name in tables, one line on what it does, the options it takes."""
+    """A way to score heads.
+
+    Args:
+        name: Its name in tables and in `score_by`.
+        description: One line about it.
+        run: The function that scores.
+        takes: Names of the options that the function takes.
+    """
 
     name: str
     description: str
@@ -218,11 +302,14 @@ DEFAULT_METHODS: tuple[str, ...] = tuple(name for name in METHODS if name != "cd
 
 
 def method_of(name: str) -> Method:
-    """The method of that name: one of `METHODS`, or "cdt:" or "one-pass:" with a preset's name or
-    choices spelt out.
+    """Return the method of a name.
+
+    Args:
+        name: One of `METHODS`, or "cdt:" or "one-pass:" followed by the name of a preset or by
+            choices such as norm=frozen+attention=half.
 
     Raises:
-        InputError: no such method, rule or value.
+        InputError: There is no such method, rule or value.
     """
     if name in METHODS:
         return METHODS[name]
@@ -244,7 +331,7 @@ def method_of(name: str) -> Method:
 
 
 def _spelt(method: str, spelt: str, kind: type[Rules] | type[Slopes]) -> dict[str, Any]:
-    """Choices of `kind` from name=value+name=value."""
+    """Read the choices of `kind` from name=value+name=value."""
     hints = get_type_hints(kind)
     values: dict[str, Any] = {}
     for part in spelt.split("+"):
@@ -275,17 +362,32 @@ def score_by(
     seed: int = 0,
     progress: bool = True,
 ) -> HeadScores:
-    """Scores of all heads by the method of that name: signed, in logits, with standard errors.
+    """Score all heads by the method of a name.
 
-    checkpoint serves the sweeps ("exact", "cdt:...") alone; seed serves "random".
+    Args:
+        method: Name of the method; see `method_of`.
+        model: A TransformerLens model or its `ModelView`.
+        examples: The examples to score.
+        baseline: The values that ablated heads take.
+        batch_size: Number of examples per batch.
+        rows: Maximum number of (source x example) rows per forward pass of a sweep ("exact" and
+            "cdt:..."), at least the batch size. None chooses it by the length of the prompts.
+        checkpoint: File that keeps finished batches of a sweep, so that an interrupted call
+            resumes.
+        seed: Seed of "random".
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Signed scores in logits (positive = pushes towards the gold label) with standard errors.
 
     Raises:
-        InputError: no such method. UnsupportedModelError: its rules mean nothing for this model.
-        NonFiniteError: its rules left the finite range.
+        InputError: There is no such method.
+        UnsupportedModelError: The method's rules have no meaning for this model.
+        NonFiniteError: The method's rules left the finite range.
     """
-    found = method_of(method)
+    chosen = method_of(method)
     options = {
         "batch_size": batch_size, "rows": rows, "checkpoint": checkpoint, "seed": seed,
         "progress": progress,
     }  # fmt: skip
-    return found.run(model, examples, baseline, **{name: options[name] for name in found.takes})
+    return chosen.run(model, examples, baseline, **{name: options[name] for name in chosen.takes})

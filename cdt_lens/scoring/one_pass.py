@@ -1,19 +1,18 @@
 """Every head at once from one backward pass: linear rules, gradients, and gradients along a path.
 
 Where each nonlinearity has a linear stand-in, relevance is one linear map, and its transpose is a
-backward pass: score(head) = sum over positions of <gradient at z, z - baseline> (method.md §3).
+backward pass: score(head) = sum over positions of <gradient at z, z - baseline>.
 
-1. One ordinary forward pass with a gate on every head's z: z = baseline + gate * (z - baseline).
+1. Run an ordinary forward pass with a gate on every head's z: z = baseline + gate * (z - baseline).
    All gates are 1, so that nothing changes; d(direction) / d(gate) is the head's score.
-2. Hooks leave every value as it is and give its gradient the slope that `Slopes` names.
+2. Hooks keep every value and give its gradient the slope that `Slopes` names.
 3. Along a path the gates of all heads move together from 0 (every head ablated) to 1 (the plain
-   model), and the scores are the average over the path. With plain derivatives they add up to
-   m(full) - m(empty): the Aumann-Shapley values of the game that faithfulness measures. Its two
-   ends alone are the first-order form of the "two-ended" rules.
+   model), and the scores are averaged over the path. With plain derivatives they add up to
+   m(full) - m(empty): they are the Aumann-Shapley values of the game that faithfulness measures.
+   The two ends alone are the first-order form of the "two-ended" rules.
 
-Departures from the full rules (`scores.score_heads`): no step works on the irrelevant part
-itself, so what a head does by saturating an activation, by moving a norm's scale far, or by moving
-attention is seen to first order at most.
+No step works on the irrelevant part itself, unlike the full rules (`sweep.score_heads`). Effects by
+saturated activations, a norm's scale or attention are therefore seen to first order at most.
 """
 
 from __future__ import annotations
@@ -54,18 +53,30 @@ def one_pass(
     method: str = "one-pass",
     progress: bool = True,
 ) -> HeadScores:
-    """Scores of all heads from one forward and one backward pass a batch; signed, in logits.
+    """Score all heads from one forward and one backward pass per batch.
 
     Args:
-        slopes: a preset's name or `Slopes`. steps: None for one pass at the plain model; "ends" for
-            the mean of one there and one at the model whose heads are all ablated; a number for
-            the average over that many midpoints of the path between the two.
+        model: A TransformerLens model or its `ModelView`.
+        examples: The examples to score.
+        baseline: The values that ablated heads take.
+        slopes: Name of a preset, or `Slopes`.
+        steps: None for one pass at the plain model; "ends" for the mean of that pass and one at the
+            model whose heads are all ablated; a number for the average over that many midpoints of
+            the path between the two.
+        direction: "mean" of the competing answers, or "strongest" for the one that the full model
+            rates highest.
+        batch_size: Number of examples per batch.
+        method: Name of the method in the result.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Signed scores in logits (positive = pushes towards the gold label) with standard errors.
 
     Raises:
-        InputError: no examples, prompts longer than the model's context, a baseline of another
-            shape, or weights made in inference mode.
-        UnsupportedModelError: an MLP without the hook points that its slopes need.
-        NonFiniteError: a score left the finite range, as half precision may.
+        InputError: There are no examples, a prompt is longer than the model's context, the baseline
+            has another shape, or the weights were made in inference mode.
+        UnsupportedModelError: An MLP lacks the hook points that its slopes need.
+        NonFiniteError: A score left the finite range, as half precision may.
     """
     require_examples(examples)
     passes = Passes(batch_size, progress=progress)
@@ -104,10 +115,21 @@ def position_relevance(
     slopes: str | Slopes = "stable",
     batch_size: int = 16,
 ) -> Float[Tensor, "example layer head pos"]:
-    """The part of each head's score that its z at each position gives; signed, in logits.
+    """Split each head's score of `one_pass` by the position of its z.
 
-    The sum over positions is the head's score on that example. NaN behind shorter prompts.
-    Raises what `one_pass` raises.
+    Args:
+        model: A TransformerLens model or its `ModelView`.
+        examples: The examples to score.
+        baseline: The values that ablated heads take.
+        slopes: Name of a preset, or `Slopes`.
+        batch_size: Number of examples per batch.
+
+    Returns:
+        Signed scores in logits, NaN behind the end of shorter prompts. Their sum over positions is
+        the head's score on that example.
+
+    Raises:
+        InputError, UnsupportedModelError, NonFiniteError: As `one_pass`.
     """
     require_examples(examples)
     view = view_of(model)

@@ -1,4 +1,4 @@
-"""What to look at in prompts: attention patterns of a circuit's heads, and relevance by position.
+"""Views of prompts: attention patterns of a circuit's heads, and relevance by position.
 
 Both are plain results, so that notebooks and the report can show them without a model.
 """
@@ -30,7 +30,14 @@ from cdt_lens.viz import widgets
 
 @dataclass(frozen=True, eq=False)
 class AttentionView(EqualByContent):
-    """Attention patterns of chosen heads on example prompts; each row of a pattern sums to 1."""
+    """Attention patterns of chosen heads on example prompts.
+
+    Args:
+        prompts: Tokens of each prompt, as text.
+        patterns: Attention weights of each prompt; each row sums to 1.
+        heads: The heads.
+        labels: Gold label of each prompt.
+    """
 
     prompts: tuple[tuple[str, ...], ...]
     patterns: tuple[Float[Tensor, "head _query _key"], ...] = field(repr=False)
@@ -41,7 +48,7 @@ class AttentionView(EqualByContent):
         return display.line(self, f"{len(self.prompts)} prompts", display.few(self.heads))
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a prompt, head, query and key position (key <= query): the weight, 0 to 1."""
+        """Return one row per prompt, head, query and key position: the weight, from 0 to 1."""
         rows = [
             (prompt, str(head), query, key, weight)
             for prompt, pattern in enumerate(self.patterns)
@@ -61,9 +68,13 @@ class AttentionView(EqualByContent):
 
 @dataclass(frozen=True, eq=False)
 class TokenRelevance(EqualByContent):
-    """What chosen heads contribute at each position: logits, + = towards the gold label.
+    """Contribution of chosen heads at each position, in logits.
 
-    directions: the full model's task direction of each prompt, in logits.
+    Args:
+        prompts: Tokens of each prompt, as text.
+        relevance: d(rel) at each position; positive favours the gold label.
+        labels: Gold label of each prompt.
+        directions: Task direction of the full model on each prompt.
     """
 
     prompts: tuple[tuple[str, ...], ...]
@@ -76,7 +87,7 @@ class TokenRelevance(EqualByContent):
         return display.line(self, f"{len(self.prompts)} prompts", end)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a token: prompt, position, the token, and its relevance in logits."""
+        """Return one row per token: prompt, position, token, and its relevance in logits."""
         rows = [
             (prompt, position, token, value)
             for prompt, tokens in enumerate(self.prompts)
@@ -97,16 +108,17 @@ class TokenRelevance(EqualByContent):
 def attention_view(
     model: nn.Module | ModelView, examples: Examples, heads: Sequence[Head]
 ) -> AttentionView:
-    """The attention patterns of `heads` on each of `examples` (a few: each is kept whole).
+    """Record the attention patterns of heads on a few examples.
+
+    Args:
+        model: A TransformerLens model or its `ModelView`.
+        examples: A few examples; all patterns are kept in memory.
+        heads: The heads.
 
     Raises:
-        InputError: no examples, no heads, or a head outside the model.
+        InputError: There are no examples or no heads, or a head is outside the model.
     """
-    require_examples(examples)
-    view = view_of(model)
-    chosen = check_heads(heads, view.n_layers, view.n_heads)
-    if not chosen:
-        raise InputError("attention_view: expected at least one head")
+    view, chosen = _checked(model, examples, heads, "attention_view")
     sites = [("pattern", layer) for layer in sorted({head.layer for head in chosen})]
     patterns = []
     for batch in examples.batches(1, sort_by_length=False):
@@ -126,16 +138,23 @@ def token_relevance(
     rules: str | Rules = DEFAULT_RULES,
     rows: int | None = None,
 ) -> TokenRelevance:
-    """d(rel) of the single positions of `heads`: all of them at one position are one source set.
+    """Decompose the contribution of heads by position.
+
+    All heads at one position are one source set.
+
+    Args:
+        model: A TransformerLens model or its `ModelView`.
+        examples: A few examples.
+        heads: The heads.
+        baseline: The values that ablated heads take.
+        rules: Name of a preset, or `Rules`.
+        rows: Maximum number of (position x example) rows per forward pass; None chooses it by the
+            length of the prompts.
 
     Raises:
-        InputError: no examples, no heads, or a head outside the model.
+        InputError: There are no examples or no heads, or a head is outside the model.
     """
-    require_examples(examples)
-    view = view_of(model)
-    chosen = check_heads(heads, view.n_layers, view.n_heads)
-    if not chosen:
-        raise InputError("token_relevance: expected at least one head")
+    view, chosen = _checked(model, examples, heads, "token_relevance")
     relevance, directions = [], []
     for i, example in enumerate(examples):
         sources = [
@@ -150,8 +169,19 @@ def token_relevance(
     return TokenRelevance(prompts, tuple(relevance), labels, tuple(directions))
 
 
+def _checked(
+    model: nn.Module | ModelView, examples: Examples, heads: Sequence[Head], where: str
+) -> tuple[ModelView, tuple[Head, ...]]:
+    require_examples(examples)
+    view = view_of(model)
+    chosen = check_heads(heads, view.n_layers, view.n_heads)
+    if not chosen:
+        raise InputError(f"{where}: expected at least one head")
+    return view, chosen
+
+
 def token_strings(view: ModelView, tokens: Sequence[int]) -> tuple[str, ...]:
-    """Each token as text, decoded by itself."""
+    """Decode each token by itself; its number where the model has no tokenizer."""
     tokenizer = view.tokenizer
     if tokenizer is None:
         return tuple(str(token) for token in tokens)

@@ -1,12 +1,12 @@
 """A sweep over source heads, projected on the task direction: one signed score per head.
 
-1. Each batch of examples is run once as it is.
-2. For every head, the irrelevant stream is carried from that head to the end (`decompose`), and
-   d(rel) = d(full) - d(irrel) is read at the answer position.
-3. score(l, h) = label-balanced mean over examples of d(rel), in logits (method.md §4): positive
-   pushes towards the gold label. The standard error over examples comes with it.
+1. Run each batch of examples through the full model.
+2. For every head, carry the irrelevant stream from that head to the end (`decompose`), and compute
+   d(rel) = d(full) - d(irrel) at the answer position.
+3. score(l, h) is the label-balanced mean of d(rel) over the examples, in logits; positive pushes
+   towards the gold label. It comes with its standard error.
 
-With `rules="ablation"` the same sweep is the exact effect of mean-ablating each head.
+With `rules="ablation"` the same sweep computes the exact effect of mean-ablating each head.
 """
 
 from __future__ import annotations
@@ -60,22 +60,33 @@ def score_heads(
     method: str = "cdt",
     progress: bool = True,
 ) -> HeadScores:
-    """Relevance of each head (method.md §4): signed, in logits, with standard errors.
-
-    Args:
-        rules: a preset's name or `Rules`; heads: the ones to score, all if None.
-        direction: "mean", or "strongest" for the competitor that the full model rates highest.
-        rows: (source x example) rows per forward pass, at least batch_size; the sources are
-            halved when memory runs out.
-        checkpoint: a file that keeps finished batches, so that an interrupted call resumes; one
-            of another run, or of another version of this package, is refused.
+    """Score heads by contextual decomposition: d(rel) of each head as the only source.
 
     Under `accelerate launch` each process scores its share of the examples.
 
+    Args:
+        model: A TransformerLens model or its `ModelView`.
+        examples: The examples to score.
+        baseline: The values that ablated heads take.
+        rules: Name of a preset, or `Rules`.
+        heads: The heads to score, as `Head` or by name; None scores all.
+        direction: "mean" of the competing answers, or "strongest" for the one that the full model
+            rates highest.
+        batch_size: Number of examples per batch.
+        rows: Maximum number of (source x example) rows per forward pass, at least the batch size.
+            None chooses it by the length of the prompts. The rows are halved when memory runs out.
+        checkpoint: File that keeps finished batches, so that an interrupted call resumes.
+        method: Name of the method in the result.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Signed scores in logits (positive = pushes towards the gold label) with standard errors.
+
     Raises:
-        InputError: no examples, or heads outside the model.
-        UnsupportedModelError: a component of the model has no rule.
-        NonFiniteError: a head left the finite range; names it, the layer and the rule to change.
+        InputError: There are no examples, or a head is outside the model.
+        UnsupportedModelError: A component of the model has no rule.
+        NonFiniteError: A head left the finite range; the message names the head, the layer and the
+            rule to change.
     """
     require_examples(examples)
     passes = Passes(batch_size, rows, progress)
@@ -99,10 +110,14 @@ def score_heads(
 
 
 def recorded_options(baseline: Baseline, direction: Direction) -> dict[str, Any]:
-    """What the provenance of any scores tells of their baseline and direction.
+    """Return the options that the provenance of any scores records.
+
+    Args:
+        baseline: The baseline of the scores.
+        direction: Their direction.
 
     Raises:
-        InputError: an unknown direction.
+        InputError: The direction is unknown.
     """
     if direction not in get_args(Direction):
         raise InputError(f"direction={direction!r}: expected {' or '.join(get_args(Direction))}")
@@ -116,7 +131,7 @@ def recorded_options(baseline: Baseline, direction: Direction) -> dict[str, Any]
 
 @dataclass
 class _Sweep:
-    """What does not change from batch to batch."""
+    """The parts of a sweep that all batches share."""
 
     view: ModelView
     examples: Examples
@@ -127,7 +142,7 @@ class _Sweep:
     passes: Passes
 
     def run(self, kept: Kept | None) -> dict[int, Float[Tensor, " source_and_direction"]]:
-        """d(rel) of each source, then d(full), for each example index; from all processes."""
+        """Compute d(rel) of each source, then d(full), of each example, in all processes."""
         done = _read_rows(kept)
         batches = [
             batch
@@ -168,7 +183,16 @@ def collect_scores(
     method: str,
     provenance: Provenance,
 ) -> HeadScores:
-    """Scores from each example's row: d(rel) of every source (None: all heads), then d(full)."""
+    """Collect scores from one row per example.
+
+    Args:
+        view: The model.
+        examples: The scored examples.
+        done: For the index of each example d(rel) of every source, then d(full), in logits.
+        sources: The scored heads; None for all.
+        method: Name of the method.
+        provenance: Origin of the scores.
+    """
     sources = all_heads(view.n_layers, view.n_heads) if sources is None else sources
     table = torch.stack([done[i] for i in range(len(examples))])
     labels = tuple(example.label for example in examples)

@@ -72,7 +72,7 @@ def test_the_model_is_left_as_it_was_and_mistakes_are_told(tokenizer_folder):
         trace_circuit(model, data, baseline, width=2, fan_in=1, progress=False)
     with pytest.raises(InputError, match="width=0, fan_in=3: expected at least 1"):
         trace_circuit(model, data, baseline, width=0)
-    with pytest.raises(InputError, match="context='both' say nothing of what is inside"):
+    with pytest.raises(InputError, match="context='both' is defined for logits only"):
         score_edges(view, data, baseline, rules="two-ended")
     plain = mean_activations(view, data, progress=False)
     with pytest.raises(InputError, match="holds no values for MLPs.*mlps=True"):
