@@ -1,91 +1,17 @@
-"""Run directories: two processes under a launcher share one and give the numbers of one."""
+"""Run directories: what is measured again when the data have changed."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 from helpers.places import ROOT
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_csv, write_task
 
-from cdt_lens.circuits.faithfulness import FaithfulnessCurve
-from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.errors import InputError
-from cdt_lens.core.processes import gather_items, is_main, shard, sum_over_processes, wait_for_all
-from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.experiments import discovery as experiment
 from cdt_lens.experiments.runs import Run, open_run, start_run
 from cdt_lens.experiments.settings import Settings
-
-
-def discover(place: Path, out: Path) -> list[str]:
-    files = [x for s in ("train", "valid") for x in (f"--{s}", str(place / "data" / f"{s}.csv"))]
-    words = [x for label, word in VERBALIZER.items() for x in ("--verbalizer", f"{label}={word}")]
-    return [
-        "discover", "--model", str(place / "tiny"), "--out", str(out), "--task", "files", *files,
-        "--template", TEMPLATE, *words, "--examples", "9", "--k", "2", "--ablation",
-        "--batch-size", "2", "--backend", "bridge",
-    ]  # fmt: skip
-
-
-def launch(processes: int, arguments: list[str]) -> str:
-    """Run the command line under accelerate's launcher, on the CPU."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment |= {"PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": "lo"}
-    launcher = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc_per_node={processes}", "-m", "cdt_lens.cli",
-    ]  # fmt: skip
-    result = subprocess.run(
-        [*launcher, *arguments], capture_output=True, text=True, timeout=300, env=environment,
-        check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    place = tmp_path_factory.mktemp("distributed")
-    save_model(place / "tiny")
-    write_task(place / "data")
-    for processes in (1, 2):
-        launch(processes, discover(place, place / f"run{processes}"))
-        launch(processes, ["faithfulness", str(place / f"run{processes}"), "--examples", "6"])
-    return place / "run1", place / "run2"
-
-
-def test_two_processes_give_the_numbers_of_one(runs: tuple[Path, Path]):
-    one, two = runs
-    # float32 in batches of another composition: logits of order 1 differ in the last bits.
-    close = {"rtol": 0, "atol": 1e-5}
-    a, b = (Baseline.load(run / "baseline.json") for run in (one, two))
-    torch.testing.assert_close(b.means, a.means, **close)
-    for name in ("scores.json", "ablation.json"):
-        a, b = (HeadScores.load(run / name) for run in (one, two))
-        torch.testing.assert_close(b.per_example, a.per_example, **close)
-        torch.testing.assert_close(b.stderr, a.stderr, **close)
-        assert b.example_labels == a.example_labels
-    a, b = (FaithfulnessCurve.load(run / "faithfulness.json") for run in (one, two))
-    torch.testing.assert_close(b.faithfulness, a.faithfulness, rtol=0, atol=1e-4)
-
-
-def test_one_set_of_files(runs: tuple[Path, Path]):
-    names = [sorted(p.name.split(".")[0] for p in run.iterdir()) for run in runs]
-    assert names[0] == names[1]
-    assert not list(runs[1].glob("*partial*"))
-
-
-def test_alone_everything_is_a_no_op():
-    assert shard() == (0, 1) and is_main()
-    value = torch.ones(2)
-    assert sum_over_processes(value) is value
-    assert gather_items([1, 2]) == [1, 2]
-    wait_for_all()
 
 
 def test_a_report_leaves_out_faithfulness_on_other_examples(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""CT-SFT end to end: proofs (i) and (j), resuming, refusals, two processes."""
+"""CT-SFT end to end: proofs (i) and (j), resuming, refusals."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ import pytest
 import torch
 from helpers.checks import assert_same_bits, left_untouched, unchecked_types
 from helpers.places import ROOT, TESTS
-from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_task
+from helpers.saved import save_model, write_task
 from helpers.shared import EVERY_FAMILY, models, other_weights
 from helpers.tiny_models import build, prompts
 from helpers.tiny_training import HEADS, QUICK, assert_moved_only, may_move, task, values
+from helpers.two_processes import train
 from helpers.wrapped import needs_hooked, view, wrap
 from torch import nn
 
@@ -416,53 +417,31 @@ def test_a_full_disk_in_the_middle_leaves_the_last_checkpoint(
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-import cdt_lens as cdt
 from cdt_lens.finetuning.trainer import Trainer
-from helpers.saved import TEMPLATE, VERBALIZER
-place, kill_at = Path(sys.argv[1]), int(sys.argv[2])
-model = cdt.load_model(place / "tiny", backend="bridge")
-data = {name: place / "data" / f"{name}.csv" for name in ("train", "valid", "test")}
-task = cdt.task_from_files(
-    data, tokenizer=model.tokenizer, template=TEMPLATE, verbalizer=VERBALIZER
-)
+from helpers.two_processes import train
+folder = Path(sys.argv[1])
 true, calls = Trainer._step, []
 def step(*args):
     calls.append(args)
-    if len(calls) == kill_at:
+    if len(calls) == 8:
         os.kill(os.getpid(), signal.SIGKILL)
     return true(*args)
 Trainer._step = step
-result = cdt.finetune(
-    model, task, heads=["L0H1", "L1H2"], source=task, epochs=3, batch_size=5, learning_rate=1e-2,
-    metric="loss", progress=False, checkpoint=place / "run.json", log=place / "log.jsonl",
-)
-result.adapter.save(place / "adapter")
-result.history.to_json(place / "history.json", orient="records", double_precision=15)
+train(folder, checkpoint=folder / "run.json", log=folder / "log.jsonl")
 """
 
 
-def run_script(place: Path, kill_at: int, *launcher: str) -> int:
-    (place / "script.py").write_text(SCRIPT)
+def run_until_killed(folder: Path) -> None:
+    """Run `SCRIPT` in another process, which is killed at its eighth step."""
+    (folder / "script.py").write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment |= {"PYTHONWARNINGS": "ignore", "GLOO_SOCKET_IFNAME": "lo"}
+    environment |= {"PYTHONWARNINGS": "ignore"}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS, ROOT)))
-    arguments = [sys.executable, *launcher, str(place / "script.py"), str(place), str(kill_at)]
     result = subprocess.run(
-        arguments, capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
-    assert result.returncode in (0, -signal.SIGKILL), result.stderr[-3000:]
-    return result.returncode
-
-
-def run_here(place: Path, **more: Any) -> FineTuneResult:
-    """The run of `SCRIPT`."""
-    model = cdt.load_model(place / "tiny", backend="bridge")
-    data = {name: place / "data" / f"{name}.csv" for name in ("train", "valid", "test")}
-    read = cdt.task_from_files(
-        data, tokenizer=model.tokenizer, template=TEMPLATE, verbalizer=VERBALIZER
-    )
-    given = {"epochs": 3, "batch_size": 5, "learning_rate": 1e-2, "metric": "loss", **more}
-    return finetune(model, read, heads=HEADS, source=read, progress=False, **given)
+        [sys.executable, str(folder / "script.py"), str(folder)],
+        capture_output=True, text=True, timeout=300, env=environment, check=False,
+    )  # fmt: skip
+    assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
 
 
 @pytest.fixture
@@ -477,9 +456,9 @@ def test_a_killed_process_is_resumed_to_the_same_bits(place):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as there: sums over threads would be rounded in another order
     try:
-        assert run_script(place, 8) == -signal.SIGKILL
-        resumed = run_here(place, checkpoint=place / "run.json", log=place / "log.jsonl")
-        whole = run_here(place, log=place / "whole.jsonl")
+        run_until_killed(place)
+        resumed = train(place, checkpoint=place / "run.json", log=place / "log.jsonl")
+        whole = train(place, log=place / "whole.jsonl")
     finally:
         torch.set_num_threads(threads)
     assert_same_adapters(resumed.adapter, whole.adapter)
@@ -487,24 +466,6 @@ def test_a_killed_process_is_resumed_to_the_same_bits(place):
         without_seconds(resumed.history), without_seconds(whole.history), check_exact=True
     )
     assert log_rows(place / "log.jsonl") == log_rows(place / "whole.jsonl")
-
-
-def test_two_processes_train_what_one_does(place):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    assert run_script(place, 0, *launcher) == 0
-    one, two = run_here(place, log=place / "whole.jsonl"), Adapter.load(place / "adapter")
-    assert two.slices.keys() == one.adapter.slices.keys()
-    for name, (index, value) in one.adapter.slices.items():
-        assert two.slices[name][0] == index
-        # float32 in batches of another composition: sums differ in the last bits.
-        torch.testing.assert_close(two.slices[name][1], value, rtol=0, atol=1e-5)
-    for name, value in one.adapter.whole.items():
-        torch.testing.assert_close(two.whole[name], value, rtol=0, atol=1e-5)
-    history = pd.read_json(place / "history.json", orient="records")
-    pd.testing.assert_frame_equal(
-        without_seconds(history), without_seconds(one.history), rtol=0, atol=1e-5, check_dtype=False
-    )
-    assert len(log_rows(place / "log.jsonl")) == len(log_rows(place / "whole.jsonl"))
 
 
 # Frozen layers -------------------------------------------------------------------------------------
