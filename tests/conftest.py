@@ -1,13 +1,10 @@
-"""Fixtures of all tests. The package's types are checked from its first import on."""
+"""Fixtures of all tests."""
 
 from __future__ import annotations
 
 import gc
 
 import pytest
-from helpers import type_checks
-
-type_checks.install("cdt_lens")
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ def decomposition() -> Decomposition:
 
 
 def evaluation() -> Evaluation:
-    return Evaluation("files/test", 0.5, None, 0.1, 1.0, 4, pd.DataFrame({"good": [1, 2]}))
+    return Evaluation("files/test", 0.5, None, 0.1, 1.0, 4, 0.4, pd.DataFrame({"good": [1, 2]}))
 
 
 def edge_scores() -> EdgeScores:
