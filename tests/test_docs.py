@@ -1,4 +1,4 @@
-"""The documentation covers what there is, and shows it as it is; CI builds it besides."""
+"""The documentation covers every public name, option and command; CI also builds it."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def test_every_choice_has_its_row(options: type[Any]) -> None:
     hints = get_type_hints(options)
     known = {bool: ("False", "True"), float: ("a number",)}
     expected = [
-        (each.name, value)
-        for each in fields(options)
-        for value in known.get(hints[each.name]) or get_args(hints[each.name])
+        (option.name, value)
+        for option in fields(options)
+        for value in known.get(hints[option.name]) or get_args(hints[option.name])
     ]
     names = {name for name, _ in expected}
     assert sorted(row for row in found if row[0] in names) == sorted(expected)
@@ -120,7 +120,7 @@ def test_code_on_the_pages_uses_public_names_and_real_options() -> None:
             for parameter in inspect.signature(COMMANDS[name]).parameters.values()
             for flag in command_line.flags(parameter)
         }
-        assert {each for each in arguments if each.startswith("--")} <= flags, line
+        assert {word for word in arguments if word.startswith("--")} <= flags, line
 
 
 def test_code_in_single_backticks_becomes_references_and_literals() -> None:

@@ -10,13 +10,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 
 def reference(app: Any) -> str:
-    """Markdown on every command of a Typer `app`."""
+    """Return Markdown that describes every command of a Typer `app`."""
     parts = [
         "# Command line",
         app.info.help,
-        "Exit codes: 0 done; 1 an error of yours, in one line that says the fix; 2 unusable "
-        "options; 130 interrupted (what was finished is kept; the same command goes on).",
-        "Options without a default and not marked *required* may be left out.",
+        "Exit codes: 0 means success. 1 means an error in the input; one line says how to fix it. "
+        "2 means invalid options. 130 means interrupted: finished work is kept, and the same "
+        "command resumes.",
+        "Options without a default are optional unless they are marked *Required*.",
     ]
     for info in app.registered_commands:
         parts.append(_command(info.name or info.callback.__name__.replace("_", "-"), info.callback))
@@ -37,29 +38,29 @@ def _command(name: str, function: Callable[..., Any]) -> str:
 
 
 def _entry(parameter: inspect.Parameter, hint: Any) -> str:
-    """An item of a definition list."""
-    told = get_args(hint)[1]
+    """Return an item of a definition list."""
+    info = get_args(hint)[1]
     if _is_argument(hint):
         term = f"`{parameter.name.upper()}`"
     else:
         shown = [f"`{flag}`" for flag in flags(parameter)]
         term = " / ".join(shown) + (f" `{_value(hint)}`" if _value(hint) else "")
-    notes = [str(told.help or "")]
+    notes = [str(info.help or "")]
     if _required(parameter):
         notes.append("*Required.*")
     elif isinstance(parameter.default, bool):
         notes.append(f"Default: {'on' if parameter.default else 'off'}.")
     elif parameter.default is not None:
         notes.append(f"Default: `{parameter.default}`.")
-    if told.min is not None:
-        notes.append(f"At least {told.min}.")
-    # A brace or a backslash in a help text is one.
+    if info.min is not None:
+        notes.append(f"At least {info.min}.")
+    # A backslash in a help text is literal.
     text = " ".join(notes).replace("\\", "\\\\")
     return f"{term}\n: {text}"
 
 
 def flags(parameter: inspect.Parameter) -> list[str]:
-    """An option as it is typed; a switch has its opposite too."""
+    """Return the flags of an option; a switch also has its negation."""
     name = parameter.name.replace("_", "-")
     switch = isinstance(parameter.default, bool)
     return [f"--{name}", f"--no-{name}"] if switch else [f"--{name}"]
@@ -74,10 +75,10 @@ def _required(parameter: inspect.Parameter) -> bool:
 
 
 def _value(hint: Any) -> str:
-    """What stands behind a flag: a kind of value, or the choices."""
+    """Return what follows a flag: a kind of value, or the choices."""
     kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     if get_origin(kind) in (Union, types.UnionType):
-        kind = next(each for each in get_args(kind) if each is not type(None))
+        kind = next(part for part in get_args(kind) if part is not type(None))
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
     if get_origin(kind) is list:

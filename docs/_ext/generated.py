@@ -1,4 +1,4 @@
-"""Pages made at build time, in docs/generated: commands, presets, planted circuits, tutorials."""
+"""Make pages at build time, in docs/generated: commands, presets, planted circuits, tutorials."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]*\)")
 
 
 def setup(app: Any) -> dict[str, bool]:
-    """Make the pages before Sphinx looks for its sources."""
+    """Connect the hook that makes the pages before Sphinx reads its sources."""
     app.connect("builder-inited", _make)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
 def _make(app: Any) -> None:
-    # Imported here: it takes seconds, and configuration errors should show at once.
+    # Imported here because it takes seconds, and configuration errors should show at once.
     from cdt_lens import METHODS, PRESETS, one_pass, score_heads
     from cdt_lens.cli.app import app as commands
     from cdt_lens.decomposition.slopes import SLOPES
@@ -34,7 +34,7 @@ def _make(app: Any) -> None:
     folder.mkdir()
     (folder / "commands.md").write_text(command_line.reference(commands), "utf-8")
     tutorials(Path(app.srcdir).parent / "tutorials", folder)
-    # Parts that pages include are no pages themselves.
+    # Other pages include the parts, so Sphinx must not build them as pages.
     app.config.exclude_patterns.append("generated/parts")
     parts = folder / "parts"
     parts.mkdir()
@@ -50,7 +50,7 @@ def _default(function: Callable[..., Any], name: str) -> Any:
 
 
 def _table_of(presets: Mapping[str, Any], default: Any) -> str:
-    """A table of frozen dataclasses by name, a column a field."""
+    """Return a table of frozen dataclasses by name, with one column per field."""
     names = [field.name for field in fields(next(iter(presets.values())))]
     rows = [
         [
@@ -70,7 +70,7 @@ def _cell(value: Any) -> str:
 
 def _list_of(described: Mapping[str, str], heading: str) -> str:
     rows = [[f"`{name}`", text] for name, text in described.items()]
-    return _table([heading, "what it is"], rows)
+    return _table([heading, "description"], rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -79,7 +79,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def tutorials(source: Path, folder: Path) -> None:
-    """Copies of the notebooks, and the page that lists them: as many as there are."""
+    """Copy the notebooks, and write the page that lists them."""
     target = folder / "tutorials"
     target.mkdir()
     notebooks = sorted(source.glob("*.ipynb"))
@@ -87,13 +87,13 @@ def tutorials(source: Path, folder: Path) -> None:
         content = json.loads(notebook.read_text("utf-8"))
         for cell in content["cells"]:
             if cell["cell_type"] == "markdown":
-                # Files of the repository are not on the site: the words stay, the link goes.
+                # Files of the repository are not on the site, so their links become plain text.
                 cell["source"] = _OUTSIDE.sub(r"\1", "".join(cell["source"]))
         (target / notebook.name).write_text(json.dumps(content), "utf-8")
     lines = [
         "# Tutorials", "",
-        "Notebooks from the folder `tutorials/` of the repository, with the outputs of their last "
-        "run. Each runs by itself, without a network, within a minute on two cores.", "",
+        "These notebooks are in the folder `tutorials/` of the repository, with the outputs of their "
+        "last run. Each runs by itself, without a network, within a minute on two cores.", "",
     ]  # fmt: skip
     if notebooks:
         lines += ["```{toctree}", ":maxdepth: 1", "", *(n.stem for n in notebooks), "```", ""]

@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw by themselves: no JavaScript and no other server."""
+"""Render formulas as MathML, which browsers draw without JavaScript or another server."""
 
 from __future__ import annotations
 
