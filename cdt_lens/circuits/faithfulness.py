@@ -14,12 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Float
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from cdt_lens.circuits.ablation import Metric, measure_circuits
@@ -34,8 +33,9 @@ from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import Provenance, provenance_of
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.task import Examples, Task
-from cdt_lens.viz import figures
-from cdt_lens.viz.svg import figure_html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Ranking = Literal["magnitude", "signed"]
 _FORMAT = "cdt_lens.faithfulness"
@@ -87,10 +87,10 @@ class FaithfulnessCurve:
 
     def plot(self) -> Figure:
         """f over the share of heads kept, with the band of random circuits."""
-        return figures.curve(self)
+        return display.figure(self)
 
     def _repr_html_(self) -> str:
-        return str(figure_html(self.plot()))
+        return display.page(self)
 
     def save(self, path: str | Path) -> Path:
         """Save as JSON beside safetensors, whole or not at all."""

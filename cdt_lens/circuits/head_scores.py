@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from cdt_lens.circuits.circuit import Circuit
@@ -23,8 +22,9 @@ from cdt_lens.core.artifacts import load_artifact, save_artifact
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import Provenance
-from cdt_lens.viz import figures
-from cdt_lens.viz.svg import figure_html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,14 +193,14 @@ class HeadScores:
 
     def heatmap(self, circuit: Circuit | None = None) -> Figure:
         """Map of the scores, layer x head, with the heads of `circuit` outlined."""
-        return figures.heatmap(self, circuit=circuit)
+        return display.figure(self, circuit=circuit)
 
     def bars(self, k: int = 20) -> Figure:
         """The `k` heads with the largest magnitude, with their standard errors."""
-        return figures.bars(self, k)
+        return display.figure(self, kind="bars", k=k)
 
     def _repr_html_(self) -> str:
-        return str(figure_html(self.heatmap()))
+        return display.page(self)
 
     def save(self, path: str | Path) -> Path:
         """Save as JSON beside safetensors, whole or not at all."""

@@ -15,19 +15,19 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
 from cdt_lens.circuits.measures import cmd, cpr
 from cdt_lens.core import display
 from cdt_lens.core.artifacts import load_artifact, save_artifact
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.models.provenance import Provenance
-from cdt_lens.viz import comparison_figures, comparison_tables
-from cdt_lens.viz.svg import figure_html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _FORMAT, _PLANTED, _VERSION = "cdt_lens.comparison", "cdt_lens.planted_comparison", 1
 
@@ -198,14 +198,14 @@ class Comparison:
 
     def table(self) -> pd.DataFrame:
         """The numbers as text, `*` at the best of a column (the yardstick agrees with itself)."""
-        return comparison_tables.plain(self)
+        return display.table(self).to_dataframe()
 
     def plot(self) -> Figure:
         """Faithfulness curves, CPR and CMD beside random rankings, agreement against cost."""
-        return comparison_figures.comparison(self)
+        return display.figure(self)
 
     def _repr_html_(self) -> str:
-        return str(comparison_tables.html(self) + figure_html(self.plot()))
+        return display.page(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values, numbers that are not known as None."""
@@ -326,16 +326,14 @@ class PlantedComparison:
 
     def table(self, measure: str = "average_precision") -> pd.DataFrame:
         """A measure as text, `*` at the best of a circuit; a mean only over all circuits."""
-        return comparison_tables.planted_plain(self, measure)
+        return display.table(self, measure=measure).to_dataframe()
 
     def plot(self) -> Figure:
         """AUROC and average precision of each method on each circuit."""
-        return comparison_figures.planted(self)
+        return display.figure(self)
 
     def _repr_html_(self) -> str:
-        return str(
-            comparison_tables.planted_html(self, "average_precision") + figure_html(self.plot())
-        )
+        return display.page(self)
 
     def save(self, path: str | Path) -> Path:
         """Save as JSON, whole or not at all.

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import scipy.stats
 import torch
 from jaxtyping import Shaped
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core import display
 from cdt_lens.core.errors import InputError
-from cdt_lens.viz import figures
-from cdt_lens.viz.svg import figure_html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Any two points lie on a line.
 _FEWEST = 3
@@ -100,10 +101,10 @@ class MethodAgreement:
 
     def plot(self) -> Figure:
         """Scores against the reference, one point a head, in logits."""
-        return figures.agreement(self)
+        return display.figure(self)
 
     def _repr_html_(self) -> str:
-        return str(figure_html(self.plot()))
+        return display.page(self)
 
 
 def compare_scores(scores: HeadScores, reference: HeadScores) -> MethodAgreement:
