@@ -23,9 +23,6 @@ from cdt_lens.core.saved import Saved
 from cdt_lens.models.heads import Head, all_heads, check_heads, heads_to_mask, mask_to_heads
 from cdt_lens.models.provenance import Provenance
 from cdt_lens.models.view import ModelView, view_of
-from cdt_lens.viz import figures
-from cdt_lens.viz.svg import figure_html
-from cdt_lens.viz.tables import Scored
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,14 +105,7 @@ class Circuit(Saved):
         return pd.DataFrame(rows, columns=["head", "layer", "index", "score", "stderr"])
 
     def _repr_html_(self) -> str:
-        parts: list[str | pd.DataFrame] = []
-        scored = Scored.kept_by(self)
-        if scored is not None:
-            parts.append(figure_html(figures.heatmap(scored, circuit=self)))
-        if self.graph is not None:
-            parts.append(self.graph._repr_html_())
-        title = f"Circuit of {len(self)} of {self.n_layers * self.n_heads} heads"
-        return display.html(title, *parts, self.to_dataframe())
+        return display.page(self)
 
     def check_model(self, model: nn.Module | ModelView) -> None:
         """Refuse a model other than the one that the circuit was found in.

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from cdt_lens.circuits.ablation import measure_circuits
@@ -36,8 +35,9 @@ from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.task import Examples, Task
-from cdt_lens.viz import figures
-from cdt_lens.viz.svg import figure_html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CONTROLS = ("random", "random-per-layer")
 Heads = tuple[Head, ...]
@@ -101,10 +101,10 @@ class FaithfulnessCurve(Saved):
 
     def plot(self) -> Figure:
         """f over the share of heads kept, with the band of random circuits."""
-        return figures.curve(self)
+        return display.figure(self)
 
     def _repr_html_(self) -> str:
-        return str(figure_html(self.plot()))
+        return display.page(self)
 
     def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         body = {

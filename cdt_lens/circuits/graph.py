@@ -12,12 +12,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
-from cdt_lens.circuits import graph as graph_dot
 from cdt_lens.circuits.nodes import (
     LOGITS,
     OWN_UNIT,
@@ -27,19 +25,21 @@ from cdt_lens.circuits.nodes import (
     parse_node,
     why_no_edge,
 )
+from cdt_lens.core import display
 from cdt_lens.core.display import INK, MUTED, NEGATIVE, POSITIVE
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
 from cdt_lens.models.heads import Head
-from cdt_lens.viz import graph_figure as graph_figures
-from cdt_lens.viz.svg import figure_html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _HEAD = """digraph circuit {
   rankdir=BT; nodesep=0.25; ranksep=0.45;
   node [shape=box, style="rounded,filled", fillcolor="white", fontname="Helvetica", fontsize=11];
   edge [fontname="Helvetica", fontsize=9, arrowsize=0.6];
 """
-_FILL = {"input": "#d9d9d9", "head": "white", "mlp": "#efefef", "logits": "#d9d9d9"}
+NODE_FILL = {"input": "#d9d9d9", "head": "white", "mlp": "#efefef", "logits": "#d9d9d9"}
 
 _SHAPE = ("n_layers", "n_heads", "d_model", "parallel", "unit")
 
@@ -225,14 +225,14 @@ class Graph(EqualByContent):
         Args:
             kept_only: Whether to leave out what does not belong to the circuit.
         """
-        return graph_dot.dot_text(self, kept_only=kept_only)
+        return dot_text(self, kept_only=kept_only)
 
     def plot(self, max_edges: int = 40) -> Figure:
         """Drawing of the kept nodes, layers upwards, with the strongest kept edges."""
-        return graph_figures.graph_figure(self, max_edges=max_edges)
+        return display.figure(self, max_edges=max_edges)
 
     def _repr_html_(self) -> str:
-        return str(figure_html(self.plot()))
+        return display.page(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested values for a file; an edge is a row as in `to_dataframe`."""
@@ -309,7 +309,9 @@ def _node(graph: Graph, name: str, place: NodePlace, kept: bool) -> str:
     score = graph.nodes[name].score
     label = name if score is None else f"{name}\\n{score:+.3g}"
     colours = {"color": INK if kept else "#bbbbbb", "fontcolor": INK if kept else MUTED}
-    return f"{_quoted(name)} {_attributes(label=label, fillcolor=_FILL[place.kind], **colours)};"
+    return (
+        f"{_quoted(name)} {_attributes(label=label, fillcolor=NODE_FILL[place.kind], **colours)};"
+    )
 
 
 def _rows(places: dict[str, NodePlace]) -> list[str]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from cdt_lens.circuits.circuit import Circuit, near_zero_heads
@@ -25,8 +24,9 @@ from cdt_lens.core.saved import Saved
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import Provenance
 from cdt_lens.tasks.metrics import label_numbers
-from cdt_lens.viz import figures
-from cdt_lens.viz.svg import figure_html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,14 +239,14 @@ class HeadScores(Saved):
 
     def heatmap(self, circuit: Circuit | None = None) -> Figure:
         """Map of the scores, layer x head, with the heads of `circuit` outlined."""
-        return figures.heatmap(self, circuit=circuit)
+        return display.figure(self, circuit=circuit)
 
     def bars(self, k: int = 20) -> Figure:
-        """The `k` heads with the largest scores, with their standard errors."""
-        return figures.bars(self, k)
+        """Draw the `k` heads with the largest scores, with their standard errors."""
+        return display.figure(self, kind="bars", k=k)
 
     def _repr_html_(self) -> str:
-        return str(figure_html(self.heatmap()))
+        return display.page(self)
 
     def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         body = {

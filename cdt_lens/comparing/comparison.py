@@ -14,11 +14,10 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from cdt_lens.circuits.measures import cmd, cpr
@@ -27,8 +26,9 @@ from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.provenance import Provenance
-from cdt_lens.viz import comparison_figures, comparison_tables
-from cdt_lens.viz.svg import figure_html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 YARDSTICK = "exact"  # the method that the others' scores are compared with
 RANKINGS: tuple[Literal["signed", "magnitude"], ...] = ("signed", "magnitude")
@@ -198,14 +198,14 @@ class Comparison(Saved):
 
     def table(self) -> pd.DataFrame:
         """The numbers as text, `*` at the best of a column (the yardstick agrees with itself)."""
-        return comparison_tables.plain(self)
+        return display.table(self).to_dataframe()
 
     def plot(self) -> Figure:
         """Faithfulness curves, CPR and CMD beside random rankings, agreement against cost."""
-        return comparison_figures.comparison(self)
+        return display.figure(self)
 
     def _repr_html_(self) -> str:
-        return str(comparison_tables.html(self) + figure_html(self.plot()))
+        return display.page(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested values, numbers that are not known as None."""
@@ -313,16 +313,14 @@ class PlantedComparison(Saved):
 
     def table(self, measure: str = "average_precision") -> pd.DataFrame:
         """A measure as text, `*` at the best of a circuit; a mean only over all circuits."""
-        return comparison_tables.planted_plain(self, measure)
+        return display.table(self, measure=measure).to_dataframe()
 
     def plot(self) -> Figure:
         """AUROC and average precision of each method on each circuit."""
-        return comparison_figures.planted(self)
+        return display.figure(self)
 
     def _repr_html_(self) -> str:
-        return str(
-            comparison_tables.planted_html(self, "average_precision") + figure_html(self.plot())
-        )
+        return display.page(self)
 
     def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         circuits = [{"name": name, **each.to_dict()} for name, each in self.circuits.items()]

@@ -1,59 +1,142 @@
-"""How results show themselves: a line in a terminal, a table or a figure in a notebook.
+"""How results show themselves: one line in a terminal, a table or a drawing in a notebook.
 
-1. `__repr__` is one line of facts, never a tensor. 2. `_repr_html_` needs no network, escapes what
-comes from data, and names no colour, so that it reads on a light and on a dark page.
+1. `__repr__` is one line of facts, never a tensor.
+2. `_repr_html_` needs no network, escapes what comes from data, and sets no text colour, so that it
+   reads on a light and on a dark page.
+3. Results do not import drawing. `figure`, `table` and `page` dispatch on the type of the result;
+   `cdt_lens.viz` registers the functions and is imported at the first call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+import importlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import singledispatch
+from typing import Any
 
 import pandas as pd
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-if TYPE_CHECKING:
-    pass
+from cdt_lens.core.errors import InputError
+from cdt_lens.core.table import Table
 
+# Positive scores, negative scores, text, and what stands behind them, in every drawing.
 POSITIVE, NEGATIVE, INK, MUTED = "#2166ac", "#b2182b", "#1a1a1a", "#666666"
 
-_ROWS = 40  # of a table; a longer one is cut in its middle
-_WIDTH = 160  # characters of a cell
+
+@singledispatch
+def figure(result: object, **options: Any) -> Any:
+    """Draw a result.
+
+    Args:
+        result: A result of `cdt_lens`.
+        **options: Options of the drawing, which depend on the type of `result`.
+
+    Returns:
+        A matplotlib figure; for views of prompts a `Widget`.
+
+    Raises:
+        InputError: Nothing draws a result of this type.
+    """
+    return _registered(figure, result)(result, **options)
+
+
+@singledispatch
+def table(result: object, **options: Any) -> Table:
+    """Return the numbers of a result as a table of text; arguments and errors as in `figure`."""
+    return _registered(table, result)(result, **options)
+
+
+@singledispatch
+def page(result: object) -> str:
+    """Return the HTML that a notebook shows for a result; arguments and errors as in `figure`."""
+    return _registered(page, result)(result)
+
+
+def _registered(dispatcher: Any, result: object) -> Callable[..., Any]:
+    # By name, because this folder stands before the one that draws.
+    importlib.import_module("cdt_lens.viz")
+    function = dispatcher.dispatch(type(result))
+    if function is dispatcher.dispatch(object):
+        names = ", ".join(kind.__name__ for kind in dispatcher.registry if kind is not object)
+        raise InputError(
+            f"{dispatcher.__name__}: cannot show a {type(result).__name__}; expected any of {names}"
+        )
+    return function
+
+
+@dataclass(frozen=True)
+class Widget:
+    """An HTML document that a notebook shows in a frame of its own, without a network.
+
+    Args:
+        title: The title of the frame.
+        document: The whole HTML document.
+        height: The height of the frame in pixels.
+    """
+
+    title: str
+    document: str = field(repr=False)
+    height: int
+
+    def _repr_html_(self) -> str:
+        frame = Markup(
+            '<iframe title="{}" srcdoc="{}" sandbox="allow-scripts" '
+            'style="width:100%;height:{}px;border:0;background:#fff"></iframe>'
+        )
+        return str(frame.format(self.title, self.document, self.height))
 
 
 def line(result: object, *facts: object) -> str:
-    """Such as "Circuit(27 of 270 heads; L9H6, L9H9, ...)": the type and what to know of it."""
+    """Return one line about a result, such as "Circuit(27 of 270 heads; L9H6, L9H9, ...)".
+
+    Args:
+        result: The result, whose type starts the line.
+        *facts: The facts in the brackets; empty ones are left out.
+    """
     return f"{type(result).__name__}({'; '.join(str(fact) for fact in facts if fact != '')})"
 
 
 def few(items: Iterable[object], most: int = 6) -> str:
-    """The first of the items, and how many there are where they are more."""
+    """Return the first items, and the number of items if there are more.
+
+    Args:
+        items: The items to list.
+        most: The number of items to show.
+    """
     listed = [str(item) for item in items]
     shown = ", ".join(listed[:most])
     return shown if len(listed) <= most else f"{shown}, ... ({len(listed)})"
 
 
 def short(text: str, most: int = 60) -> str:
-    """The beginning of a text, on one line and in quotation marks."""
+    """Return the beginning of a text on one line, in quotation marks.
+
+    Args:
+        text: The text.
+        most: The number of characters to keep.
+    """
     return repr(text if len(text) <= most else f"{text[:most]}...")
 
 
-def html(title: str, *parts: str | pd.DataFrame) -> str:
-    """A paragraph, escaped, and under it tables and ready HTML."""
-    shown = [Markup(frame_html(p) if isinstance(p, pd.DataFrame) else p) for p in parts]
-    return str(Markup("<p>{}</p>{}").format(title, Markup("").join(shown)))
+def html(title: str, *parts: str | pd.DataFrame | Table) -> str:
+    """Return a paragraph with tables and other HTML below it.
 
-
-def frame_html(frame: pd.DataFrame, form: str = "{:.4g}") -> str:
-    """A table of `frame`, escaped; missing values stay empty."""
-    with pd.option_context("display.max_colwidth", _WIDTH):
-        return str(
-            frame.to_html(
-                index=False, border=0, max_rows=_ROWS, na_rep="", float_format=form.format
-            )
-        )
+    Args:
+        title: The text of the paragraph, which is escaped.
+        *parts: Data frames and tables, whose cells are escaped, and HTML, which is not.
+    """
+    shown = (Table.of_frame(part) if isinstance(part, pd.DataFrame) else part for part in parts)
+    body = (Markup(part) if isinstance(part, str) else escape(part) for part in shown)
+    return str(Markup("<p>{}</p>{}").format(title, Markup("").join(body)))
 
 
 def flat_frame(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> pd.DataFrame:
-    """Rows as a table with these columns, also where there are none."""
+    """Return a data frame that has its columns even without rows.
+
+    Args:
+        columns: The names of the columns.
+        rows: The rows, with one value for each column.
+    """
     return pd.DataFrame(list(rows), columns=list(columns))

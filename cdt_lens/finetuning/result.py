@@ -79,9 +79,7 @@ class FineTuneResult(EqualByContent):
 
     def plot(self) -> Figure:
         """Target and source accuracy over the epochs."""
-        from cdt_lens.viz.training_figures import learning_curve
-
-        return learning_curve(self)
+        return display.figure(self)
 
     def _repr_html_(self) -> str:
         title = (

@@ -92,9 +92,7 @@ class TransferResult(Saved):
 
     def plot(self) -> Figure:
         """Target accuracy against retention, a panel a target."""
-        from cdt_lens.viz.training_figures import trade_off
-
-        return trade_off(self)
+        return display.figure(self)
 
     def _repr_html_(self) -> str:
         title = f"{self.task}: {self.proxy} to {', '.join(self.targets)}"

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import scipy.stats
 from jaxtyping import Shaped
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core import display
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
-from cdt_lens.viz import figures
-from cdt_lens.viz.svg import figure_html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Any two points lie on a line.
 _FEWEST = 3
@@ -149,10 +149,10 @@ class MethodAgreement(EqualByContent):
 
     def plot(self) -> Figure:
         """Draw the scores against the reference, one point per head, in logits."""
-        return figures.agreement(self)
+        return display.figure(self)
 
     def _repr_html_(self) -> str:
-        return str(figure_html(self.plot()))
+        return display.page(self)
 
 
 def compare_scores(scores: HeadScores, reference: HeadScores) -> MethodAgreement:

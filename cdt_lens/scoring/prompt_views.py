@@ -25,7 +25,6 @@ from cdt_lens.models.heads import Head, check_heads
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.metrics import task_direction
 from cdt_lens.tasks.task import Examples, require_examples
-from cdt_lens.viz import widgets
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +57,12 @@ class AttentionView(EqualByContent):
         ]
         return display.flat_frame(["prompt", "head", "query", "key", "weight"], rows)
 
-    def widget(self, prompt: int = 0) -> widgets.Widget:
+    def widget(self, prompt: int = 0) -> display.Widget:
         """circuitsvis' view of one prompt's patterns, to show in a notebook; works offline."""
-        return widgets.attention_widget(self, prompt)
+        return display.figure(self, prompt=prompt)
 
     def _repr_html_(self) -> str:
-        return self.widget()._repr_html_()
+        return display.page(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +82,13 @@ class TokenRelevance(EqualByContent):
     directions: tuple[float, ...]
 
     def __repr__(self) -> str:
-        end = f"largest magnitude {widgets.largest_relevance(self):.3g} logits"
+        end = f"largest magnitude {self.largest:.3g} logits"
         return display.line(self, f"{len(self.prompts)} prompts", end)
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude over all prompts, in logits; 0 without tokens."""
+        return max((float(v.abs().max()) for v in self.relevance if v.numel()), default=0.0)
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return one row per token: prompt, position, token, and its relevance in logits."""
@@ -97,12 +101,12 @@ class TokenRelevance(EqualByContent):
         ]
         return display.flat_frame(["prompt", "position", "token", "relevance"], rows)
 
-    def widget(self, prompt: int = 0) -> widgets.Widget:
+    def widget(self, prompt: int = 0) -> display.Widget:
         """circuitsvis' view of one prompt's coloured tokens, to show in a notebook; offline."""
-        return widgets.tokens_widget(self, prompt)
+        return display.figure(self, prompt=prompt)
 
     def _repr_html_(self) -> str:
-        return "".join(self.widget(i)._repr_html_() for i in range(len(self.prompts)))
+        return display.page(self)
 
 
 def attention_view(

@@ -1,10 +1,10 @@
-"""Compared methods in numbers: one row a method, one column a measure, in words as well.
+"""Tables of compared methods: one row for each method, one column for each measure.
 
-1. The best of a column carries a mark, never a colour alone; numbers that read the same are marked
-   alike, and none is where all read the same.
-2. The yardstick is left out of the best agreement, which it has with itself by definition; costs
-   have no best, as the cheapest way is to draw lots.
-3. A refused method keeps its row, and its reason stands below.
+1. The best of a column carries a star. Numbers that read the same are marked alike; nothing is
+   marked if all numbers read the same.
+2. The yardstick does not compete for the best agreement, which it has with itself by definition.
+   Costs have no best, because random scores are the cheapest.
+3. A refused method keeps its row, and a table below gives the reason.
 """
 
 from __future__ import annotations
@@ -12,25 +12,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import pandas as pd
-from markupsafe import Markup
 
+from cdt_lens.comparing.comparison import YARDSTICK, Comparison, PlantedComparison
 from cdt_lens.core.errors import InputError
-from cdt_lens.viz.table import _line, _words
-from cdt_lens.viz.words import BEST, passes, score, seconds
-
-if TYPE_CHECKING:
-    from cdt_lens.comparing.comparison import Comparison, PlantedComparison
+from cdt_lens.core.table import BEST, Table, star_best
+from cdt_lens.viz.words import passes, score, short_time
 
 _NONE = "\u2013"
-_YARDSTICK = "exact"
 
 
 @dataclass(frozen=True)
 class Column:
-    """A measure: its name in the data frame, its heading, what it means, which value is best."""
+    """A measure of a method.
+
+    Args:
+        name: The name of the measure in the data frame.
+        heading: The heading of the column.
+        meaning: A sentence about the measure.
+        best: `max` or `min`; None if no value is best.
+        read: The function that formats a value.
+    """
 
     name: str
     heading: str
@@ -47,7 +50,7 @@ COLUMNS = (
     ),
     Column(
         "pearson", "Pearson",
-        "Linear correlation of the same two: 1 is the same values up to a factor; a few large "
+        "Linear correlation of the same scores: 1 is the same values up to a factor. A few large "
         "heads may decide it.",
     ),
     Column(
@@ -57,18 +60,18 @@ COLUMNS = (
     ),
     Column(
         "cpr_magnitude", "CPR, magnitude",
-        "The same with the heads ranked by the magnitude of their score, so that heads against "
-        "the gold label come in early.",
+        "The same area with the heads ranked by the magnitude of their score, so that heads "
+        "against the gold label come early.",
     ),
     Column(
         "cmd_signed", "CMD, signed",
-        "Area between f and 1 for the ranking by signed score: 0 is the full model's behaviour at "
-        "every size, less is better.",
+        "Area between f and 1 for the ranking by signed score: 0 is the behaviour of the full "
+        "model at every size, less is better.",
         best=min,
     ),
     Column(
         "cmd_magnitude", "CMD, magnitude",
-        "The same for the ranking by magnitude.",
+        "The same area for the ranking by magnitude.",
         best=min,
     ),
     Column(
@@ -80,9 +83,9 @@ COLUMNS = (
     ),
     Column(
         "seconds", "time",
-        "The same on this machine's clock; n/a where the work was interrupted and went on later.",
+        "Time to score all heads on this machine; n/a if the work was interrupted and resumed.",
         best=None,
-        read=seconds,
+        read=short_time,
     ),
     Column(
         "auroc", "AUROC",
@@ -92,158 +95,109 @@ COLUMNS = (
     ),
     Column(
         "average_precision", "average precision",
-        "Mean share of planted heads among the heads down to each planted one, by magnitude: 1 is "
-        "a perfect order, chance is the share of planted heads.",
+        "Mean precision of the ranking by magnitude at each planted head: 1 is a perfect order, "
+        "chance is the share of planted heads.",
     ),
 )  # fmt: skip
 _TRUTH = ("auroc", "average_precision")
 
 
 def columns_of(comparison: Comparison) -> list[Column]:
-    """The columns that hold a number: those about the truth only where it is known."""
+    """Return the columns of a comparison: those about the truth only if it is known."""
     frame = comparison.to_dataframe()
     return [c for c in COLUMNS if c.name not in _TRUTH or frame[c.name].notna().any()]
 
 
-def plain(comparison: Comparison) -> pd.DataFrame:
-    """The table as text, for a terminal: `*` at the best of a column."""
+def methods(comparison: Comparison) -> Table:
+    """Return the numbers of every method, and last those of random rankings."""
     columns = columns_of(comparison)
-    rows = _rows(comparison, columns, lambda cell: f"{cell} *")
-    return pd.DataFrame(rows, columns=["method", *(column.heading for column in columns)])
-
-
-def html(comparison: Comparison) -> Markup:
-    """The table for a page: a star at the best of a column."""
-    columns = columns_of(comparison)
-    headings = [Markup('<th scope="col" class="number">{}</th>').format(c.heading) for c in columns]
-    body = Markup("").join(_line(row) for row in _rows(comparison, columns, _starred))
+    frame = comparison.to_dataframe()
+    refused = frame["refused"].notna().tolist()
+    names = [_name(*row) for row in zip(frame["method"], refused, strict=True)]
+    cells = [_column(frame, column, refused) for column in columns]
+    rows = [list(row) for row in zip(names, *cells, strict=True)]
+    rows += [_random_row(comparison, columns)] if comparison.random else []
     caption = (
         f"Methods on {comparison.scored} scored and {comparison.held_out} held-out examples; "
         f"{BEST} best of the column"
     )
-    return Markup(
-        '<table><caption>{}</caption><thead><tr><th scope="col">method</th>{}</tr></thead>'
-        "<tbody>{}</tbody></table>"
-    ).format(caption, Markup("").join(headings), body)
+    return Table(["method", *(column.heading for column in columns)], rows, caption)
 
 
-def meanings(comparison: Comparison) -> Markup:
-    """What each column means, in a sentence."""
+def meanings(comparison: Comparison) -> Table:
+    """Return the meaning of every column of `methods`."""
     rows = [(column.heading, column.meaning) for column in columns_of(comparison)]
-    return _words(("column", "what it means"), rows, "What the columns mean")
+    return Table(("column", "what it means"), rows, "What the columns mean", sentences=True)
 
 
-def methods_table(comparison: Comparison) -> Markup:
-    """What each method does, and why it was refused if it was."""
+def descriptions(comparison: Comparison) -> Table:
+    """Return the description of every method, and the reason if it was refused."""
     rows = [
-        (each.method, each.description or _NONE, each.refused or "scored all heads")
-        for each in comparison.methods
+        (result.method, result.description or _NONE, result.refused or "scored all heads")
+        for result in comparison.methods
     ]
-    return _words(("method", "what it does", "outcome"), rows, "The methods")
+    return Table(("method", "what it does", "outcome"), rows, "The methods", sentences=True)
 
 
-def planted_plain(planted: PlantedComparison, measure: str) -> pd.DataFrame:
-    """One row a method, one column a circuit, then their mean; `*` at the best of a column."""
-    names, rows = _planted_rows(planted, measure, lambda cell: f"{cell} *")
-    return pd.DataFrame(rows, columns=["method", *names, "mean"])
+def planted(result: PlantedComparison, measure: str = "average_precision") -> Table:
+    """Return one measure on planted circuits: a row for each method, a column for each circuit.
 
+    The last column is the mean over the circuits; it is missing for a method that was refused on
+    one of them, as a mean over other circuits would not be comparable.
 
-def planted_html(planted: PlantedComparison, measure: str) -> Markup:
-    """The same for a page."""
-    names, rows = _planted_rows(planted, measure, _starred)
-    heads = [
-        Markup('<th scope="col" class="number">{}</th>').format(each) for each in (*names, "mean")
-    ]
-    body = Markup("").join(_line(row) for row in rows)
-    caption = f"{heading_of(measure)} of each method on each planted circuit; {BEST} best"
-    return Markup(
-        '<table><caption>{}</caption><thead><tr><th scope="col">method</th>{}</tr></thead>'
-        "<tbody>{}</tbody></table>"
-    ).format(caption, Markup("").join(heads), body)
-
-
-def planted_words(planted: PlantedComparison) -> Markup:
-    """What is planted in each circuit."""
-    rows = list(planted.why.items())
-    return _words(("circuit", "what is planted"), rows, "The planted circuits")
-
-
-def heading_of(measure: str) -> str:
-    """A measure's heading.
+    Args:
+        result: The methods on every circuit.
+        measure: The name of the measure.
 
     Raises:
-        InputError: no such measure.
+        InputError: There is no such measure.
     """
-    found = next((column for column in COLUMNS if column.name == measure), None)
-    if found is None:
+    column = next((column for column in COLUMNS if column.name == measure), None)
+    if column is None:
         names = ", ".join(column.name for column in COLUMNS)
         raise InputError(f"measure {measure!r}: expected one of {names}")
-    return found.heading
+    frame = result.matrix(measure)
+    frame = frame.assign(mean=frame.mean(axis=1, skipna=False))
+    cells = [_starred(frame[name].tolist(), column) for name in frame]
+    rows = list(zip(frame.index.astype(str), *cells, strict=True))
+    caption = f"{column.heading} of each method on each planted circuit; {BEST} best"
+    return Table(["method", *map(str, frame)], rows, caption)
 
 
-def _rows(
-    comparison: Comparison, columns: Sequence[Column], mark: Callable[[str], str]
-) -> list[list[str]]:
-    """Cells by method, and last those of random rankings."""
-    frame = comparison.to_dataframe()
-    refused = frame["refused"].notna().tolist()
-    cells = [_column(frame, column, refused, mark) for column in columns]
-    names = [
-        f"{name} (yardstick)" if name == _YARDSTICK else f"{name} (refused)" if no else name
-        for name, no in zip(frame["method"], refused, strict=True)
-    ]
-    rows = [list(row) for row in zip(names, *cells, strict=True)]
-    if not comparison.random:
-        return rows
-    areas = comparison.random_areas()
-    reference = [
-        score(areas[column.name[:3]]) if column.name[:3] in areas else _NONE for column in columns
-    ]
-    return [*rows, [f"random rankings (median of {len(comparison.random)})", *reference]]
+def planted_meanings(result: PlantedComparison) -> Table:
+    """Return the description of every planted circuit."""
+    rows = list(result.why.items())
+    return Table(("circuit", "what is planted"), rows, "The planted circuits", sentences=True)
 
 
-def _column(
-    frame: pd.DataFrame, column: Column, refused: Sequence[bool], mark: Callable[[str], str]
-) -> list[str]:
+def _name(method: str, refused: bool) -> str:
+    if method == YARDSTICK:
+        return f"{method} (yardstick)"
+    return f"{method} (refused)" if refused else method
+
+
+def _column(frame: pd.DataFrame, column: Column, refused: Sequence[bool]) -> list[object]:
     agreement = column.name in ("spearman", "pearson")
-    counted = [
-        not (no or (agreement and name == _YARDSTICK))
+    values = frame[column.name].astype(float).tolist()
+    out = [
+        no or (agreement and name == YARDSTICK)
         for name, no in zip(frame["method"], refused, strict=True)
     ]
-    values = frame[column.name].astype(float).tolist()
-    cells = _marked(values, counted, column, mark)
+    cells = _starred(values, column, out)
     return [_NONE if no else cell for no, cell in zip(refused, cells, strict=True)]
 
 
-def _planted_rows(
-    planted: PlantedComparison, measure: str, mark: Callable[[str], str]
-) -> tuple[list[str], list[list[str]]]:
-    heading_of(measure)
-    column = next(column for column in COLUMNS if column.name == measure)
-    frame = planted.matrix(measure)
-    named = {str(name): frame[name].tolist() for name in frame}
-    # A mean over fewer circuits than the others' stands beside no other.
-    named["mean"] = frame.mean(axis=1, skipna=False).tolist()
-    cells = [_marked(v, [True] * len(frame), column, mark) for v in named.values()]
-    rows = [list(row) for row in zip(frame.index.astype(str), *cells, strict=True)]
-    return list(named)[:-1], rows
-
-
-def _marked(
-    values: Sequence[float], counted: Sequence[bool], column: Column, mark: Callable[[str], str]
-) -> list[str]:
-    """The values as they read, the best of the counted ones marked unless all read the same."""
+def _starred(
+    values: Sequence[float], column: Column, out: Sequence[bool] | None = None
+) -> list[object]:
+    """Return the cells of a column, the best one starred; `out` says which do not compete."""
     cells = [column.read(value) for value in values]
-    known = [v for v, yes in zip(values, counted, strict=True) if yes and math.isfinite(v)]
-    if column.best is None or len({column.read(value) for value in known}) < 2:
-        return cells
-    best = column.read(column.best(known))
-    return [
-        mark(cell) if yes and cell == best else cell
-        for cell, yes in zip(cells, counted, strict=True)
-    ]
+    out = out or [False] * len(values)
+    known = [math.nan if no else value for no, value in zip(out, values, strict=True)]
+    return star_best(cells, known, column.read, column.best)
 
 
-def _starred(cell: str) -> Markup:
-    star = Markup('<span role="img" aria-label="best">{}</span>').format(BEST)
-    return Markup("<strong>{} {}</strong>").format(star, cell)
+def _random_row(comparison: Comparison, columns: Sequence[Column]) -> list[object]:
+    areas = comparison.random_areas()
+    cells = [score(areas[c.name[:3]]) if c.name[:3] in areas else _NONE for c in columns]
+    return [f"random rankings (median of {len(comparison.random)})", *cells]

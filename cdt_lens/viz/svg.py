@@ -1,8 +1,7 @@
-"""Pieces of HTML that need no network: a figure as inline SVG, and a table.
+"""A figure as inline SVG for an HTML page.
 
-A figure's text stays text, so the browser draws it in any script, and its ids carry a prefix of
-their own, so that figures on one page do not take each other's clip paths. Whatever a caller
-passes in is escaped.
+The text of a figure stays text, so that the browser draws it in any script. Text from the caller is
+escaped.
 """
 
 from __future__ import annotations
@@ -12,14 +11,12 @@ import io
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
 from markupsafe import Markup
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from matplotlib.figure import Figure
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -30,11 +27,13 @@ def figure_html(
     prefix: str | None = None,
     tooltips: Mapping[str, Sequence[str]] | None = None,
 ) -> Markup:
-    """`figure` as an `<svg>` element for an HTML page, with its label as its description.
+    """Return a figure as an `<svg>` element, with its label as the description.
 
-    Every id starts with `prefix` (default: a hash of the drawing), so that figures on one page do
-    not take each other's clip paths. `tooltips` names, for the gid of a collection of cells or
-    points, what a reader sees when pointing at each one.
+    Args:
+        figure: The figure.
+        prefix: The start of every id, so that figures on one page do not use each other's clip
+            paths; by default a hash of the drawing.
+        tooltips: The tooltips of the cells or points of a collection, by the gid of the collection.
     """
     text = _legal(_svg(figure))
     root = ElementTree.fromstring(text)
@@ -55,7 +54,7 @@ def figure_html(
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    # Text stays text and is drawn by the browser, which has the glyphs that matplotlib misses.
+    # The browser draws the text, as it has glyphs that matplotlib does not have.
     options: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "cdt_lens"}
     with matplotlib.rc_context(options), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
@@ -64,7 +63,7 @@ def _svg(figure: Figure) -> str:
 
 
 def _legal(text: str) -> str:
-    """`text` without the control characters that XML cannot hold."""
+    """Return `text` without the control characters that XML cannot hold."""
     return _NOT_XML.sub("\ufffd", text)
 
 
@@ -89,7 +88,7 @@ def _add_tooltips(root: ElementTree.Element, id: str, lines: Sequence[str]) -> N
         return
     templates = {child for defs in group.iter("defs") for child in defs.iter()}
     drawn = [e for e in group.iter() if e.tag in ("path", "use") and e not in templates]
-    # A point that was not drawn would shift every later line onto the wrong one: then none.
+    # If a point was not drawn, every later line would name the wrong one.
     if len(drawn) != len(lines):
         return
     for element, line in zip(drawn, lines, strict=True):

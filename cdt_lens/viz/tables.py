@@ -1,6 +1,6 @@
-"""The results' numbers as tables: head scores, circuits, faithfulness, agreement.
+"""Tables of head scores, circuits, faithfulness and agreement.
 
-Scores are in logits, signed: positive pushes towards the gold label.
+Scores are in logits and signed: positive pushes towards the gold label.
 """
 
 from __future__ import annotations
@@ -8,30 +8,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from markupsafe import Markup
 from torch import Tensor
 
+from cdt_lens.circuits.circuit import Circuit
+from cdt_lens.circuits.faithfulness import FaithfulnessCurve
+from cdt_lens.circuits.graph import Edge
+from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.core.table import Table
 from cdt_lens.models.heads import Head, all_heads
-from cdt_lens.viz.style import control_name
-from cdt_lens.viz.table import table_html
-from cdt_lens.viz.words import number, spread
-
-if TYPE_CHECKING:
-    from cdt_lens.circuits.circuit import Circuit
-    from cdt_lens.circuits.faithfulness import FaithfulnessCurve
-    from cdt_lens.circuits.graph import Edge
-    from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.viz.words import control_name, number, spread
 
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Scores and standard errors of every head, whether they come with examples or a circuit.
+    """Scores of every head, which come from `HeadScores` or were kept by a circuit.
 
-    direction: the full model's task direction in logits, where it is known. NaN: not scored.
+    Args:
+        values: The scores in logits; NaN for a head without a score.
+        stderr: The standard errors in logits; NaN if unknown.
+        method: The name of the method.
+        direction: The task direction of the full model in logits; None if unknown.
     """
 
     values: Float[Tensor, "layer head"]
@@ -41,38 +40,42 @@ class Scored:
 
     @classmethod
     def of(cls, scores: HeadScores) -> Scored:
-        """The part of `scores` that is about heads."""
+        """Return the part of `scores` that is about heads."""
         return cls(scores.values, scores.stderr, scores.method, scores.direction)
 
     @classmethod
     def kept_by(cls, circuit: Circuit) -> Scored | None:
-        """The scores that `circuit` was selected from, if it kept them."""
+        """Return the scores that `circuit` was selected from; None if it did not keep them."""
         if circuit.scores is None:
             return None
-        stderr = circuit.stderr
         unknown = torch.full_like(circuit.scores, torch.nan)
         method = str(circuit.selection.get("method", "scores"))
-        return cls(circuit.scores, unknown if stderr is None else stderr, method)
+        return cls(circuit.scores, unknown if circuit.stderr is None else circuit.stderr, method)
 
     def at(self, head: Head) -> tuple[float, float]:
-        """Score and standard error of `head`."""
-        place = head.layer, head.head
-        return float(self.values[place]), float(self.stderr[place])
+        """Return the score and the standard error of `head`, in logits."""
+        index = head.layer, head.head
+        return float(self.values[index]), float(self.stderr[index])
 
     def lines(self) -> list[str]:
-        """One line a head, layer by layer, such as "L9H6: +0.12 ± 0.01 logits (cdt)"."""
-        return [self.line(head) for head in all_heads(*self.values.shape)]
+        """Return one line for each head, layer by layer: "L9H6: +0.12 \u00b1 0.01 logits (cdt)"."""
+        return [self._line(head) for head in all_heads(*self.values.shape)]
 
-    def line(self, head: Head) -> str:
-        """The score of `head` in words."""
+    def _line(self, head: Head) -> str:
         value, error = self.at(head)
         if value != value:
             return f"{head}: not scored ({self.method})"
         return f"{head}: {value:+.4g} \u00b1 {error:.2g} logits ({self.method})"
 
 
-def heads_table(scored: Scored, heads: Iterable[Head], *, caption: str) -> Markup:
-    """Score, standard error, their ratio and, where known, the share of the task direction."""
+def heads_table(scored: Scored, heads: Iterable[Head], *, caption: str) -> Table:
+    """Return score, standard error, their ratio, and the share of the task direction if known.
+
+    Args:
+        scored: The scores of all heads.
+        heads: The heads to list, in order.
+        caption: The title of the table.
+    """
     columns = ["head", "score (logits)", "standard error", "score / s.e."]
     if scored.direction is not None:
         columns.append("share of direction")
@@ -85,47 +88,46 @@ def heads_table(scored: Scored, heads: Iterable[Head], *, caption: str) -> Marku
             share = value / scored.direction if scored.direction else torch.nan
             row.append(number(share, "+z.1%"))
         rows.append(row)
-    return table_html(columns, rows, caption=caption)
+    return Table(columns, rows, caption)
 
 
-def layers_table(circuit: Circuit) -> Markup:
-    """The circuit's heads, one row a layer."""
+def layers_table(circuit: Circuit) -> Table:
+    """Return the heads of `circuit`, one row for each layer."""
     rows = []
     for layer, members in groupby(sorted(circuit.heads), key=lambda head: head.layer):
         names = [str(head) for head in members]
         rows.append((layer, len(names), ", ".join(names)))
-    return table_html(("layer", "heads", "which"), rows, caption="Circuit by layer")
+    return Table(("layer", "heads", "which"), rows, "Circuit by layer")
 
 
-def edges_table(edges: Sequence[Edge], *, caption: str, unit: str = "logits") -> Markup:
-    """The edges of a circuit graph: who writes, who reads and how, and the score."""
+def edges_table(edges: Sequence[Edge], *, caption: str, unit: str = "logits") -> Table:
+    """Return the edges of a graph: the node that writes, the node that reads, and the score.
+
+    Args:
+        edges: The edges to list, in order.
+        caption: The title of the table.
+        unit: The unit of the scores; empty if unknown.
+    """
     sites = {"q": "queries", "k": "keys", "v": "values", "": ""}
-    rows = [
-        (
-            edge.source,
-            edge.target,
-            sites[edge.site],
-            "not scored" if edge.score is None else number(edge.score, "+z.4f"),
-        )
-        for edge in edges
-    ]
-    score = f"score ({unit})" if unit else "score"
-    return table_html(("from", "to", "read by its", score), rows, caption=caption)
+    scores = ("not scored" if e.score is None else number(e.score, "+z.4f") for e in edges)
+    rows = [(e.source, e.target, sites[e.site], s) for e, s in zip(edges, scores, strict=True)]
+    return Table(
+        ("from", "to", "read by its", f"score ({unit})" if unit else "score"), rows, caption
+    )
 
 
-def areas_table(curve: FaithfulnessCurve) -> Markup:
-    """CPR and CMD of the circuit and, as median [5 %, 95 %], of its random controls."""
+def areas_table(curve: FaithfulnessCurve) -> Table:
+    """Return CPR and CMD of the circuit and, as median [5 %, 95 %], of its random controls."""
     rows = [["circuit", number(curve.cpr, ".3f"), number(curve.cmd, ".3f")]]
     for name in curve.random_cpr:
         areas = (spread(draws[name]) for draws in (curve.random_cpr, curve.random_cmd))
         rows.append([control_name(name), *areas])
     columns = ("", "CPR (higher is better)", "CMD (lower is better)")
-    caption = "Areas; of random heads the median [5 %, 95 %]"
-    return table_html(columns, rows, caption=caption)
+    return Table(columns, rows, "Areas; of random heads the median [5 %, 95 %]")
 
 
-def sizes_table(curve: FaithfulnessCurve) -> Markup:
-    """f of the circuit, without it, and of its random controls, one row a size."""
+def sizes_table(curve: FaithfulnessCurve) -> Table:
+    """Return f of the circuit, of its complement, and of the controls, one row for each size."""
     columns = ["heads", "share", "f of the circuit", "f without it"]
     for name in curve.random:
         columns += [f"f of {control_name(name)}", "beaten"]
@@ -136,11 +138,17 @@ def sizes_table(curve: FaithfulnessCurve) -> Markup:
         for name, draws in curve.random.items():
             row += [spread(draws[:, index]), number(float(curve.beaten[name][index]), ".0%")]
         rows.append(row)
-    return table_html(columns, rows, caption="Faithfulness by size")
+    return Table(columns, rows, "Faithfulness by size")
 
 
-def differences_table(scores: Scored, reference: Scored, count: int = 10) -> Markup:
-    """The heads on which the two differ most."""
+def differences_table(scores: Scored, reference: Scored, count: int = 10) -> Table:
+    """Return the heads on which two sets of scores differ most.
+
+    Args:
+        scores: The scores of the method.
+        reference: The scores of the reference.
+        count: The maximum number of heads.
+    """
     gaps = (scores.values - reference.values).abs().flatten().nan_to_num(nan=-1.0)
     heads = all_heads(*scores.values.shape)
     worst = [heads[i] for i in gaps.argsort(descending=True)[:count].tolist() if gaps[i] >= 0]
@@ -149,14 +157,19 @@ def differences_table(scores: Scored, reference: Scored, count: int = 10) -> Mar
         for head in worst
     ]
     columns = ("head", f"{scores.method} (logits)", f"{reference.method} (logits)")
-    return table_html(columns, rows, caption="Largest differences")
+    return Table(columns, rows, "Largest differences")
 
 
-def tokens_table(tokens: Sequence[str], values: Sequence[float]) -> Markup:
-    """The relevance of each token in logits, with spaces and line breaks made visible."""
-    shown = {" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5"}
+def tokens_table(tokens: Sequence[str], values: Sequence[float]) -> Table:
+    """Return the relevance of each token, with spaces and line breaks made visible.
+
+    Args:
+        tokens: The tokens of a prompt.
+        values: The relevance of each token, in logits.
+    """
+    signs = str.maketrans({" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5"})
     rows = [
-        (place, "".join(shown.get(c, c) for c in token), number(value, "+z.4f"))
-        for place, (token, value) in enumerate(zip(tokens, values, strict=True))
+        (position, token.translate(signs), number(value, "+z.4f"))
+        for position, (token, value) in enumerate(zip(tokens, values, strict=True))
     ]
-    return table_html(("position", "token", "relevance (logits)"), rows)
+    return Table(("position", "token", "relevance (logits)"), rows)

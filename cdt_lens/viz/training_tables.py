@@ -1,62 +1,52 @@
-"""Fine-tuning and transfer in numbers: runs by target and scope, means over seeds, tables.
+"""Tables of fine-tuning and transfer: runs by target and scope, means over seeds, settings.
 
 1. Accuracy, macro-F1 and retention (source accuracy after / before) have no unit; more is better.
-2. A mean over seeds comes with their sample standard deviation; of one seed there is none.
-3. The best of a column within its target carries a star, never a colour alone; means that read
-   the same are starred alike.
+2. A mean over several seeds comes with their sample standard deviation.
+3. The best of a column within its target carries a star. Means that read the same are starred
+   alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from markupsafe import Markup
 
-from cdt_lens.viz import words
-from cdt_lens.viz.table import (
-    Columns,
-    _cells,
-    _grouped_table,
-    _headings,
-    _marked,
-    _starred,
-    table_html,
-)
+from cdt_lens.core.table import BELOW, BEST, Marked, Table, star_best
+from cdt_lens.finetuning.result import FineTuneResult
+from cdt_lens.finetuning.transfer_result import TransferResult
 from cdt_lens.viz.words import (
-    BELOW,
-    BEST,
     Read,
-    _answer,
-    _rate,
     count,
     duration,
     mean_and_spread,
     mean_in_words,
     percent,
+    provenance_rows,
+    rate,
     score,
     short_count,
+    yes_or_no,
 )
 
-if TYPE_CHECKING:
-    from cdt_lens.finetuning.result import FineTuneResult
-    from cdt_lens.finetuning.transfer_result import TransferResult
-
 UNTOUCHED = "untouched"  # the proxy checkpoint before any transfer
-_MACRO_F1 = "target macro\u2011F1"  # the hyphen at which no line breaks
+_MACRO_F1 = "target macro\u2011F1"  # with a hyphen that does not break the line
+
+# The heading of each column, and the function that formats its values.
+Columns = Mapping[str, tuple[str, Read]]
 
 
 @dataclass(frozen=True)
 class _Measure:
-    """A column of the comparison: its heading, how a value reads, and which value is best."""
+    """A column of the comparison: heading, format, best value, and whether it has a spread."""
 
     heading: str
     read: Read = score
     best: Callable[[Sequence[float]], float] = max
-    spread: bool = True  # shown over seeds; a cost hardly has one
+    spread: bool = True
 
 
 _MEASURES = {
@@ -77,7 +67,7 @@ _RUNS: Columns = {
     "valid_accuracy": ("validation accuracy", score),
     "valid_loss": ("validation loss (nats)", score),
     "best_epoch": ("best epoch", count),
-    "learning_rate": ("learning rate", _rate),
+    "learning_rate": ("learning rate", rate),
     "stopped": ("stopped", str),
 }
 _HISTORY: Columns = {
@@ -88,7 +78,7 @@ _HISTORY: Columns = {
     "target_accuracy": ("target accuracy", score),
     "target_macro_f1": (_MACRO_F1, score),
     "source_accuracy": ("source accuracy", score),
-    "learning_rate": ("learning rate", _rate),
+    "learning_rate": ("learning rate", rate),
     "seconds": ("seconds", lambda value: f"{value:.1f}"),
 }
 _CHOICES: Columns = {
@@ -97,85 +87,91 @@ _CHOICES: Columns = {
     "rule": ("rule", str),
     "chosen": ("chosen", str),
     "better": ("better on test data", str),
-    "right": ("right", _answer),
+    "right": ("right", yes_or_no),
     "inputs": ("what the rule saw", str),
 }
 
 
 def runs_of(result: TransferResult, target: str, scope: str) -> pd.DataFrame:
-    """The finished runs of a target and scope, by seed; no rows where none has finished."""
-    # Before the first run has finished the table may have no columns at all.
+    """Return the runs of a target and a scope by seed; without rows if none has finished.
+
+    Args:
+        result: The transfer.
+        target: The target language.
+        scope: The scope.
+    """
+    # Before the first run has finished, the table may have no columns at all.
     columns = dict.fromkeys([*_RUNS, *_MEASURES, "share"])
     runs = result.cells.reindex(columns=list(columns))
     return runs[(runs["target"] == target) & (runs["scope"] == scope)].sort_values("seed")
 
 
 def finished(runs: pd.DataFrame) -> int:
-    """How many runs have an accuracy: those that diverged have none."""
+    """Return the number of runs with an accuracy; runs that diverged have none."""
     return int(np.isfinite(runs["accuracy"].to_numpy(dtype=float)).sum())
 
 
 def untouched(result: TransferResult, language: str, measure: str) -> float:
-    """A measure of the proxy checkpoint before any transfer; NaN where it was not taken."""
+    """Return a measure of the proxy checkpoint before any transfer; NaN if it was not taken.
+
+    Args:
+        result: The transfer.
+        language: The language that was measured.
+        measure: The name of the measure.
+    """
     rows = result.before[result.before["language"] == language]
     return float(rows[measure].iloc[0]) if len(rows) else float("nan")
 
 
 def trained_in_words(result: FineTuneResult) -> str:
-    """ "1,234,567 of 494,032,768 (0.25 %)"."""
+    """Return the number of trained parameters: "1,234,567 of 494,032,768 (0.25 %)"."""
     trained, total = result.trained_parameters, result.total_parameters
     return f"{count(trained)} of {count(total)} ({percent(trained / max(total, 1))})"
 
 
-def history_table(result: FineTuneResult) -> Markup:
-    """One row an evaluation on validation data; the epoch whose weights are kept is starred."""
-    records = result.history.to_dict("records")
-    rows = _cells(records, _HISTORY)
-    for record, row in zip(records, rows, strict=True):
-        if record["epoch"] == result.best_epoch:
-            row[0] = _starred(row[0])
+def history_table(result: FineTuneResult) -> Table:
+    """Return one row for each evaluation; the epoch whose weights are kept is starred."""
+    rows = _cells(result.history, _HISTORY)
+    for epoch, row in zip(result.history["epoch"], rows, strict=True):
+        if epoch == result.best_epoch:
+            row[0] = Marked(row[0], BEST)
     caption = f"History, on validation data; {BEST} the epoch whose weights are kept"
-    return table_html(_headings(_HISTORY), rows, caption=caption)
+    return Table(_headings(_HISTORY), rows, caption)
 
 
-def comparison_table(result: TransferResult) -> Markup:
-    """One row a scope of each target, after the untouched checkpoint; the best are starred."""
-    groups = {
-        target: [_untouched_row(result, target), *_scope_rows(result, target)]
-        for target in result.targets
-    }
+def comparison_table(result: TransferResult) -> Table:
+    """Return one row for each scope of each target, after the untouched checkpoint."""
+    rows = []
+    for target in result.targets:
+        scopes = [_untouched_row(result, target), *_scope_rows(result, target)]
+        rows += [[target, *row] for row in scopes]
     several = len(result.seeds) > 1
     notes = ["mean \u00b1 standard deviation over seeds (costs: mean)"] if several else []
     notes += [f"{BEST} best of the scopes", f"{BELOW} below the untouched proxy checkpoint"]
-    headings = [measure.heading for measure in _MEASURES.values()]
-    caption = f"Scopes on test data; {', '.join(notes)}"
-    return _grouped_table(("target", "scope", "seeds", *headings), groups, caption=caption)
+    headings = ["target", "scope", "seeds", *(measure.heading for measure in _MEASURES.values())]
+    return Table(headings, rows, f"Scopes on test data; {', '.join(notes)}", grouped=True)
 
 
-def runs_table(result: TransferResult) -> Markup:
-    """Every finished run, with what was seen of it in training."""
-    groups: dict[str, list[list[str]]] = {}
-    for target in result.targets:
-        runs = (runs_of(result, target, scope).to_dict("records") for scope in result.scopes)
-        rows = [row[1:] for each in runs for row in _cells(each, _RUNS)]
-        groups |= {target: rows} if rows else {}
-    caption = "Every run: on test data, and what its training saw"
-    return _grouped_table(_headings(_RUNS), groups, caption=caption)
+def runs_table(result: TransferResult) -> Table:
+    """Return every finished run, with the validation numbers of its training."""
+    runs = [runs_of(result, t, scope) for t in result.targets for scope in result.scopes]
+    rows = [row for part in runs for row in _cells(part, _RUNS)]
+    caption = "Every run: on test data, and on validation data in training"
+    return Table(_headings(_RUNS), rows, caption, grouped=True)
 
 
-def choices_table(result: TransferResult) -> Markup:
-    """The scope that each rule chose, beside the one that was better after the fact."""
-    rows = _cells(result.auto.to_dict("records"), _CHOICES)
-    told = (f"{rule} {words}" for rule, words in right_of(result).items())
+def choices_table(result: TransferResult) -> Table:
+    """Return the scope that each rule chose, beside the one that was better on test data."""
+    shares = (f"{rule} {share}" for rule, share in right_of(result).items())
     caption = (
         f"Automatic choice of scope; right about the better of decision and near-zero: "
-        f"{', '.join(told)}; {_always(result.auto)}"
+        f"{', '.join(shares)}; {_always(result.auto)}"
     )
-    return table_html(_headings(_CHOICES), rows, caption=caption)
+    return Table(_headings(_CHOICES), _cells(result.auto, _CHOICES), caption)
 
 
 def right_of(result: TransferResult) -> dict[str, str]:
-    """How often each rule picked the better scope: {"gap": "4 of 6"}; nothing known, no entry."""
+    """Return how often each rule picked the better scope: {"gap": "4 of 6"}."""
     if result.auto.empty:
         return {}
     known = result.auto[result.auto["right"].notna()]
@@ -183,66 +179,77 @@ def right_of(result: TransferResult) -> dict[str, str]:
     return {str(rule): f"{int(right.sum())} of {len(right)}" for rule, right in answers}
 
 
-def settings_table(entries: Mapping[str, Any], *, caption: str) -> Markup:
-    """Settings or facts, one row an entry, nested ones by their path."""
+def settings_table(entries: Mapping[str, Any], *, caption: str) -> Table:
+    """Return settings, one row for each entry, with the path of names of nested entries.
+
+    Args:
+        entries: The settings.
+        caption: The title of the table.
+    """
     rows = [
         (f"{group} \u203a {name}" if group else name, value)
-        for _, groups in words.provenance_rows([(caption, entries)])
+        for _, groups in provenance_rows([(caption, entries)])
         for group, leaves in groups.items()
         for name, value in leaves
     ]
-    table = table_html(("name", "value"), rows, caption=caption)
-    return Markup('<div class="settings">{}</div>').format(table)
+    return Table(("name", "value"), rows, caption, sentences=True)
+
+
+def _headings(columns: Columns) -> list[str]:
+    return [heading for heading, _ in columns.values()]
+
+
+def _cells(frame: pd.DataFrame, columns: Columns) -> list[list[object]]:
+    records: Iterable[Mapping[Any, Any]] = frame.to_dict("records")
+    return [[read(record[name]) for name, (_, read) in columns.items()] for record in records]
 
 
 def _always(auto: pd.DataFrame) -> str:
-    """What the rules have to beat: the same scope for every target."""
+    """Return how often always the same scope would have been right, which the rules must beat."""
     known = auto[auto["right"].notna()].drop_duplicates(["target", "seed"])
-    told = (
+    shares = (
         f"{scope} {int(known['better'].isin([scope, 'tie']).sum())} of {len(known)}"
         for scope in ("decision", "near-zero")
     )
     ties = int((known["better"] == "tie").sum())
-    return f"always taking {', always '.join(told)}" + (f" ({ties} tied)" if ties else "")
+    return f"always taking {', always '.join(shares)}" + (f" ({ties} tied)" if ties else "")
 
 
-def _untouched_row(result: TransferResult, target: str) -> list[str]:
-    scores = {
-        "accuracy": untouched(result, target, "accuracy"),
-        "macro_f1": untouched(result, target, "macro_f1"),
-        "retention": 1.0,  # by definition
-        "source_accuracy": untouched(result, result.proxy, "accuracy"),
-    }
-    return [UNTOUCHED, "\u2013", *map(score, scores.values()), "0 (0 %)", "\u2013"]
+def _untouched_row(result: TransferResult, target: str) -> list[object]:
+    scores = (
+        untouched(result, target, "accuracy"),
+        untouched(result, target, "macro_f1"),
+        1.0,  # the retention, by definition
+        untouched(result, result.proxy, "accuracy"),
+    )
+    return [UNTOUCHED, "\u2013", *map(score, scores), "0 (0 %)", "\u2013"]
 
 
-def _scope_rows(result: TransferResult, target: str) -> list[list[str]]:
+def _scope_rows(result: TransferResult, target: str) -> list[list[object]]:
     runs = [runs_of(result, target, scope) for scope in result.scopes]
-    columns = {}
+    planned = len(result.seeds)
+    seeds = [str(n) if n == planned else f"{n} of {planned}" for n in map(finished, runs)]
+    columns = []
     for name, measure in _MEASURES.items():
         before = untouched(result, target, name) if name in ("accuracy", "macro_f1") else np.nan
-        columns[name] = _column([each[name] for each in runs], measure, before)
-    shares = (percent(mean_and_spread(each["share"])[0]) for each in runs)
-    columns["trained_parameters"] = [
-        number if share == "n/a" else Markup("{} ({})").format(number, share)
-        for number, share in zip(columns["trained_parameters"], shares, strict=True)
-    ]
-    planned = len(result.seeds)
-    done = (finished(each) for each in runs)
-    seeds = [str(n) if n == planned else f"{n} of {planned}" for n in done]
-    return [list(row) for row in zip(result.scopes, seeds, *columns.values(), strict=True)]
+        shares = [part["share"] for part in runs] if name == "trained_parameters" else None
+        columns.append(_column([part[name] for part in runs], measure, before, shares))
+    return [list(row) for row in zip(result.scopes, seeds, *columns, strict=True)]
 
 
-def _column(runs: Sequence[pd.Series], measure: _Measure, before: float) -> list[str]:
-    """One measure of each scope, the best starred unless all of them read the same."""
+def _column(
+    runs: Sequence[pd.Series],
+    measure: _Measure,
+    before: float,
+    shares: Sequence[pd.Series] | None,
+) -> list[object]:
+    """Return one measure of every scope, the best starred unless all of them read the same."""
     means = [mean_and_spread(values)[0] for values in runs]
-    known = [mean for mean in means if np.isfinite(mean)]
-    read = {measure.read(mean) for mean in known}
-    best = measure.read(measure.best(known)) if len(read) > 1 else None
-    cells = []
-    for values, mean in zip(runs, means, strict=True):
+    cells: list[object] = []
+    for index, (values, mean) in enumerate(zip(runs, means, strict=True)):
         cell = mean_in_words(values, measure.read) if measure.spread else measure.read(mean)
-        if mean < before and measure.read(mean) != measure.read(before):
-            cell = _marked(BELOW, "below the untouched checkpoint", cell)
-        cells.append(_starred(cell) if measure.read(mean) == best else cell)
-    return cells
+        share = "n/a" if shares is None else percent(mean_and_spread(shares[index])[0])
+        cell += "" if share == "n/a" else f" ({share})"
+        below = mean < before and measure.read(mean) != measure.read(before)
+        cells.append(Marked(cell, BELOW) if below else cell)
+    return star_best(cells, means, measure.read, measure.best)

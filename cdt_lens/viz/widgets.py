@@ -1,8 +1,8 @@
-"""Interactive views of prompts by circuitsvis that need no network, for a page or a notebook.
+"""Interactive views of prompts by circuitsvis, without a network, for a page or a notebook.
 
-1. A view is a circuitsvis component and its data. The bundle that draws views is inlined once per
-   page; the data is inert JSON, mounted by one small script when it scrolls into sight.
-2. Prompts are untrusted text: everything is escaped, and a Content-Security-Policy names the two
+1. A view is a circuitsvis component and its data. A page holds the bundle that draws views once.
+   The data is inert JSON, and one small script mounts a view when it scrolls into sight.
+2. Prompts are untrusted text. Everything is escaped, and a Content-Security-Policy names the two
    scripts by their hashes, so that no other script can run and nothing can be fetched.
 """
 
@@ -17,17 +17,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup
 
+from cdt_lens.core.display import NEGATIVE, POSITIVE, Widget
 from cdt_lens.core.errors import InputError, NonFiniteError
+from cdt_lens.scoring.prompt_views import AttentionView, TokenRelevance
 
-if TYPE_CHECKING:
-    from cdt_lens.scoring.prompt_views import AttentionView, TokenRelevance
-
-# Those of the figures.
-_COLOURS = {"positiveColor": "#2166ac", "negativeColor": "#b2182b"}
+_COLOURS = {"positiveColor": POSITIVE, "negativeColor": NEGATIVE}
 _MOUNT = """
 (function () {
   var views = JSON.parse(document.getElementById("cdt-views").textContent);
@@ -56,7 +54,13 @@ _MOUNT = """
 
 @dataclass(frozen=True)
 class View:
-    """A circuitsvis component, the data it draws, and the id of the element that it fills."""
+    """A circuitsvis component and its data.
+
+    Args:
+        id: The id of the element that the view fills.
+        component: The name of the component.
+        props: The data of the component.
+    """
 
     id: str
     component: str
@@ -64,35 +68,24 @@ class View:
 
     @property
     def placeholder(self) -> Markup:
-        """The element to put where the view belongs."""
+        """The HTML element that the view fills."""
         words = "This view is drawn by JavaScript, which is switched off here."
         return Markup('<div class="view {}" id="{}"><p>{}</p></div>').format(
             self.component, self.id, words
         )
 
 
-@dataclass(frozen=True)
-class Widget:
-    """One view on a page of its own, which a notebook shows in a frame, offline."""
-
-    title: str
-    document: str = field(repr=False)
-    height: int
-
-    def _repr_html_(self) -> str:
-        frame = Markup(
-            '<iframe title="{}" srcdoc="{}" sandbox="allow-scripts" '
-            'style="width:100%;height:{}px;border:0;background:#fff"></iframe>'
-        )
-        return str(frame.format(self.title, self.document, self.height))
-
-
 def attention(view: AttentionView, prompt: int = 0, *, id: str = "view") -> View:
-    """The heads' attention patterns on one prompt: destination down, source across, rows sum to 1.
+    """Return the attention patterns on one prompt: queries down, keys across, rows sum to 1.
+
+    Args:
+        view: The patterns of all prompts.
+        prompt: The index of the prompt.
+        id: The id of the element that the view fills.
 
     Raises:
-        InputError: there is no such prompt, or its pattern does not fit its tokens and heads.
-        NonFiniteError: a pattern holds a value that is not finite.
+        InputError: There is no such prompt, or its pattern does not fit its tokens and heads.
+        NonFiniteError: A pattern holds a value that is not finite.
     """
     tokens = _prompt(view.prompts, prompt, "AttentionView")
     pattern = view.patterns[prompt]
@@ -114,14 +107,19 @@ def attention(view: AttentionView, prompt: int = 0, *, id: str = "view") -> View
 
 
 def colored_tokens(relevance: TokenRelevance, prompt: int = 0, *, id: str = "view") -> View:
-    """One prompt's tokens coloured by relevance in logits: blue towards the gold label, red away.
+    """Return the tokens of one prompt, coloured by relevance in logits.
 
-    The colours end at plus and minus the largest magnitude over all prompts of `relevance`, so
-    that a colour means the same in each of them.
+    Blue pushes towards the gold label, red away from it. The colours end at plus and minus the
+    largest magnitude over all prompts, so that a colour means the same in every prompt.
+
+    Args:
+        relevance: The relevance of all prompts.
+        prompt: The index of the prompt.
+        id: The id of the element that the view fills.
 
     Raises:
-        InputError: there is no such prompt, or it has another number of tokens than of values.
-        NonFiniteError: a relevance is not finite.
+        InputError: There is no such prompt, or its numbers of tokens and of values differ.
+        NonFiniteError: A relevance is not finite.
     """
     tokens = _prompt(relevance.prompts, prompt, "TokenRelevance")
     values = relevance.relevance[prompt]
@@ -131,7 +129,7 @@ def colored_tokens(relevance: TokenRelevance, prompt: int = 0, *, id: str = "vie
             f"got {tuple(values.shape)}"
         )
     _check_finite(values, f"TokenRelevance, prompt {prompt}")
-    end = largest_relevance(relevance) or 1.0
+    end = relevance.largest or 1.0
     props = {
         "tokens": [_inert(token) for token in tokens],
         **_COLOURS,
@@ -142,27 +140,32 @@ def colored_tokens(relevance: TokenRelevance, prompt: int = 0, *, id: str = "vie
     return View(id, "ColoredTokens", props)
 
 
-def largest_relevance(relevance: TokenRelevance) -> float:
-    """The largest magnitude over all prompts, in logits; 0 where there is none."""
-    return max((float(v.abs().max()) for v in relevance.relevance if v.numel()), default=0.0)
-
-
 def attention_widget(view: AttentionView, prompt: int = 0) -> Widget:
-    """The attention patterns of one prompt, to be the last line of a notebook cell."""
+    """Return the attention patterns of one prompt as a widget for a notebook.
+
+    Args:
+        view: The patterns of all prompts.
+        prompt: The index of the prompt.
+    """
     part = attention(view, prompt)
     rows = math.ceil(len(view.heads) / 6)
     return _widget("Attention patterns", part, height=min(140 + 130 * rows + 780, 1400))
 
 
 def tokens_widget(relevance: TokenRelevance, prompt: int = 0) -> Widget:
-    """The coloured tokens of one prompt, to be the last line of a notebook cell."""
+    """Return the coloured tokens of one prompt as a widget for a notebook.
+
+    Args:
+        relevance: The relevance of all prompts.
+        prompt: The index of the prompt.
+    """
     part = colored_tokens(relevance, prompt)
     lines = math.ceil(sum(len(token) for token in relevance.prompts[prompt]) / 80)
     return _widget("Token relevance", part, height=min(110 + 30 * lines, 600))
 
 
 def scripts(views: Sequence[View]) -> Markup:
-    """The scripts that draw `views`, to end the page's body; nothing where there are none."""
+    """Return the scripts that draw `views`, for the end of the page; empty without views."""
     if not views:
         return Markup("")
     data = [{"id": v.id, "component": v.component, "props": v.props} for v in views]
@@ -173,7 +176,7 @@ def scripts(views: Sequence[View]) -> Markup:
 
 
 def policy(views: Sequence[View]) -> str:
-    """The Content-Security-Policy of a page: no network, and no script but those of `scripts`."""
+    """Return a Content-Security-Policy that allows the scripts of `views` and no network."""
     hashes = " ".join(_csp_hash(script) for script in (_bundle(), _MOUNT)) if views else "'none'"
     return (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
@@ -199,16 +202,16 @@ def _rounded(values: Any, digits: int) -> Any:
 
 
 def _inert(token: str) -> str:
-    """`token` for ColoredTokens, which writes it into the page as HTML.
+    """Return `token` for ColoredTokens, which writes it into the page as HTML.
 
-    A word joiner (invisible) after `<` and `&` makes each a plain character to an HTML parser. An
-    entity would do so too, but the same string is the tooltip's text, which would show the entity.
+    An invisible word joiner after `<` and `&` makes them plain characters for an HTML parser. An
+    entity would do the same, but the tooltip has the same text and would show the entity.
     """
     return re.sub("([<&])", "\\1\u2060", token).replace("\n", "\u21b5\n")
 
 
 def _json(value: Any) -> Markup:
-    """JSON inside a script element; ASCII, and without any character that could end it."""
+    """Return ASCII JSON without a character that could end its script element."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -217,7 +220,7 @@ def _json(value: Any) -> Markup:
 
 @cache
 def _bundle() -> str:
-    # Only pages with views need it, and it brings its own dependencies.
+    # Imported here because only pages with views need it.
     import circuitsvis
 
     path = Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js"

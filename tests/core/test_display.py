@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ import cdt_lens as cdt
 from cdt_lens import Head
 from cdt_lens.comparing.comparison import RankingCurve
 from cdt_lens.core import display
+from cdt_lens.core.errors import InputError
 from cdt_lens.decomposition.targets import TargetParts
 from cdt_lens.planted.catalogue import planted_circuit
 from cdt_lens.scoring.edge_scores import EdgeScores
@@ -233,10 +236,33 @@ def test_lines_are_short_whatever_the_size():
     assert len(repr(widget)) < 100 and len(repr(RankingCurve((0.0,) * 99, 1.0, 1.0))) < 100
 
 
-def test_long_tables_are_cut_and_missing_cells_are_empty():
-    html = display.frame_html(pd.DataFrame({"a": [float("nan"), *map(float, range(999))]}))
-    assert html.count("<tr>") < 60 and "NaN" not in html and "nan" not in html
-    assert "color" not in html and "bgcolor" not in html
+def test_a_type_that_nothing_draws_is_refused_by_name():
+    class HeadScores:
+        """A foreign class with the name of a result."""
+
+    for show in (display.figure, display.page, display.table):
+        with pytest.raises(InputError, match="cannot show a HeadScores; expected any of"):
+            show(HeadScores())
+
+
+def test_a_subclass_is_drawn_as_its_base():
+    class Special(cdt.HeadScores):
+        """The scores of somebody's own method."""
+
+    scores = sample.scores(6, 4)
+    values = {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)}
+    assert Special(**values).heatmap().get_label() == scores.heatmap().get_label()
+
+
+def test_results_are_imported_without_drawing():
+    modules = (
+        "circuits.circuit", "circuits.faithfulness", "comparing.comparison", "finetuning.result",
+        "finetuning.transfer_result", "scoring.agreement", "scoring.prompt_views",
+    )  # fmt: skip
+    code = "".join(f"import cdt_lens.{module}\n" for module in modules)
+    code += "import sys; print([m for m in sys.modules if m.startswith('cdt_lens.viz')])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
 
 
 # In a real browser, without a network --------------------------------------------------------------

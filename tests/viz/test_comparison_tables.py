@@ -26,7 +26,7 @@ def with_numbers(**numbers: tuple[float, ...]) -> Comparison:
 
 
 def column(result: Comparison, heading: str) -> list[str]:
-    return tables.plain(result)[heading].tolist()[: len(result.methods)]
+    return tables.methods(result).to_dataframe()[heading].tolist()[: len(result.methods)]
 
 
 def test_the_best_agreement_is_marked_and_the_yardstick_does_not_count():
@@ -50,7 +50,7 @@ def test_costs_have_no_best():
 
 def test_less_is_better_in_cmd():
     result = sample.comparison()
-    table = tables.plain(result).set_index("method")
+    table = tables.methods(result).to_dataframe().set_index("method")
     starred = {heading: table.index[table[heading].str.endswith("*")].tolist() for heading in table}
     assert starred["CMD, signed"] == [result.best("cmd", "signed").method]
     assert starred["CPR, magnitude"] == [result.best("cpr", "magnitude").method]
@@ -59,39 +59,41 @@ def test_less_is_better_in_cmd():
 
 def test_a_refused_method_keeps_its_row_and_its_reason():
     result = sample.comparison(refused=["cdt:official"])
-    table = tables.plain(result).set_index("method")
+    table = tables.methods(result).to_dataframe().set_index("method")
     assert set(table.loc["cdt:official (refused)"]) == {"\u2013"}
-    assert "10 of 270 source sets left the finite range" in tables.methods_table(result)
+    assert "10 of 270 source sets left the finite range" in tables.descriptions(result).__html__()
     assert len(table) == len(result.methods) + 1
 
 
 def test_the_last_row_is_random_rankings():
     result = sample.comparison()
-    last = tables.plain(result).iloc[-1]
+    last = tables.methods(result).to_dataframe().iloc[-1]
     assert last["method"] == "random rankings (median of 5)"
     assert last["CPR, signed"] == last["CPR, magnitude"] == f"{result.random_areas()['cpr']:.3f}"
     assert last["CMD, signed"] == f"{result.random_areas()['cmd']:.3f}"
     assert last["Spearman"] == last["time"] == "\u2013"
-    assert len(tables.plain(replace(result, random=()))) == len(result.methods)
+    assert len(tables.methods(replace(result, random=())).rows) == len(result.methods)
 
 
 def test_columns_about_the_truth_stand_only_where_it_is_known():
-    assert {"AUROC", "average precision"} <= set(tables.plain(sample.comparison(truth=True)))
+    assert {"AUROC", "average precision"} <= set(
+        tables.methods(sample.comparison(truth=True)).headings
+    )
     unknown = sample.comparison()
-    assert not {"AUROC", "average precision"} & set(tables.plain(unknown))
-    assert "AUROC" not in tables.meanings(unknown)
-    assert "AUROC" in tables.meanings(sample.comparison(truth=True))
+    assert not {"AUROC", "average precision"} & set(tables.methods(unknown).headings)
+    assert "AUROC" not in tables.meanings(unknown).__html__()
+    assert "AUROC" in tables.meanings(sample.comparison(truth=True)).__html__()
 
 
 def test_every_column_has_its_meaning():
     result = sample.comparison(truth=True)
-    meanings = str(tables.meanings(result))
-    for heading in list(tables.plain(result))[1:]:
+    meanings = tables.meanings(result).__html__()
+    for heading in list(tables.methods(result).to_dataframe())[1:]:
         assert f'<th scope="row">{heading}</th>' in meanings
 
 
 def test_the_page_says_best_in_words_and_not_by_colour():
-    html = str(tables.html(sample.comparison()))
+    html = tables.methods(sample.comparison()).__html__()
     # Spearman, Pearson and four areas.
     assert len(re.findall('<strong><span role="img" aria-label="best">', html)) == 6
     assert html.count("<tr>") == 1 + 12 + 1
@@ -100,16 +102,16 @@ def test_the_page_says_best_in_words_and_not_by_colour():
 def test_text_from_outside_is_escaped():
     hostile = MethodResult(HOSTILE, HOSTILE, refused=HOSTILE)
     result = replace(sample.comparison(), methods=(hostile,))
-    for html in (tables.html(result), tables.methods_table(result)):
+    for html in (tables.methods(result).__html__(), tables.descriptions(result).__html__()):
         assert HOSTILE not in html and "&lt;script&gt;" in html
     planted = replace(sample.planted(), circuits={HOSTILE: result}, why={HOSTILE: HOSTILE})
-    for html in (tables.planted_html(planted, "auroc"), tables.planted_words(planted)):
-        assert HOSTILE not in html
+    for table in (tables.planted(planted, "auroc"), tables.planted_meanings(planted)):
+        assert HOSTILE not in table.__html__()
 
 
 def test_planted_circuits_stand_side_by_side_with_their_mean():
     planted = sample.planted()
-    table = tables.planted_plain(planted, "average_precision").set_index("method")
+    table = tables.planted(planted).to_dataframe().set_index("method")
     assert list(table) == [*sample.CIRCUITS, "mean"]
     assert table.loc["exact", "hand-or"] == table.loc["exact", "mean"] == "1.000 *"
     # Refused on one circuit: no mean, as it would be over easier or harder ones than the others'.
@@ -117,4 +119,4 @@ def test_planted_circuits_stand_side_by_side_with_their_mean():
     assert table.loc["cdt:official", "mean"] == "n/a"
     assert table.loc["cdt:stable", "mean"] == "0.350"
     with pytest.raises(InputError, match="measure 'f1'"):
-        tables.planted_plain(planted, "f1")
+        tables.planted(planted, "f1")

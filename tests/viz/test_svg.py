@@ -5,12 +5,10 @@ from xml.etree import ElementTree
 
 import pytest
 from helpers import sample_results as sample
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from cdt_lens.viz import figures
 from cdt_lens.viz.svg import figure_html
-from cdt_lens.viz.table import table_html
 
 HOSTILE = '</title><script>window.__pwned=1</script> <b onclick="x"> & "quotes"'
 
@@ -91,28 +89,3 @@ def test_tooltips_name_each_point_of_a_scatter():
     svg = figure_html(figures.agreement(result), prefix="a", tooltips={"points": lines})
     titles = [title.text for title in tree(svg).find(".//g[@id='a-points']").iter("title")]
     assert titles == lines
-
-
-def test_a_table_has_header_cells_and_numbers_to_the_right():
-    html = table_html(("head", "score", "note"), [("L0H1", "+0.5", "fine"), ("L0H2", "n/a", 3)])
-    root = tree(html)
-    assert [th.text for th in root.find("thead").iter("th")] == ["head", "score", "note"]
-    assert all(th.get("scope") == "col" for th in root.find("thead").iter("th"))
-    assert [th.get("scope") for th in root.find("tbody").iter("th")] == ["row", "row"]
-    kinds = {td.text: td.get("class") for td in root.iter("td")}
-    assert kinds == {"+0.5": "number", "fine": None, "n/a": "number", "3": "number"}
-
-
-@pytest.mark.parametrize("text", ["12.0 %", "+3.1%", "0.61 [0.59, 0.63]", "-1e-05", "0"])
-def test_numbers_of_every_form_are_recognised(text):
-    assert 'class="number"' in table_html(("a", "b"), [("x", text)])
-
-
-def test_a_table_escapes_what_it_is_given_except_markup():
-    html = table_html(
-        (HOSTILE, "b"), [(HOSTILE, HOSTILE), ("x", Markup("<b>y</b>"))], caption=HOSTILE
-    )
-    root = tree(html)
-    assert not list(root.iter("script"))
-    assert [root.find("caption").text, root.find(".//td").text] == [HOSTILE, HOSTILE]
-    assert len(list(root.iter("b"))) == 1

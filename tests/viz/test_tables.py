@@ -7,14 +7,17 @@ import torch
 from helpers import sample_results as sample
 
 from cdt_lens.circuits.circuit import Circuit
+from cdt_lens.core.table import Table
 from cdt_lens.models.heads import Head
 from cdt_lens.viz import tables, words
 from cdt_lens.viz.tables import Scored
 
 
-def rows(html: str) -> list[list[str]]:
-    body = ElementTree.fromstring(html).find("tbody")
-    return [[cell.text or "" for cell in row] for row in body]
+def rows(table: Table) -> list[list[str]]:
+    body = ElementTree.fromstring(table.__html__()).find("tbody")
+    shown = [[cell.text or "" for cell in row] for row in body]
+    assert shown == table.texts
+    return shown
 
 
 def tiny(**changes) -> Scored:

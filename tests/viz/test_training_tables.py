@@ -8,19 +8,16 @@ import pandas as pd
 import pytest
 from helpers import sample_results as sample
 
-from cdt_lens.viz import training_tables as tables
+from cdt_lens.core.table import BEST, Table
+from cdt_lens.viz import training_tables as tables, words
 
 HOSTILE = '<script>window.__pwned=1</script> & "x"'
 
 
-def rows(html: str) -> list[list[str]]:
+def rows(table: Table) -> list[list[str]]:
     """The body's rows as a reader sees them; a target's name is only in its first row."""
-    bodies = ElementTree.fromstring(html).iter("tbody")
+    bodies = ElementTree.fromstring(table.__html__()).iter("tbody")
     return [["".join(cell.itertext()) for cell in row] for body in bodies for row in body]
-
-
-def caption(html: str) -> str:
-    return next(ElementTree.fromstring(html).iter("caption")).text or ""
 
 
 def transfer(accuracies: dict[str, list[float]], *, before: float = 0.5, **columns: list[float]):
@@ -45,24 +42,24 @@ def transfer(accuracies: dict[str, list[float]], *, before: float = 0.5, **colum
 
 
 def test_numbers_read_well_at_every_size():
-    assert [tables.duration(s) for s in (3, 119.96, 150, 9000, np.nan)] == [
+    assert [words.duration(s) for s in (3, 119.96, 150, 9000, np.nan)] == [
         "3.0 s", "120.0 s", "2.5 min", "2.5 h", "n/a",
     ]  # fmt: skip
-    assert [tables.percent(s) for s in (1.0, 0.00812, 0.000012345, np.inf)] == [
+    assert [words.percent(s) for s in (1.0, 0.00812, 0.000012345, np.inf)] == [
         "100 %", "0.812 %", "0.00123 %", "n/a",
     ]  # fmt: skip
-    assert [tables.short_count(n) for n in (7, 40355, 1_345_150, 2.5e9, np.nan)] == [
+    assert [words.short_count(n) for n in (7, 40355, 1_345_150, 2.5e9, np.nan)] == [
         "7", "40.4 k", "1.35 M", "2.5 G", "n/a",
     ]  # fmt: skip
     assert tables.trained_in_words(sample.fine_tuning()) == "1,343,808 of 134,515,008 (0.999 %)"
 
 
 def test_a_spread_is_the_sample_deviation_and_needs_two_finite_values():
-    mean, spread = tables.mean_and_spread(pd.Series([0.6, 0.7, 0.8, np.nan, np.inf]))
+    mean, spread = words.mean_and_spread(pd.Series([0.6, 0.7, 0.8, np.nan, np.inf]))
     assert (mean, spread) == pytest.approx((0.7, 0.1))
-    assert tables.mean_in_words(pd.Series([0.6, 0.7, 0.8])) == "0.700 \u00b1 0.100"
-    assert tables.mean_in_words(pd.Series([0.6, np.nan])) == "0.600"
-    assert tables.mean_in_words(pd.Series([], dtype=float)) == "n/a"
+    assert words.mean_in_words(pd.Series([0.6, 0.7, 0.8])) == "0.700 \u00b1 0.100"
+    assert words.mean_in_words(pd.Series([0.6, np.nan])) == "0.600"
+    assert words.mean_in_words(pd.Series([], dtype=float)) == "n/a"
 
 
 def test_comparison_starts_with_the_untouched_checkpoint_and_has_a_row_a_scope():
@@ -83,22 +80,22 @@ def test_the_best_is_starred_in_words_too_the_cheapest_of_the_costs():
         trained_parameters=[2000, 1000],
         seconds=[10.0, 20.0],
     )
-    html = tables.comparison_table(result)
-    _, decision, norms = rows(html)
-    assert [cell.startswith(tables.BEST) for cell in decision[2:]] == [1, 0, 0, 0, 0, 1]
-    assert [cell.startswith(tables.BEST) for cell in norms[2:]] == [0, 0, 1, 0, 1, 0]
-    stars = [s for s in ElementTree.fromstring(html).iter("span") if s.text == tables.BEST]
+    table = tables.comparison_table(result)
+    _, decision, norms = rows(table)
+    assert [cell.startswith(BEST) for cell in decision[2:]] == [1, 0, 0, 0, 0, 1]
+    assert [cell.startswith(BEST) for cell in norms[2:]] == [0, 0, 1, 0, 1, 0]
+    stars = [s for s in ElementTree.fromstring(table.__html__()).iter("span") if s.text == BEST]
     assert {star.get("aria-label") for star in stars} == {"best"}
 
 
 def test_means_that_read_the_same_are_starred_alike_and_not_at_all_if_all_do():
     two = transfer({"decision": [0.70001], "near-zero": [0.70002], "full": [0.6]})
-    starred = [row[2].startswith(tables.BEST) for row in rows(tables.comparison_table(two))[1:]]
+    starred = [row[2].startswith(BEST) for row in rows(tables.comparison_table(two))[1:]]
     assert starred == [True, True, False]
     same = transfer({"decision": [0.7], "near-zero": [0.7]})
     alone = transfer({"decision": [0.7]})
     for result in (same, alone):
-        assert tables.BEST not in "".join(map("".join, rows(tables.comparison_table(result))))
+        assert BEST not in "".join(map("".join, rows(tables.comparison_table(result))))
 
 
 def test_training_that_did_harm_is_marked():
@@ -111,8 +108,8 @@ def test_training_that_did_harm_is_marked():
 
 def test_one_seed_has_no_spread():
     table = tables.comparison_table(sample.transfer(seeds=(3,)))
-    assert "\u00b1" not in "".join(map("".join, rows(table))) + caption(table)
-    assert "\u00b1" in caption(tables.comparison_table(sample.transfer()))
+    assert "\u00b1" not in "".join(map("".join, rows(table))) + table.caption
+    assert "\u00b1" in tables.comparison_table(sample.transfer()).caption
 
 
 def test_runs_that_are_missing_or_not_finite_are_told_and_left_out_of_the_mean():
@@ -168,8 +165,8 @@ def test_choices_count_how_often_a_rule_was_right_beside_always_taking_one_scope
     result = replace(sample.transfer(), auto=auto)
     assert tables.right_of(result) == {"gap": "2 of 3", "race": "3 of 3"}
     table = tables.choices_table(result)
-    assert "gap 2 of 3, race 3 of 3" in caption(table)
-    assert "always taking decision 2 of 3, always near-zero 2 of 3 (1 tied)" in caption(table)
+    assert "gap 2 of 3, race 3 of 3" in table.caption
+    assert "always taking decision 2 of 3, always near-zero 2 of 3 (1 tied)" in table.caption
     assert rows(table)[1] == ["b", "0", "gap", "decision", "near-zero", "no", "gap 0.3"]
 
 
@@ -207,12 +204,12 @@ def test_names_of_languages_and_scopes_are_escaped():
         tables.choices_table(result),
         tables.settings_table({HOSTILE: {HOSTILE: HOSTILE}}, caption=HOSTILE),
     ):
-        assert "<script" not in table
+        assert "<script" not in table.__html__()
         assert HOSTILE in "".join(map("".join, rows(table)))
 
 
 def test_every_header_cell_has_a_scope_and_a_group_spans_its_rows():
-    root = ElementTree.fromstring(tables.comparison_table(sample.transfer()))
+    root = ElementTree.fromstring(tables.comparison_table(sample.transfer()).__html__())
     assert all(header.get("scope") for header in root.iter("th"))
     spans = [header.get("rowspan") for header in root.iter("th") if header.get("rowspan")]
     assert spans == ["7", "7", "7"]

@@ -1,114 +1,135 @@
-"""One self-contained HTML report of any results; it opens without a network.
+"""One self-contained HTML report of any results, which opens without a network.
 
-1. Each result becomes a section by its type: figures, tables, interactive views, key numbers.
-2. The sections stand in the order of the method, whatever order the results came in.
-3. The template adds the words: what a section shows, its sign and unit, what would be a bad sign.
+1. The type of a result chooses the builder of its section: key numbers, figures, tables, views.
+2. The sections stand in the order of the method, in whatever order the results came.
+3. The template explains each section: its subject, its sign and unit, and signs of trouble. The
+   sections are not built in Jinja, because their facts are computed and checked in Python.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, singledispatch
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
+from cdt_lens.circuits.circuit import Circuit
+from cdt_lens.circuits.faithfulness import FaithfulnessCurve
+from cdt_lens.circuits.graph import Graph
+from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.comparing.comparison import Comparison, PlantedComparison
 from cdt_lens.core.artifacts import atomic_write
 from cdt_lens.core.errors import InputError
+from cdt_lens.core.table import Table
+from cdt_lens.finetuning.result import FineTuneResult
+from cdt_lens.finetuning.transfer_result import TransferResult
+from cdt_lens.scoring.agreement import MethodAgreement
+from cdt_lens.scoring.prompt_views import AttentionView, TokenRelevance
 from cdt_lens.viz import widgets, words
-from cdt_lens.viz.report import (
-    comparison_sections,
-    sections,
-    training_sections as transfer_sections,
-)
+from cdt_lens.viz.report import comparison_sections, sections, training_sections
 from cdt_lens.viz.report.sections import Section
-from cdt_lens.viz.svg import figure_html
-from cdt_lens.viz.table import table_html
-from cdt_lens.viz.widgets import attention_widget, tokens_widget
 
-__all__ = ["attention_widget", "figure_html", "render_report", "table_html", "tokens_widget"]
+__all__ = ["render_report"]
 
-# In the order of the method, which is the order of the report. A transfer comes last although it
-# is what most readers look for: it rests on every section before it (the circuit that it trains,
-# whether that circuit is faithful), and its headline stands at the top of the page all the same.
-# A single fine-tuning, one of the runs that a transfer compares, comes before it.
-_SECTIONS: dict[str, Callable[..., Section]] = {
-    "HeadScores": sections.head_scores_section,
-    "Circuit": sections.circuit_section,
-    "Graph": sections.graph_section,
-    "FaithfulnessCurve": sections.faithfulness_section,
-    "MethodAgreement": sections.agreement_section,
-    "Comparison": comparison_sections.comparison_section,
-    "PlantedComparison": comparison_sections.planted_section,
-    "AttentionView": sections.attention_section,
-    "TokenRelevance": sections.relevance_section,
-    "FineTuneResult": transfer_sections.fine_tune_section,
-    "TransferResult": transfer_sections.transfer_section,
-}
+
+@singledispatch
+def _section(result: object, id: str, results: Sequence[object]) -> Section:
+    names = ", ".join(kind.__name__ for kind in _section.registry if kind is not object)
+    raise InputError(
+        f"render_report: no section for {type(result).__name__}; expected any of {names}"
+    )
+
+
+# In the order of the method, which is the order of the sections. A transfer comes last, although
+# most readers want it first: it rests on every section before it, and its headline stands at the
+# top of the page. A fine-tuning, one of the runs that a transfer compares, comes before it.
+_section.register(HeadScores, sections.head_scores_section)
+_section.register(Circuit, sections.circuit_section)
+_section.register(Graph, sections.graph_section)
+_section.register(FaithfulnessCurve, sections.faithfulness_section)
+_section.register(MethodAgreement, sections.agreement_section)
+_section.register(Comparison, comparison_sections.comparison_section)
+_section.register(PlantedComparison, comparison_sections.planted_section)
+_section.register(AttentionView, sections.attention_section)
+_section.register(TokenRelevance, sections.relevance_section)
+_section.register(FineTuneResult, training_sections.fine_tune_section)
+_section.register(TransferResult, training_sections.transfer_section)
 
 
 def render_report(*results: object, path: str | Path, title: str | None = None) -> Path:
-    """Write `results`, in any order, as one HTML file at `path`, whole or not at all.
+    """Write results as one HTML file, completely or not at all.
 
-    A result is a Circuit (whose graph has a section of its own), Graph, HeadScores,
-    FaithfulnessCurve, MethodAgreement, Comparison, PlantedComparison, AttentionView,
-    TokenRelevance, FineTuneResult or TransferResult. The file holds everything that it shows and
-    never uses the network; the same results give the same bytes.
+    The file holds everything that it shows and never uses the network. The same results give the
+    same bytes, in whatever order they come.
+
+    Args:
+        *results: The results: Circuit (whose graph gets a section of its own), Graph, HeadScores,
+            FaithfulnessCurve, MethodAgreement, Comparison, PlantedComparison, AttentionView,
+            TokenRelevance, FineTuneResult, TransferResult, or subclasses of these.
+        path: The file to write.
+        title: The title of the page.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        InputError: no results, one of another type, or `path` cannot be written.
-        NonFiniteError: a prompt's pattern or relevance holds a value that is not finite.
+        InputError: There are no results, one is of another type, or `path` cannot be written.
+        NonFiniteError: A pattern or the relevance of a prompt holds a value that is not finite.
     """
     if not results:
         raise InputError("render_report: expected at least one result, got none")
-    order = list(_SECTIONS)
-    ordered = sorted(_with_graphs(results), key=lambda result: order.index(_kind(result)))
+    ordered = sorted(_with_graphs(results), key=_rank)
     parts = _distinct(
-        _SECTIONS[_kind(result)](result, f"s{number}", ordered)
-        for number, result in enumerate(ordered, start=1)
+        _section(result, f"s{number}", ordered) for number, result in enumerate(ordered, start=1)
     )
     views = [example.view for part in parts for example in part.examples]
     page = _template().render(
         title=title or "Circuit report",
         version=_version(),
         sections=parts,
-        provenance=words.provenance_rows(entry for part in parts for entry in part.provenance),
+        provenance=_provenance(parts),
         policy=widgets.policy(views),
         scripts=widgets.scripts(views),
     )
-    # A byte-level token may leave a lone surrogate, which has no place in a UTF-8 file.
+    # A byte-level token may hold a lone surrogate, which UTF-8 cannot encode.
     return atomic_write(path, page.encode("utf-8", "replace"))
 
 
-def _with_graphs(results: Iterable[object]) -> list[object]:
-    """The results, and the graphs of circuits that are not among them already."""
-    found = list(results)
-    for circuit in [each for each in found if sections.is_a(each, "Circuit")]:
-        graph = getattr(circuit, "graph", None)
-        if graph is not None and all(graph is not each for each in found):
-            found.append(graph)
-    return found
+def _with_graphs(results: Sequence[object]) -> list[object]:
+    """Return the results, and the graphs of circuits that are not among them."""
+    every = list(results)
+    for circuit in (result for result in results if isinstance(result, Circuit)):
+        if circuit.graph is not None and all(circuit.graph is not other for other in every):
+            every.append(circuit.graph)
+    return every
 
 
-def _kind(result: object) -> str:
-    """The name of the result's type, or of its first base type, that has a section.
+def _rank(result: object) -> int:
+    """Return the position of the section of `result` in the order of the method."""
+    return list(_section.registry.values()).index(_section.dispatch(type(result)))
 
-    By name, so that reading a result does not import the modules that make the others.
-    """
-    names = [base.__name__ for base in type(result).__mro__]
-    found = next((name for name in names if name in _SECTIONS), None)
-    if found is None:
-        raise InputError(
-            f"render_report: no section for {names[0]}; expected any of {', '.join(_SECTIONS)}"
+
+def _provenance(parts: Iterable[Section]) -> list[tuple[str, Table]]:
+    origins = words.provenance_rows(entry for part in parts for entry in part.provenance)
+    return [
+        (
+            name,
+            Table(
+                ("part", "name", "value"),
+                [(group or "general", *row) for group, rows in groups.items() for row in rows],
+                grouped=True,
+            ),
         )
-    return found
+        for name, groups in origins
+    ]
 
 
 def _distinct(parts: Iterable[Section]) -> list[Section]:
-    """The sections, with a number behind a title that an earlier one has."""
+    """Return the sections, with a number after a title that an earlier one has."""
     seen: Counter[str] = Counter()
     named = []
     for part in parts:

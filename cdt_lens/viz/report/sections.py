@@ -1,32 +1,30 @@
-"""What a report shows of each result: key numbers, figures, tables, interactive views.
+"""The sections of a report: key numbers, figures, tables and interactive views of one result.
 
-1. A builder takes one result, the id of its section, and all results of the page.
-2. It reads fields alone; the words around the numbers stand in the template.
+A builder takes a result, the id of its section, and all results of the page. The explanations of
+the numbers are in the template.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtyping import Float
 from markupsafe import Markup
 from torch import Tensor
 
-from cdt_lens.viz import figures, graph_figure as graph_figures, tables, widgets, words
-from cdt_lens.viz.style import control_name, metric_name
+from cdt_lens.circuits.circuit import Circuit
+from cdt_lens.circuits.faithfulness import FaithfulnessCurve
+from cdt_lens.circuits.graph import Graph
+from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.core.table import Table
+from cdt_lens.scoring.agreement import MethodAgreement
+from cdt_lens.scoring.prompt_views import AttentionView, TokenRelevance
+from cdt_lens.viz import figures, graph_figure, tables, widgets, words
 from cdt_lens.viz.svg import figure_html
 from cdt_lens.viz.tables import Scored
 from cdt_lens.viz.widgets import View
-
-if TYPE_CHECKING:
-    from cdt_lens.circuits.circuit import Circuit
-    from cdt_lens.circuits.faithfulness import FaithfulnessCurve
-    from cdt_lens.circuits.graph import Graph
-    from cdt_lens.circuits.head_scores import HeadScores
-    from cdt_lens.scoring.agreement import MethodAgreement
-    from cdt_lens.scoring.prompt_views import AttentionView, TokenRelevance
 
 _TOP = 20
 _EDGES = 40
@@ -34,41 +32,56 @@ _EDGES = 40
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt of a section: facts about it, its view, and the view's numbers as a table."""
+    """One prompt of a section.
+
+    Args:
+        facts: The facts about the prompt, by name.
+        view: The view of the prompt.
+        text: The text of the prompt; empty if the view shows it.
+        numbers: The numbers of the view.
+    """
 
     facts: Mapping[str, str]
     view: View
     text: str = ""
-    numbers: Markup | None = None
+    numbers: Table | None = None
 
 
 @dataclass(frozen=True)
 class Section:
-    """What the template shows of one result; `kind` chooses the words around it."""
+    """The part of a report about one result.
+
+    Args:
+        kind: The type of the result, which chooses the explanation in the template.
+        id: The id of the section, with which the ids of its figures and views start.
+        title: The title.
+        headline: A number, and its name.
+        facts: The facts about the result, by name.
+        figures: The figures, as SVG.
+        tables: The tables.
+        examples: The prompts.
+        scale: The relevance at which the colours of the tokens end, in logits.
+        provenance: The name of each result, and the entries of its provenance.
+    """
 
     kind: str
     id: str
     title: str
-    headline: tuple[str, str]  # a number, and what it is
+    headline: tuple[str, str]
     facts: Mapping[str, str]
     figures: tuple[Markup, ...] = ()
-    tables: tuple[Markup, ...] = ()
+    tables: tuple[Table, ...] = ()
     examples: tuple[Example, ...] = ()
-    scale: float | None = None  # where the token colours end, in logits
-    provenance: tuple[tuple[str, Mapping[str, Any]], ...] = ()  # whose, what
-
-
-def is_a(result: object, kind: str) -> bool:
-    """Whether the result's type, or a base type of it, has this name."""
-    return kind in (base.__name__ for base in type(result).__mro__)
+    scale: float | None = None
+    provenance: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
 
 def head_scores_section(scores: HeadScores, id: str, results: Sequence[object]) -> Section:
-    """Map, bars and table of the scores; the heads of a circuit selected from them are outlined."""
+    """Return map, bars and table of scores; the map outlines a circuit selected from them."""
     finite = scores.values[scores.values.isfinite()]
     heads = scores.top(min(_TOP, finite.numel()))
-    circuits: Any = (result for result in results if is_a(result, "Circuit"))
-    circuit = next((each for each in circuits if _same(each.scores, scores.values)), None)
+    circuits = (result for result in results if isinstance(result, Circuit))
+    circuit = next((c for c in circuits if _same(c.scores, scores.values)), None)
     scored = Scored.of(scores)
     return Section(
         kind="HeadScores",
@@ -92,12 +105,12 @@ def head_scores_section(scores: HeadScores, id: str, results: Sequence[object]) 
 
 
 def circuit_section(circuit: Circuit, id: str, results: Sequence[object]) -> Section:
-    """The circuit's heads; their map only where no scores on the page draw the same one."""
+    """Return the heads of a circuit; their map only if no scores of the page draw the same one."""
     total = circuit.n_layers * circuit.n_heads
     count = len(circuit.heads)
     scored = Scored.kept_by(circuit)
-    others: Any = (result for result in results if is_a(result, "HeadScores"))
-    drawn = any(_same(circuit.scores, each.values) for each in others)
+    others = (result for result in results if isinstance(result, HeadScores))
+    drawn = any(_same(circuit.scores, scores.values) for scores in others)
     parts = [tables.layers_table(circuit)]
     if scored is not None:
         best = sorted(circuit.heads, key=lambda head: -abs(scored.at(head)[0]))
@@ -120,12 +133,12 @@ def circuit_section(circuit: Circuit, id: str, results: Sequence[object]) -> Sec
 
 
 def graph_section(graph: Graph, id: str, _: Sequence[object]) -> Section:
-    """The drawing of a circuit graph, and its strongest edges as a table."""
-    drawn = graph_figures.drawn_edges(graph, _EDGES)
+    """Return the drawing of a graph, and a table of its strongest edges."""
+    drawn = graph_figure.drawn_edges(graph, _EDGES)
     kept, edges = graph.kept_nodes, graph.kept_edges
     mlps = sum(name.startswith("M") for name in kept)
-    lines = {f"edge-{n}": [graph_figures.edge_line(graph, edge)] for n, edge in enumerate(drawn)}
-    drawing = graph_figures.graph_figure(graph, _EDGES)
+    lines = {f"edge-{n}": [graph_figure.edge_line(graph, edge)] for n, edge in enumerate(drawn)}
+    drawing = graph_figure.graph_figure(graph, _EDGES)
     if not edges:
         headline = (str(len(graph.heads)), "heads in the graph, without edges")
     else:
@@ -150,17 +163,17 @@ def graph_section(graph: Graph, id: str, _: Sequence[object]) -> Section:
 
 
 def faithfulness_section(curve: FaithfulnessCurve, id: str, _: Sequence[object]) -> Section:
-    """The curve beside its random controls, its areas, and f by size."""
+    """Return the curve beside its random controls, its areas, and f by size."""
     unit = " logits" if curve.metric == "direction" else ""
-    drawn = (f"{len(draws)} {control_name(key)}" for key, draws in curve.random.items())
-    name = f"Faithfulness: {metric_name(curve.metric)}"
+    drawn = (f"{len(draws)} {words.control_name(key)}" for key, draws in curve.random.items())
+    name = f"Faithfulness: {words.metric_name(curve.metric)}"
     return Section(
         kind="FaithfulnessCurve",
         id=id,
         title=name,
         headline=(f"{curve.cpr:.2f}", f"CPR; random heads {words.medians(curve.random_cpr)}"),
         facts={
-            "Metric": metric_name(curve.metric),
+            "Metric": words.metric_name(curve.metric),
             "Full model": f"{curve.full:.3f}{unit}",
             "All heads ablated": f"{curve.empty:.3f}{unit}",
             "Random circuits": "; ".join(drawn) or "none",
@@ -172,7 +185,7 @@ def faithfulness_section(curve: FaithfulnessCurve, id: str, _: Sequence[object])
 
 
 def agreement_section(agreement: MethodAgreement, id: str, _: Sequence[object]) -> Section:
-    """Scatter of a method against exact ablation, and the heads on which they differ most."""
+    """Return the scatter of a method against its reference, and their largest differences."""
     one, other = Scored.of(agreement.scores), Scored.of(agreement.reference)
     both = (one.values + other.values).isfinite().flatten().tolist()
     lines = zip(one.lines(), other.lines(), both, strict=True)
@@ -198,7 +211,7 @@ def agreement_section(agreement: MethodAgreement, id: str, _: Sequence[object]) 
 
 
 def attention_section(view: AttentionView, id: str, _: Sequence[object]) -> Section:
-    """The attention patterns of the heads, prompt by prompt."""
+    """Return the attention patterns of the heads, prompt by prompt."""
     examples = tuple(
         Example(
             facts={"Gold label": label},
@@ -218,8 +231,7 @@ def attention_section(view: AttentionView, id: str, _: Sequence[object]) -> Sect
 
 
 def relevance_section(relevance: TokenRelevance, id: str, _: Sequence[object]) -> Section:
-    """The tokens coloured by relevance, prompt by prompt, with the numbers in a table."""
-    scale = widgets.largest_relevance(relevance)
+    """Return the tokens coloured by relevance, prompt by prompt, with tables of the numbers."""
     examples = []
     for index, label in enumerate(relevance.labels):
         values = relevance.relevance[index].tolist()
@@ -235,10 +247,10 @@ def relevance_section(relevance: TokenRelevance, id: str, _: Sequence[object]) -
         kind="TokenRelevance",
         id=id,
         title="Token relevance",
-        headline=(f"\u00b1{scale:.2g}", "logits, the largest relevance of a token"),
+        headline=(f"\u00b1{relevance.largest:.2g}", "logits, the largest relevance of a token"),
         facts={"Prompts": str(len(relevance.prompts))},
         examples=tuple(examples),
-        scale=scale,
+        scale=relevance.largest,
     )
 
 
@@ -250,7 +262,7 @@ def _map(scored: Scored, circuit: Circuit | None, prefix: str) -> Markup:
 def _same(
     one: Float[Tensor, "layer head"] | None, other: Float[Tensor, "layer head"] | None
 ) -> bool:
-    """Whether two sets of scores are the same, also when one of them was saved and loaded."""
+    """Return whether two sets of scores are equal, also if one of them was saved and loaded."""
     if one is None or other is None or one.shape != other.shape:
         return False
     return bool(((one == other) | (one.isnan() & other.isnan())).all())

@@ -1,14 +1,16 @@
-"""What a report shows of a fine-tuning and of a transfer: key numbers, figures, tables."""
+"""The sections of a report about fine-tuning and transfer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from cdt_lens.models.heads import all_heads
-from cdt_lens.viz import training_tables as transfer_tables
+from cdt_lens.finetuning.result import FineTuneResult
+from cdt_lens.finetuning.transfer_result import TransferResult
+from cdt_lens.models.heads import Head, all_heads
+from cdt_lens.viz import training_tables
 from cdt_lens.viz.report.sections import Section
 from cdt_lens.viz.svg import figure_html
 from cdt_lens.viz.training_figures import (
@@ -21,22 +23,18 @@ from cdt_lens.viz.training_figures import (
 from cdt_lens.viz.training_tables import finished, runs_of, untouched
 from cdt_lens.viz.words import Number, duration, mean_and_spread, score
 
-if TYPE_CHECKING:
-    from cdt_lens.finetuning.result import FineTuneResult
-    from cdt_lens.finetuning.transfer_result import TransferResult
-
 
 def fine_tune_section(result: FineTuneResult, id: str, _: Sequence[object]) -> Section:
-    """The learning curve of one training, the heads that it trained, its history and options."""
+    """Return the learning curve of one run, its trained heads, its history and options."""
     before, after = result.before, result.after
     drawn = [figure_html(learning_curve(result), prefix=f"{id}-curve")]
     if result.heads:
         lines = [_head_line(head, result) for head in all_heads(result.n_layers, result.n_heads)]
         map_of_heads = trained_heads(result)
         drawn.append(figure_html(map_of_heads, prefix=f"{id}-map", tooltips={"cells": lines}))
-    tables = [transfer_tables.history_table(result)]
+    tables = [training_tables.history_table(result)]
     if result.options:
-        tables.append(transfer_tables.settings_table(result.options, caption="Training options"))
+        tables.append(training_tables.settings_table(result.options, caption="Training options"))
     name = f"Fine-tuning: {result.scope}"
     return Section(
         kind="FineTuneResult",
@@ -49,12 +47,12 @@ def fine_tune_section(result: FineTuneResult, id: str, _: Sequence[object]) -> S
         facts=_training_facts(result),
         figures=tuple(drawn),
         tables=tuple(tables),
-        provenance=_told(name, result.provenance),
+        provenance=_origin(name, result.provenance),
     )
 
 
 def transfer_section(result: TransferResult, id: str, _: Sequence[object]) -> Section:
-    """The scopes compared on every target: trade-off, accuracies, tables, automatic choice."""
+    """Return the scopes on every target: trade-off, accuracies, tables, automatic choice."""
     drawn = [
         figure_html(figure(result), prefix=f"{id}-{name}", tooltips=point_lines(result, *columns))
         for name, figure, columns in (
@@ -62,14 +60,14 @@ def transfer_section(result: TransferResult, id: str, _: Sequence[object]) -> Se
             ("accuracies", accuracies, ("accuracy",)),
         )
     ]
-    tables = [transfer_tables.comparison_table(result)]
+    tables = [training_tables.comparison_table(result)]
     if len(result.auto):
-        tables.append(transfer_tables.choices_table(result))
+        tables.append(training_tables.choices_table(result))
     if len(result.cells):
-        tables.append(transfer_tables.runs_table(result))
+        tables.append(training_tables.runs_table(result))
     for entries, caption in ((result.discovery, "Discovery"), (result.settings, "Settings")):
         if entries:
-            tables.append(transfer_tables.settings_table(entries, caption=caption))
+            tables.append(training_tables.settings_table(entries, caption=caption))
     name = f"Transfer: {result.task} from {result.proxy}"
     return Section(
         kind="TransferResult",
@@ -79,7 +77,7 @@ def transfer_section(result: TransferResult, id: str, _: Sequence[object]) -> Se
         facts=_transfer_facts(result),
         figures=tuple(drawn),
         tables=tuple(tables),
-        provenance=_told(name, result.provenance),
+        provenance=_origin(name, result.provenance),
     )
 
 
@@ -95,7 +93,7 @@ def _training_facts(result: FineTuneResult) -> dict[str, str]:
     before, after = result.before["source_accuracy"], result.after["source_accuracy"]
     change = f" ({_change(before, after)})" if np.isfinite(result.retention) else ""
     return facts | {
-        "Parameters trained": transfer_tables.trained_in_words(result),
+        "Parameters trained": training_tables.trained_in_words(result),
         "Best epoch": kept if result.best_epoch else f"{kept} (the untouched weights)",
         "Stopped": result.stopped,
         "Time": duration(result.seconds),
@@ -120,7 +118,7 @@ def _transfer_facts(result: TransferResult) -> dict[str, str]:
         "Chance (always the commonest label)": _chance(result),
         "Test examples": _test_examples(result),
     }
-    chosen = transfer_tables.right_of(result)
+    chosen = training_tables.right_of(result)
     if chosen:
         right = ", ".join(f"{rule} {words}" for rule, words in chosen.items())
         facts["Automatic choice right"] = right
@@ -136,7 +134,7 @@ def _chance(result: TransferResult) -> str:
 
 
 def _test_examples(result: TransferResult) -> str:
-    """How many, and how far an accuracy on so many may be off by chance alone."""
+    """Return the number of test examples, and the standard error that it gives an accuracy."""
     counts = [int(n) for n in result.before["examples"]]
     if not counts or min(counts) < 1:
         return "n/a"
@@ -146,14 +144,14 @@ def _test_examples(result: TransferResult) -> str:
 
 
 def _outcome(result: TransferResult) -> tuple[str, str]:
-    """Target accuracy before and after, over the targets that finished; full beside it."""
+    """Return the target accuracy before and after, and that of full, over the finished targets."""
     main = "decision" if "decision" in result.scopes else result.scopes[0]
     ran = set(result.cells["scope"]) if len(result.cells) else set()
     compared = [main, *(["full"] if "full" in ran - {main} else [])]
     rows, done = [], 0
     for target in result.targets:
         runs = [runs_of(result, target, scope) for scope in compared]
-        means = [mean_and_spread(each["accuracy"])[0] for each in runs]
+        means = [mean_and_spread(part["accuracy"])[0] for part in runs]
         means = [untouched(result, target, "accuracy"), *means]
         if np.isfinite(means).all():
             rows.append(means)
@@ -170,7 +168,7 @@ def _outcome(result: TransferResult) -> tuple[str, str]:
     return _change(before, after), words
 
 
-def _head_line(head: Any, result: FineTuneResult) -> str:
+def _head_line(head: Head, result: FineTuneResult) -> str:
     if head in result.heads:
         return f"{head}: trained"
     if head in result.siblings:
@@ -184,5 +182,5 @@ def _change(before: Number, after: Number) -> str:
     return f"{score(before)} \u2192 {score(after)}"
 
 
-def _told(name: str, provenance: Any) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+def _origin(name: str, provenance: Any) -> tuple[tuple[str, Mapping[str, Any]], ...]:
     return () if provenance is None else ((name, provenance.to_dict()),)

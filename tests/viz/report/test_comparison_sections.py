@@ -26,8 +26,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 def captions(section: Section) -> list[str]:
-    found = (re.search("<caption>(.*?)</caption>", table) for table in section.tables)
-    return [match[1] for match in found if match]
+    return [table.caption for table in section.tables]
 
 
 def test_a_comparison_is_headed_by_its_best_cpr():

@@ -116,6 +116,13 @@ def test_a_result_of_another_type_is_refused_by_name(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_foreign_class_with_the_name_of_a_result_is_refused(tmp_path: Path):
+    foreign = type("Circuit", (), {"heads": (), "n_layers": 2, "n_heads": 2, "scores": None})
+    with pytest.raises(InputError, match="no section for Circuit; expected any of HeadScores"):
+        render_report(sample.scores(), foreign(), path=tmp_path / "r.html")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failure_leaves_the_previous_report_as_it_was(tmp_path: Path):
     path = tmp_path / "r.html"
     path.write_text("before", "utf-8")

@@ -24,8 +24,7 @@ def transfer(result: TransferResult) -> Section:
 
 
 def captions(section: Section) -> list[str]:
-    found = (re.search("<caption>(.*?)</caption>", table) for table in section.tables)
-    return [match[1] for match in found if match]
+    return [table.caption for table in section.tables]
 
 
 def test_a_fine_tuning_is_headed_by_the_accuracy_before_and_after():
