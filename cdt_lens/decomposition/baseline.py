@@ -1,16 +1,17 @@
-"""The reference value of each head's z: a label-balanced streaming mean (method.md §2).
+"""Compute the reference value of each head's z, a label-balanced mean (docs/method/baseline.md).
 
-No counterfactual prompts are needed: the mean over labels of the per-label means of `hook_z`, so
-that a label with more examples does not pull it. One pass, constant memory. Free text has no
-aligned positions, so a *slot* says which positions share a mean:
+No counterfactual prompts are needed. The reference value is the mean over labels of the per-label
+means of `hook_z`, so that a frequent label has no more weight than a rare one. One pass over the
+examples computes it in constant memory. Free text has no aligned positions, so a *slot* defines
+which positions share a mean:
 
-- "answer" (default): the answer position by itself, all other real positions pooled;
-- "pooled": one mean for all real positions;
-- "right": one mean per position counted from the answer (beyond the longest prompt averaged, the
-  mean of all positions);
-- "left": one mean per position counted from the start, for templated prompts.
+- "answer" (default): the answer position has its own mean, and all other real positions share one;
+- "pooled": all real positions share one mean;
+- "right": each position counted from the answer has its own mean. Positions beyond the longest
+  averaged prompt use the mean of all positions;
+- "left": each position counted from the start has its own mean, for templated prompts.
 
-`zero_baseline` and `counterfactual_baseline` are the other references of the literature.
+`zero_baseline` and `counterfactual_baseline` are the other references used in the literature.
 """
 
 from __future__ import annotations
@@ -44,11 +45,15 @@ BaselineAt = Callable[[int], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Baseline(Saved):
-    """Reference values of z for every head, and of the outputs of MLPs if asked for.
+    """Reference values of z for every head, and optionally of the outputs of MLPs.
 
-    kind: one of the slots, "zero" or "counterfactual"; means: `[layer, slot, head, d_head]`, in
-    the units of z (empty unless the kind is a slot); pairs: the tokens of each prompt's
-    counterfactual; mlp_means: of what each MLP adds to the residual stream, or None.
+    Attributes:
+        kind: one of the slots "answer", "pooled", "right" and "left", or "zero" or
+            "counterfactual".
+        means: mean z of each head in each slot, in the units of z. Empty unless `kind` is a slot.
+        provenance: the model and the examples that the values come from.
+        pairs: for a counterfactual baseline, the tokens of each prompt's counterfactual prompt.
+        mlp_means: mean of what each MLP adds to the residual stream, or None.
     """
 
     kind: str
@@ -66,7 +71,12 @@ class Baseline(Saved):
         )
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a layer and head: the norm of its mean z, averaged over slots; in units of z."""
+        """Return the size of the mean z of each head.
+
+        Returns:
+            One row for each layer and head, with the norm of the mean z, averaged over slots, in
+            the units of z.
+        """
         norms = self.means.float().norm(dim=-1)
         rows = [
             (layer, head, value)
@@ -81,25 +91,37 @@ class Baseline(Saved):
 
     @property
     def hash(self) -> str:
-        """sha256 of everything that changes a number: kind, model, task and the means."""
-        told = self.provenance
+        """The sha256 of everything that changes a number: kind, model, task, means and pairs."""
+        origin = self.provenance
         pairs = sorted([list(k), list(v)] for k, v in self.pairs.items())
-        what = [self.kind, told.model_hash, told.task_hash, _digest(self.means), pairs]
-        return content_hash(what + ([] if self.mlp_means is None else [_digest(self.mlp_means)]))
+        parts = [self.kind, origin.model_hash, origin.task_hash, _digest(self.means), pairs]
+        return content_hash(parts + ([] if self.mlp_means is None else [_digest(self.mlp_means)]))
 
     def check_model(self, model: nn.Module | ModelView) -> None:
-        """Refuse to use the baseline with a model whose weights are not those it was made with.
+        """Check that a model has the weights that this baseline was computed with.
+
+        Args:
+            model: the model.
 
         Raises:
-            ArtifactError: the weight hashes differ; the message shows both.
+            ArtifactError: the weight hashes differ. The message shows both.
         """
         self.provenance.check_model(view_of(model), "this baseline")
 
     def for_batch(self, view: ModelView, batch: Batch) -> BaselineAt:
-        """The values for one batch: a function of the layer giving `[batch, pos, head, d_head]`.
+        """Return the reference values of z for one batch.
+
+        Args:
+            view: the model.
+            batch: the prompts.
+
+        Returns:
+            A function of the layer that returns values of shape `[batch, pos, head, d_head]`, or a
+            shape that broadcasts to it.
 
         Raises:
-            InputError: made for a model of another shape, or for shorter templated prompts.
+            InputError: the baseline was made for a model of another shape or for shorter templated
+                prompts, or a prompt has no counterfactual.
         """
         if self.kind == "zero":
             zero = torch.zeros((), device=view.device, dtype=view.dtype)
@@ -107,22 +129,31 @@ class Baseline(Saved):
         if self.kind == "counterfactual":
             return self._paired(view, batch)
         expected = (view.n_layers, view.n_heads, view.d_head)
-        found = (self.means.shape[0], *self.means.shape[2:])
-        if found != expected:
+        shape = (self.means.shape[0], *self.means.shape[2:])
+        if shape != expected:
             raise InputError(
-                f"baseline: made for {found[0]} layers of {found[1]} heads of width {found[2]}; "
-                f"this model has {expected[0]} of {expected[1]} of {expected[2]}; "
-                "compute it again with mean_activations"
+                f"baseline: it was made for {shape[0]} layers of {shape[1]} heads of width "
+                f"{shape[2]}; this model has {expected[0]} of {expected[1]} of {expected[2]}. "
+                "Compute it again with mean_activations."
             )
         slots = self._slots(batch.lengths, batch.tokens.shape[1]).to(view.device)
         means = self.means.to(view.device, view.dtype)
         return lambda layer: means[layer][slots]
 
     def mlps_for_batch(self, view: ModelView, batch: Batch) -> BaselineAt:
-        """The same for what MLPs add to the stream: of the layer, giving `[batch, pos, d_model]`.
+        """Return the reference values of the MLPs' outputs for one batch.
+
+        Args:
+            view: the model.
+            batch: the prompts.
+
+        Returns:
+            A function of the layer that returns values of shape `[batch, pos, d_model]`, or a shape
+            that broadcasts to it.
 
         Raises:
-            InputError: the baseline was made without MLPs, or for another model or prompts.
+            InputError: the baseline has no values for MLPs, or was made for another model or other
+                prompts.
         """
         if self.kind == "zero":
             return self.for_batch(view, batch)
@@ -130,10 +161,10 @@ class Baseline(Saved):
             return self._paired(view, batch, "mlp_out")
         if self.mlp_means is None:
             raise InputError(
-                "baseline: it holds no values for MLPs; make it with mean_activations(model, "
-                "examples, mlps=True)"
+                "baseline: it holds no values for MLPs. Compute it with mean_activations(model, "
+                "examples, mlps=True)."
             )
-        self.for_batch(view, batch)  # refuses another model
+        self.for_batch(view, batch)  # raises for another model
         slots = self._slots(batch.lengths, batch.tokens.shape[1]).to(view.device)
         means = self.mlp_means.to(view.device, view.dtype)
         return lambda layer: means[layer][slots]
@@ -145,8 +176,8 @@ class Baseline(Saved):
         n_slots = self.means.shape[1]
         if self.kind == "left" and n_pos > n_slots:
             raise InputError(
-                f"baseline: its prompts had {n_slots} positions, these have {n_pos}; a mean per "
-                "position from the left needs prompts of one template; use positions='answer'"
+                f"baseline: its prompts had {n_slots} positions, these have {n_pos}. A mean per "
+                "position from the left needs prompts of one template. Use positions='answer'."
             )
         return n_slots - 1
 
@@ -156,8 +187,8 @@ class Baseline(Saved):
             ids = self.pairs.get(tuple(batch.tokens[row, :length].tolist()))
             if ids is None:
                 raise InputError(
-                    f"baseline: example {batch.index[row]} has no counterfactual prompt; make the "
-                    "baseline with the examples that are scored"
+                    f"baseline: example {batch.index[row]} has no counterfactual prompt. Make the "
+                    "baseline with the examples that are scored."
                 )
             tokens[row, :length] = torch.tensor(ids)
         trace = view.run(tokens, [s for s in view.sites if s[0] == site])
@@ -196,7 +227,7 @@ def _digest(means: Tensor) -> str:
 
 
 def _slot_of(kind: str, lengths: Int[Tensor, " batch"], n_pos: int) -> Int[Tensor, "batch pos"]:
-    """Which mean each position uses; positions after the answer are padding and get any."""
+    """Return the slot of each position; positions after the answer are padding and get any slot."""
     positions = torch.arange(n_pos, device=lengths.device)
     from_right = rearrange(lengths, "batch -> batch 1") - 1 - positions
     if kind == "answer":
@@ -217,13 +248,26 @@ def mean_activations(
     batch_size: int = 16,
     progress: bool = True,
 ) -> Baseline:
-    """Label-balanced mean of every head's z over `examples` (method.md §2), in one pass.
+    """Compute the label-balanced mean of every head's z over `examples`, in one pass.
 
-    mlps: of what every MLP adds to the residual stream as well, as graphs of circuits need.
-    Under `accelerate launch` each process reads its share and the sums are added.
+    See docs/method/baseline.md. Under `accelerate launch` each process reads its share of the
+    examples, and the sums are added.
+
+    Args:
+        model: the model.
+        examples: the prompts to average over.
+        positions: which positions share a mean, one of "answer", "pooled", "right" and "left".
+        mlps: whether to average also what every MLP adds to the residual stream. Graphs of circuits
+            and MLPs as sources need these values.
+        batch_size: number of prompts in one forward pass.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The baseline. Its means are computed in float64 and stored in float32.
 
     Raises:
-        InputError: no examples, or an unknown choice of positions.
+        InputError: there are no examples, `positions` is unknown, or a mean is missing or not
+            finite.
         UnsupportedModelError: a component of the model has no rule.
     """
     if positions not in get_args(Slots):
@@ -235,17 +279,18 @@ def mean_activations(
     sums, mlp_sums, counts = _streaming_sums(view, examples, positions, mlps, passes)
     if positions == "answer" and not bool(counts[:, 0].any()):
         raise InputError(
-            f"{examples.name}: no prompt has a position before the answer, so there is no mean for "
-            "it; use positions='pooled'"
+            f"{examples.name}: no prompt has a position before the answer, so those positions have "
+            "no mean. Use positions='pooled'."
         )
     means = _balanced(rearrange(sums, "n l s h d -> n l s (h d)"), counts)
     means = rearrange(means, "l s (h d) -> l s h d", h=view.n_heads)
     mlp_means = None if mlp_sums is None else _balanced(mlp_sums, counts)
     if not bool(torch.isfinite(means).all()):
-        raise InputError(f"{view.name}: z is not finite on {examples.name}; check the weights")
+        raise InputError(f"{view.name}: z is not finite on {examples.name}. Check the weights.")
     if mlp_means is not None and not bool(torch.isfinite(mlp_means).all()):
         raise InputError(
-            f"{view.name}: an MLP's output is not finite on {examples.name}; load it in float32"
+            f"{view.name}: an MLP's output is not finite on {examples.name}. Load the model in "
+            "float32."
         )
     options = {"kind": positions}
     provenance = provenance_of(view, examples, options=options)
@@ -258,9 +303,9 @@ def mean_activations(
 def _balanced(
     sums: Float[Tensor, "label layer slot d"], counts: Float[Tensor, "label slot"]
 ) -> Float[Tensor, "layer slot d"]:
-    """The mean over labels of each label's mean."""
+    """Return the mean over labels of each label's mean."""
     per_label = sums / counts.clamp(min=1)[:, None, :, None]
-    # A slot that some label never reaches (its prompts are shorter) is a mean over the others.
+    # Where a label has no prompt long enough for a slot, the mean is over the other labels.
     present = (counts > 0).double()
     weights = present / present.sum(0).clamp(min=1)
     return torch.einsum("ns,nlsd->lsd", weights, per_label)
@@ -277,12 +322,12 @@ def _streaming_sums(
     Float[Tensor, "label layer slot d_model"] | None,
     Float[Tensor, "label slot"],
 ]:
-    """Sums of z, of MLP outputs, and numbers of positions, per label and slot; of all processes."""
+    """Sum z and MLP outputs and count positions, per label and slot, over all processes."""
     longest = max(len(example.tokens) for example in examples)
-    # "right" has one slot more, the mean of all positions, for longer prompts than these.
+    # "right" has one more slot, the mean of all positions, for prompts longer than these.
     n_slots = {"answer": 2, "pooled": 1, "right": longest + 1}.get(positions, longest)
     n_labels = len(examples.labels)
-    # float64 on the CPU: one summation order for every device, and devices without float64.
+    # Sum in float64 on the CPU: the order is the same for every device, and some lack float64.
     sums = torch.zeros(
         n_labels, view.n_layers, n_slots, view.n_heads, view.d_head, dtype=torch.float64
     )
@@ -314,17 +359,33 @@ def _streaming_sums(
 
 
 def check_baseline(baseline: object, view: ModelView) -> None:
-    """Refuse what is no baseline, or one of another model's shape.
+    """Check that `baseline` is a `Baseline` of this model.
+
+    Args:
+        baseline: the value to check.
+        view: the model.
 
     Raises:
-        InputError: names what was handed over. ArtifactError: of another model.
+        InputError: the value is not a `Baseline`.
+        ArtifactError: the baseline was computed with another model.
     """
     fix = "mean_activations(model, task.train) makes one"
     expect(baseline, Baseline, "baseline", fix).check_model(view)
 
 
 def zero_baseline(model: nn.Module | ModelView, examples: Examples) -> Baseline:
-    """Reference value 0 for every head: its whole z counts as relevant."""
+    """Return the reference value 0 for every head, so that its whole z counts as relevant.
+
+    Args:
+        model: the model.
+        examples: the prompts that the provenance names. No forward pass is made.
+
+    Returns:
+        The baseline, of kind "zero".
+
+    Raises:
+        InputError: there are no examples.
+    """
     require_examples(examples)
     view = view_of(model)
     return Baseline("zero", torch.zeros(0, 0, 0, 0), _named(view, examples, "zero"))
@@ -333,36 +394,46 @@ def zero_baseline(model: nn.Module | ModelView, examples: Examples) -> Baseline:
 def counterfactual_baseline(
     model: nn.Module | ModelView, examples: Examples, pairs: Examples
 ) -> Baseline:
-    """Reference values from a run on another prompt: example i of `pairs` for example i.
+    """Take the reference values of each prompt from a run on its counterfactual prompt.
 
-    Any part of `examples` may be scored with it later, in any order.
+    Any part of `examples` may be scored with this baseline later, in any order.
+
+    Args:
+        model: the model.
+        examples: the prompts that will be scored.
+        pairs: the counterfactual prompts. Prompt i belongs to example i and has as many tokens.
+
+    Returns:
+        The baseline, of kind "counterfactual". It holds the tokens of the prompts and no means.
 
     Raises:
-        InputError: no examples, numbers or lengths that differ, or one prompt with two partners.
+        InputError: there are no examples, the numbers of examples or tokens differ, or one prompt
+            has two different counterfactual prompts.
     """
     require_examples(examples)
     view = view_of(model)
     if len(examples) != len(pairs):
         raise InputError(
-            f"counterfactual_baseline: {len(examples)} examples and {len(pairs)} counterfactual "
-            "prompts; expected one for each"
+            f"counterfactual_baseline: got {len(examples)} examples and {len(pairs)} "
+            "counterfactual prompts; expected one prompt for each example"
         )
-    found: dict[tuple[int, ...], tuple[int, ...]] = {}
+    partners: dict[tuple[int, ...], tuple[int, ...]] = {}
     for i, (example, pair) in enumerate(zip(examples, pairs, strict=True)):
         if len(example.tokens) != len(pair.tokens):
             raise InputError(
                 f"counterfactual_baseline: example {i} has {len(example.tokens)} tokens, its "
-                f"counterfactual prompt {len(pair.tokens)}; expected as many"
+                f"counterfactual prompt {len(pair.tokens)}; expected the same number"
             )
-        if found.setdefault(example.tokens, pair.tokens) != pair.tokens:
+        if partners.setdefault(example.tokens, pair.tokens) != pair.tokens:
             raise InputError(
                 f"counterfactual_baseline: the prompt of example {i} occurs twice, with different "
-                "counterfactual prompts; take one of them out"
+                "counterfactual prompts. Remove one of them."
             )
     empty = torch.zeros(0, 0, 0, 0)
-    return Baseline("counterfactual", empty, _named(view, pairs, "counterfactual"), found)
+    return Baseline("counterfactual", empty, _named(view, pairs, "counterfactual"), partners)
 
 
 def _named(view: ModelView, examples: Examples, kind: str) -> Provenance:
+    """Return the provenance of a baseline of this kind."""
     options: Mapping[str, Any] = {"kind": kind}
     return provenance_of(view, examples, options=options)

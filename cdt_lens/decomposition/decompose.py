@@ -1,12 +1,17 @@
-"""Contextual decomposition of a transformer: what chosen heads contribute, to logits and to heads.
+"""Decompose logits and head activations by source sets (CD-T, arXiv 2407.00886, section 3).
 
-A source set is a set of heads, single positions of heads (`Node`), and MLPs. `decompose` answers,
-for each source set and example, which part of the candidate tokens' logits is relevant, and, at
-chosen target heads, which part of their q, k, v and z (CD-T, arXiv 2407.00886, §3; method.md §3).
+A source set is a set of heads, single positions of heads (`Node`) and MLPs. For each source set and
+example, `decompose` computes the relevant part of the candidate tokens' logits. At chosen target
+heads it also computes the relevant part of their q, k, v and z. See docs/method/decomposition.md.
 
-The batch axis is (source x example). Source sets are grouped by their first layer, because a set
-starts from the recorded residual stream there, and chunked to a number of rows, which is halved
-when memory runs out.
+1. Group the source sets by their first layer, because a set starts from the recorded residual
+   stream there.
+2. Split each group into chunks of (source x example) rows. The size of a chunk is halved when
+   memory runs out.
+3. Carry the irrelevant stream of a chunk through the model (`propagate`), and with `context="both"`
+   also through the model whose heads are all ablated (`empty_model`).
+4. Subtract the irrelevant logits from the plain model's logits. The difference is the relevant
+   part.
 """
 
 from __future__ import annotations
@@ -37,13 +42,20 @@ from cdt_lens.models.view import ModelView, Site, view_of
 from cdt_lens.tasks.metrics import task_direction
 from cdt_lens.tasks.task import Batch, Examples, require_examples
 
-# Tokens in flight per chunk of rows: past this, larger chunks bring a CPU no more speed.
+# Tokens in a chunk of rows. Larger chunks are no faster on a CPU.
 TOKENS_PER_CHUNK = {"cpu": 4096, "cuda": 65536}
 
 
 @dataclass(frozen=True, order=True)
 class Node:
-    """One position of a head; negative positions count back from the answer (-1 is the answer)."""
+    """One position of an attention head.
+
+    Attributes:
+        layer: layer, counted from 0.
+        head: head in its layer, counted from 0.
+        position: token position. Negative positions count back from the answer, so -1 is the
+            answer.
+    """
 
     layer: int
     head: int
@@ -56,11 +68,17 @@ SourceSet = Sequence[Source]
 
 @dataclass(frozen=True, eq=False)
 class Decomposition(EqualByContent):
-    """Relevant parts for every source set and example, in logits (+ raises the token's logit).
+    """The relevant part of the candidates' logits for every source set and example.
 
-    tokens: candidate token ids; logits: the plain model's logits of them at the answer position;
-    relevant: what each source set contributes to them; direction: weights of the task direction;
-    targets: parts at (site, head), site one of "q", "k", "v", "z".
+    All values are in logits. A positive value raises the token's logit.
+
+    Attributes:
+        sources: the source sets.
+        tokens: ids of the candidate tokens of each example.
+        direction: weights of the task direction over the candidates.
+        logits: logits of the candidates in the plain model, at the answer position.
+        relevant: contribution of each source set to these logits.
+        targets: both parts at (site, head), where the site is one of "q", "k", "v" and "z".
     """
 
     sources: tuple[tuple[Source, ...], ...]
@@ -71,12 +89,17 @@ class Decomposition(EqualByContent):
     targets: Mapping[tuple[str, Head], TargetParts] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
-        told = f"{len(self.sources)} source sets on {len(self.tokens)} examples"
+        sizes = f"{len(self.sources)} source sets on {len(self.tokens)} examples"
         targets = [f"{site} of {head}" for site, head in self.targets]
-        return display.line(self, told, display.few(targets))
+        return display.line(self, sizes, display.few(targets))
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a source set and example: d(rel), and the plain model's direction, in logits."""
+        """Return the relevant part of the task direction as a table.
+
+        Returns:
+            One row for each source set and example, with d(rel) and the plain model's direction, in
+            logits.
+        """
         return decomposition_frame(self)
 
     def _repr_html_(self) -> str:
@@ -84,12 +107,15 @@ class Decomposition(EqualByContent):
 
     @property
     def irrelevant(self) -> Float[Tensor, "source example k"]:
-        """What is left of the logits without the source sets' contribution."""
+        """The part of the logits that remains without the source sets' contribution, in logits."""
         return self.logits - self.relevant
 
     @property
     def relevant_direction(self) -> Float[Tensor, "source example"]:
-        """d(rel) in logits: positive = the sources push towards the gold label (method.md §4)."""
+        """The relevant part of the task direction, d(rel), in logits.
+
+        Positive values push towards the gold label (docs/method/scores.md).
+        """
         return task_direction(self.relevant, self.direction)
 
 
@@ -106,17 +132,24 @@ def decompose(
     """Split the logits of `examples`, and the activations at `targets`, for each source set.
 
     Args:
-        examples: a few; all of them run in one batch.
-        sources: sets of `Head` (or its name), `Node` or `Mlp` (one by itself is a set of one); the
+        model: the model.
+        examples: a few examples. All of them run in one batch.
+        sources: sets of `Head` (or its name), `Node` or `Mlp`. A single source is a set of one. The
             empty set has a relevant part of exactly 0. MLPs need a baseline with `mlps=True`.
-        targets: heads at whose q, k, v and z the two parts are recorded.
-        rows: (source x example) rows per forward pass, at least the number of examples; chosen
-            by the prompts' length if None.
+        baseline: the reference values of z, see `mean_activations`.
+        rules: a preset's name or a `Rules`.
+        targets: heads at whose q, k, v and z both parts are recorded.
+        rows: number of (source x example) rows in a forward pass, at least the number of examples.
+            None chooses it by the prompts' length.
+
+    Returns:
+        The relevant parts, in logits. Positive values raise the logit of the token.
 
     Raises:
-        InputError: no examples, or a source outside the model or its prompts.
+        InputError: there are no examples, or a source is outside the model or its prompts.
         UnsupportedModelError: a component of the model has no rule.
-        NonFiniteError: a source set left the finite range; says where and which rule to change.
+        NonFiniteError: a source set left the finite range. The message names the layer and the rule
+            to change.
     """
     require_examples(examples)
     rows = Passes(rows=rows).rows
@@ -124,8 +157,8 @@ def decompose(
     check_baseline(baseline, view)
     batch = next(examples.batches(len(examples), sort_by_length=False)).to(view.device)
     sets = tuple(
-        tuple(_source(s) for s in ((each,) if isinstance(each, Head | Node | Mlp | str) else each))
-        for each in sources
+        tuple(_source(s) for s in ((item,) if isinstance(item, Head | Node | Mlp | str) else item))
+        for item in sources
     )
     for source in sets:
         check_sources(view, source)
@@ -153,10 +186,14 @@ def _source(source: object) -> Source:
 
 
 def check_sources(view: ModelView, sources: SourceSet) -> None:
-    """Refuse a source that the model does not have.
+    """Check that the model has every source.
+
+    Args:
+        view: the model.
+        sources: the sources to check.
 
     Raises:
-        InputError: a layer or head out of range, or an MLP that the model has not.
+        InputError: a layer or head is out of range, or the model has no MLP in that layer.
     """
     heads = (Head(s.layer, s.head) for s in sources if not isinstance(s, Mlp))
     check_heads(heads, view.n_layers, view.n_heads)
@@ -174,13 +211,27 @@ def irrelevant_logits(
     taps: Targets | None = None,
     done: Callable[[int], None] | None = None,
 ) -> Float[Tensor, "source example k"]:
-    """Irrelevant logits of the batch's candidates for each source set, in chunks of rows.
+    """Compute the irrelevant logits of the batch's candidates for each source set.
 
-    done: called with the number of source sets that each chunk finished.
+    Args:
+        propagator: the batch, with its recorded run.
+        sets: the source sets.
+        batch: the same batch.
+        rows: number of (source x example) rows in a forward pass. None chooses it by the prompts'
+            length.
+        taps: collects the parts at target heads.
+        done: called after each chunk with the number of source sets that it finished.
+
+    Returns:
+        The logits, soft-capped where the model does that.
+
+    Raises:
+        InputError: `rows` is below 1, or a source position is outside a prompt.
+        NonFiniteError: a source set left the finite range.
     """
     full = propagator.full_logits(batch.candidates)
     out = full.expand(len(sets), *full.shape).clone()
-    # The empty set leaves everything irrelevant: no pass, and a relevant part of exactly 0.
+    # The empty set needs no pass: everything is irrelevant, and the relevant part is exactly 0.
     order = sorted((i for i, s in enumerate(sets) if s), key=lambda i: _first_layer(sets[i]))
     size = rows_per_chunk(propagator, rows) // len(batch.lengths)
     empty = EmptyModel(propagator) if propagator.rules.context == "both" else None
@@ -196,7 +247,19 @@ def irrelevant_logits(
 
 
 def rows_per_chunk(propagator: Propagator, rows: int | None) -> int:
-    """Rows of one forward pass: as asked for, or by the prompts' length and the device."""
+    """Choose the number of rows of one forward pass.
+
+    Args:
+        propagator: the batch, with its recorded run.
+        rows: the number that the caller asked for. None chooses it by the prompts' length and the
+            device.
+
+    Returns:
+        The number of (source x example) rows, at least the number of examples.
+
+    Raises:
+        InputError: `rows` is below 1.
+    """
     batch, n_pos, _ = propagator.trace.resid[-1].shape
     if rows is not None:
         return max(rows, batch)
@@ -221,7 +284,7 @@ def _with_halving(
     chunk: list[int],
     taps: Targets | None,
 ) -> Float[Tensor, "source example k"]:
-    """One chunk; on out-of-memory, two of half the size, down to single source sets."""
+    """Run one chunk; when memory runs out, run its halves, down to single source sets."""
     try:
         return _chunk(propagator, empty, [sets[i] for i in chunk], batch, taps, chunk)
     except RuntimeError as error:
@@ -242,7 +305,7 @@ def _chunk(
     taps: Targets | None,
     chunk: list[int],
 ) -> Float[Tensor, "source example k"]:
-    """Irrelevant logits of a chunk of source sets in one pass (two where both contexts count)."""
+    """Compute the irrelevant logits of a chunk in one pass, or two passes with context="both"."""
     resets = build_resets(chosen, batch, propagator.view.n_heads)
     mlp_resets = build_mlp_resets(chosen, batch)
     hooks = {} if taps is None else taps.hooks(chunk)
@@ -255,7 +318,14 @@ def _chunk(
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error is a device's or the CPU allocator's refusal of memory."""
+    """Return whether an error says that a device or the CPU allocator has no more memory.
+
+    Args:
+        error: the error.
+
+    Returns:
+        True for an out-of-memory error.
+    """
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError) or any(
         sign in text for sign in ("out of memory", "not enough memory", "DefaultCPUAllocator")
@@ -263,10 +333,18 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def build_resets(sets: Sequence[SourceSet], batch: Batch, n_heads: int) -> Resets:
-    """Where the baseline goes in, layer by layer, for a chunk of source sets.
+    """Build the masks that say where the baseline replaces z, for a chunk of source sets.
+
+    Args:
+        sets: the source sets.
+        batch: the prompts.
+        n_heads: number of heads in a layer.
+
+    Returns:
+        A mask for each layer that has sources, `[source, batch or 1, pos or 1, head]`.
 
     Raises:
-        InputError: a position that some prompt does not have.
+        InputError: a prompt does not have a source's position.
     """
     lengths, n_pos = batch.lengths, batch.tokens.shape[1]
     by_position = any(isinstance(s, Node) for source in sets for s in source)
@@ -292,7 +370,15 @@ def build_resets(sets: Sequence[SourceSet], batch: Batch, n_heads: int) -> Reset
 
 
 def build_mlp_resets(sets: Sequence[SourceSet], batch: Batch) -> MlpResets:
-    """Which source sets hold the MLP of each layer, for a chunk of them."""
+    """Build the masks that say which source sets contain the MLP of a layer.
+
+    Args:
+        sets: the source sets.
+        batch: the prompts.
+
+    Returns:
+        A mask over the source sets for each layer whose MLP is a source.
+    """
     layers = {s.layer for source in sets for s in source if isinstance(s, Mlp)}
     return {
         layer: torch.tensor([Mlp(layer) in source for source in sets], device=batch.lengths.device)
@@ -303,10 +389,23 @@ def build_mlp_resets(sets: Sequence[SourceSet], batch: Batch) -> MlpResets:
 def check_finite(
     propagator: Propagator, sets: Sequence[SourceSet], batch: Batch, out: Tensor
 ) -> None:
+    """Check that the irrelevant logits are finite.
+
+    Args:
+        propagator: the batch, with its recorded run.
+        sets: the source sets.
+        batch: the same batch.
+        out: the irrelevant logits `[source, example, k]`.
+
+    Raises:
+        NonFiniteError: the model's own logits or those of a source set are not finite. The message
+            names the first such set, the layer where it left the finite range and the rule to
+            change.
+    """
     if not bool(torch.isfinite(propagator.full_logits(batch.candidates)).all()):
         raise NonFiniteError(
-            f"{propagator.view.name}: its own logits are not finite on these prompts; load it in "
-            "float32"
+            f"{propagator.view.name}: its own logits are not finite on these prompts. Load the "
+            "model in float32."
         )
     bad = (~torch.isfinite(out)).flatten(1).any(1).nonzero().flatten().tolist()
     if not bad:
@@ -321,18 +420,18 @@ def check_finite(
     )
     raise NonFiniteError(
         f"{len(bad)} of {len(sets)} source sets left the finite range under these rules; first: "
-        f"{names}, in layer {layer}; use {suggestion}"
+        f"{names}, in layer {layer}. Use {suggestion}."
     )
 
 
 def _left_finite_range(propagator: Propagator, source: SourceSet, batch: Batch) -> int:
-    """The first layer after which a source set's irrelevant stream is not finite."""
-    view, found = propagator.view, []
+    """Return the first layer after which a source set's irrelevant stream is not finite."""
+    view, bad_layers = propagator.view, []
 
     def tap(layer: int) -> Callable[[Tensor], None]:
         def check(value: Tensor) -> None:
             if not bool(torch.isfinite(value).all()):
-                found.append(layer)
+                bad_layers.append(layer)
 
         return check
 
@@ -341,11 +440,19 @@ def _left_finite_range(propagator: Propagator, source: SourceSet, batch: Batch) 
     }
     resets = build_resets([source], batch, view.n_heads)
     propagator.propagate(resets, taps, build_mlp_resets([source], batch))
-    return min(found, default=view.n_layers - 1)
+    return min(bad_layers, default=view.n_layers - 1)
 
 
 def decomposition_frame(parts: Decomposition) -> pd.DataFrame:
-    """One row a source set and example: d(rel) and the share of the direction it is."""
+    """Return a decomposition as a table.
+
+    Args:
+        parts: the decomposition.
+
+    Returns:
+        One row for each source set and example, with d(rel) and the plain model's direction, in
+        logits.
+    """
     full = (parts.logits * parts.direction).sum(-1).tolist()
     rows = [
         (few(source, 4), example, value, full[example])

@@ -1,4 +1,14 @@
-"""One forward pass with a gate on every head."""
+"""Run one forward pass with a gate on every head and differentiate by the gates.
+
+The gate g of a head gives z = baseline + g (z - baseline). One backward pass then gives the
+derivative of the task direction by every gate (docs/method/scores.md, "One pass").
+
+1. Attach the gates and the stand-ins of `slopes` to the model's own forward pass.
+2. Compute the task direction d from the candidates' logits at the answer position.
+3. Differentiate d by every gate at each position.
+4. Average over the points of the path on which all gates move together. The default is the single
+   point g = 1.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +34,7 @@ from cdt_lens.models.view import ModelView, at_answer, at_least_float32
 from cdt_lens.tasks.metrics import strongest_competitor, task_direction
 from cdt_lens.tasks.task import Batch
 
-# Where the gates of all heads stand, from 0 (ablated) to 1 (as they are).
+# The points at which the gates of all heads stand, from 0 (ablated) to 1 (the plain model).
 Steps = int | Literal["ends"] | None
 
 
@@ -37,32 +47,61 @@ def _points(steps: Steps) -> list[float]:
 
 
 class GatedPass:
-    """The model's own forward pass, with a gate on every head and the slopes of `slopes`."""
+    """The model's own forward pass with a gate on every head.
+
+    The backward pass uses the linear stand-ins of `slopes`.
+
+    Args:
+        view: the model.
+        slopes: the stand-in of each nonlinearity.
+
+    Raises:
+        InputError: the weights were created under `torch.inference_mode`.
+        UnsupportedModelError: a component of the model has no rule, or the slopes do not apply to
+            its MLP.
+    """
 
     def __init__(self, view: ModelView, slopes: Slopes) -> None:
         self.view, self.slopes = view, slopes
         if any(parameter.is_inference() for parameter in view.tl.parameters()):
             raise InputError(
-                f"{view.name}: its weights were made under torch.inference_mode, which allows no "
-                "backward pass; load the model outside of it"
+                f"{view.name}: its weights were created under torch.inference_mode, which allows "
+                "no backward pass. Load the model outside of it."
             )
         self.support: Support = check_supported(view)
         has_mlp = {layer for site, layer in view.sites if site == "mlp_out"}
         if slopes.touches_mlp and has_mlp - self.support.plain_mlp:
             raise UnsupportedModelError(
                 f"{view.name}: the MLP is not act(x W_in) or act(x W_gate) * x W_in, so only "
-                "activation='tangent' with product='tangent' has a meaning; use slopes='stable'"
+                "activation='tangent' with product='tangent' applies; use slopes='stable'"
             )
 
     def scores(
         self, batch: Batch, baseline: BaselineAt, steps: Steps, direction: Direction
     ) -> tuple[Float[Tensor, "example layer head pos"], Float[Tensor, " example"]]:
-        """d(direction) / d(gate) by position, averaged over the path; and the plain direction."""
+        """Compute the derivative of the task direction by the gate of every head.
+
+        Args:
+            batch: the prompts.
+            baseline: the reference values of z, a function of the layer.
+            steps: where all gates stand. None uses 1 (the plain model), "ends" uses 0 and 1, and a
+                number uses that many midpoints between 0 and 1.
+            direction: "mean" or "strongest", see `tasks.metrics`. The plain model fixes the
+                strongest competitor.
+
+        Returns:
+            The derivatives by position, averaged over the points, and the plain model's direction
+            of each example. Both are in logits. Positive values push towards the gold label.
+
+        Raises:
+            InputError: the caller's hooks cannot be followed, or one of them edits in place.
+            NonFiniteError: the logits or a score are not finite.
+        """
         view = self.view
         self._check_caller_hooks(batch)
         weights = batch.direction
         if direction == "strongest":
-            # The competitor is fixed by the plain model.
+            # The plain model fixes the competitor.
             plain = self._plain_logits(batch)
             weights = strongest_competitor(plain, batch.is_answer, batch.is_candidate)
         points = _points(steps)
@@ -70,13 +109,13 @@ class GatedPass:
         full = torch.zeros(len(batch.index))
         for point in points:
             gates: dict[int, Tensor] = {}
-            # Whatever mode the caller is in.
+            # The caller may be in inference mode or without gradients.
             with torch.inference_mode(False), torch.enable_grad():
                 d = task_direction(
                     self._logits(batch, self._gate_hooks(baseline, point, gates)), weights
                 )
-                found = self._gradient(d, [gates[layer] for layer in range(view.n_layers)])
-            gradients.append(torch.stack([at_least_float32(g) for g in found]))
+                by_gate = self._gradient(d, [gates[layer] for layer in range(view.n_layers)])
+            gradients.append(torch.stack([at_least_float32(g) for g in by_gate]))
             full = d.detach()
         if points[-1] != 1.0:
             full = task_direction(self._plain_logits(batch), weights)
@@ -88,21 +127,21 @@ class GatedPass:
     def _check_finite(
         self, by_position: Float[Tensor, "example layer head pos"], full: Float[Tensor, " example"]
     ) -> None:
-        # A NaN would pass for a head that was not asked for.
+        # In the scores, NaN marks a head that was not scored.
         if not bool(torch.isfinite(full).all()):
             raise NonFiniteError(
-                f"{self.view.name}: its own logits are not finite on these prompts; load it in "
-                "float32"
+                f"{self.view.name}: its own logits are not finite on these prompts. Load the model "
+                "in float32."
             )
         bad = (~torch.isfinite(by_position)).any(-1).any(0).nonzero().tolist()
         if bad:
             raise NonFiniteError(
                 f"{self.view.name}: the scores of {len(bad)} heads are not finite under these "
-                f"slopes; first: {Head(*bad[0])}; load the model in float32"
+                f"slopes; first: {Head(*bad[0])}. Load the model in float32."
             )
 
     def _check_caller_hooks(self, batch: Batch) -> None:
-        """Refuse hooks of the caller's through which these slopes are not the model's."""
+        """Refuse the caller's hooks if these slopes cannot follow them."""
         by_formula = self.slopes.touches_mlp or self.slopes.norm == "frozen"
         edits = "slopes by formula (norm='frozen', or other than 'tangent' in the MLP)"
         check_caller_hooks(
@@ -110,7 +149,18 @@ class GatedPass:
         )
 
     def gradients(self, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
-        """Gradient of the direction by the activation at each site, as the slopes have it."""
+        """Compute the gradient of the task direction by the activation at each site.
+
+        Args:
+            batch: the prompts.
+            sites: the sites.
+
+        Returns:
+            The gradient at each site under these slopes, in logits per unit of the activation.
+
+        Raises:
+            InputError: a hook of the caller's edits in place a tensor that the gradient needs.
+        """
         probes: dict[Site, Tensor] = {}
 
         def probe_at(site: Site) -> Hook:
@@ -123,36 +173,32 @@ class GatedPass:
         with torch.inference_mode(False), torch.enable_grad():
             logits = self._logits(batch, {site: probe_at(site) for site in sites})
             d = task_direction(logits, batch.direction)
-            found = self._gradient(d, [probes[site] for site in sites])
-        return dict(zip(sites, found, strict=True))
+            gradients = self._gradient(d, [probes[site] for site in sites])
+        return dict(zip(sites, gradients, strict=True))
 
     def _gradient(self, d: Float[Tensor, " example"], by: Sequence[Tensor]) -> list[Tensor]:
-        """Gradient of the sum of `d`; 0 where a hook of the caller's cut the way to the logits.
-
-        Raises:
-            InputError: a hook of the caller's edits in place what the gradient needs.
-        """
+        """Differentiate the sum of `d`; 0 where a caller's hook has cut the path to the logits."""
         if not d.requires_grad:
-            return [torch.zeros_like(each) for each in by]
+            return [torch.zeros_like(tensor) for tensor in by]
         try:
-            found = torch.autograd.grad(d.sum(), by, allow_unused=True)
+            gradients = torch.autograd.grad(d.sum(), by, allow_unused=True)
         except RuntimeError as error:
             hooks = caller_hooks(self.view.tl)
             if not hooks or isinstance(error, torch.OutOfMemoryError):
                 raise
             raise InputError(
-                f"{self.view.name}: no gradient through your own hooks ({display.few(hooks)}); "
-                "return a new tensor from them instead of editing in place "
+                f"{self.view.name}: no gradient passes your own hooks ({display.few(hooks)}). "
+                "Return a new tensor from them instead of editing in place "
                 f"({str(error).splitlines()[0]})"
             ) from error
-        return [torch.zeros_like(w) if g is None else g for g, w in zip(found, by, strict=True)]
+        return [torch.zeros_like(w) if g is None else g for g, w in zip(gradients, by, strict=True)]
 
     def _plain_logits(self, batch: Batch) -> Float[Tensor, "batch k"]:
         with torch.no_grad():
             return self._logits(batch, {})
 
     def _logits(self, batch: Batch, hooks: Mapping[Site, Hook]) -> Float[Tensor, "batch k"]:
-        """Candidate logits with `hooks` in place, and the slopes if gradients are on."""
+        """Compute candidate logits with `hooks`, and with the slopes if gradients are on."""
         view = self.view
         gradients = torch.is_grad_enabled()
         hooks = {**hooks, **(slope_hooks(view, self.slopes) if gradients else {})}
@@ -178,7 +224,7 @@ class GatedPass:
                 )
                 gates[layer] = gate
                 away = z - baseline(layer).to(z.dtype)
-                # At the plain model the value of z must not lose a bit.
+                # At the plain model z must keep every bit.
                 here = z if point == 1.0 else z + (point - 1.0) * away
                 return here + (gate - point) * away
 

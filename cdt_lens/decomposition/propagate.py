@@ -1,17 +1,18 @@
-"""Carry the irrelevant stream through the model's own forward pass (method.md §3).
+"""Carry the irrelevant stream through the model's own forward pass (docs/method/decomposition.md).
 
-1. One ordinary run of a batch records what the rules will need.
-2. A chunk of source sets becomes (source x example) rows; all start from the recorded residual
+1. One ordinary run of a batch records what the rules need.
+2. A chunk of source sets becomes (source x example) rows. All rows start from the recorded residual
    stream at the earliest source layer, where irrelevant = full.
-3. The rows go through the model's own blocks. Hooks put the rule in place of the plain step: the
-   recorded scale for a norm's own, the bias share taken back after a linear map, the recorded
-   pattern, the activation's secant, and at `hook_z` of a source head the baseline.
-4. Decomposed attention needs no attention code: the hooks hand the model rel_q, rel_k and rel_v,
-   so that what arrives at `hook_z` is rel_z = softmax(rel_q rel_k^T) rel_v by the model's own
-   rotary embedding, grouping, scale, soft-cap and mask; the hook returns z - rel_z.
-5. The end is read at each prompt's last token, for a few candidate tokens only.
+3. The rows pass through the model's own blocks. Hooks replace a plain step by its rule: they use
+   the recorded scale of a norm, subtract the relevant share of a bias after a linear map, use the
+   recorded pattern or the activation's secant, and set z of a source head to the baseline.
+4. Decomposed attention needs no attention code. The hooks pass rel_q, rel_k and rel_v to the model,
+   so that rel_z = softmax(rel_q rel_k^T) rel_v arrives at `hook_z`, computed with the model's own
+   rotary embedding, grouping, scale, soft-cap and mask. The hook returns z - rel_z.
+5. The result is read at each prompt's last token, for a few candidate tokens only.
 
-Linear maps, rotary embeddings, grouped heads and gates need no code of ours.
+Linear maps, rotary embeddings, grouped heads and gates need no code in this package. The rules are
+those of CD-T, arXiv 2407.00886, section 3.
 """
 
 from __future__ import annotations
@@ -33,7 +34,22 @@ from cdt_lens.models.view import ModelView, at_answer
 
 
 class Propagator:
-    """One batch of prompts, ready to carry irrelevant streams for any source sets."""
+    """A recorded batch of prompts that carries the irrelevant streams of source sets.
+
+    Args:
+        view: the model.
+        tokens: the prompts, padded on the right.
+        lengths: number of real tokens of each prompt.
+        baseline: the reference values of z, a function of the layer.
+        rules: the propagation rules.
+        record: further sites to record in the ordinary run.
+        mlp_baseline: the reference values of MLP outputs, a function of the layer. MLPs as sources
+            need it.
+
+    Raises:
+        UnsupportedModelError: a component of the model has no rule.
+        InputError: the caller's hooks cannot be followed under these rules.
+    """
 
     def __init__(
         self,
@@ -65,6 +81,7 @@ class Propagator:
     # ------------------------------------------------------------------ what the rules need
 
     def _check_rules(self) -> None:
+        """Refuse rules that this model's MLPs and norms do not support."""
         name = self.view.name
         has_mlp = {layer for site, layer in self.view.sites if site == "mlp_out"}
         if self.rules.mlp_by_formula and has_mlp - self.support.plain_mlp:
@@ -76,8 +93,8 @@ class Propagator:
             for norm, layer in (("ln1_post", 0), ("ln2_post", 0)):
                 if self.biased(f"{norm}.out", layer):
                     raise UnsupportedModelError(
-                        f"{name}: {norm} has a bias, for which bias='proportional' has no rule "
-                        "behind a projection; use bias='irrelevant'"
+                        f"{name}: {norm} has a bias, and bias='proportional' has no rule for a "
+                        "norm behind a projection; use bias='irrelevant'"
                     )
         if self.rules.sign and not any(site == "pre" for site, _ in self.view.sites) and has_mlp:
             raise UnsupportedModelError(
@@ -86,17 +103,25 @@ class Propagator:
             )
 
     def _not_followed(self) -> str | None:
-        """The rule under which a step is not the model's own on the irrelevant part, if any."""
+        """Name the rule under which a caller's edit cannot be followed, or return None."""
         if self.rules.attention in ("decomposed", "half"):
             return f"attention={self.rules.attention!r}"
         return "a rule for the MLP by formula" if self.rules.mlp_by_formula else None
 
     def biased(self, name: str, layer: int) -> bool:
-        """Whether the rules share out a bias at this site."""
+        """Return whether the rules split a bias at this site.
+
+        Args:
+            name: name of the site.
+            layer: layer of the site.
+
+        Returns:
+            True where `bias="proportional"` and the site has a bias that is not 0.
+        """
         return self.rules.bias == "proportional" and (name, layer) in self.support.biases
 
     def _needed(self) -> list[Site]:
-        """The sites that an ordinary run must record for these rules."""
+        """Return the sites that the ordinary run must record for these rules."""
         rules, sites = self.rules, []
         for layer in range(self.view.n_layers):
             for norm in self.view.norms(layer):
@@ -131,9 +156,15 @@ class Propagator:
         taps: Mapping[Site, Tap] | None = None,
         mlp_resets: MlpResets | None = None,
     ) -> Float[Tensor, "source batch d_model"]:
-        """Irrelevant final residual stream at each prompt's last token, before the final norm.
+        """Compute the irrelevant stream at each prompt's last token, before the final norm.
 
-        taps: called with the irrelevant part `[source, batch, pos, ...]` at a site.
+        Args:
+            resets: where the baseline replaces z, see `decompose.build_resets`.
+            taps: functions that receive the irrelevant part `[source, batch, pos, ...]` at a site.
+            mlp_resets: which source sets contain the MLP of a layer.
+
+        Returns:
+            The irrelevant part of the final residual stream.
         """
         mlp_resets = mlp_resets or {}
         start = min([*resets, *mlp_resets])
@@ -146,7 +177,15 @@ class Propagator:
     def candidate_logits(
         self, resid: Float[Tensor, "source batch d_model"], candidates: Int[Tensor, "batch k"]
     ) -> Float[Tensor, "source batch k"]:
-        """Irrelevant logits of candidate tokens from the irrelevant final residual stream."""
+        """Compute the irrelevant logits of candidate tokens.
+
+        Args:
+            resid: the irrelevant final residual stream, as `propagate` returns it.
+            candidates: token ids of each example.
+
+        Returns:
+            The irrelevant logits, in at least float32.
+        """
         view, rules, layer = self.view, self.rules, self.view.n_layers
         hooks: dict[Site, Hook] = {}
         if rules.norm == "frozen":
@@ -161,7 +200,14 @@ class Propagator:
         return self._softcap(irrel, full)
 
     def full_logits(self, candidates: Int[Tensor, "batch k"]) -> Float[Tensor, "batch k"]:
-        """The plain model's logits of candidate tokens at each prompt's last token."""
+        """Compute the plain model's logits of candidate tokens at each prompt's last token.
+
+        Args:
+            candidates: token ids of each example.
+
+        Returns:
+            Soft-capped logits, in at least float32.
+        """
         return self.view.softcapped(self.view.unembedded(self.normed, candidates))
 
     def _softcap(self, irrel: Tensor, full: Tensor) -> Tensor:

@@ -1,10 +1,14 @@
-"""The propagation rules as pure tensor functions (method.md §3; CD-T, arXiv 2407.00886, §3).
+"""Define the propagation rules as pure tensor functions (CD-T, arXiv 2407.00886, section 3).
 
 Every activation x of an ordinary run is split as x = rel + irrel. Because x is known, only the
-irrelevant part is carried through the network, and rel = x - irrel wherever it is wanted. A rule
-says what the irrelevant part becomes at one step. Each nonlinearity offers two families of rule:
-*through*, the step is applied to the irrelevant part itself, and *frozen*, the step is made linear
-with the full run's value. All through is mean-ablation; all frozen is one linear map.
+irrelevant part is carried through the network, and rel = x - irrel wherever it is needed. A rule
+says how the irrelevant part passes one step. Each nonlinearity has two families of rules:
+
+- *through* applies the step to the irrelevant part itself;
+- *frozen* replaces the step by a linear map that is fixed by the full run.
+
+With every step *through*, the result is mean ablation. With every step *frozen*, it is one linear
+map. The published rules lie in between; docs/method/decomposition.md lists every choice.
 """
 
 from __future__ import annotations
@@ -29,27 +33,29 @@ Context = Literal["full", "both"]
 
 @dataclass(frozen=True)
 class Rules:
-    """What the irrelevant part becomes at each kind of step.
+    """The choice of a propagation rule for each kind of step.
 
-    norm: "frozen" divides by the full activation's scale; "through" lets the norm work on the
-        irrelevant part with its own scale, its bias included.
-    attention: "decomposed" gives rel_z = softmax(rel_q rel_k^T) rel_v (the published rule);
-        "frozen" applies the full run's pattern to both parts; "half" shares the cross terms of
-        pattern and values equally, (A_irrel v + A v_irrel) / 2; "through" recomputes the pattern
-        from irrelevant queries and keys.
-    activation: "through" gives f(irrel), the irrelevant part going first; "averaged" is the mean
-        over both orders, (f(irrel) + f(x) - f(rel)) / 2; "frozen" scales both parts by f(x)/x.
-    product: for a gated MLP's f(g)*u, "through" multiplies the irrelevant factors; "half" shares
-        the product's cross terms equally, (irrel_f u + f irrel_u) / 2; "gate" takes the gate for
-        a constant, f irrel_u.
-    bias: "proportional" gives the relevant part b |W rel| / (|W rel| + |W irrel| + eps);
-        "irrelevant" leaves the whole bias to the irrelevant part.
-    sign: after the MLP's input and output projections and its residual add, where the two parts
-        have opposite signs the larger takes all and the other becomes 0.
-    context: "full" takes relevance as what is lost where everything else is there; "both" averages
-        that with what the sources add where every head is ablated (see `insertion`; in the
-        logits, not at target heads).
-    eps: added to the denominator of the proportional bias share.
+    Attributes:
+        norm: "frozen" divides by the scale of the full activation. "through" applies the norm, its
+            bias included, to the irrelevant part with the scale of that part.
+        attention: "decomposed" gives rel_z = softmax(rel_q rel_k^T) rel_v (the published rule).
+            "frozen" applies the attention pattern of the full run to both parts. "half" shares the
+            cross terms of pattern and values equally, (A_irrel v + A v_irrel) / 2. "through"
+            recomputes the pattern from the irrelevant queries and keys.
+        activation: "through" gives f(irrel). "averaged" is the mean over both orders of the two
+            parts, (f(irrel) + f(x) - f(rel)) / 2. "frozen" scales both parts by f(x)/x.
+        product: the rule for the product f(g)*u of a gated MLP. "through" multiplies the irrelevant
+            factors. "half" shares the cross terms equally, (irrel_f u + f irrel_u) / 2. "gate"
+            treats the gate as a constant, f irrel_u.
+        bias: "proportional" gives the relevant part b |W rel| / (|W rel| + |W irrel| + eps).
+            "irrelevant" assigns the whole bias to the irrelevant part.
+        sign: whether the sign rule applies after the MLP's input and output projections and after
+            its residual add. Where the two parts have opposite signs, the larger one becomes the
+            total and the other becomes 0.
+        context: "full" measures the effect of removing the sources from the full model. "both"
+            averages that effect with the effect of adding the sources to a model in which every
+            head is ablated (see `empty_model`). It applies to the logits and not to target heads.
+        eps: added to the denominator of the proportional bias share.
     """
 
     norm: Norm = "through"
@@ -70,23 +76,28 @@ class Rules:
 
     @property
     def mlp_by_formula(self) -> bool:
-        """Whether the MLP's activations need more than the model's own forward pass."""
+        """Whether the MLP needs an explicit formula besides the model's own forward pass."""
         return self.activation != "through" or self.product != "through"
 
     def to_dict(self) -> dict[str, Any]:
-        """The options as plain values, with the preset's name where they are a preset's."""
+        """Return the options as plain values.
+
+        Returns:
+            The fields by name, and under "preset" the name of the preset with these values, or
+            "custom".
+        """
         name = next((k for k, v in PRESETS.items() if v == self), "custom")
         return {"preset": name, **asdict(self)}
 
 
 PRESETS: dict[str, Rules] = {
-    # The authors' code, except that each norm keeps the model's own eps, so that parts add up.
+    # The authors' code, except that each norm keeps the model's own eps, so that the parts add up.
     "official": Rules(
         norm="frozen", attention="decomposed", bias="proportional", sign=True, eps=1e-8
     ),
     "stable": Rules(),
     "shared": Rules(attention="half"),
-    # The mean of what the model loses without a head and what the head adds to one without heads.
+    # The mean of the effect of removing a head and of adding it to a model without heads.
     "two-ended": Rules(attention="through", context="both"),
     "linear": Rules(norm="frozen", activation="frozen", product="half"),
     "ablation": Rules(attention="through"),
@@ -94,7 +105,13 @@ PRESETS: dict[str, Rules] = {
 
 
 def resolve_rules(rules: str | Rules) -> Rules:
-    """A preset by name, or the rules themselves.
+    """Return the rules of a preset.
+
+    Args:
+        rules: the name of a preset in `PRESETS`, or a `Rules`, which is returned unchanged.
+
+    Returns:
+        The rules.
 
     Raises:
         InputError: no preset has that name.
@@ -112,10 +129,17 @@ def take_back_bias(
     bias: Float[Tensor, "*bias"],
     eps: float,
 ) -> Float[Tensor, source * dims]:
-    """Irrelevant part of W x + b under the proportional rule.
+    """Compute the irrelevant part of W x + b under the proportional bias rule.
 
-    irrel: W irrel + b, with the whole bias; full: W x + b. The result is
-    W irrel + (1 - s) b with s = |W rel| / (|W rel| + |W irrel| + eps), 0 where both vanish.
+    Args:
+        irrel: W irrel + b, with the whole bias.
+        full: W x + b.
+        bias: b.
+        eps: added to the denominator of the share s.
+
+    Returns:
+        W irrel + (1 - s) b with s = |W rel| / (|W rel| + |W irrel| + eps), elementwise. s is 0
+        where both parts vanish.
     """
     share = full - irrel
     share.abs_()
@@ -133,7 +157,19 @@ def norm_bias_share(
     bias: Float[Tensor, "*bias"],
     eps: float,
 ) -> Float[Tensor, source * dims]:
-    """The relevant part s*b of a norm's bias, with s from the two parts of the norm's *input*."""
+    """Compute the relevant part s*b of a norm's bias.
+
+    The share s comes from the two parts of the norm's input.
+
+    Args:
+        irrel: the irrelevant part of the norm's input.
+        full: the whole input of the norm.
+        bias: the norm's bias b.
+        eps: added to the denominator of the share s.
+
+    Returns:
+        s*b with s = |rel| / (|rel| + |irrel| + eps), elementwise. s is 0 where both parts vanish.
+    """
     share = full - irrel
     share.abs_()
     denominator = irrel.abs().add_(share)
@@ -144,11 +180,18 @@ def norm_bias_share(
 def larger_takes_all(
     irrel: Float[Tensor, source * dims], full: Float[Tensor, "*dims"]
 ) -> Float[Tensor, source * dims]:
-    """The sign rule: where rel and irrel = full - rel differ in sign, the larger becomes `full`.
+    """Apply the sign rule: where the two parts differ in sign, the larger one becomes the total.
 
-    With opposite signs, |irrel| > |rel| exactly where irrel has the sign of their sum. So: irrel
-    of the wrong sign becomes 0, and irrel beyond the total comes back to it: irrel is clamped to
-    the interval between 0 and full.
+    With opposite signs, |irrel| > |rel| exactly where irrel has the sign of the total. So an
+    irrelevant part of the wrong sign becomes 0, and one that exceeds the total becomes the total:
+    irrel is clamped to the interval between 0 and `full`.
+
+    Args:
+        irrel: the irrelevant part.
+        full: the whole activation, rel + irrel.
+
+    Returns:
+        The irrelevant part after the rule.
     """
     low = full.clamp(max=0.0)
     high = full.clamp(min=0.0)
@@ -158,7 +201,15 @@ def larger_takes_all(
 def secant(
     function: Callable[[Tensor], Tensor], x: Float[Tensor, "*dims"]
 ) -> Float[Tensor, "*dims"]:
-    """Slope f(x)/x of an activation with f(0) = 0, by its limit near 0."""
+    """Compute the slope f(x)/x of an activation with f(0) = 0.
+
+    Args:
+        function: the activation f.
+        x: where the slope is taken.
+
+    Returns:
+        f(x)/x, elementwise. Where |x| < 1e-6, the slope at 1e-6.
+    """
     tiny = torch.full_like(x, 1e-6)
     safe = torch.where(x.abs() < 1e-6, tiny, x)
     return function(safe) / safe
@@ -170,7 +221,17 @@ def activated(
     full: Float[Tensor, "*dims"],
     activation: Activation,
 ) -> Float[Tensor, source * dims]:
-    """Irrelevant part of f(x), from the irrelevant part of x."""
+    """Compute the irrelevant part of f(x) from the irrelevant part of x.
+
+    Args:
+        function: the activation f.
+        irrel: the irrelevant part of x.
+        full: x.
+        activation: the rule, see `Rules`.
+
+    Returns:
+        The irrelevant part of f(x).
+    """
     if activation == "frozen":
         return irrel * secant(function, full)
     if activation == "averaged":
@@ -185,7 +246,18 @@ def gated_product(
     linear: Float[Tensor, "*dims"],
     product: Product,
 ) -> Float[Tensor, source * dims]:
-    """Irrelevant part of f(g) * u; irrel_activated is the irrelevant part of f(g)."""
+    """Compute the irrelevant part of the product f(g) * u in a gated MLP.
+
+    Args:
+        irrel_activated: the irrelevant part of f(g).
+        irrel_linear: the irrelevant part of u.
+        activated: f(g) in the full run.
+        linear: u in the full run.
+        product: the rule, see `Rules`.
+
+    Returns:
+        The irrelevant part of f(g) * u.
+    """
     if product == "through":
         return irrel_activated * irrel_linear
     if product == "gate":

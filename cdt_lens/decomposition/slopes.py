@@ -1,8 +1,9 @@
-"""Linear stand-ins for the nonlinearities, as hooks that change gradients and no value.
+"""Replace nonlinearities by linear stand-ins in the backward pass, without changing any value.
 
 "frozen" treats norm scales, attention patterns, activation secants f(x)/x and half of each
-product's factors as constants, which makes a backward pass give exactly the numbers of a sweep with
-the "linear" rules; "tangent" is the plain derivative, and all tangent is attribution patching.
+product's factors as constants. A backward pass then gives exactly the numbers of a sweep with the
+"linear" rules. "tangent" is the plain derivative. With every step "tangent" the result is
+attribution patching. See docs/method/decomposition.md, "Every choice of Slopes".
 """
 
 from __future__ import annotations
@@ -28,11 +29,16 @@ Paths = Literal["all", "direct"]
 class Slopes:
     """The linear stand-in of each nonlinearity.
 
-    norm, attention, activation: "frozen" (the scale, the pattern, the secant f(x)/x is a constant)
-    or "tangent" (the derivative); attention may be "half": the pattern and the values each get half
-    of what they make together. product: of a gated MLP's f(g) * u, "half" gives each factor
-    half of the product, "gate" takes the gate for a constant, "tangent" the derivative.
-    paths: "all", or "direct" for what a head writes straight to the logits, past every later block.
+    Attributes:
+        norm: "frozen" treats the scale as a constant. "tangent" is the derivative.
+        attention: "frozen" treats the pattern as a constant. "half" gives the pattern and the
+            values half of the product each. "tangent" is the derivative.
+        activation: "frozen" treats the secant f(x)/x as a constant. "tangent" is the derivative
+            f'(x).
+        product: the stand-in for the product f(g) * u of a gated MLP. "half" gives each factor half
+            of the product. "gate" treats the gate as a constant. "tangent" is the derivative.
+        paths: "all" counts every path to the logits. "direct" counts only what a head writes
+            straight to the logits, past every later block.
     """
 
     norm: Slope = "frozen"
@@ -57,9 +63,9 @@ class Slopes:
 SLOPES: dict[str, Slopes] = {
     # The transpose of the "linear" preset of `rules`.
     "linear": Slopes(),
-    # The first-order form of the "stable" preset: only the pattern is a constant.
+    # The first-order form of the "stable" rules: only the pattern is a constant.
     "stable": Slopes("tangent", "frozen", "tangent", "tangent"),
-    # The first-order form of the "shared" preset.
+    # The first-order form of the "shared" rules.
     "shared": Slopes("tangent", "half", "tangent", "tangent"),
     # Attribution patching.
     "gradient": Slopes("tangent", "tangent", "tangent", "tangent"),
@@ -69,7 +75,13 @@ SLOPES: dict[str, Slopes] = {
 
 
 def resolve_slopes(slopes: str | Slopes) -> Slopes:
-    """Slopes by a preset's name, or the slopes themselves.
+    """Return the slopes of a preset.
+
+    Args:
+        slopes: the name of a preset in `SLOPES`, or a `Slopes`, which is returned unchanged.
+
+    Returns:
+        The slopes.
 
     Raises:
         InputError: no preset has that name.
@@ -82,7 +94,15 @@ def resolve_slopes(slopes: str | Slopes) -> Slopes:
 
 
 def slope_hooks(view: ModelView, slopes: Slopes) -> dict[Site, Hook]:
-    """Hooks that leave every value as it is and give its gradient the slopes."""
+    """Build hooks that keep every value and give its gradient the slopes.
+
+    Args:
+        view: the model.
+        slopes: the stand-in of each nonlinearity.
+
+    Returns:
+        The hooks by site.
+    """
     hooks: dict[Site, Hook] = {}
     for layer in range(view.n_layers + 1):
         if slopes.norm == "frozen":
@@ -104,32 +124,33 @@ def slope_hooks(view: ModelView, slopes: Slopes) -> dict[Site, Hook]:
 
 
 def _norms_of(view: ModelView, layer: int, paths: Paths) -> list[str]:
-    """The norms of a layer that the gradient passes."""
-    # The norm behind an MLP may give out what the site "mlp_out" has cut, so it is left alone.
+    """Return the norms of a layer that the gradient passes."""
+    # The norm behind an MLP may output what the site "mlp_out" has detached, so it is left out.
     direct = ("ln1_post", "ln_final")
     return [norm for norm in view.norms(layer) if paths == "all" or norm in direct]
 
 
 def _mlp_slopes(view: ModelView, slopes: Slopes, layer: int) -> dict[Site, Hook]:
+    """Build hooks that make the MLP's gradient follow the slopes."""
     function = view.activation(layer)
     if function is None:
         raise UnsupportedModelError(f"{view.name}: layer {layer} has no activation")
     gated = ("pre_linear", layer) in view.sites
-    seen: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Hook:
         def hook(value: Tensor) -> None:
-            seen[name] = value
+            inputs[name] = value
 
         return hook
 
     def post(value: Tensor) -> Tensor:
-        pre = seen["pre"]
+        pre = inputs["pre"]
         plain = pre.detach()
         slope = _slope(function, plain, slopes.activation)
         if not gated:
             return value.detach() + slope * (pre - plain)
-        linear = seen["pre_linear"]
+        linear = inputs["pre_linear"]
         to_gate, to_linear = {"half": (0.5, 0.5), "gate": (0, 1), "tangent": (1, 1)}[slopes.product]
         through_gate = to_gate * slope * linear.detach() * (pre - plain)
         through_linear = to_linear * function(plain) * (linear - linear.detach())
@@ -146,33 +167,33 @@ def _half_gradient(value: Tensor) -> Tensor:
 
 
 def _slope(function: Any, plain: Tensor, kind: Slope) -> Tensor:
-    """f(x)/x or f'(x), as a constant."""
+    """Compute f(x)/x or f'(x) as a constant."""
     with torch.enable_grad():
         if kind == "frozen":
             return rule.secant(function, plain).detach()
         x = plain.detach().requires_grad_(True)
-        (found,) = torch.autograd.grad(function(x).sum(), x)
-    return found
+        (derivative,) = torch.autograd.grad(function(x).sum(), x)
+    return derivative
 
 
 def _frozen_norm(norm: str, layer: int, bias: Tensor | None) -> dict[Site, Hook]:
-    """Hooks that leave a norm's value and take its scale for a constant in the backward pass.
+    """Build hooks that treat a norm's scale as a constant in the backward pass.
 
-    out = w c / s + b, so multiplying w c / s by s(x) / s with s as a constant in the denominator
-    cancels the scale's own gradient, ds = <c, dx> / (d s). Editing the scale itself would not do:
-    `TransformerBridge` computes what follows from it without gradients.
+    out = w c / s + b. Multiplying w c / s by s(x) / s, where the denominator s is a constant,
+    cancels the gradient of the scale itself, ds = <c, dx> / (d s). Editing the scale would not
+    work, because `TransformerBridge` computes with it without gradients.
     """
-    seen: dict[str, Tensor] = {}
+    recorded: dict[str, Tensor] = {}
 
     def keep_input(value: Tensor) -> None:
-        seen["x"] = value
+        recorded["x"] = value
 
     def keep_scale(value: Tensor) -> None:
-        seen["scale"] = value.detach()
+        recorded["scale"] = value.detach()
 
     def cancel(out: Tensor) -> Tensor:
-        # Squares of a residual stream go beyond half precision.
-        x, scale = at_least_float32(seen["x"]), at_least_float32(seen["scale"])
+        # The squares of a residual stream overflow half precision.
+        x, scale = at_least_float32(recorded["x"]), at_least_float32(recorded["scale"])
         scale = scale.reshape(*x.shape[:-1], 1)
         c = _numerator(x.detach(), scale)
         moved = (c * x).mean(-1, keepdim=True)
@@ -188,7 +209,7 @@ def _frozen_norm(norm: str, layer: int, bias: Tensor | None) -> dict[Site, Hook]
 
 
 def _numerator(x: Tensor, scale: Tensor) -> Tensor:
-    """What the norm divides: x, or x less its mean, whichever the scale belongs to."""
+    """Return what the norm divides by the scale: x, or x minus its mean."""
     centred = x - x.mean(-1, keepdim=True)
     of_x, of_centred = (v.square().mean(-1, keepdim=True) for v in (x, centred))
     squared = scale.square()

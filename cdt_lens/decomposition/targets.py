@@ -1,4 +1,4 @@
-"""The two parts of target heads' q, k, v and z, collected chunk by chunk of source sets."""
+"""Collect both parts of target heads' q, k, v and z, one chunk of source sets at a time."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from cdt_lens.models.sites import Site
 
 @dataclass(frozen=True, eq=False)
 class TargetParts(EqualByContent):
-    """The two parts of a target head's activation; `relevant + irrelevant` is the activation.
+    """Both parts of a target head's activation.
 
-    0 at the padding behind shorter prompts.
+    `relevant + irrelevant` is the activation. Both are 0 at the padding of shorter prompts.
+
+    Attributes:
+        relevant: the part that the source set contributes, in the units of the activation.
+        irrelevant: the rest.
     """
 
     relevant: Float[Tensor, "source example pos d_head"]
@@ -30,7 +34,13 @@ class TargetParts(EqualByContent):
 
 
 class Targets:
-    """Collects the irrelevant part at target heads' q, k, v and z, chunk by chunk."""
+    """Collects the irrelevant part of target heads' q, k, v and z.
+
+    Args:
+        propagator: the batch, with its recorded run.
+        heads: the target heads.
+        n_sources: number of source sets.
+    """
 
     def __init__(self, propagator: Propagator, heads: Iterable[Head], n_sources: int) -> None:
         view, trace = propagator.view, propagator.trace
@@ -46,12 +56,20 @@ class Targets:
         }
         positions = torch.arange(trace.resid[-1].shape[1], device=propagator.lengths.device)
         self._real = (positions < propagator.lengths[:, None])[..., None]
-        # Where nothing is recorded, upstream of the sources, all is irrelevant.
+        # Upstream of the sources nothing is recorded, and everything is irrelevant.
         self._irrel = {
             key: full.expand(n_sources, *full.shape).clone() for key, full in self._full.items()
         }
 
     def hooks(self, chunk: list[int]) -> dict[Site, Callable[[Tensor], None]]:
+        """Return the taps that record the irrelevant part during the pass of one chunk.
+
+        Args:
+            chunk: positions of the chunk's source sets among all source sets.
+
+        Returns:
+            A tap for each site of a target head.
+        """
         hooks: dict[Site, Callable[[Tensor], None]] = {}
         for site in {(site, head.layer) for site, head in self._where}:
             hooks[site] = self._tap(site, chunk)
@@ -66,6 +84,7 @@ class Targets:
         return tap
 
     def parts(self) -> dict[tuple[str, Head], TargetParts]:
+        """Return both parts at each (site, head), for all source sets."""
         real = self._real
         return {
             key: TargetParts((self._full[key] - irrel) * real, irrel * real)
