@@ -1,8 +1,8 @@
 """Circuits and their graphs in the files of other tools: MIB and EAP-IG, GraphML, Graphviz.
 
-What a file looks like inside stands in mib_files.py; here is which file it is, and how a graph
-becomes a circuit and a circuit a graph. Scores of other tools keep their unit and their sign, and
-`Graph.unit` says so: theirs may be negative where something helps.
+This module reads and writes files by their ending, and converts between graphs and circuits;
+`interchange.mib` holds the layouts of MIB. Scores of other tools keep their unit and their sign;
+`Graph.unit` names the unit. Their scores may be negative where a head helps.
 """
 
 from __future__ import annotations
@@ -29,11 +29,15 @@ from cdt_lens.models.view import ModelView, view_of
 def read_graph(path: str | Path) -> Graph:
     """Read a circuit graph: MIB's or EAP-IG's .json or .pt, or .graphml as `write_graph` makes it.
 
-    Every score and membership is read as it stands; those of a .pt are float32.
+    Every score and membership is read without a change; those of a .pt are float32.
+
+    Args:
+        path: The file.
 
     Raises:
-        InputError: no such file, another ending, or a field that is missing or malformed; the
-            message names file and field. ArtifactError: the file is damaged.
+        InputError: No such file, another ending, or a field that is missing or malformed; the
+            message names file and field.
+        ArtifactError: The file is damaged.
     """
     path = Path(path)
     read = {".json": read_json, ".pt": read_pt, ".graphml": _read_graphml}.get(path.suffix)
@@ -49,16 +53,27 @@ def write_graph(
     d_model: int | None = None,
     parallel: bool | None = None,
 ) -> Path:
-    """Write a graph, or a circuit's, by the ending of `path`: .json, .pt, .graphml or .dot.
+    """Write a graph, or the graph of a circuit, as .json, .pt, .graphml or .dot.
 
-    .json and .pt are MIB's and EAP-IG's, and hold every edge of the model: 100 MB of JSON at 32
-    layers of 32 heads, 20 MB of .pt, whose scores are float32. They need d_model: the graph's,
-    the circuit's by its provenance, or the one given here; likewise parallel. A circuit without a
-    graph is written as `graph_from_circuit` makes it. .dot holds the kept part alone, for Graphviz.
+    .json and .pt are the formats of MIB and EAP-IG. They hold every edge of the model: at 32 layers
+    of 32 heads, 100 MB of JSON or 20 MB of .pt, whose scores are float32. .dot holds only the part
+    that belongs to the graph, for Graphviz. A circuit without a graph is written as
+    `graph_from_circuit` makes it.
+
+    Args:
+        graph: A graph or a circuit.
+        path: The file to write; its ending sets the format.
+        d_model: Width of the residual stream, which .json and .pt need; None takes that of the
+            graph or of the provenance of the circuit.
+        parallel: Whether attention and MLP of a layer read the same residual stream; None takes
+            that of the graph or of the provenance of the circuit.
+
+    Returns:
+        The path.
 
     Raises:
-        InputError: neither a graph nor a circuit, another ending, no or another d_model, another
-            parallel, or a place that cannot be written.
+        InputError: Neither a graph nor a circuit, another ending, a d_model that is not known or
+            differs from the graph's, another parallel, or a path that cannot be written.
     """
     path = Path(path)
     if path.suffix not in (".json", ".pt", ".graphml", ".dot"):
@@ -83,18 +98,20 @@ def write_graph(
 
 
 def graph_from_circuit(circuit: Circuit, *, parallel: bool | None = None) -> Graph:
-    """The circuit's graph; for one of heads alone, what its heads and all MLPs can hand on.
+    """Return the graph of a circuit; a circuit of heads alone is given every edge between them.
 
-    Heads carry their scores and belong to the graph if they belong to the circuit; the input, the
-    MLPs and the logits belong to it without a score, and so does every edge between what belongs
-    to it. This is how MIB evaluates a circuit of nodes: it ranks those that have a score (`--level
-    node`), keeps those that have none, and every edge between kept nodes.
+    The heads of the circuit belong to that graph, with their scores. The input, the MLPs and the
+    logits belong to it without a score, and so does every edge between nodes that belong to it.
+    MIB evaluates a circuit of nodes in this way: it ranks the nodes that have a score
+    (`--level node`), keeps those that have none, and keeps every edge between kept nodes.
 
-    parallel: whether attention and MLP of a layer read the same residual stream (Pythia); None:
-    as the circuit's graph or provenance says.
+    Args:
+        circuit: The circuit.
+        parallel: Whether attention and MLP of a layer read the same residual stream (as in
+            Pythia); None takes it from the graph or the provenance of the circuit.
 
     Raises:
-        InputError: no circuit, or a `parallel` that is not known, or not the one that is.
+        InputError: Not a circuit, or a `parallel` that is not known or differs from the recorded.
     """
     expect(circuit, Circuit, "graph_from_circuit", "scores.select(...) makes one")
     recorded = {} if circuit.provenance is None else circuit.provenance.model_shape
@@ -126,10 +143,14 @@ def graph_from_circuit(circuit: Circuit, *, parallel: bool | None = None) -> Gra
 
 
 def circuit_from_graph(graph: Graph, model: nn.Module | ModelView | None = None) -> Circuit:
-    """The circuit of the heads that belong to `graph`, with their scores, and the graph itself.
+    """Return the circuit of the heads that belong to a graph, with their scores and the graph.
+
+    Args:
+        graph: The graph.
+        model: The model that the graph is of, to check the shape against.
 
     Raises:
-        InputError: no graph, or `model` is of another shape; the message names the field.
+        InputError: Not a graph, or a model of another shape; the message names the field.
     """
     expect(graph, Graph, "circuit_from_graph", "read_graph(path) makes one")
     if model is not None:

@@ -4,12 +4,12 @@
    scored, score), `edges` by name (score, in_graph). Numbers are kept to the last bit.
 2. .pt: tensors [source, target] in the order of `src_nodes` and `dst_nodes`: `edges_scores`
    (float32), `edges_in_graph`, and `nodes_in_graph`, `nodes_scores` (NaN: not scored) by source.
-   Cells that are no edge of any model are passed over, as EAP-IG keeps memberships there as well.
+   Cells that are no edge of any model are ignored, as EAP-IG keeps memberships there as well.
    The logits always belong to the graph.
 3. A file holds every edge of the model, as EAP-IG counts and looks up all of them; one without a
    score has 0.
-4. Two keys are this package's own, which other tools pass over: `edges_scored`, which edges have a
-   score (without it all have), and `unit`, what the scores are counted in.
+4. Two keys are this package's own, and other tools ignore them: `edges_scored` names the edges
+   that have a score (without it all have one), and `unit` is the unit of the scores.
 """
 
 from __future__ import annotations
@@ -51,11 +51,15 @@ _OUTSIDE = GraphNode(None, False)
 
 
 def read_json(path: Path) -> Graph:
-    """The graph in a JSON file.
+    """Read the graph in a JSON file.
+
+    Args:
+        path: The file.
 
     Raises:
-        InputError: no such file, or a field that is missing, malformed or of another model's
-            shape. ArtifactError: not whole JSON.
+        InputError: No such file, or a field that is missing, malformed or of another model's
+            shape.
+        ArtifactError: The file is not whole JSON.
     """
     document = mapping(_json(path), str(path))
     if "format" in document and "cfg" not in document:
@@ -86,7 +90,7 @@ def read_json(path: Path) -> Graph:
 
 
 def json_text(graph: Graph, d_model: int) -> str:
-    """The graph as JSON."""
+    """Return a graph as JSON, for a residual stream of width `d_model`."""
     nodes: dict[str, dict[str, Any]] = {}
     for name in node_names(graph.n_layers, graph.n_heads):
         node = graph.nodes.get(name, GraphNode(None, name == LOGITS))
@@ -110,11 +114,15 @@ def json_text(graph: Graph, d_model: int) -> str:
 
 
 def read_pt(path: Path) -> Graph:
-    """The graph in a .pt file, loaded as tensors and plain values alone.
+    """Read the graph in a .pt file, loaded as tensors and plain values alone.
+
+    Args:
+        path: The file.
 
     Raises:
-        InputError: no such file, or a field that is missing, malformed or of another model's
-            shape. ArtifactError: damaged, or it holds more than tensors and plain values.
+        InputError: No such file, or a field that is missing, malformed or of another model's
+            shape.
+        ArtifactError: The file is damaged, or holds more than tensors and plain values.
     """
     where = str(path)
     document = mapping(_loaded(path), where)
@@ -154,10 +162,10 @@ def read_pt(path: Path) -> Graph:
 
 
 def pt_bytes(graph: Graph, d_model: int) -> bytes:
-    """The graph as a .pt file.
+    """Return a graph as a .pt file, for a residual stream of width `d_model`.
 
     Raises:
-        InputError: a score that float32 cannot hold.
+        InputError: A score that float32 cannot hold.
     """
     sources = node_names(graph.n_layers, graph.n_heads)[:-1]
     targets = their_targets(graph.n_layers, graph.n_heads)
@@ -196,7 +204,7 @@ def pt_bytes(graph: Graph, d_model: int) -> bytes:
 
 
 def _graph(model: MibModel, nodes: Mapping[str, GraphNode], edges: Iterable[Edge]) -> Graph:
-    """The graph; a node that only edges name is outside it, the logits always inside."""
+    """Make the graph; nodes that only edges name are outside it, the logits always inside."""
     edges = tuple(edges)
     everything = {**nodes}
     everything.setdefault(LOGITS, GraphNode(None, True))
@@ -215,7 +223,7 @@ def _json_node(values: Mapping[str, Any], at: str) -> GraphNode:
 
 
 def _refuse_neurons(values: Mapping[str, Any], at: str) -> None:
-    """A part of a node is not a node: reading it as one would change the circuit."""
+    """Refuse a part of a node: reading it as the whole node would change the circuit."""
     for name in ("neurons", "neurons_in_graph"):
         if values.get(name) is not None:
             raise InputError(

@@ -1,4 +1,4 @@
-"""What MIB and EAP-IG call the parts of a model, and what their `cfg` says of it.
+"""The names of MIB and EAP-IG for the parts of a model, and the fields of their files.
 
 Nodes are named input, a9.h6 (a head), m3 (an MLP) and logits, edges a0.h1->a9.h6<q> and m3->logits.
 """
@@ -27,7 +27,7 @@ _TARGET = re.compile(r"([^<]+)(?:<([qkv])>)?")
 
 @dataclass(frozen=True)
 class MibModel:
-    """What `cfg` says of the model, and the names that make sense in it."""
+    """The model that `cfg` describes, and the names that exist in it."""
 
     n_layers: int
     n_heads: int
@@ -49,7 +49,7 @@ class MibModel:
         )
 
     def node(self, text: str, at: str) -> tuple[str, NodePlace]:
-        """This package's name for a node, and where it stands."""
+        """Return this package's name for a node, and its place."""
         match = _NODE.fullmatch(text)
         if match is None:
             raise InputError(f"{at}: node {text!r}: expected such as input, a9.h6, m3 or logits")
@@ -61,7 +61,7 @@ class MibModel:
             raise InputError(f"{at}: {error}") from error
 
     def reader(self, text: str, at: str) -> tuple[str, NodePlace, Any]:
-        """A target such as a9.h6<q>: its node, where that stands, and the site."""
+        """Return node, place and site of a target such as a9.h6<q>."""
         match = _TARGET.fullmatch(text)
         if match is None:
             raise InputError(f"{at}: {text!r}: expected such as a9.h6<q>, m3 or logits")
@@ -73,7 +73,7 @@ class MibModel:
         return own, place, match[2] or ""
 
     def edge(self, text: str, at: str) -> tuple[str, str, Any]:
-        """Source, target and site of an edge."""
+        """Return source, target and site of an edge."""
         match = _EDGE.fullmatch(text)
         if match is None:
             raise InputError(f"{at}: expected an edge such as a0.h1->a9.h6<q> or m3->logits")
@@ -85,7 +85,7 @@ class MibModel:
 
 
 def their_name(name: str) -> str:
-    """A node's name in MIB's files: a9.h6 for L9H6, m3 for M3."""
+    """Return the name of a node in MIB's files: a9.h6 for L9H6, m3 for M3."""
     if not name.startswith("L"):
         return name.lower()
     head = Head.parse(name)
@@ -93,7 +93,7 @@ def their_name(name: str) -> str:
 
 
 def their_targets(n_layers: int, n_heads: int) -> list[tuple[str, Site]]:
-    """Every (target, site) in the order of a .pt file: layer by layer q, k, v, then the MLP."""
+    """Return every target and site in the order of a .pt file: by layer q, k, v and the MLP."""
     found: list[tuple[str, Site]] = []
     sites: tuple[Site, ...] = ("q", "k", "v")
     for layer in range(n_layers):
@@ -103,10 +103,10 @@ def their_targets(n_layers: int, n_heads: int) -> list[tuple[str, Site]]:
 
 
 def field_of(values: Mapping[str, Any], name: str, at: str) -> Any:
-    """The value of a field that must be there.
+    """Return the value of a field that must exist.
 
     Raises:
-        InputError: it is missing.
+        InputError: It is missing; the message names the fields that exist.
     """
     if name not in values:
         found = ", ".join(map(str, list(values)[:8])) or "nothing"
@@ -115,10 +115,10 @@ def field_of(values: Mapping[str, Any], name: str, at: str) -> Any:
 
 
 def mapping(value: Any, at: str) -> Mapping[str, Any]:
-    """`value`, which must hold fields by name.
+    """Return `value`, which must hold fields by name.
 
     Raises:
-        InputError: it is anything else.
+        InputError: It is anything else; the message names the field `at`.
     """
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise InputError(f"{at}: expected fields by name, got {type(value).__name__}")
@@ -126,10 +126,10 @@ def mapping(value: Any, at: str) -> Mapping[str, Any]:
 
 
 def names(value: Any, at: str) -> list[str]:
-    """`value`, which must be a list of different names.
+    """Return `value`, which must be a list of different names.
 
     Raises:
-        InputError: it is anything else.
+        InputError: It is anything else; the message names the field `at`.
     """
     if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
         raise InputError(f"{at}: expected a list of names, got {type(value).__name__}")
@@ -139,15 +139,15 @@ def names(value: Any, at: str) -> list[str]:
 
 
 def repeated(values: Iterable[str]) -> str:
-    """The most frequent of several values."""
+    """Return the most frequent of several values."""
     return Counter(values).most_common(1)[0][0]
 
 
 def flag(value: Any, at: str) -> bool:
-    """`value`, which must be true or false.
+    """Return `value`, which must be true or false.
 
     Raises:
-        InputError: it is anything else.
+        InputError: It is anything else; the message names the field `at`.
     """
     if not isinstance(value, bool):
         raise InputError(f"{at}: expected true or false, got {value!r}")
@@ -155,10 +155,10 @@ def flag(value: Any, at: str) -> bool:
 
 
 def number(value: Any, at: str) -> float:
-    """`value` as a float, which must be a finite number.
+    """Return `value` as a float; it must be a finite number.
 
     Raises:
-        InputError: it is anything else.
+        InputError: It is anything else; the message names the field `at`.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InputError(f"{at}: expected a number, got {value!r}")
@@ -172,10 +172,10 @@ def number(value: Any, at: str) -> float:
 
 
 def count(value: Any, at: str) -> int:
-    """`value`, which must be a whole number of at least 1.
+    """Return `value`, which must be a whole number of at least 1.
 
     Raises:
-        InputError: it is anything else.
+        InputError: It is anything else; the message names the field `at`.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{at}: expected a whole number of at least 1, got {value!r}")
@@ -183,10 +183,10 @@ def count(value: Any, at: str) -> int:
 
 
 def text_of(value: Any, at: str) -> str:
-    """`value`, which must be text.
+    """Return `value`, which must be text.
 
     Raises:
-        InputError: it is anything else.
+        InputError: It is anything else; the message names the field `at`.
     """
     if not isinstance(value, str):
         raise InputError(f"{at}: expected text, got {value!r}")
@@ -194,10 +194,10 @@ def text_of(value: Any, at: str) -> str:
 
 
 def tensor(value: Any, shape: tuple[int, ...], at: str, *, flags: bool = False) -> Tensor:
-    """`value`, which must be a tensor of `shape`, of numbers or of true and false.
+    """Return `value`, which must be a tensor of `shape`, of numbers or of true and false.
 
     Raises:
-        InputError: it is anything else.
+        InputError: It is anything else; the message names the field `at`.
     """
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
         raise InputError(f"{at}: expected a dense tensor, got {type(value).__name__}")
