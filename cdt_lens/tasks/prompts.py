@@ -145,8 +145,8 @@ class PromptFormat:
         for label in self.labels:
             if label not in present:
                 raise InputError(
-                    f"{name}: no row has label {label!r} (found: {', '.join(sorted(present))}). Add "
-                    "some, raise the limit, or remove the label from the verbalizer."
+                    f"{name}: no row has label {label!r} (found: {', '.join(sorted(present))}). "
+                    "Add some, raise the limit, or remove the label from the verbalizer."
                 )
         columns = [{k: str(v) for k, v in row.items() if v is not None} for row in rows]
         return Examples(self._encode(checked, columns, where), self.labels, name)
