@@ -46,7 +46,8 @@ class TransferResult:
         chance: accuracy of always choosing the most frequent label.
         auto: the scopes that the rules for choosing a scope chose, and whether they were the better
             ones.
-        discovery: the circuit of the proxy checkpoint and its faithfulness.
+        discovery: facts on the circuit of the proxy checkpoint, such as its size, the task
+            direction in logits and its faithfulness.
         settings: the settings of the experiment.
         provenance: origin of the result, or None.
     """
