@@ -1,1 +1,22 @@
-"""Every way to score heads and edges."""
+"""Score heads and edges by every method.
+
+The cost of scoring `n` heads is given in passes for each batch, where a sweep starts each pass at
+the head's own layer.
+
+| method                 | passes                      | kind        | use                       |
+|------------------------|-----------------------------|-------------|---------------------------|
+| `exact`                | n forward                   | exact       | yardstick                 |
+| `cdt:two-ended`        | 2n forward                  | rules       | default, sees redundancy  |
+| `cdt:<other rules>`    | n forward                   | rules       | direct and indirect parts |
+| `one-pass`             | 1 forward, 1 backward       | first order | speed                     |
+| `one-pass:two-ended`   | 2 forward, 2 backward       | first order | speed, sees redundancy    |
+| `attribution-patching` | 1 forward, 1 backward       | first order | comparison                |
+| `integrated-gradients` | 6 forward, 5 backward       | first order | speed, sees redundancy    |
+| `direct`               | 1 forward, 1 backward       | exact       | direct effect only        |
+| `random`               | none                        | -           | lower bound               |
+
+All scores are signed, in logits, with the same task and baseline. `cdt:two-ended` and
+`integrated-gradients` find every planted circuit (docs/results/methods.md). See
+docs/method/scores.md for the formulas, `edge_scores.py` and `iterative.py` for edges (CD-T, arXiv
+2407.00886, section 3.3), and `agreement.py` to compare scores.
+"""
