@@ -102,7 +102,7 @@ CALLS: dict[str, tuple[Call, str]] = {
     ),
     "no tokenizer": (
         lambda c: cdt.load_task("nusax-senti", "english", tokenizer=None),
-        "tokenizer=None: the model has none of its own",
+        "tokenizer=None: the model was loaded without a tokenizer",
     ),
 }  # fmt: skip
 

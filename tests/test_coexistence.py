@@ -312,7 +312,10 @@ def test_an_edit_that_would_act_by_half_is_refused(family, backend, model, edit)
     chosen = calls(model)
     BEHIND[edit](model)
     for name in ("evaluate", "score_heads", "exact_ablation", "one_pass", "finetune"):
-        with left_untouched(model), pytest.raises(InputError, match="your hooks .on .*by half"):
+        with (
+            left_untouched(model),
+            pytest.raises(InputError, match="your hooks .on .*incompletely"),
+        ):
             chosen[name]()
 
 
@@ -329,7 +332,7 @@ def test_rules_that_do_not_follow_an_edit_are_refused_and_say_so(family, backend
     for each in rules:
         with pytest.raises(InputError, match="blocks.1.hook_.*edit activations.*exact_ablation"):
             cdt.score_heads(model, DATA, zero, rules=each, **quiet)
-    with pytest.raises(InputError, match="slopes by formula.*by half"):
+    with pytest.raises(InputError, match="slopes by formula.*cannot follow"):
         cdt.one_pass(model, DATA, zero, slopes="linear", **quiet)
 
 

@@ -1,4 +1,4 @@
-"""What every folder uses: errors, artefact files, kept results, processes, and how results show.
+"""Provide what every folder uses: errors, artefact files, kept results, processes and display.
 
-This folder knows no model and imports nothing of the package.
+This folder knows no model and imports nothing else of the package.
 """

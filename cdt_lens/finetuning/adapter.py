@@ -1,11 +1,11 @@
-"""`Adapter`: what fine-tuning learnt, as a small file; put on, taken off, exported.
+"""Store trained elements in an `Adapter`, a small file that can be applied to a model and removed.
 
-1. It holds the trained slices and whole weights (norms) by TransformerLens name, with the hash of
-   the base model's weights. The names and shapes are the same for both model classes.
-2. `apply` writes exactly these elements and keeps what stood there; `remove` puts it back, bit for
-   bit. A model with other weights is refused with both hashes.
+1. An adapter holds the trained slices and whole weights (norms) by TransformerLens name, with the
+   hash of the base model's weights. Names and shapes are the same for both model classes.
+2. `apply` writes exactly these elements and keeps the values that it replaces. `remove` restores
+   them bit for bit. A model with other weights raises an error that shows both hashes.
 3. `export` writes a plain Hugging Face folder: the base checkpoint with these elements replaced,
-   fused projections included, every other weight bit-identical.
+   fused projections included, and every other weight bit-identical (docs/method/training.md).
 """
 
 from __future__ import annotations
@@ -35,11 +35,15 @@ _FILE = "adapter.json"
 
 @dataclass(frozen=True, eq=False)
 class Adapter(Saved):
-    """Trained elements of a model.
+    """The trained elements of a model.
 
-    slices: by weight name, the heads (key/value heads for W_K, W_V, b_K, b_V) and their values
-    `[head, ...]`; whole: weights that were trained whole; heads: the query heads that were
-    selected; provenance: with the base model's hash.
+    Attributes:
+        scope: the scope of the training, such as "decision".
+        heads: the selected query heads.
+        slices: by weight name, the trained heads (key/value heads for W_K, W_V, b_K and b_V) and
+            their values `[head, ...]`.
+        whole: the weights that were trained whole, by name.
+        provenance: origin of the adapter, with the base model's hash.
     """
 
     scope: str
@@ -50,24 +54,24 @@ class Adapter(Saved):
     _format, _kind = "cdt_lens.adapter", "adapter"
 
     def __repr__(self) -> str:
-        told = f"{self.elements:,} elements of {len(self.slices) + len(self.whole)} weights"
-        return display.line(self, self.scope, display.few(self.heads), told)
+        sizes = f"{self.elements:,} elements of {len(self.slices) + len(self.whole)} weights"
+        return display.line(self, self.scope, display.few(self.heads), sizes)
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds."""
+        """The number of trained elements."""
         return sum(v.numel() for _, v in self.slices.values()) + sum(
             v.numel() for v in self.whole.values()
         )
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the model that it was trained in."""
+        """The floating point type of the trained model."""
         values = [*(v for _, v in self.slices.values()), *self.whole.values()]
         return values[0].dtype if values else torch.float32
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a weight: name, trained heads (None: whole), elements."""
+        """Return one row for each weight: name, trained heads (None if whole) and elements."""
         rows: list[dict[str, Any]] = [
             {"weight": name, "heads": list(index), "elements": values.numel()}
             for name, (index, values) in self.slices.items()
@@ -85,12 +89,19 @@ class Adapter(Saved):
     # ------------------------------------------------------------------ on and off
 
     def apply(self, model: nn.Module | ModelView, *, check: bool = True) -> Applied:
-        """Write the trained elements into `model`, which must hold the base weights.
+        """Write the trained elements into a model.
+
+        Args:
+            model: a model that holds the base weights.
+            check: whether to compare the hash of its weights with the base model's.
+
+        Returns:
+            A handle whose `remove` restores the model.
 
         Raises:
-            ArtifactError: another model (both hashes are shown).
-            InputError: the model lacks a weight, or has one of another shape; nothing is written.
-            UnsupportedModelError: a fused projection in an order of its own.
+            ArtifactError: the model has other weights. The message shows both hashes.
+            InputError: the model lacks a weight, or has one of another shape. Nothing is written.
+            UnsupportedModelError: a fused projection has an order that cannot be written back.
         """
         view = view_of(model)
         if check:
@@ -109,7 +120,17 @@ class Adapter(Saved):
 
     @contextmanager
     def applied(self, model: nn.Module | ModelView, *, check: bool = True) -> Iterator[None]:
-        """Within the `with` the model has the trained elements; afterwards its own again."""
+        """Apply the adapter within the `with` block, and restore the model afterwards.
+
+        Args:
+            model: a model that holds the base weights.
+            check: whether to compare the hash of its weights with the base model's.
+
+        Raises:
+            ArtifactError: the model has other weights.
+            InputError: the model lacks a weight, or has one of another shape.
+            UnsupportedModelError: a fused projection has an order that cannot be written back.
+        """
         handle = self.apply(model, check=check)
         try:
             yield
@@ -120,21 +141,24 @@ class Adapter(Saved):
         weights = named_weights(view)
 
         def weight(name: str, shape: tuple[int, ...], skip: int) -> Tensor:
-            found = weights.get(name)
-            if found is None or tuple(found.shape[skip:]) != shape[skip:]:
-                has = "no such weight" if found is None else f"shape {tuple(found.shape)}"
+            value = weights.get(name)
+            if value is None or tuple(value.shape[skip:]) != shape[skip:]:
+                has = "no such weight" if value is None else f"shape {tuple(value.shape)}"
                 raise InputError(
-                    f"adapter: {name} of shape {shape} does not fit {view.name}: {has}; "
-                    "use the base model that it was trained on"
+                    f"adapter: {name} of shape {shape} does not fit {view.name}: {has}. "
+                    "Use the base model that it was trained on."
                 )
-            return found
+            return value
 
         parts = {}
         for name, (index, values) in self.slices.items():
             _, layer, _, role = name.split(".")
             whole = weight(name, tuple(values.shape), 1)
             if max(index) >= whole.shape[0]:
-                raise InputError(f"adapter: {name}: head {max(index)} is outside {view.name}")
+                raise InputError(
+                    f"adapter: {name}: head {max(index)} is outside {view.name}. Use the base "
+                    "model that it was trained on."
+                )
             parts[name] = HeadSlice(int(layer), role, index, whole)
         return parts, {n: weight(n, tuple(v.shape), 0) for n, v in self.whole.items()}
 
@@ -174,7 +198,16 @@ class Adapter(Saved):
 
 @dataclass(eq=False)
 class Applied:
-    """An adapter on a model, with what stood there before."""
+    """An adapter on a model, with the values that it replaced.
+
+    Attributes:
+        view: the model.
+        parts: the trained slices, as views into the model.
+        before: values of these slices before.
+        whole: the weights that were trained whole, as views into the model.
+        before_whole: values of these weights before.
+        removed: whether `remove` was called.
+    """
 
     view: ModelView
     parts: Mapping[str, HeadSlice] = field(repr=False)
@@ -184,7 +217,7 @@ class Applied:
     removed: bool = False
 
     def remove(self) -> None:
-        """Put the base model's elements back, bit for bit; a second call changes nothing."""
+        """Restore the base model's elements bit for bit. A second call changes nothing."""
         if self.removed:
             return
         self.removed = True

@@ -1,9 +1,9 @@
-"""The training pass: logits at the answer position, with gradients, and no more work than needed.
+"""Compute logits at the answer position with gradients, for training.
 
-1. The model's own forward pass is stopped before the unembedding; only the answer position is
-   normed and unembedded, so that nothing of size (positions x vocabulary) exists.
-2. Where nothing below a layer is trained, the residual stream that enters it can be kept per
-   example (`first_layer`), and every later epoch starts there.
+1. Stop the model's own forward pass before the unembedding. Only the answer position is normed and
+   unembedded, so that no tensor of size (positions x vocabulary) exists.
+2. Where nothing below a layer is trained, keep the residual stream that enters it for each example
+   (`first_layer`). Every later epoch starts there.
 """
 
 from __future__ import annotations
@@ -19,10 +19,15 @@ from cdt_lens.tasks.task import Batch, Examples
 
 
 class AnswerPass:
-    """Calls give logits `[batch, d_vocab]` at the answer position, in at least float32.
+    """The forward pass of training. A call returns the logits `[batch, d_vocab]` at the answer.
 
-    first_layer: keep what enters this layer for each prompt and start there; the layers below,
-    with the embedding, must not change while this object is used. 0 keeps nothing.
+    The logits are in at least float32.
+
+    Args:
+        view: the model.
+        first_layer: keep the residual stream that enters this layer for each prompt, and start
+            there. The layers below and the embedding must not change while this object is used. 0
+            keeps nothing.
     """
 
     def __init__(self, view: ModelView, *, first_layer: int = 0) -> None:
@@ -35,15 +40,21 @@ class AnswerPass:
         return self.view.read_out(self._answers(batch))
 
     def candidates(self, batch: Batch) -> Float[Tensor, "batch k"]:
-        """Logits of the candidate tokens, unembedded in at least float32, to judge a model by.
+        """Compute the logits of the candidate tokens, for evaluation.
 
-        In half precision whole logits lie on a coarse grid and tie. No gradient reaches the
-        unembedding this way: train on the whole logits.
+        No gradient reaches the unembedding, so train on the whole logits.
+
+        Args:
+            batch: the prompts.
+
+        Returns:
+            Logits, unembedded in at least float32. In half precision whole logits lie on a coarse
+            grid and tie.
         """
         return self.view.candidate_logits(self._answers(batch), batch.candidates)
 
     def _answers(self, batch: Batch) -> Float[Tensor, "batch d_model"]:
-        """The residual stream at the answer position, after the last block."""
+        """Compute the residual stream at the answer position, after the last block."""
         view = self.view
         if self.first_layer:
             resid = view.through(
@@ -54,10 +65,15 @@ class AnswerPass:
         return at_answer(resid, batch.lengths)
 
     def prepare(self, examples: Examples, batch_size: int) -> None:
-        """Run the layers below once for all `examples`, in batches that do not depend on chance.
+        """Run the layers below `first_layer` once for all examples.
 
-        Rounding depends on a batch's width, so that filling in the order of training would make a
-        resumed run differ from an uninterrupted one.
+        The batches do not depend on random draws. Rounding depends on a batch's width, so that
+        storing the streams in the order of training would make a resumed run differ from an
+        uninterrupted one.
+
+        Args:
+            examples: the examples.
+            batch_size: number of examples in one forward pass.
         """
         if self.first_layer:
             for batch in examples.batches(batch_size):
@@ -76,7 +92,7 @@ class AnswerPass:
         return pad_sequence([self._kept[key] for key in keys], batch_first=True)
 
     def _calls_of(self, width: int) -> tuple[BlockCall, ...]:
-        """How the model calls its blocks for prompts of this width; one row serves any number."""
+        """Return how the model calls its blocks for prompts of this width."""
         if width not in self._calls:
             tokens = torch.zeros(1, width, dtype=torch.long)
             with torch.no_grad():

@@ -1,11 +1,11 @@
-"""An adapter written into a plain Hugging Face checkpoint folder.
+"""Write the base model with an adapter as a plain Hugging Face checkpoint folder.
 
-1. The base checkpoint is loaded by transformers; its state dict shares memory with what
+1. Load the base checkpoint with transformers. Its state dict shares memory with the model that
    TransformerBridge then wraps.
-2. The adapter is applied to the bridge: that writes the trained elements into the checkpoint's own
+2. Apply the adapter to the bridge. This writes the trained elements into the checkpoint's own
    tensors, fused projections included.
-3. A fresh model of the same class takes the state dict and is saved, with the tokenizer. The saved
-   folder is read back and must give the logits of the model that was trained.
+3. Load the state dict into a fresh model of the same class and save it with the tokenizer. Read the
+   saved folder back and compare its logits with those of the trained model.
 """
 
 from __future__ import annotations
@@ -26,25 +26,35 @@ from cdt_lens.models.view import ModelView
 
 
 def export(adapter: Adapter, base: str | Path, folder: str | Path) -> Path:
-    """Write the base model with `adapter` in it to `folder`, for transformers alone.
+    """Write the base model with an adapter in it to a folder that transformers can load.
 
-    base: hub name, Hugging Face folder or .gguf file of the model that the adapter was trained on.
-    Every element that was not trained is bit-identical to the base's, in the type of the training.
+    Every element that was not trained is bit-identical to the base model's, in the floating point
+    type of the training. The folder is written whole or not at all.
+
+    Args:
+        adapter: the adapter.
+        base: hub name, Hugging Face folder or `.gguf` file of the model that the adapter was
+            trained on.
+        folder: a new or empty folder.
+
+    Returns:
+        The folder.
 
     Raises:
-        ArtifactError: `base` is another model (both hashes are shown).
-        InputError: the base cannot be loaded, `folder` exists and is not empty, or the disk is
-            full; a folder is written whole or not at all.
+        ArtifactError: `base` has other weights. The message shows both hashes.
+        InputError: the base cannot be loaded, `folder` is not empty or cannot be written, or the
+            exported checkpoint gives other logits.
+        UnsupportedModelError: the bridge cannot represent the base model.
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder}: exists and is not empty; name a new folder")
+        raise InputError(f"{folder}: exists and is not empty. Name a new folder.")
     with third_party_noise_off():
         hf_model, tokenizer = load_hugging_face(base, dtype=adapter.dtype)
         config = copy.deepcopy(hf_model.config)
         generation = copy.deepcopy(hf_model.generation_config)
         kind = type(hf_model)
-        # These tensors are the model's own memory: what is written below is seen in them.
+        # These tensors share the model's memory, so they receive what the adapter writes.
         state = hf_model.state_dict()
         view = ModelView(bridge_of(hf_model, tokenizer, dtype=adapter.dtype))
         view.tl.cfg.model_name = str(base)
@@ -56,7 +66,7 @@ def export(adapter: Adapter, base: str | Path, folder: str | Path) -> Path:
 
 
 def _fresh(kind: Any, config: Any, state: dict[str, Tensor]) -> Any:
-    # Drawing random weights only to overwrite them would also move the global generator.
+    # The random weights are overwritten. Drawing them must not advance the global generator.
     with torch.random.fork_rng():
         model = kind(config)
     model = model.to(next(iter(state.values())).dtype)
@@ -77,11 +87,11 @@ def _save(model: Any, tokenizer: Any, folder: Path, logits: Tensor, tokens: Tens
         tokenizer.save_pretrained(temporary)
         again, _ = load_hugging_face(temporary, dtype=model.dtype)
         with torch.no_grad():
-            found = again(tokens).logits
+            actual = again(tokens).logits
         tolerance = 1e-3 if model.dtype.itemsize >= 4 else 5e-2
-        if bool((found - logits.to(found)).norm() > tolerance * logits.norm()):
+        if bool((actual - logits.to(actual)).norm() > tolerance * logits.norm()):
             raise InputError(
-                f"{folder}: the exported checkpoint does not give the trained model's logits; "
-                "nothing was written. Please report the model's family"
+                f"{folder}: the exported checkpoint does not give the trained model's logits. "
+                "Nothing was written. Please report the model's family."
             )
     return folder

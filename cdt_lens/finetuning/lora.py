@@ -1,9 +1,9 @@
-"""Low-rank adapters by the peft library, as one more `Trainable` (LoRA, arXiv 2106.09685).
+"""Train low-rank adapters with the peft library, as a `Trainable` (LoRA, arXiv 2106.09685).
 
-1. peft puts its layers on the q, k, v and output projections of every layer of a bridge.
-2. The loop trains their A and B in float32, as it trains slices.
-3. What was learnt is reported merged, as whole W_Q, W_K, W_V, W_O, so that it is saved, applied
-   and exported like any other scope; peft's layers are taken out again.
+1. Let peft insert its layers at the q, k, v and output projections of every layer of a bridge.
+2. Train their matrices A and B in float32, as the loop trains slices.
+3. Return the result merged, as whole W_Q, W_K, W_V and W_O, so that it is saved, applied and
+   exported like any other scope. Remove peft's layers.
 """
 
 from __future__ import annotations
@@ -25,18 +25,28 @@ _PROJECTIONS = ("q", "k", "v", "o")
 
 
 class LowRank:
-    """peft's LoRA on a bridge, from the moment it is `attached`.
+    """The LoRA layers of peft on a bridge.
+
+    Args:
+        view: the model.
+        rank: rank of A and B.
+        alpha: scale of the adapter; the update is multiplied by `alpha / rank`.
+        seed: seed of the initial A.
+
+    Attributes:
+        masters: the matrices A and B, for the optimiser.
 
     Raises:
-        UnsupportedModelError: a `HookedTransformer`, whose projections are no modules.
+        UnsupportedModelError: the model is a `HookedTransformer`, whose projections are not
+            modules.
         InputError: peft is not installed.
     """
 
     def __init__(self, view: ModelView, *, rank: int = 8, alpha: int = 16, seed: int = 0) -> None:
         if not view.is_bridge:
             raise UnsupportedModelError(
-                f"{view.name}: scope 'lora' needs a TransformerBridge; load the model with "
-                "cdt_lens.load_model(..., backend='bridge')"
+                f"{view.name}: scope 'lora' needs a TransformerBridge. Load the model with "
+                "cdt_lens.load_model(..., backend='bridge')."
             )
         try:
             from peft import LoraConfig
@@ -64,7 +74,7 @@ class LowRank:
 
         flags = {p: p.requires_grad for p in self._root.parameters()}
         with torch.random.fork_rng(), warnings.catch_warnings():
-            # GPT-2's projections are kept both ways round; peft sets its flag right by itself.
+            # GPT-2's projections are stored transposed. peft corrects its flag and warns.
             warnings.filterwarnings("ignore", message="fan_in_fan_out")
             torch.manual_seed(self._seed)
             inject_adapter_in_model(self._config, self._root)
@@ -75,14 +85,14 @@ class LowRank:
         for name, layer in self._layers.items():
             for part in ("lora_A", "lora_B"):
                 weight = getattr(layer, part)["default"].weight
-                # peft takes the type of the layer below; steps would be lost in half precision.
+                # peft uses the type of the layer below. Half precision would lose small steps.
                 weight.data = at_least_float32(weight.data)
                 masters.append(Master(f"{name}.{part}", weight, decay=True))
         self.masters = tuple(masters)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Only A and B have gradients inside; flags are as before afterwards."""
+        """Give gradients to A and B only, within the `with` block."""
         flags = {p: p.requires_grad for p in self.view.tl.parameters()}
         try:
             for parameter in flags:
@@ -95,26 +105,26 @@ class LowRank:
                 parameter.requires_grad_(flag)
 
     def write(self) -> None:
-        """Nothing: the model runs with peft's layers."""
+        """Do nothing, because the model runs with peft's layers."""
 
     def restore(self) -> None:
-        """Take peft's layers out; the projections below were never changed."""
+        """Remove peft's layers. The projections below them were never changed."""
         for name, layer in self._layers.items():
             parent, _, child = name.rpartition(".")
             setattr(self._root.get_submodule(parent), child, layer.base_layer)
-        if self._layers:  # peft also leaves its configuration there
+        if self._layers:  # peft also leaves its configuration in the model
             del self._root.peft_config
         self._layers = {}
 
     def learnt(self) -> Learnt:
-        """The merged projections, on the CPU; peft's layers are out afterwards."""
+        """Return the merged projections on the CPU, and remove peft's layers."""
         with torch.no_grad():
             merged = {
                 name: (layer.base_layer.weight, layer.get_delta_weight("default"))
                 for name, layer in self._layers.items()
             }
             kept = [weight.clone() for weight, _ in merged.values()]
-            # Out first: the bridge reads its weights through the modules in place.
+            # Restore first, because the bridge reads its weights through the present modules.
             self.restore()
             try:
                 for weight, delta in merged.values():
@@ -127,17 +137,17 @@ class LowRank:
 
 
 def _module_names(view: ModelView) -> list[str]:
-    """Names, in the Hugging Face model, of the modules that the projections really run."""
+    """Return the names, in the Hugging Face model, of the modules that run the projections."""
     wanted = {
         id(getattr(block.attn, name).original_component)
         for block in view.blocks
         for name in _PROJECTIONS
     }
     named = view.tl.original_model.named_modules()
-    found = [name for name, module in named if id(module) in wanted]
-    if len(found) != len(wanted):
+    names = [name for name, module in named if id(module) in wanted]
+    if len(names) != len(wanted):
         raise UnsupportedModelError(
-            f"{view.name}: {len(found)} of {len(wanted)} attention projections were found for "
-            "scope 'lora'"
+            f"{view.name}: {len(names)} of {len(wanted)} attention projections were found for "
+            "scope 'lora'. Use another scope."
         )
-    return found
+    return names

@@ -1,4 +1,4 @@
-"""`FineTuneResult`: what one fine-tuning run trained, how it went, and its adapter."""
+"""Define `FineTuneResult`, the outcome of one fine-tuning run with its adapter."""
 
 from __future__ import annotations
 
@@ -20,12 +20,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class FineTuneResult(EqualByContent):
-    """What one fine-tuning run did.
+    """The outcome of one fine-tuning run.
 
-    heads: whose slices were trained; siblings: unselected query heads that share a trained
-    key/value slice; history: one row a look at validation data, row 0 before the first step
-    (losses in nats, shares 0 to 1); best_epoch: the epoch whose values the adapter holds, 0 where
-    no epoch was better than the model as it was.
+    Attributes:
+        scope: the scope, such as "decision".
+        heads: the heads whose slices were trained.
+        siblings: unselected query heads that share a trained key/value slice.
+        n_layers: number of layers of the model.
+        n_heads: number of heads in a layer.
+        trained_parameters: number of trained parameters.
+        total_parameters: number of parameters of the model.
+        options: the training options.
+        history: one row for each evaluation on validation data. Row 0 is before the first step.
+            Losses are in nats and shares are from 0 to 1.
+        best_epoch: the epoch whose values the adapter holds. 0 where no epoch was better than the
+            untrained model.
+        stopped: why the run ended.
+        seconds: time of the training steps.
+        provenance: origin of the result.
+        adapter: the trained elements.
+        judged: the measurement of the trained model that `judge` of `finetune` returned, or None.
     """
 
     scope: str
@@ -45,10 +59,10 @@ class FineTuneResult(EqualByContent):
     judged: Any = field(default=None, repr=False)
 
     def __repr__(self) -> str:
-        told = f"{self.trained_parameters:,} parameters ({self.share:.2%})"
+        sizes = f"{self.trained_parameters:,} parameters ({self.share:.2%})"
         accuracy = [f"{row['target_accuracy']:.3f}" for row in (self.before, self.after)]
         return display.line(
-            self, self.scope, display.few(self.heads), told,
+            self, self.scope, display.few(self.heads), sizes,
             f"target accuracy {' to '.join(accuracy)}", f"best epoch {self.best_epoch}",
         )  # fmt: skip
 
@@ -64,17 +78,17 @@ class FineTuneResult(EqualByContent):
 
     @property
     def retention(self) -> float:
-        """Source accuracy after / before; NaN without a source task."""
+        """The source accuracy after training, divided by that before. NaN without a source task."""
         before = float(self.before["source_accuracy"])
         return float(self.after["source_accuracy"]) / before if before else float("nan")
 
     @property
     def share(self) -> float:
-        """Trained parameters as a share of all, 0 to 1."""
+        """The trained parameters as a share of all, from 0 to 1."""
         return self.trained_parameters / self.total_parameters
 
     def to_dataframe(self) -> pd.DataFrame:
-        """The history."""
+        """Return the history."""
         return self.history.copy()
 
     def plot(self) -> Figure:

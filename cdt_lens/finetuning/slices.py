@@ -1,11 +1,11 @@
-"""Which slices of the real parameters a set of heads owns (CT-SFT, arXiv 2601.08146, §3).
+"""Find the slices of the parameters that a set of heads owns (CT-SFT, arXiv 2601.08146, section 3).
 
-1. Head h of layer l owns W_Q[h], W_O[h], b_Q[h], and the slice of W_K, W_V, b_K, b_V of its
+1. Head h of layer l owns W_Q[h], W_O[h] and b_Q[h], and the slices of W_K, W_V, b_K and b_V of its
    key/value group. b_O belongs to no head.
-2. A grouped key/value slice serves several query heads: it is trained when any of them is selected,
-   and the unselected ones that it reaches are reported as siblings.
-3. Slices are views into the parameters that the forward pass reads, never into stacked or expanded
-   copies, and are checked by numbers: x W + b must be the q, k, v of a run.
+2. A grouped key/value slice serves several query heads. It is trained when any of them is selected,
+   and the unselected ones are reported as siblings.
+3. Slices are views into the parameters that the forward pass reads, and never into stacked or
+   expanded copies. `check_slices` verifies this on a run: x W + b must be its q, k and v.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ ROLES = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V")
 
 @dataclass(frozen=True, eq=False)
 class HeadSlice:
-    """The slices of one weight that selected heads own.
+    """The slices of one weight that the selected heads own.
 
-    name: "blocks.3.attn.W_Q"; index: query heads, or key/value heads for keys and values, in
-    order; whole: the weight, `[head, ...]`, a view into the model.
+    Attributes:
+        layer: layer of the weight.
+        role: "W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K" or "b_V".
+        index: the query heads, or the key/value heads for keys and values, in order.
+        whole: the weight `[head, ...]`, a view into the model.
     """
 
     layer: int
@@ -45,15 +48,19 @@ class HeadSlice:
 
     @property
     def name(self) -> str:
-        """The weight's name in TransformerLens layout."""
+        """The weight's name in TransformerLens layout, such as "blocks.3.attn.W_Q"."""
         return f"blocks.{self.layer}.attn.{self.role}"
 
     def read(self) -> Float[Tensor, "head ..."]:
-        """A copy of the slices."""
+        """Return a copy of the slices."""
         return self.whole[list(self.index)].clone()
 
     def write(self, values: Float[Tensor, "head ..."]) -> None:
-        """Put `values` into the model."""
+        """Write values into the model.
+
+        Args:
+            values: the slices. They are converted to the model's type.
+        """
         with torch.no_grad():
             self.whole[list(self.index)] = values.to(self.whole.dtype)
 
@@ -61,18 +68,24 @@ class HeadSlice:
 def head_slices(
     view: ModelView, heads: Iterable[Head | str], *, kv: KeyValue = "shared"
 ) -> tuple[HeadSlice, ...]:
-    """The slices of `heads`, layer by layer, in the order of `ROLES`.
+    """Return the slices that a set of heads owns.
 
-    kv: "shared" takes a key/value slice when any query head of its group is selected; "skip"
-    takes none; "groups" selects every query head of such a group as well.
+    Args:
+        view: the model.
+        heads: heads or their names.
+        kv: "shared" takes a key/value slice when any query head of its group is selected. "skip"
+            takes none. "groups" selects every query head of such a group as well.
+
+    Returns:
+        The slices, layer by layer, in the order of `ROLES`.
 
     Raises:
-        InputError: a head outside the model, or another `kv`.
-        UnsupportedModelError: a weight is missing, tied to another, or not read by the model.
+        InputError: a head is outside the model, or `kv` is unknown.
+        UnsupportedModelError: a weight is missing, tied to another weight, or a copy.
     """
     selected = selected_heads(view, heads, kv=kv)
     weights = own_weights(view)
-    found: list[HeadSlice] = []
+    slices: list[HeadSlice] = []
     for layer in sorted({head.layer for head in selected}):
         queries = tuple(head.head for head in selected if head.layer == layer)
         groups = tuple(sorted({_group(view, head) for head in queries}))
@@ -82,19 +95,31 @@ def head_slices(
             whole = weights.get(f"blocks.{layer}.attn.{role}")
             if whole is None and role.startswith("W"):
                 raise UnsupportedModelError(
-                    f"{view.name}: layer {layer} has no {role}; its heads cannot be trained"
+                    f"{view.name}: layer {layer} has no {role}, so its heads cannot be trained"
                 )
             if whole is not None:
                 index = groups if role in KEY_VALUE_ROLES else queries
-                found.append(HeadSlice(layer, role, index, whole))
-    _check_untied(view, found, weights)
-    return tuple(found)
+                slices.append(HeadSlice(layer, role, index, whole))
+    _check_untied(view, slices, weights)
+    return tuple(slices)
 
 
 def selected_heads(
     view: ModelView, heads: Iterable[Head | str], *, kv: KeyValue = "shared"
 ) -> tuple[Head, ...]:
-    """`heads` in order; with `kv="groups"` also the other query heads of their groups."""
+    """Return the query heads that are trained.
+
+    Args:
+        view: the model.
+        heads: heads or their names.
+        kv: see `head_slices`.
+
+    Returns:
+        The heads in order. With `kv="groups"` also the other query heads of their groups.
+
+    Raises:
+        InputError: a head is outside the model, or `kv` is unknown.
+    """
     if kv not in ("shared", "skip", "groups"):
         raise InputError(f"kv={kv!r}: expected shared, skip or groups")
     chosen = check_heads(heads, view.n_layers, view.n_heads)
@@ -112,7 +137,19 @@ def selected_heads(
 def siblings(
     view: ModelView, heads: Iterable[Head | str], *, kv: KeyValue = "shared"
 ) -> tuple[Head, ...]:
-    """Unselected query heads whose keys and values change with those of `heads`."""
+    """Return the unselected query heads whose keys and values change with those of `heads`.
+
+    Args:
+        view: the model.
+        heads: heads or their names.
+        kv: see `head_slices`.
+
+    Returns:
+        The heads in order. None with `kv="skip"` or `kv="groups"`.
+
+    Raises:
+        InputError: a head is outside the model, or `kv` is unknown.
+    """
     chosen = selected_heads(view, heads, kv=kv)
     if kv == "skip":
         return ()
@@ -122,25 +159,33 @@ def siblings(
 def norm_weights(
     view: ModelView, which: Norms = "all", heads: Iterable[Head] = ()
 ) -> Mapping[str, Tensor]:
-    """The norms' weights and biases by name: of all layers, of the circuit's layers, or none.
+    """Return the weights and biases of the norms that are trained.
+
+    Args:
+        view: the model.
+        which: "all", "circuit" for the norms of the heads' layers, or "none".
+        heads: the heads of the circuit.
+
+    Returns:
+        Views into the parameters by name.
 
     Raises:
-        InputError: another `which`.
-        UnsupportedModelError: norms are asked for and the model has none to train.
+        InputError: `which` is unknown.
+        UnsupportedModelError: norms are requested and the model has none to train.
     """
     if which not in ("all", "circuit", "none"):
         raise InputError(f"norms={which!r}: expected all, circuit or none")
     if which == "none":
         return {}
-    found = {name: value for name, value in own_weights(view).items() if is_norm(name)}
-    if not found:
+    norms = {name: value for name, value in own_weights(view).items() if is_norm(name)}
+    if not norms:
         raise UnsupportedModelError(
-            f"{view.name}: it has no norm parameters to train; pass norms='none'"
+            f"{view.name}: it has no norm parameters to train. Pass norms='none'."
         )
     if which == "all":
-        return found
+        return norms
     layers = {f"blocks.{head.layer}" for head in heads}
-    return {n: value for n, value in found.items() if ".".join(n.split(".")[:2]) in layers}
+    return {n: value for n, value in norms.items() if ".".join(n.split(".")[:2]) in layers}
 
 
 def _group(view: ModelView, head: int) -> int:
@@ -150,7 +195,7 @@ def _group(view: ModelView, head: int) -> int:
 def _check_untied(
     view: ModelView, slices: Iterable[HeadSlice], weights: Mapping[str, Tensor]
 ) -> None:
-    """Each weight must lie in a parameter of the model, and be no other weight as well."""
+    """Check that each weight lies in a parameter of the model and is not another weight as well."""
     addresses = holders(view)
     names: dict[tuple[int, int], list[str]] = {}
     for name, value in weights.items():
@@ -159,10 +204,10 @@ def _check_untied(
         where = place(part.whole)
         if where[0] not in addresses:
             raise UnsupportedModelError(
-                f"{view.name}: {part.name} is a copy and no view of a parameter, so writing to it "
-                "would train nothing; load the model with cdt_lens.load_model"
+                f"{view.name}: {part.name} is a copy and not a view of a parameter, so writing to "
+                "it would train nothing. Load the model with cdt_lens.load_model."
             )
-        # Of the whole model: a tied weight of a layer without selected heads would move too.
+        # Compare with the whole model: a tied weight in another layer would change too.
         others = [name for name in names[where] if name != part.name]
         if others:
             raise UnsupportedModelError(
@@ -172,7 +217,11 @@ def _check_untied(
 
 
 def check_slices(view: ModelView, slices: Iterable[HeadSlice]) -> None:
-    """Whether the weights make the activations of a run: q, k, v from the input, the output from z.
+    """Check that the weights produce the activations of a run: q, k, v and the output of attention.
+
+    Args:
+        view: the model.
+        slices: the slices to check.
 
     Raises:
         UnsupportedModelError: a weight is not the one that the forward pass uses.
@@ -187,18 +236,18 @@ def check_slices(view: ModelView, slices: Iterable[HeadSlice]) -> None:
     for (layer, role), part in parts.items():
         if role == "W_O":
             made = torch.einsum("bphd,hdm->bpm", trace["z", layer], part.whole)
-            seen = trace[outputs[layer]]
+            expected = trace[outputs[layer]]
             bias = weights.get(f"blocks.{layer}.attn.b_O")
         elif role.startswith("W"):
             made = torch.einsum("bpm,hmd->bphd", trace["attn.in", layer], part.whole)
-            seen = trace[role[-1].lower(), layer]
+            expected = trace[role[-1].lower(), layer]
             bias = weights.get(f"blocks.{layer}.attn.b_{role[-1]}")
         else:
             continue
         made = made if bias is None else made + bias
         tolerance = 1e-3 if made.dtype.itemsize >= 4 else 5e-2
-        if bool((made - seen).norm() > tolerance * (seen.norm() + 1e-6)):
+        if bool((made - expected).norm() > tolerance * (expected.norm() + 1e-6)):
             raise UnsupportedModelError(
-                f"{view.name}: {part.name} does not make the model's own activations, so its "
+                f"{view.name}: {part.name} does not produce the model's own activations, so its "
                 "slices cannot be trained"
             )

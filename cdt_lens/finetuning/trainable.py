@@ -1,14 +1,16 @@
-"""What is trained: float32 copies of slices and whole weights, and how gradients reach them.
+"""Train float32 copies of slices and whole weights, with exactly the gradients that they need.
 
-1. The optimiser is given copies ("masters") of the selected slices and nothing else: what is not
-   selected has no gradient, no momentum, no decay. Frozen is frozen by construction.
-2. A head's slice gets its gradient from hooks: the forward pass is the model's own, and in the
-   backward pass the gradient g at q, k, v or at the output of attention gives
-   dW_Q[h] = x^T g[h], dW_O[h] = z[h]^T g, db_Q[h] = sum g[h], for the selected heads only. No
-   gradient of a whole weight matrix is ever computed.
-3. Whole weights (norms; everything, in full fine-tuning) get theirs from autograd. In float32 the
-   parameter is its own master; in half precision the master is a float32 copy.
-4. After a step the masters are written into the model; `restore` puts everything back.
+1. The optimiser receives copies ("masters") of the selected slices and nothing else. An element
+   that is not selected has no gradient, no momentum and no decay. It is frozen by construction.
+2. Hooks compute the gradient of a head's slice. The forward pass is the model's own. In the
+   backward pass the gradient g at q, k, v or at the output of attention gives dW_Q[h] = x^T g[h],
+   dW_O[h] = z[h]^T g and db_Q[h] = sum g[h], for the selected heads only. The gradient of a whole
+   weight matrix is never computed.
+3. Autograd computes the gradients of whole weights (norms, or all weights in full fine-tuning). In
+   float32 the parameter is its own master. In half precision the master is a float32 copy.
+4. After a step the masters are written into the model. `restore` restores the original values.
+
+See docs/method/training.md, "Frozen by construction" (CT-SFT, arXiv 2601.08146, section 3).
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from cdt_lens.models.support import output_site
 from cdt_lens.models.view import ModelView, at_least_float32
 from cdt_lens.models.weights import family_of, is_bias, is_norm, own_weights, place, sync_fused
 
-# Relative size of a difference that half precision makes between a matrix and its scaled copy.
+# Relative difference that half precision allows between a matrix and its scaled copy.
 _ROUNDING = 1e-2
 
 # Selected slices by weight name: the heads, and the values `[head, ...]`.
@@ -39,7 +41,13 @@ Slices = Mapping[str, tuple[tuple[int, ...], Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Master:
-    """One tensor for the optimiser. decay: whether weight decay applies (matrices only)."""
+    """One tensor for the optimiser.
+
+    Attributes:
+        name: name of the weight.
+        value: the values to train.
+        decay: whether weight decay applies. It applies to matrices only.
+    """
 
     name: str
     value: nn.Parameter = field(repr=False)
@@ -48,7 +56,12 @@ class Master:
 
 @dataclass(frozen=True, eq=False)
 class Learnt:
-    """What training changed: slices of weights, and whole weights, by TransformerLens name."""
+    """The trained values, by TransformerLens name.
+
+    Attributes:
+        slices: slices of weights.
+        whole: whole weights.
+    """
 
     slices: Slices
     whole: Mapping[str, Tensor]
@@ -56,25 +69,29 @@ class Learnt:
 
 @runtime_checkable
 class Trainable(Protocol):
-    """Something whose masters an optimiser may train."""
+    """Something whose masters an optimiser may train.
+
+    Attributes:
+        masters: the tensors for the optimiser.
+    """
 
     masters: Sequence[Master]
 
     def attached(self) -> Any:
-        """A context in which backward passes reach the masters."""
+        """Return a context in which backward passes reach the masters."""
 
     def write(self) -> None:
-        """Put the masters into the model."""
+        """Write the masters into the model."""
 
     def restore(self) -> None:
-        """Put the model back as it was before training."""
+        """Restore the model as it was before training."""
 
     def learnt(self) -> Learnt:
-        """The values that the model holds now."""
+        """Return the values that the model holds now."""
 
 
 class _SliceGradient(torch.autograd.Function):
-    """The identity on `out`; its backward pass also gives the gradient of the slices."""
+    """The identity on `out`, whose backward pass also gives the gradient of the slices."""
 
     @staticmethod
     def forward(
@@ -87,17 +104,25 @@ class _SliceGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (inputs,) = ctx.saved_tensors
-        found = slice_gradient(ctx.role, ctx.index, inputs, grads[0])
-        return grads[0], None, found.to(ctx.dtype), None, None
+        gradient = slice_gradient(ctx.role, ctx.index, inputs, grads[0])
+        return grads[0], None, gradient.to(ctx.dtype), None, None
 
 
 def slice_gradient(
     role: str, index: tuple[int, ...], inputs: Tensor, grad: Tensor
 ) -> Float[Tensor, "head ..."]:
-    """The gradient of a weight's slices from the input of the map and the gradient at its output.
+    """Compute the gradient of a weight's slices.
 
-    inputs: `[batch, pos, d_model]`, or z `[batch, pos, head, d_head]` for W_O; grad: at q, k or v
-    `[batch, pos, head, d_head]`, or at the output of attention `[batch, pos, d_model]`.
+    Args:
+        role: role of the weight, see `slices.ROLES`.
+        index: heads of the slices.
+        inputs: input of the linear map, `[batch, pos, d_model]`, or z `[batch, pos, head, d_head]`
+            for W_O.
+        grad: gradient at the output of the map, `[batch, pos, head, d_head]` at q, k or v, or
+            `[batch, pos, d_model]` at the output of attention.
+
+    Returns:
+        The gradient of each slice.
     """
     if role == "W_O":
         return einsum(inputs[:, :, list(index)], grad, "b p h d, b p m -> h d m")
@@ -108,13 +133,19 @@ def slice_gradient(
 
 
 class SlicesAndWholes:
-    """Heads' slices and whole weights of a model as one `Trainable`.
+    """The slices of heads and the whole weights of a model, as one `Trainable`.
 
-    slices: see `slices.head_slices`; wholes: names of whole weights, such as the norms'.
+    Args:
+        view: the model.
+        slices: the slices, see `slices.head_slices`.
+        wholes: names of whole weights, such as those of the norms.
+
+    Attributes:
+        masters: the tensors for the optimiser.
 
     Raises:
-        UnsupportedModelError: a whole weight is no parameter of the model, or a tied embedding
-            that would be trained apart from its copy.
+        UnsupportedModelError: a whole weight is not a parameter of the model, or is a tied
+            embedding that would be trained apart from its copy.
     """
 
     def __init__(
@@ -145,7 +176,7 @@ class SlicesAndWholes:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Hooks and gradient flags are set inside, and as before afterwards."""
+        """Attach hooks and set gradient flags within the `with` block; restore both afterwards."""
         flags = {p: p.requires_grad for p in self.view.tl.parameters()}
         grads = {p: p.grad for p in self.view.tl.parameters() if p.grad is not None}
         handles = []
@@ -183,12 +214,12 @@ class SlicesAndWholes:
         return hooks
 
     def _layer_hooks(self, layer: int, parts: Mapping[str, HeadSlice]) -> dict[Site, Hook]:
-        seen: dict[str, Tensor] = {}
+        inputs: dict[str, Tensor] = {}
 
         def keep(name: str) -> Hook:
             def hook(value: Tensor) -> None:
                 if torch.is_grad_enabled():
-                    seen[name] = value.detach()
+                    inputs[name] = value.detach()
 
             return hook
 
@@ -199,10 +230,10 @@ class SlicesAndWholes:
                 for role in roles:
                     part = parts[role]
                     value = _SliceGradient.apply(
-                        value, seen[source], self._parts[part.name], role, part.index
+                        value, inputs[source], self._parts[part.name], role, part.index
                     )
-                if source == "z":  # the last of the layer: what is needed now lives in the graph
-                    seen.clear()
+                if source == "z":  # the last use in the layer; the graph holds the tensors
+                    inputs.clear()
                 return value
 
             return hook
@@ -220,7 +251,7 @@ class SlicesAndWholes:
     # ------------------------------------------------------------------ values
 
     def write(self) -> None:
-        """Put the masters into the model, rounded to its type."""
+        """Write the masters into the model, rounded to its type."""
         for part in self.slices:
             part.write(self._parts[part.name].detach())
         with torch.no_grad():
@@ -232,7 +263,7 @@ class SlicesAndWholes:
                 copy.copy_(self._leaves[source].T)
 
     def restore(self) -> None:
-        """Put the model's weights back, bit for bit."""
+        """Restore the model's weights bit for bit."""
         for part in self.slices:
             part.write(self._before[part.name])
         with torch.no_grad():
@@ -244,7 +275,7 @@ class SlicesAndWholes:
         sync_fused(self.view)
 
     def learnt(self) -> Learnt:
-        """The values that the model holds now, on the CPU."""
+        """Return the values that the model holds now, on the CPU."""
         own = own_weights(self.view)
         names = [*self.wholes, *(["unembed.W_U"] if self._tied is not None else [])]
         return Learnt(
@@ -258,7 +289,7 @@ def _copy(value: Tensor) -> nn.Parameter:
 
 
 def _hand_over(master: nn.Parameter, *, transpose: bool = False) -> Callable[[Tensor], None]:
-    """Move a parameter's gradient to its master, in the master's type, and free it."""
+    """Return a hook that moves a parameter's gradient to its master, in the master's type."""
 
     def hook(parameter: Tensor) -> None:
         if parameter.grad is None:  # the hook runs only once a gradient has arrived
@@ -274,38 +305,38 @@ def _hand_over(master: nn.Parameter, *, transpose: bool = False) -> Callable[[Te
 
 
 def _leaves(view: ModelView, names: Sequence[str]) -> dict[str, nn.Parameter]:
-    """The parameters that hold whole weights, each once, under the first weight's name."""
+    """Return the parameters that hold whole weights, each once, under the first weight's name."""
     own = own_weights(view)
     missing = [name for name in names if name not in own]
     if missing:
         raise UnsupportedModelError(f"{view.name}: it has no weight {missing[0]} to train")
     places = _by_place(view)
-    found: dict[str, nn.Parameter] = {}
+    leaves: dict[str, nn.Parameter] = {}
     taken: set[int] = set()
     for name in names:
         value = own[name]
         leaf = places.get(place(value))
         if leaf is None or leaf.numel() != value.numel():
             raise UnsupportedModelError(
-                f"{view.name}: {name} is no parameter of its own, so that it cannot be trained "
-                "whole; load the model with cdt_lens.load_model"
+                f"{view.name}: {name} is not a parameter of its own, so it cannot be trained "
+                "whole. Load the model with cdt_lens.load_model."
             )
         if id(leaf) not in taken:
             taken.add(id(leaf))
-            found[name] = leaf
-    return found
+            leaves[name] = leaf
+    return leaves
 
 
 def _by_place(view: ModelView) -> dict[tuple[int, int], nn.Parameter]:
-    """Parameters by where they begin; of two at one place the smaller, which the bridge runs."""
-    found: dict[tuple[int, int], nn.Parameter] = {}
+    """Return parameters by their place in memory; of two at one place the smaller, which is run."""
+    parameters: dict[tuple[int, int], nn.Parameter] = {}
     for parameter in sorted(view.tl.parameters(), key=lambda p: p.numel()):
-        found.setdefault(place(parameter), parameter)
-    return found
+        parameters.setdefault(place(parameter), parameter)
+    return parameters
 
 
 def _tied_end(view: ModelView, names: Sequence[str]) -> tuple[str, nn.Parameter] | None:
-    """HookedTransformer's own copy of a tied embedding, which has to stay equal to it."""
+    """Return HookedTransformer's own copy of a tied embedding, which has to stay equal to it."""
     if view.is_bridge or "embed.W_E" not in names:
         return None
     embedding, end = view.tl.embed.W_E, view.tl.unembed.W_U
@@ -317,14 +348,14 @@ def _tied_end(view: ModelView, names: Sequence[str]) -> tuple[str, nn.Parameter]
     if family_of(view) is not None and scale is not None and abs(scale - 1) > _ROUNDING:
         raise UnsupportedModelError(
             f"{view.name}: embed.W_E is unembed.W_U times {scale:.4g}, one tied embedding that "
-            "HookedTransformer keeps twice; trained whole (scope 'full') the two would come apart. "
-            "Use the bridge, cdt_lens.load_model(..., backend='bridge'), or another scope"
+            "HookedTransformer keeps twice. Scope 'full' would train the two copies apart. Use the "
+            "bridge, cdt_lens.load_model(..., backend='bridge'), or another scope."
         )
     return None
 
 
 def _scale(one: Tensor, other: Tensor) -> float | None:
-    """The c of one = c * other, up to rounding in half precision; None where there is none."""
+    """Return c with one = c * other, up to rounding in half precision, or None."""
     product = square = other_square = 0.0
     for a, b in zip(one.split(4096), other.split(4096), strict=True):  # vocabularies are large
         a, b = at_least_float32(a), at_least_float32(b)

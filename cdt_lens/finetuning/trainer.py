@@ -1,13 +1,16 @@
-"""The training loop, the same for every scope: AdamW over a `Trainable`'s masters.
+"""Run the training loop, which is the same for every scope: AdamW over a `Trainable`'s masters.
 
-1. Each epoch draws its batches from (seed, epoch) alone; prompts of like length share a batch.
-2. A step: the loss of each part of the batch, its gradients summed (over processes as well), the
-   norm of the selected gradients clipped, AdamW with decay on matrices only, masters written back.
-3. After each epoch the model is judged on validation data; the best epoch's values are kept and
-   written back at the end. `patience` ends a run that gets no better.
-4. A checkpoint holds masters, moments, the best values and the history: a resumed run ends bit for
-   bit like an uninterrupted one on the same machine. A loss or gradient that is not finite stops
-   the run before it reaches the weights.
+1. Draw the batches of an epoch from (seed, epoch) alone. Prompts of similar length share a batch.
+2. Make one step for each batch: sum the gradients of its parts, over processes as well, clip the
+   norm of the selected gradients, apply AdamW with decay on matrices only, and write the masters
+   back.
+3. Evaluate on validation data after each epoch, and keep the best epoch's values. `patience` ends a
+   run that does not improve. At the end, write the best values into the model.
+4. Save a checkpoint of masters, moments, best values and history. On the same machine a resumed run
+   ends bit for bit like an uninterrupted one. A loss or gradient that is not finite stops the run
+   before it changes the weights.
+
+See docs/method/training.md (CT-SFT, arXiv 2601.08146).
 """
 
 from __future__ import annotations
@@ -39,7 +42,14 @@ _BUCKET = 8  # batches that are sorted by length together
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """How a run went: rows of the history, the epoch whose values are the best, why it ended."""
+    """The course of a run.
+
+    Attributes:
+        history: one row for each evaluation.
+        best_epoch: the epoch with the best values.
+        stopped: why the run ended.
+        seconds: time of the training steps.
+    """
 
     history: Sequence[dict[str, Any]]
     best_epoch: int
@@ -49,10 +59,18 @@ class Trained:
 
 @dataclass
 class Trainer:
-    """One run of the loop over `task.train`, judged on `task.valid`.
+    """One run of the loop over `task.train`, evaluated on `task.valid`.
 
-    source: a second task whose validation accuracy is followed (forgetting), never trained on;
-    name: what messages and the progress bar call the run.
+    Attributes:
+        passes: the forward pass.
+        trainable: the values to train.
+        task: the task.
+        options: the training options.
+        source: a second task whose validation accuracy shows forgetting. It is never trained on.
+        checkpoint: where the state is saved, or None.
+        log: where each step is logged, or None.
+        progress: whether to show a progress bar.
+        name: name of the run in messages and in the progress bar.
     """
 
     passes: AnswerPass
@@ -66,15 +84,22 @@ class Trainer:
     name: str = "training"
 
     def run(self) -> Trained:
-        """Train until the last epoch or until it gets no better; the model then holds the best.
+        """Train until the last epoch or until `patience` ends the run.
 
-        Must be called within `trainable.attached()`.
+        The model then holds the best values. Call this within `trainable.attached()`.
+
+        Returns:
+            The course of the run.
 
         Raises:
-            NonFiniteError: a loss or gradient is not finite; the last checkpoint stays.
+            InputError: the options have no learning rate.
+            NonFiniteError: a loss or gradient is not finite. The last checkpoint is kept.
         """
         if self.options.learning_rate is None:
-            raise InputError("learning_rate: expected a number; finetune chooses the default")
+            raise InputError(
+                "learning_rate: expected a number, got None. Set it in the options; only finetune "
+                "chooses a default."
+            )
         optimizer = _optimizer(self.trainable, self.options)
         state = self._begin(optimizer)
         total = self.options.epochs * self._steps_per_epoch
@@ -87,7 +112,7 @@ class Trainer:
         ):  # fmt: skip
             while state.stopped is None and state.epoch < self.options.epochs:
                 self._epoch(state, optimizer, bar)
-                self._look(state)
+                self._validate(state)
                 self._save(state, optimizer)
         self._put(state.best)
         why = state.stopped or "all epochs"
@@ -98,7 +123,7 @@ class Trainer:
         return math.ceil(len(self.task.train) / self.options.batch_size)
 
     def _begin(self, optimizer: torch.optim.Optimizer) -> State:
-        # All of them before the first step: a resumed run must keep the same bits.
+        # Store all streams before the first step, so that a resumed run keeps the same bits.
         source = () if self.source is None else (self.source.valid,)
         with self.passes.view.quiet():
             for examples in (self.task.train, self.task.valid, *source):
@@ -143,7 +168,7 @@ class Trainer:
     def _step(
         self, index: Sequence[int], optimizer: torch.optim.Optimizer, state: State
     ) -> tuple[float, float]:
-        """One step on the examples `index`; the mean loss in nats and the gradient's norm."""
+        """Make one step; return the mean loss in nats and the norm of the gradient."""
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64)
         for batch in self._parts(index):
@@ -168,14 +193,15 @@ class Trainer:
         if self.checkpoint is not None and self.checkpoint.path.exists():
             kept = (
                 f"the last good state is kept in {self.checkpoint.path}; to train with other "
-                "options, remove it or name another place"
+                "options, remove it or choose another path"
             )
         return (
-            f"{kept}. Lower the learning rate ({self.options.learning_rate:g} now) or clip harder"
+            f"{kept}. Lower the learning rate ({self.options.learning_rate:g} now) or the clip "
+            "norm."
         )
 
     def _parts(self, index: Sequence[int]) -> Iterator[Batch]:
-        """This process's share of a batch, as many examples at a time as memory allows."""
+        """Return this process's share of a batch, split to fit into memory."""
         rank, world = shard()
         own = index[rank::world]
         if not own:
@@ -185,7 +211,7 @@ class Trainer:
         return chosen.batches(self.options.micro_batch or len(own))
 
     def _loss(self, batch: Batch) -> Tensor:
-        """The sum of the batch's losses, in nats."""
+        """Compute the sum of the batch's losses, in nats."""
         logits = self.passes(batch)
         moved = batch.to(logits.device)
         candidates = logits.gather(1, moved.candidates)
@@ -195,10 +221,10 @@ class Trainer:
             loss = loss + logits.logsumexp(-1) - among
         return loss.sum()
 
-    # ------------------------------------------------------------------ looking and keeping
+    # ------------------------------------------------------------------ evaluation and state
 
-    def _look(self, state: State) -> None:
-        """Judge the model on validation data; keep its values when they are the best so far."""
+    def _validate(self, state: State) -> None:
+        """Evaluate on validation data and keep the values if they are the best so far."""
         last = state.epoch == self.options.epochs
         if state.epoch % self.options.evaluate_every and not last:
             return
@@ -207,11 +233,11 @@ class Trainer:
         rows = [*state.history]
         row = self._add_row(state, train_loss=mean)
         best = max(rows, key=lambda r: _rank(r, self.options))
-        # Without validation data the last epoch is the one to keep.
+        # Without validation data the last epoch is kept.
         if not len(self.task.valid) or _rank(row, self.options) > _rank(best, self.options):
             state.best_epoch, state.best = state.epoch, self._values()
-        looks = [r["epoch"] for r in state.history].index(state.best_epoch)
-        since = len(state.history) - 1 - looks
+        best_row = [r["epoch"] for r in state.history].index(state.best_epoch)
+        since = len(state.history) - 1 - best_row
         if self.options.patience is not None and since >= self.options.patience and not last:
             state.stopped = f"early: no better for {since} evaluations"
 
@@ -223,16 +249,16 @@ class Trainer:
             "seconds": state.seconds,
         }  # fmt: skip
         if len(self.task.valid):
-            found = self._evaluate(self.task, self.task.valid)
-            f1 = math.nan if found.macro_f1 is None else found.macro_f1
-            row |= {"target_loss": found.loss, "target_accuracy": found.accuracy}
+            evaluation = self._evaluate(self.task, self.task.valid)
+            f1 = math.nan if evaluation.macro_f1 is None else evaluation.macro_f1
+            row |= {"target_loss": evaluation.loss, "target_accuracy": evaluation.accuracy}
             row["target_macro_f1"] = f1
         if self.source is not None:
             row["source_accuracy"] = self._evaluate(self.source, self.source.valid).accuracy
         state.history.append(row)
         if self.log is not None:
-            told = {k: None if v != v else v for k, v in row.items()}  # JSON has no NaN
-            self.log.write({"kind": "validation", **told})
+            logged = {k: None if v != v else v for k, v in row.items()}  # JSON has no NaN
+            self.log.write({"kind": "validation", **logged})
         return row
 
     def _evaluate(self, task: Task, examples: Examples) -> Any:
@@ -265,7 +291,16 @@ class Trainer:
 def epoch_batches(
     examples: Examples, options: TrainingOptions, epoch: int
 ) -> list[tuple[int, ...]]:
-    """The batches of an epoch as positions: every example once, prompts of like length together."""
+    """Draw the batches of an epoch. Prompts of similar length share a batch.
+
+    Args:
+        examples: the training split.
+        options: the training options. Their seed and batch size are used.
+        epoch: the epoch, counted from 0.
+
+    Returns:
+        The positions of each batch's examples. Every example occurs once.
+    """
     draw = random.Random(f"{options.seed}/{epoch}")
     order = list(range(len(examples)))
     draw.shuffle(order)
@@ -291,23 +326,23 @@ def _optimizer(trainable: Trainable, options: TrainingOptions) -> torch.optim.Op
 
 
 def _rates(options: TrainingOptions, steps: int) -> Callable[[int], float]:
-    """The learning rate before each step, by transformers' own schedule."""
+    """Return the learning rate before each step, by transformers' own schedule."""
     dummy = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
-    # A warm-up to the very end would have transformers give the last step the rate 0.
+    # With a warm-up over all steps, transformers would give the last step the rate 0.
     warm = min(math.ceil(options.warmup * steps), max(steps - 1, 0))
     factor = get_scheduler(options.schedule, dummy, warm, max(steps, 1)).lr_lambdas[0]
-    # Step 0 of a warm-up would have rate 0 and be lost; count from 1 there.
+    # Step 0 of a warm-up would have the rate 0 and no effect, so count from 1 there.
     return lambda step: options.learning_rate * factor(step + 1 if step < warm else step)
 
 
 def _rank(row: dict[str, Any], options: TrainingOptions) -> tuple[float, float]:
-    """What is better compares greater; equal accuracies are told apart by the loss."""
+    """Return a key that is greater for a better row; the loss decides between equal accuracies."""
     loss = -row["target_loss"]
     return (loss, loss) if options.metric == "loss" else (row[f"target_{options.metric}"], loss)
 
 
 def _sum_gradients(masters: Sequence[nn.Parameter]) -> None:
-    """Gradients summed over all processes, in one message."""
+    """Sum the gradients over all processes in one message."""
     for master in masters:
         if master.grad is None:  # this process had no part of the batch
             master.grad = torch.zeros_like(master)

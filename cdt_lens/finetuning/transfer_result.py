@@ -1,4 +1,4 @@
-"""`TransferResult`: what every scope did to every target and to the source, over the seeds."""
+"""Define `TransferResult`, the measurements of every scope on every target and on the source."""
 
 from __future__ import annotations
 
@@ -30,13 +30,25 @@ AUTO_COLUMNS = ("target", "seed", "rule", "chosen", "better", "right", "inputs")
 
 @dataclass(frozen=True, eq=False)
 class TransferResult(Saved):
-    """A finished transfer experiment, or what there is of it.
+    """The measurements of a transfer experiment, finished or not.
 
-    cells: one row a (target, scope, seed), measured on the test split: accuracy and macro-F1 of the
-    target; source_accuracy after the transfer and retention (after / before); before: the proxy
-    checkpoint untouched, a row a language; chance: for each target, the accuracy of always giving
-    its commonest label (files of 0.3 hold that of the first target alone);
-    auto: what the rules for choosing a scope chose, and whether that was the better one.
+    Attributes:
+        task: name of the task.
+        proxy: the source language.
+        targets: the target languages.
+        scopes: the scopes.
+        cells: one row for each (target, scope, seed), measured on the test split. It has accuracy
+            and macro-F1 on the target, accuracy on the source after the transfer, and retention
+            (after / before).
+        before: one row for each language, measured with the untouched proxy checkpoint.
+        chance: by target, the accuracy of always choosing its most frequent label. Files of 0.3
+            hold that of the first target only.
+        auto: the scopes that the rules for choosing a scope chose, and whether they were the better
+            ones.
+        discovery: facts on the circuit of the proxy checkpoint, such as its size, the task
+            direction in logits and its faithfulness.
+        settings: the settings of the experiment.
+        provenance: origin of the result, or None.
     """
 
     task: str
@@ -57,9 +69,12 @@ class TransferResult(Saved):
         return display.line(self, self.task, *told, f"{len(self.cells)} cells")
 
     def summary(self) -> pd.DataFrame:
-        """One row a (target, scope): means and standard deviations over the finished seeds.
+        """Summarise the finished seeds of each (target, scope).
 
-        seeds: how many the means are over; asked: how many there are; diverged: how many broke off.
+        Returns:
+            One row for each (target, scope) with means and standard deviations. `seeds` is the
+            number of seeds in the means, `asked` the number of all seeds, and `diverged` the number
+            of failed runs.
         """
         rows = []
         asked = len(self.seeds)
@@ -87,7 +102,7 @@ class TransferResult(Saved):
         return sorted(set(self.cells["seed"])) if len(self.cells) else []
 
     def to_dataframe(self) -> pd.DataFrame:
-        """The cells."""
+        """Return the cells."""
         return self.cells.copy()
 
     def plot(self) -> Figure:
@@ -145,5 +160,13 @@ def _from_json(told: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> pd.DataFrame:
-    """Rows as a table with these columns, also where there are none."""
+    """Create a table with these columns, also without rows.
+
+    Args:
+        rows: cells by column.
+        columns: the columns.
+
+    Returns:
+        The table.
+    """
     return pd.DataFrame(rows, columns=list(columns))

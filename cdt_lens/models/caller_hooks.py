@@ -1,10 +1,10 @@
-"""The caller's own hooks on a model: find them, and run without them.
+"""Find the caller's own hooks on a model, and run without them.
 
-A model is taken as it behaves, with the caller's hooks. A hook that only reads sees every pass
-through its module; the rows of a pass may be many copies of a batch (source x example). A hook
-that edits is a part of the model: it acts in plain runs and in ablated ones. Hooks for which this
-is not possible are refused by `support.check_caller_hooks`. Hooks that a library attaches, this
-package included, are not the caller's.
+A model is used with the hooks that the caller has attached. A hook that only reads sees every pass
+through its module; the rows of a pass may be many copies of a batch (source x example). A hook that
+edits is part of the model: it acts in plain runs and in ablated ones. Where that is not possible,
+`support.check_caller_hooks` raises an error. Hooks that a library attaches, including this package,
+are not the caller's.
 """
 
 from __future__ import annotations
@@ -23,13 +23,24 @@ _ADDED_FOR_THE_CALLER = "transformer_lens.hook_points"
 
 
 def caller_hooks(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the modules that have hooks of the caller's, in the model's order."""
+    """Return the names of the modules that have hooks of the caller's.
+
+    Args:
+        model: the TransformerLens model.
+
+    Returns:
+        The names, in the model's order.
+    """
     return tuple(name for name, module in _modules(model) if any(map(_count, _of(module))))
 
 
 @contextmanager
 def lifted(model: nn.Module) -> Iterator[None]:
-    """Take the caller's hooks off within the `with`, and put them back in the same order."""
+    """Remove the caller's hooks within the `with` block, and put them back in the same order.
+
+    Args:
+        model: the TransformerLens model.
+    """
     taken: list[tuple[Any, dict[int, Any]]] = []
     try:
         for _, module in _modules(model):
@@ -42,7 +53,7 @@ def lifted(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for registry, before in taken:
-            new = dict(registry)  # a bridge attaches hooks of its own at its first run, for good
+            new = dict(registry)  # a bridge attaches permanent hooks of its own at its first run
             registry.clear()
             registry.update(before | new)
 

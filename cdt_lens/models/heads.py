@@ -1,4 +1,4 @@
-"""`Head` and `Mlp`: units of a model, and sets of heads as boolean `[layer, head]` masks."""
+"""Define `Head` and `Mlp`, and convert sets of heads to `[layer, head]` masks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ _PATTERN = re.compile(r"\s*[Ll](\d+)\s*[Hh](\d+)\s*|\s*(\d+)\.(\d+)\s*")
 
 @dataclass(frozen=True, order=True)
 class Head:
-    """Attention head `head` of layer `layer`, both counted from 0; ordered by layer, then head."""
+    """An attention head. Heads are ordered by layer, then by head.
+
+    Attributes:
+        layer: layer, counted from 0.
+        head: head in its layer, counted from 0.
+
+    Raises:
+        InputError: a number is negative.
+    """
 
     layer: int
     head: int
@@ -33,7 +41,13 @@ class Head:
 
     @classmethod
     def parse(cls, text: str) -> Head:
-        """Read `"L9H6"` or `"9.6"`.
+        """Parse a head's name.
+
+        Args:
+            text: `"L9H6"` or `"9.6"`.
+
+        Returns:
+            The head.
 
         Raises:
             InputError: `text` has neither form.
@@ -47,7 +61,14 @@ class Head:
 
 @dataclass(frozen=True, order=True)
 class Mlp:
-    """The MLP of layer `layer`, counted from 0."""
+    """The MLP of a layer.
+
+    Attributes:
+        layer: layer, counted from 0.
+
+    Raises:
+        InputError: the layer is negative.
+    """
 
     layer: int
 
@@ -60,11 +81,18 @@ class Mlp:
 
 
 def check_heads(heads: Iterable[Head | str], n_layers: int, n_heads: int) -> tuple[Head, ...]:
-    """Return `heads` sorted and without repeats; `"L9H6"` is read as a head.
+    """Check heads against a model's shape, sort them and remove repeats.
+
+    Args:
+        heads: heads or their names.
+        n_layers: number of layers.
+        n_heads: number of heads in a layer.
+
+    Returns:
+        The heads, ordered by layer and head.
 
     Raises:
-        InputError: something that is no head, or a head outside a model of `n_layers` layers of
-            `n_heads` heads.
+        InputError: an item is not a head, or a head is outside the model.
     """
     read = [Head.parse(head) if isinstance(head, str) else head for head in heads]
     for head in read:
@@ -80,7 +108,19 @@ def check_heads(heads: Iterable[Head | str], n_layers: int, n_heads: int) -> tup
 
 
 def heads_to_mask(heads: Iterable[Head], n_layers: int, n_heads: int) -> Bool[Tensor, "layer head"]:
-    """Boolean mask `[layer, head]`, True where a head is in `heads`."""
+    """Convert heads to a mask.
+
+    Args:
+        heads: the heads.
+        n_layers: number of layers.
+        n_heads: number of heads in a layer.
+
+    Returns:
+        A mask that is True at each of the heads.
+
+    Raises:
+        InputError: a head is outside the model.
+    """
     mask = torch.zeros(n_layers, n_heads, dtype=torch.bool)
     for head in check_heads(heads, n_layers, n_heads):
         mask[head.layer, head.head] = True
@@ -88,10 +128,25 @@ def heads_to_mask(heads: Iterable[Head], n_layers: int, n_heads: int) -> Bool[Te
 
 
 def mask_to_heads(mask: Bool[Tensor, "layer head"]) -> tuple[Head, ...]:
-    """The heads at which `mask` is True, in order."""
+    """Convert a mask to heads.
+
+    Args:
+        mask: a boolean mask.
+
+    Returns:
+        The heads at which the mask is True, in order.
+    """
     return tuple(Head(int(layer), int(head)) for layer, head in mask.nonzero().tolist())
 
 
 def all_heads(n_layers: int, n_heads: int) -> tuple[Head, ...]:
-    """Every head of a model, layer by layer."""
+    """Return every head of a model.
+
+    Args:
+        n_layers: number of layers.
+        n_heads: number of heads in a layer.
+
+    Returns:
+        The heads, layer by layer.
+    """
     return tuple(Head(layer, head) for layer in range(n_layers) for head in range(n_heads))

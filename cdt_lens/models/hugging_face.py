@@ -1,6 +1,7 @@
-"""A Hugging Face model and its tokenizer from a hub name, a folder or a GGUF file.
+"""Load a Hugging Face model and its tokenizer from a hub name, a folder or a GGUF file.
 
-Whatever is missing, damaged or would be random is refused; weights are plain floats.
+Missing, damaged or randomly initialised weights raise an error. The loaded weights are plain
+floats.
 """
 
 from __future__ import annotations
@@ -19,10 +20,18 @@ from cdt_lens.core.errors import InputError
 
 
 def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """The Hugging Face model, without quantisation, and its tokenizer.
+    """Load a Hugging Face model, without quantisation, and its tokenizer.
+
+    Args:
+        source: a hub name, a folder or a `.gguf` file.
+        dtype: floating point type of the weights.
+
+    Returns:
+        The model and the tokenizer.
 
     Raises:
-        InputError: no such folder or file, a file cut short, or a hub that cannot be reached.
+        InputError: there is no such folder or file, it is damaged or incomplete, or the hub cannot
+            be reached.
     """
     path = Path(source)
     if path.suffix == ".gguf":
@@ -34,25 +43,25 @@ def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32)
         )
     try:
         # Eager attention: the bridge reads and edits its pattern.
-        model, told = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation="eager", output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # what transformers and safetensors raise here has no common class
-        what = (
+    except Exception as error:  # the errors of transformers and safetensors have no common class
+        reason = (
             "the folder is damaged or incomplete"
             if is_local
             else (
-                "no such folder here, and the hub could not give it; check the name and the "
-                "network, or pass a local folder"
+                "there is no such folder here, and the hub did not provide it; check the name and "
+                "the network, or pass a local folder"
             )
         )
-        raise InputError(f"{source}: cannot be loaded: {what} ({first_line(error)})") from error
-    missing = [*told["missing_keys"], *(key[0] for key in told["mismatched_keys"])]
+        raise InputError(f"{source}: cannot be loaded: {reason} ({first_line(error)})") from error
+    missing = [*loading_info["missing_keys"], *(key[0] for key in loading_info["mismatched_keys"])]
     if missing:
         raise InputError(
-            f"{source}: {len(missing)} weights are missing or of another shape, the first is "
-            f"{missing[0]}; they would be random. Save the model again"
+            f"{source}: {len(missing)} weights are missing or of another shape; the first is "
+            f"{missing[0]}. They would be random. Save the model again."
         )
     return model, tokenizer
 
@@ -67,11 +76,11 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         )
     except Exception as error:  # the gguf reader's errors have no common class
         raise InputError(
-            f"{path}: cannot be read as GGUF; it may be cut short: fetch it again "
-            f"({first_line(error)})"
+            f"{path}: cannot be read as GGUF ({first_line(error)}). It may be cut short. Fetch it "
+            "again."
         ) from error
-    # transformers marks the model as quantised and then refuses to save or wrap it; its weights
-    # are plain floats by now, so a fresh model of the same class takes them over.
+    # transformers marks the model as quantised and then refuses to save or wrap it. Its weights
+    # are plain floats by now, so they are copied into a fresh model of the same class.
     config = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         config.pop(key, None)
@@ -79,7 +88,7 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     clean_config._attn_implementation = "eager"
     clean_config.architectures = [type(loaded).__name__]
     for key in ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"):
-        # GGUF keeps eps as float32: 9.9999997e-06 where the model was trained with 1e-05.
+        # GGUF stores eps as float32, 9.9999997e-06 where the model was trained with 1e-05.
         value = getattr(clean_config, key, None)
         if isinstance(value, float):
             setattr(clean_config, key, float(f"{value:.6g}"))
@@ -91,14 +100,21 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def first_line(error: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
+    """Return the class of an error and the first line of its message.
+
+    Args:
+        error: the error.
+
+    Returns:
+        Text such as "OSError: no such file".
+    """
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
 
 
 @contextlib.contextmanager
 def third_party_noise_off() -> Iterator[None]:
-    """Loading bars and advice of the libraries below, which a person here did not ask for."""
+    """Hide progress bars and warnings of the loading libraries within the `with` block."""
     verbosity = hf_logging.get_verbosity()
     bars = hf_logging.is_progress_bar_enabled()
     root = logging.getLogger().level

@@ -1,8 +1,8 @@
-"""`load_model`: a hub name, a Hugging Face folder or a GGUF file becomes a TransformerLens model.
+"""Load a hub name, a Hugging Face folder or a GGUF file as a TransformerLens model.
 
-The weights stay unprocessed (no folding, no centring): folded norms have nothing left to train,
-and the numbers are the same without. `HookedTransformer` exists up to transformer-lens 3.x and not
-for every family; `TransformerBridge` takes the rest.
+The weights stay unprocessed, without folding or centring. Folded norms have no parameters to train,
+and the numbers are the same without folding. `HookedTransformer` exists up to transformer-lens 3.x
+and not for every family. Otherwise `TransformerBridge` is used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cdt_lens.models.hugging_face import first_line, load_hugging_face, third_pa
 from cdt_lens.models.support import check_supported
 from cdt_lens.models.view import is_model, view_of
 
-# Families that HookedTransformer 3.9 reads right from any folder (measured against Hugging Face).
+# Families that HookedTransformer 3.9 reads correctly from any folder (measured on the logits).
 _HOOKED_FAMILIES = frozenset(
     {
         "GPT2LMHeadModel", "GPTNeoXForCausalLM", "LlamaForCausalLM", "MistralForCausalLM",
@@ -32,7 +32,7 @@ _HOOKED_FAMILIES = frozenset(
 )  # fmt: skip
 
 
-# What transformer-lens raises on a configuration that it did not expect has no common class.
+# The errors of transformer-lens on an unexpected configuration have no common class.
 _READING_FAILED = (
     AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
@@ -46,26 +46,31 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     n_ctx: int | None = None,
 ) -> Any:
-    """A model ready for every function of this package, checked against the rules.
+    """Load a model for every function of this package and check it against the rules.
 
     Args:
         source: a Hugging Face hub name, a local Hugging Face folder, a `.gguf` file, or a
-            `HookedTransformer` / `TransformerBridge` of one's own, which is returned as it is.
+            `HookedTransformer` or `TransformerBridge`, which is checked and returned unchanged.
         backend: "hooked" for `HookedTransformer` (transformer-lens 3.x), "bridge" for
-            `TransformerBridge`, "auto" for the first where it can be had.
-        device: the GPU of this process if there is one, else the CPU.
-        n_ctx: context length for `HookedTransformer`, which allocates masks of that size; at most
-            2048 by default.
+            `TransformerBridge`, or "auto", which uses the first where it is available and correct.
+        device: the device. None uses the GPU of this process if there is one, otherwise the CPU.
+        dtype: floating point type of the weights.
+        n_ctx: context length for `HookedTransformer`, which allocates masks of that size. None uses
+            the model's own, at most 2048.
+
+    Returns:
+        The TransformerLens model, in evaluation mode. Its logits equal those of Hugging Face.
 
     Raises:
-        InputError: nothing can be loaded from `source`, or a weight is not finite.
+        InputError: nothing can be loaded from `source`, an argument is not valid, or a weight is
+            not finite.
         UnsupportedModelError: a component of the model has no rule.
     """
     if isinstance(source, nn.Module):
         if not is_model(source):
             raise InputError(
-                f"model: {type(source).__name__} is not a TransformerLens model; pass its folder, "
-                "or wrap it: TransformerBridge.boot_transformers(name, hf_model=...)"
+                f"model: {type(source).__name__} is not a TransformerLens model. Pass its folder, "
+                "or wrap it with TransformerBridge.boot_transformers(name, hf_model=...)."
             )
         check_supported(view_of(source))
         return source
@@ -84,10 +89,10 @@ def _wrapped(
     hf_model: Any, tokenizer: Any, backend: Backend, device: str, dtype: torch.dtype,
     n_ctx: int | None,
 ) -> Any:  # fmt: skip
-    """The TransformerLens model of `hf_model`, once its logits equal those of Hugging Face.
+    """Wrap `hf_model`, and check that the logits equal those of Hugging Face.
 
-    transformer-lens reads some options of a family and passes over others, such as a rotary
-    scaling or a projection's bias, without a word; only the numbers tell.
+    transformer-lens ignores some options of a family without a warning, such as a rotary scaling or
+    the bias of a projection. Only the numbers show it.
     """
     family = type(hf_model).__name__
     if _use_hooked(backend, family):
@@ -105,10 +110,19 @@ def _wrapped(
 def bridge_of(
     hf_model: Any, tokenizer: Any, *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Any:
-    """A bridge over a Hugging Face model; on the CPU it shares the model's memory.
+    """Wrap a Hugging Face model in a bridge. On the CPU both share their memory.
+
+    Args:
+        hf_model: the Hugging Face model.
+        tokenizer: its tokenizer.
+        device: the device.
+        dtype: floating point type of the weights.
+
+    Returns:
+        The `TransformerBridge`, in evaluation mode.
 
     Raises:
-        UnsupportedModelError: the bridge's logits are not the model's.
+        UnsupportedModelError: the bridge's logits differ from the model's.
     """
     return _agreeing(
         hf_model, "TransformerBridge", dtype, lambda: _bridge(hf_model, tokenizer, device, dtype)
@@ -116,7 +130,7 @@ def bridge_of(
 
 
 def _agreeing(hf_model: Any, kind: str, dtype: torch.dtype, make: Callable[[], Any]) -> Any:
-    """What `make` wraps around `hf_model`, once its logits equal those of Hugging Face."""
+    """Wrap `hf_model` with `make` and check that the logits equal those of Hugging Face."""
     # Before wrapping: the bridge takes the model's modules apart.
     tokens, expected = _sample(hf_model)
     try:
@@ -127,13 +141,13 @@ def _agreeing(hf_model: Any, kind: str, dtype: torch.dtype, make: Callable[[], A
     except _READING_FAILED as error:
         reason = first_line(error)
     raise UnsupportedModelError(
-        f"{type(hf_model).__name__}: {kind} does not read this configuration right ({reason}); no "
-        "score would be right"
+        f"{type(hf_model).__name__}: {kind} does not read this configuration correctly ({reason}), "
+        "so every score would be wrong"
     )
 
 
 def _sample(hf_model: Any) -> tuple[Tensor, Tensor]:
-    """A few random tokens, and the logits that Hugging Face's own model gives for them."""
+    """Return a few random tokens and the logits of Hugging Face's own model for them."""
     config = hf_model.config
     limit = getattr(config, "max_position_embeddings", None) or 64
     generator = torch.Generator().manual_seed(0)
@@ -145,13 +159,13 @@ def _sample(hf_model: Any) -> tuple[Tensor, Tensor]:
 def _agrees(model: Any, tokens: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     view = view_of(model)
     tokens = tokens[:, : view.n_ctx]
-    found = view.logits(tokens).float().cpu()
+    actual = view.logits(tokens).float().cpu()
     expected = expected[:, : view.n_ctx]
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
-    # Weights that are not finite are named by the check that follows.
+    # `check_supported` runs later and names the weights that are not finite.
     if not bool(torch.isfinite(expected).all()):
         return True
-    return bool((found - expected).norm() <= tolerance * expected.norm())
+    return bool((actual - expected).norm() <= tolerance * expected.norm())
 
 
 def _checked_device(device: str | torch.device) -> str:
@@ -165,7 +179,7 @@ def _checked_device(device: str | torch.device) -> str:
 
 
 def default_device() -> str:
-    """The GPU of this process under a launcher, the first GPU otherwise, or the CPU."""
+    """Return the GPU of this process under a launcher, the first GPU otherwise, or the CPU."""
     if not torch.cuda.is_available():
         return "cpu"
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
@@ -186,13 +200,13 @@ def _use_hooked(backend: Backend, family: str) -> bool:
         )
     if family not in _HOOKED_FAMILIES:
         raise UnsupportedModelError(
-            f"{family}: HookedTransformer does not read this family right; use backend='bridge'"
+            f"{family}: HookedTransformer does not read this family correctly; use backend='bridge'"
         )
     return True
 
 
 def has_hooked_transformer() -> bool:
-    """Whether the installed transformer-lens has `HookedTransformer` (3.x)."""
+    """Return whether the installed transformer-lens has `HookedTransformer` (3.x)."""
     try:
         from transformer_lens import HookedTransformer  # noqa: F401
     except ImportError:
@@ -210,8 +224,8 @@ def _hooked(
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 2048)
     length = min(n_ctx or 2048, int(limit or 2048))
     with tempfile.TemporaryDirectory(prefix="cdt-lens-") as folder:
-        # transformer-lens takes a name for a known model by substrings of its path, so it is shown
-        # the configuration alone under a path that says nothing.
+        # transformer-lens recognises known models by substrings of the path, so it gets the
+        # configuration under a neutral path.
         shown = Path(folder) / "model"
         if not hasattr(config, "n_ctx"):
             config.n_ctx = limit
@@ -224,7 +238,7 @@ def _hooked(
         state = loading_from_pretrained.get_pretrained_state_dict(
             str(shown), cfg, hf_model, dtype=dtype
         )
-        # It also reads the tokenizer again from its path, which for a GGUF file holds none.
+        # It also reads the tokenizer again from its path. The path of a GGUF file holds none.
         tokenizer.save_pretrained(shown)
         model = HookedTransformer(cfg, AutoTokenizer.from_pretrained(shown), move_to_device=False)
     model.tokenizer.name_or_path = tokenizer.name_or_path
@@ -237,7 +251,7 @@ def _hooked(
     buffers = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
     missing = [key for key in outcome.missing_keys if not key.endswith(buffers)]
     if missing:
-        raise UnsupportedModelError(f"weights without a place in HookedTransformer: {missing[:4]}")
+        raise UnsupportedModelError(f"weights are missing for HookedTransformer: {missing[:4]}")
     model.move_model_modules_to_device()
     model.setup()
     return model

@@ -1,4 +1,4 @@
-"""Where a result came from: model and its weight hash, task, options, seed, versions, command."""
+"""Record the origin of a result: model, weight hash, task, options, seed, versions and command."""
 
 from __future__ import annotations
 
@@ -22,17 +22,28 @@ from cdt_lens.models.caller_hooks import caller_hooks
 from cdt_lens.models.view import ModelView
 from cdt_lens.models.weights import BLOCK_WEIGHTS, END_WEIGHTS, canonical, first_tensor, is_bias
 
-# The hashes of the models seen within `hashed_once`.
+# The hashes of the models within `hashed_once`.
 _HASHES: ContextVar[dict[Any, str] | None] = ContextVar("weight hashes", default=None)
 _PACKAGES = ("torch", "transformer_lens", "transformers")
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What it takes to know, and to check, where a number came from.
+    """The origin of a number, enough to reproduce it and to check it against a model.
 
-    examples: number of examples per label that were used; options: every choice that changes the
-    numbers; versions: of Python and of the packages; command: the command line that made it.
+    Attributes:
+        model: name of the model.
+        model_hash: sha256 of its weights, see `weight_hash`.
+        model_shape: numbers of layers, heads and key/value heads, the width, and whether blocks are
+            parallel.
+        task: name of the examples.
+        task_hash: sha256 of the examples.
+        examples: number of examples of each label.
+        options: every choice that changes the numbers.
+        seed: seed of the random draws, or None.
+        versions: versions of Python and of the packages.
+        command: the command line, or "python".
+        created: time in UTC, in ISO format.
     """
 
     model: str
@@ -48,12 +59,19 @@ class Provenance:
     created: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested values."""
+        """Return the fields as plain nested values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Provenance:
-        """The inverse of `to_dict`."""
+        """Create a provenance from the values that `to_dict` returned.
+
+        Args:
+            values: the fields by name.
+
+        Returns:
+            The provenance.
+        """
         return cls(**values)
 
     @property
@@ -67,29 +85,43 @@ class Provenance:
         return key
 
     def check_model(self, view: ModelView, what: str) -> None:
-        """Refuse to use this result with another model.
+        """Check that a model has the weights of this provenance.
+
+        Args:
+            view: the model.
+            what: name of the result in the error message, such as "this baseline".
 
         Raises:
-            ArtifactError: the weight hashes differ; the message shows both.
+            ArtifactError: the weight hashes differ. The message shows both.
         """
-        found = weight_hash(view)
-        if found != self.model_hash:
+        actual = weight_hash(view)
+        if actual != self.model_hash:
             raise ArtifactError(
                 f"{what} was made with model {self.model} (weights {self.model_hash[:12]}), "
-                f"this model is {view.name} (weights {found[:12]}, in {str(view.dtype)[6:]}); load "
-                "that model, in the type it had then, or make it again with this one"
+                f"this model is {view.name} (weights {actual[:12]}, in {str(view.dtype)[6:]}). "
+                "Load that model in the type that it had then, or compute the result again with "
+                "this model."
             )
 
 
 def provenance_of(
     view: ModelView, examples: Any, *, options: Mapping[str, Any], seed: int | None = None
 ) -> Provenance:
-    """The provenance of a result computed now with `view` on `examples` (a `tasks.Examples`).
+    """Return the provenance of a result that is computed now.
 
-    Hooks of the caller's own act in the numbers and are named among the options.
+    The caller's own hooks change the numbers, so they are named among the options.
+
+    Args:
+        view: the model.
+        examples: the `tasks.task.Examples` that were used.
+        options: every choice that changes the numbers.
+        seed: seed of the random draws, if there are any.
+
+    Returns:
+        The provenance.
     """
     hooks = caller_hooks(view.tl)
-    told = {"caller_hooks": [*hooks[:8], *([f"{len(hooks) - 8} more"] if hooks[8:] else [])]}
+    named_hooks = {"caller_hooks": [*hooks[:8], *([f"{len(hooks) - 8} more"] if hooks[8:] else [])]}
     return Provenance(
         model=view.name,
         model_hash=weight_hash(view),
@@ -103,7 +135,7 @@ def provenance_of(
         task=examples.name,
         task_hash=examples.hash,
         examples=dict(examples.counts),
-        options={**options, **(told if hooks else {})},
+        options={**options, **(named_hooks if hooks else {})},
         seed=seed,
         versions=versions(),
         command=command_line(),
@@ -112,18 +144,18 @@ def provenance_of(
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that the numbers depend on."""
-    found = {"python": platform.python_version(), "cdt_lens": cdt_lens.__version__}
+    """Return the versions of Python and of the packages that the numbers depend on."""
+    installed = {"python": platform.python_version(), "cdt_lens": cdt_lens.__version__}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+            installed[name] = "unknown"
+    return installed
 
 
 def command_line() -> str:
-    """The `cdt-lens` command being run, or "python" from a notebook or a script."""
+    """Return the running `cdt-lens` command, or "python" in a notebook or a script."""
     program = sys.argv[0].replace("\\", "/") if sys.argv else ""
     if program.rsplit("/", 1)[-1] == "cdt-lens" or program.endswith("cdt_lens/cli/__main__.py"):
         return shlex.join(["cdt-lens", *sys.argv[1:]])
@@ -132,10 +164,11 @@ def command_line() -> str:
 
 @contextmanager
 def hashed_once() -> Iterator[None]:
-    """Hash the weights of each model only once within the `with`; nothing in it may change them.
+    """Hash the weights of each model only once within the `with` block.
 
-    Every result checks its model, which takes about 0.6 s for 135 million parameters. Works as a
-    decorator too, and an inner block shares the hashes of the outer one.
+    The weights must not change in the block. Every result checks its model, which takes about 0.6 s
+    for 135 million parameters. It also works as a decorator, and an inner block shares the hashes
+    of the outer one.
     """
     if _HASHES.get() is not None:
         yield
@@ -148,11 +181,17 @@ def hashed_once() -> Iterator[None]:
 
 
 def weight_hash(view: ModelView) -> str:
-    """sha256 over the weights in TransformerLens layout, in a fixed order.
+    """Compute the sha256 over the weights in TransformerLens layout, in a fixed order.
 
-    The same weights in a `HookedTransformer` and in a `TransformerBridge` have the same hash;
-    weights folded or centred by TransformerLens have another one. Biases of zero do not count,
-    nor does the configuration (such as a rotary base).
+    The same weights in a `HookedTransformer` and in a `TransformerBridge` have the same hash.
+    Weights that TransformerLens has folded or centred have another one. Biases of zero do not
+    count, and neither does the configuration (such as a rotary base).
+
+    Args:
+        view: the model.
+
+    Returns:
+        The hash in hexadecimal.
     """
     known = _HASHES.get()
     if known is None:

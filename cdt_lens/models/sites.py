@@ -1,8 +1,8 @@
-"""Sites: the activations that rules and recordings need, under one name in both model classes.
+"""Name the activations that rules and recordings need, alike for both model classes.
 
-A site is (name, layer). Most are TransformerLens hook points; norms are also seen at their input
-and output, because the point of a norm lies before its weight and bias. The input of attention,
-"attn.in", is to look at only: `HookedTransformer` hands it over three times.
+A site is (name, layer). Most sites are TransformerLens hook points. A norm also has sites for its
+input and its output, because its hook point lies before its weight and bias. The site "attn.in",
+the input of attention, is read-only: `HookedTransformer` passes it three times.
 """
 
 from __future__ import annotations
@@ -47,18 +47,31 @@ _OF_THE_MLP = frozenset({"pre", "pre_linear", "post", "mlp_out", "ln2", "ln2_pos
 
 @dataclass(frozen=True)
 class Place:
-    """Where a site is: a module, seen as a hook point, by its input or by its output."""
+    """The module that gives access to a site.
+
+    Attributes:
+        module: the module to hook.
+        kind: "point" for a TransformerLens hook point, "input" or "output" for the module's own
+            input or output.
+    """
 
     module: nn.Module
     kind: Literal["point", "input", "output"]
 
     def attach(self, hook: Hook) -> Any:
-        """Register `hook` and return the handle that removes it."""
+        """Register a hook.
+
+        Args:
+            hook: a function of the activation that returns a new value, or None to keep it.
+
+        Returns:
+            The handle that removes the hook.
+        """
         if self.kind == "input":
             return self.module.register_forward_pre_hook(
                 lambda _, args, kwargs: _first(hook, args, kwargs), with_kwargs=True
             )
-        # The bridge keeps heads flat and shows them split; raw hooks must convert by themselves.
+        # The bridge stores heads flat and presents them split, so a raw hook has to convert.
         conversion = getattr(self.module, "hook_conversion", None)
         if self.kind == "output" or conversion is None:
             return self.module.register_forward_hook(lambda _m, _a, out: hook(out))
@@ -71,26 +84,34 @@ class Place:
 
 
 def find_sites(model: Any, n_layers: int) -> dict[Site, Place]:
-    """Every site of a TransformerLens model; the final norm's layer is `n_layers`."""
-    found: dict[Site, Place] = {}
+    """Find every site of a TransformerLens model.
+
+    Args:
+        model: the model.
+        n_layers: number of layers. It is also the layer of the final norm.
+
+    Returns:
+        The place of each site.
+    """
+    places: dict[Site, Place] = {}
     for layer, block in enumerate(model.blocks):
-        # HookedTransformer keeps some points of the MLP in attention-only blocks; none fires.
+        # HookedTransformer has some MLP hook points in attention-only blocks, but none fires.
         absent = _OF_THE_MLP if getattr(block, "mlp", None) is None else frozenset()
         for name, path in _HOOK_POINTS.items():
             if name in absent:
                 continue
             point = _resolve(block, path)
             if point is not None:
-                found[name, layer] = Place(point, "point")
+                places[name, layer] = Place(point, "point")
         attention = _resolve(block, "attn")
         if attention is not None:
-            found["attn.in", layer] = Place(attention, "input")
+            places["attn.in", layer] = Place(attention, "input")
         for name, path in NORMS.items():
             if name in absent:
                 continue
-            _add_norm(found, name, layer, _resolve(block, path))
-    _add_norm(found, "ln_final", n_layers, getattr(model, "ln_final", None))
-    return found
+            _add_norm(places, name, layer, _resolve(block, path))
+    _add_norm(places, "ln_final", n_layers, getattr(model, "ln_final", None))
+    return places
 
 
 def _resolve(module: Any, path: str) -> nn.Module | None:
@@ -99,20 +120,20 @@ def _resolve(module: Any, path: str) -> nn.Module | None:
     return module if isinstance(module, nn.Module) else None
 
 
-def _add_norm(found: dict[Site, Place], name: str, layer: int, norm: nn.Module | None) -> None:
-    # An identity stands where a model has no norm: there is no scale to hook.
+def _add_norm(places: dict[Site, Place], name: str, layer: int, norm: nn.Module | None) -> None:
+    # A model without a norm has an identity here, which has no scale to hook.
     point = getattr(norm, "hook_scale", None)
     if norm is None or not isinstance(point, nn.Module):
         return
-    found[f"{name}.in", layer] = Place(norm, "input")
-    found[f"{name}.scale", layer] = Place(point, "point")
-    found[f"{name}.out", layer] = Place(norm, "output")
+    places[f"{name}.in", layer] = Place(norm, "input")
+    places[f"{name}.scale", layer] = Place(point, "point")
+    places[f"{name}.out", layer] = Place(norm, "output")
 
 
 def _first(
     hook: Hook, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Show `hook` the first argument, which some callers pass by name."""
+    """Pass the first argument to `hook`; some callers give it by name."""
     if args:
         result = hook(args[0])
         return None if result is None else ((result, *args[1:]), kwargs)

@@ -1,12 +1,14 @@
-"""Whether a model's architecture is one that the rules describe; checked once, by numbers.
+"""Check that the rules describe a model's architecture.
 
-1. Components with no rule are refused by name (mixture of experts, ALiBi, attention sinks, ...).
-2. One ordinary run on a few tokens checks the identities that the rules rely on: residual adds,
-   z = pattern @ v, logits = softcap(unembedding(final norm)).
-3. One run on zeros reads every bias where the rules use it (a linear map of 0 is its bias), and
-   shows that edits at the hook points are obeyed, which TransformerBridge does not always do.
+1. Refuse components that have no rule, by name: mixture of experts, ALiBi, attention sinks and
+   others.
+2. Make one ordinary run on a few tokens and check the identities that the rules rely on: the
+   residual adds, z = pattern @ v, and logits = softcap(unembedding(final norm)).
+3. Make one run on zeros, which reads every bias where the rules use it, because a linear map of 0
+   is its bias. The same run shows whether edits at the hook points take effect, which is not so in
+   every `TransformerBridge`.
 
-What fails is refused with the component's name; a number is never silently wrong.
+A failed check raises an error with the component's name, so that no number is silently wrong.
 """
 
 from __future__ import annotations
@@ -31,11 +33,14 @@ _PROBE_LENGTH = 7
 
 @dataclass(frozen=True, eq=False)
 class Support:
-    """What the check learnt: biases by site (only the non-zero ones), and what is missing.
+    """The biases and MLPs of a supported model.
 
-    biases: q, k, v `[head, d_head]`; pre, pre_linear `[d_mlp]`; the output projections of
-        attention and MLP (see `output_site`) and "<norm>.out" `[d_model]`.
-    plain_mlp: layers whose MLP is act(pre) or act(pre) * pre_linear, as frozen activations need.
+    Attributes:
+        biases: the non-zero biases by site: q, k and v `[head, d_head]`; pre and pre_linear
+            `[d_mlp]`; the output projections of attention and MLP (see `output_site`) and
+            "<norm>.out" `[d_model]`.
+        plain_mlp: layers whose MLP is act(pre) or act(pre) * pre_linear. Rules that compute the MLP
+            by formula need this.
     """
 
     biases: Mapping[Site, Tensor] = field(repr=False)
@@ -43,24 +48,38 @@ class Support:
 
 
 def output_site(view: ModelView, name: str, layer: int) -> Site:
-    """Where the output projection of attention ("attn_out") or MLP ("mlp_out") is seen.
+    """Return the site of the output projection of attention or MLP.
 
-    With a norm behind the projection, as in Gemma 2 and 3, that is the norm's input.
+    Where a norm follows the projection, as in Gemma 2 and 3, this is the norm's input.
+
+    Args:
+        view: the model.
+        name: "attn_out" or "mlp_out".
+        layer: the layer.
+
+    Returns:
+        The site.
     """
     before_norm = ("ln1_post.in" if name == "attn_out" else "ln2_post.in", layer)
     return before_norm if before_norm in view.sites else (name, layer)
 
 
-# What was learnt, with the state of the weights that it was learnt from.
+# The result of the check, with the state of the weights that were checked.
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[object, Support]]
 _CHECKED = weakref.WeakKeyDictionary()
 
 
 def check_supported(view: ModelView) -> Support:
-    """Check `view`'s model against the rules, once for its present weights.
+    """Check the model against the rules, once for its present weights.
+
+    Args:
+        view: the model.
+
+    Returns:
+        Its biases and the layers with a plain MLP.
 
     Raises:
-        UnsupportedModelError: a component has no rule; the message names it.
+        UnsupportedModelError: a component has no rule. The message names it.
         InputError: a weight is not finite.
     """
     _refuse_flags(view)
@@ -68,11 +87,11 @@ def check_supported(view: ModelView) -> Support:
     before = _CHECKED.get(view.tl)
     if before is not None and before[0] == state:
         return before[1]
-    # What an architecture is, the caller's hooks do not change.
+    # The caller's hooks do not change the architecture.
     with lifted(view.tl):
-        found = _check(view)
-    _CHECKED[view.tl] = (state, found)
-    return found
+        support = _check(view)
+    _CHECKED[view.tl] = (state, support)
+    return support
 
 
 def check_caller_hooks(
@@ -82,13 +101,20 @@ def check_caller_hooks(
     *,
     edits: str | None = None,
 ) -> None:
-    """Refuse hooks of the caller's that act where we do not go; one run of the batch shows it.
+    """Check that the caller's hooks act only where this package applies them too.
 
-    edits: what cannot be followed when a hook edits an activation, in words; None: all can be.
+    The check runs the batch with and without the hooks. It does nothing if there are no hooks.
+
+    Args:
+        view: the model.
+        tokens: the prompts, padded on the right.
+        lengths: number of real tokens of each prompt.
+        edits: name of the rule that cannot follow a hook that edits an activation. None allows
+            edits.
 
     Raises:
-        InputError: a hook changes what stands between the last residual stream and the logits, or
-            gives something else at each call; or one edits, and `edits` says what is against it.
+        InputError: a hook acts between the last residual stream and the logits, or differs from
+            call to call, or edits an activation although `edits` is given.
     """
     names = caller_hooks(view.tl)
     if not names:
@@ -102,8 +128,9 @@ def check_caller_hooks(
     if not bool((ours - own).abs().max() <= tolerance * own.abs().max()):
         raise InputError(
             f"{view.name}: your hooks (on {where}) change the logits behind the last block, or "
-            "give something else at each call; only the answer position is normed and unembedded "
-            "here, so they would act by half. Take them off, or edit inside a block"
+            "return something else at each call. Only the answer position is normed and unembedded "
+            "here, so these hooks would be applied incompletely. Remove them, or hook inside a "
+            "block."
         )
     if edits is None:
         return
@@ -111,8 +138,8 @@ def check_caller_hooks(
         plain = view.run(tokens)
     if any(_differ(a, b, torch.float32) for a, b in zip(trace.resid, plain.resid, strict=True)):
         raise InputError(
-            f"{view.name}: your hooks (on {where}) edit activations, which {edits} would follow "
-            "by half; use rules='ablation' or exact_ablation, or take the hooks off"
+            f"{view.name}: your hooks (on {where}) edit activations, and {edits} cannot follow "
+            "these edits completely. Use rules='ablation' or exact_ablation, or remove the hooks."
         )
 
 
@@ -128,10 +155,10 @@ def _whole_logits(
 
 
 def _weights_state(view: ModelView) -> object:
-    """Something that changes when the weights do: training must not leave old biases behind.
+    """Return a value that changes when the weights do, so that stored biases become invalid.
 
-    Version counters miss edits through `.data`, so the values of small parameters, which hold
-    the biases and the norms, count as well.
+    Version counters miss edits through `.data`. So the values of small parameters, which hold the
+    biases and the norms, count as well.
     """
     parameters = list(view.tl.parameters())
     small = [p.detach().float().flatten() for p in parameters if p.numel() < 65536]
@@ -144,7 +171,7 @@ def _weights_state(view: ModelView) -> object:
 def _check(view: ModelView) -> Support:
     for name, parameter in view.tl.named_parameters():
         if not bool(torch.isfinite(parameter.detach()).all()):
-            raise InputError(f"{view.name}: weight {name} holds NaN or infinity; load it again")
+            raise InputError(f"{view.name}: weight {name} holds NaN or infinity. Load it again.")
     _refuse_by_name(view)
     generator = torch.Generator().manual_seed(0)
     length = min(_PROBE_LENGTH, view.n_ctx)
@@ -167,19 +194,20 @@ def _check(view: ModelView) -> Support:
 
 def _refuse(view: ModelView, component: str) -> None:
     raise UnsupportedModelError(
-        f"{view.name}: {component}: no propagation rule exists for it, so no score would be right"
+        f"{view.name}: {component}: no propagation rule exists for it, so every score would be "
+        "wrong"
     )
 
 
 def _refuse_flags(view: ModelView) -> None:
-    """Switches that a caller may turn at any time and that the rules do not see through."""
+    """Refuse switches that bypass the hook points; a caller may turn them on at any time."""
     if view.n_kv_heads == view.n_heads and not view.is_bridge:
         return
     for flag in ("ungroup_grouped_query_attention", "use_split_qkv_input", "use_attn_in"):
         if getattr(view.tl.cfg, flag, False):
             raise UnsupportedModelError(
-                f"{view.name}: cfg.{flag} is on, which takes grouped heads or norms past their "
-                f"hook points; turn it off (model.set_{flag}(False))"
+                f"{view.name}: cfg.{flag} is on, which bypasses the hook points of grouped heads "
+                f"or norms. Turn it off (model.set_{flag}(False))."
             )
 
 
@@ -211,7 +239,7 @@ def _refuse_by_name(view: ModelView) -> None:
 
 
 def _differ(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a and b differ by more than a component's absence could explain as rounding."""
+    """Return whether a and b differ by more than rounding could explain."""
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
     a, b = a.float(), b.float()
     return bool((a - b).norm() > tolerance * (b.norm() + 1e-6))
@@ -219,8 +247,8 @@ def _differ(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
 
 def _check_residual(view: ModelView, trace: Trace) -> None:
     for layer in range(view.n_layers):
-        seen = trace.activations.get(("ln1.out", layer))
-        if seen is not None and torch.equal(seen, trace["attn_out", layer]):
+        normed = trace.activations.get(("ln1.out", layer))
+        if normed is not None and torch.equal(normed, trace["attn_out", layer]):
             _refuse(view, f"layer {layer}'s norm behind attention under the name ln1 (OLMo 2 here)")
     for layer in range(view.n_layers):
         total = trace.resid[layer] + trace["attn_out", layer]
@@ -229,7 +257,7 @@ def _check_residual(view: ModelView, trace: Trace) -> None:
         if _differ(total, trace["resid_post", layer], view.dtype):
             _refuse(view, f"layer {layer}'s residual add (it is not resid + attn_out + mlp_out)")
         if _differ(trace["resid_post", layer], trace.resid[layer + 1], view.dtype):
-            _refuse(view, f"what stands between layer {layer} and the next")
+            _refuse(view, f"a component between layer {layer} and the next")
 
 
 def _check_attention(view: ModelView, trace: Trace) -> None:
@@ -248,11 +276,11 @@ def _check_logits(view: ModelView, trace: Trace, tokens: Tensor) -> None:
         logits = view.candidate_logits(trace.resid[-1][:, -1], candidates)
     own = view.logits(tokens)[:, -1].gather(1, candidates.to(view.device))
     if _differ(logits, own, view.dtype):
-        _refuse(view, "what stands between the unembedding and the logits")
+        _refuse(view, "a component between the unembedding and the logits")
 
 
 def _check_norms(view: ModelView, trace: Trace) -> None:
-    """A norm must divide by the scale at its hook point: twice the scale, half the output."""
+    """Check that a norm divides by its hook_scale: twice the scale must give half the output."""
     for layer in range(view.n_layers + 1):
         for norm in view.norms(layer):
             if norm == "ln_final":
@@ -278,7 +306,7 @@ def _normed(view: ModelView, trace: Trace, layer: int, norm: str, factor: float)
 
 
 def _read_biases(view: ModelView, trace: Trace) -> dict[Site, Float[Tensor, "*bias"]]:
-    """Biases as what each linear map makes of 0, layer by layer."""
+    """Read the biases as the output of each linear map for an input of 0, layer by layer."""
     biases: dict[Site, Tensor] = {}
     for layer in range(view.n_layers):
         for site, value in _zero_run(view, trace, layer).items():
@@ -290,7 +318,7 @@ def _read_biases(view: ModelView, trace: Trace) -> dict[Site, Float[Tensor, "*bi
 
 
 def _zero_run(view: ModelView, trace: Trace, layer: int) -> dict[Site, Tensor]:
-    """Run one block on zeros, zeroing again after each nonlinearity; what each map gave."""
+    """Run one block on zeros, with zeros after each nonlinearity, and return each map's output."""
     given: dict[Site, Tensor] = {}
     hooks: dict[Site, Hook] = {}
 
@@ -305,7 +333,7 @@ def _zero_run(view: ModelView, trace: Trace, layer: int) -> dict[Site, Tensor]:
     outputs = [output_site(view, name, layer) for name in ("attn_out", "mlp_out")]
     for site in [*((name, layer) for name in ("q", "k", "v", "pre", "pre_linear", "z")), *outputs]:
         keep(site)
-    # A pattern of zeros must give a z of exactly 0, whatever v is: then the edit was obeyed.
+    # A pattern of zeros must give a z of exactly 0, whatever v is. Otherwise the edit was ignored.
     zero(("pattern", layer))
     zero(("post", layer))
     hooks = {site: hook for site, hook in hooks.items() if site in view.sites}
@@ -316,7 +344,7 @@ def _zero_run(view: ModelView, trace: Trace, layer: int) -> dict[Site, Tensor]:
 
 
 def _norm_bias(view: ModelView, norm: str, layer: int) -> dict[Site, Tensor]:
-    """The bias of a norm under its site, if it has one."""
+    """Return the bias of a norm under its site, if it has one."""
     site = (f"{norm}.out", layer)
     if site not in view.sites:
         return {}
@@ -325,7 +353,7 @@ def _norm_bias(view: ModelView, norm: str, layer: int) -> dict[Site, Tensor]:
 
 
 def _is_plain_mlp(view: ModelView, trace: Trace, layer: int) -> bool:
-    """Whether `post` is act(pre), times pre_linear where there is one."""
+    """Return whether `post` is act(pre), times pre_linear where there is one."""
     function = view.activation(layer)
     if function is None or ("pre", layer) not in trace or ("post", layer) not in trace:
         return False

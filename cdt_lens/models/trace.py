@@ -1,4 +1,4 @@
-"""What an ordinary forward pass left at the hook points."""
+"""Define `Trace`, the record of one ordinary forward pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from cdt_lens.models.sites import Hook, Site
 
 @dataclass(frozen=True, eq=False)
 class BlockCall:
-    """How the model called one block: what follows the residual stream in its arguments."""
+    """The arguments with which the model called one block, without the residual stream.
+
+    Attributes:
+        args: positional arguments after the residual stream.
+        kwargs: keyword arguments.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -23,7 +28,13 @@ class BlockCall:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One ordinary run: residual streams before each block and after the last, and activations."""
+    """The record of one ordinary forward pass.
+
+    Attributes:
+        resid: residual streams before each block and after the last one.
+        calls: the call of every block.
+        activations: the recorded activations by site, detached.
+    """
 
     resid: tuple[Float[Tensor, "batch pos d_model"], ...]
     calls: tuple[BlockCall, ...]
@@ -44,26 +55,26 @@ def _recorder(activations: dict[Site, Tensor], site: Site) -> Hook:
 
 
 def _shared_calls(calls: list[BlockCall], batch: int) -> tuple[BlockCall, ...]:
-    """Block arguments that serve any number of rows: one row of each per-example tensor.
+    """Reduce each per-example argument to one row, which then serves any number of rows.
 
-    Right-padded prompts share masks and positions, so that one row stands for all; a model whose
-    rows differ cannot be replayed and is refused.
+    Right-padded prompts share masks and positions. A model whose rows differ cannot be replayed,
+    and `UnsupportedModelError` is raised.
     """
-    seen: dict[int, Any] = {}
+    rows: dict[int, Any] = {}
 
     def one_row(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(one_row(item) for item in value)
         if not isinstance(value, Tensor) or batch == 1 or value.shape[:1] != (batch,):
             return value
-        if id(value) not in seen:
+        if id(value) not in rows:
             if not bool((value == value[:1]).all()):
                 raise UnsupportedModelError(
                     "the model passes its blocks a mask or positions that differ between prompts "
                     "padded on the right; no rule exists for that"
                 )
-            seen[id(value)] = value[:1]
-        return seen[id(value)]
+            rows[id(value)] = value[:1]
+        return rows[id(value)]
 
     return tuple(
         BlockCall(one_row(call.args), {k: one_row(v) for k, v in call.kwargs.items()})

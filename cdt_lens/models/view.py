@@ -1,16 +1,17 @@
-"""One view over TransformerLens' two model classes, `HookedTransformer` and `TransformerBridge`.
+"""Present TransformerLens' two model classes, `HookedTransformer` and `TransformerBridge`, as one.
 
-Everything else in this package sees a model only as a `ModelView`:
+The rest of this package uses a model only through `ModelView`:
 
-1. `run` makes one ordinary forward pass, records the activations asked for and the call of every
-   block, and stops before the unembedding, so that nothing of vocabulary size exists.
+1. `run` makes one ordinary forward pass, records the requested activations and the call of every
+   block, and stops before the unembedding, so that no tensor of vocabulary size exists.
 2. `replay` sends any residual stream through the model's own blocks from a chosen layer on, with
-   hooks in place. The rows may be many copies of the recorded batch: (source x example).
-3. `label_logits` ends with the model's own final norm and the unembedding columns of a few tokens.
+   hooks attached. The rows may be many copies of the recorded batch: (source x example).
+3. `candidate_logits` applies the model's own final norm and the unembedding columns of a few
+   tokens.
 
 The caller's model is never changed: hooks, training mode and gradient mode are as before after
-every call, whether it returned or raised. Prompts are padded on the right, where causal attention
-never looks, so padding cannot change a number.
+every call that returns or raises. Prompts are padded on the right, where causal attention does not
+reach, so that padding cannot change a number.
 """
 
 from __future__ import annotations
@@ -37,7 +38,14 @@ class _StopBeforeUnembedding(Exception):
 
 
 def is_model(value: object) -> bool:
-    """Whether `value` is one of TransformerLens' decoder classes."""
+    """Return whether `value` is one of TransformerLens' decoder classes.
+
+    Args:
+        value: any object.
+
+    Returns:
+        True for a `HookedTransformer` or a `TransformerBridge`.
+    """
     try:
         hooked = transformer_lens.HookedTransformer
     except (AttributeError, ImportError):  # removed in TransformerLens 4.0
@@ -46,13 +54,20 @@ def is_model(value: object) -> bool:
 
 
 class ModelView:
-    """A `HookedTransformer` or `TransformerBridge`, seen the same way. Get one by `view_of`."""
+    """A `HookedTransformer` or `TransformerBridge` behind one interface. Use `view_of` to get one.
+
+    Args:
+        tl: the TransformerLens model.
+
+    Raises:
+        InputError: `tl` is of another class.
+    """
 
     def __init__(self, tl: nn.Module) -> None:
         if not is_model(tl):
             raise InputError(
                 f"model: expected a HookedTransformer or TransformerBridge, got "
-                f"{type(tl).__name__}; cdt_lens.load_model makes one"
+                f"{type(tl).__name__}. Load one with cdt_lens.load_model."
             )
         self.tl: Any = tl
         cfg: Any = self.tl.cfg
@@ -75,12 +90,12 @@ class ModelView:
 
     @property
     def hf_config(self) -> Any:
-        """The Hugging Face configuration behind a bridge, or None."""
+        """The Hugging Face configuration of a bridge, or None."""
         return getattr(self.tl.original_model, "config", None) if self.is_bridge else None
 
     @property
     def device(self) -> torch.device:
-        """Where the residual stream lives."""
+        """The device of the weights."""
         return next(self.tl.parameters()).device
 
     @property
@@ -90,7 +105,7 @@ class ModelView:
 
     @property
     def parallel(self) -> bool:
-        """Whether attention and MLP of a layer read the same stream: neither feeds the other."""
+        """Whether attention and MLP of a layer read the same residual stream."""
         return bool(getattr(self.tl.cfg, "parallel_attn_mlp", False))
 
     @property
@@ -100,15 +115,30 @@ class ModelView:
 
     @property
     def sites(self) -> frozenset[Site]:
-        """Every site that this model has."""
+        """Every site of this model."""
         return frozenset(self._places)
 
     def norms(self, layer: int) -> tuple[str, ...]:
-        """Names of the norms with hook points in `layer` (`n_layers`: the final norm)."""
+        """Return the names of the norms with hook points in a layer.
+
+        Args:
+            layer: the layer. `n_layers` stands for the final norm.
+
+        Returns:
+            Names such as "ln1" and "ln2".
+        """
         return tuple(n for n in NORMS if (f"{n}.scale", layer) in self._places)
 
     def norm_bias(self, norm: str, layer: int) -> Float[Tensor, " d_model"] | None:
-        """The bias of a norm, or None."""
+        """Return the bias of a norm, or None.
+
+        Args:
+            norm: name of the norm.
+            layer: layer of the norm.
+
+        Returns:
+            The bias, detached. None where the norm has no bias.
+        """
         module = self._places[f"{norm}.out", layer].module
         inner = getattr(module, "original_component", module)
         bias = getattr(inner, "b", None)
@@ -119,7 +149,11 @@ class ModelView:
 
     @contextmanager
     def hooked(self, hooks: Mapping[Site, Hook]) -> Iterator[None]:
-        """Within the `with`, `hooks[site]` sees each activation and may return another for it.
+        """Attach hooks to sites within the `with` block.
+
+        Args:
+            hooks: for each site, a function that receives the activation. It returns a new value
+                for the activation, or None to keep it.
 
         Raises:
             UnsupportedModelError: the model has no such site.
@@ -140,15 +174,19 @@ class ModelView:
 
     @contextmanager
     def quiet(self, *, gradients: bool = False) -> Iterator[None]:
-        """Evaluation mode, and gradients only if asked for; both as before afterwards."""
-        # A bridge's own modules leave out some of the Hugging Face model's, such as its dropout.
+        """Use evaluation mode within the `with` block, and restore the caller's modes afterwards.
+
+        Args:
+            gradients: whether autograd records operations.
+        """
+        # The bridge's modules do not include all of the Hugging Face model's, such as dropout.
         roots = [self.tl, self.tl.original_model] if self.is_bridge else [self.tl]
         training = list({m: None for root in roots for m in root.modules() if m.training})
         try:
             for module in training:
                 module.training = False
             with warnings.catch_warnings():
-                # The bridge warns each time a norm's scale is edited, as some rules mean to do.
+                # The bridge warns each time a norm's scale is edited, which some rules do.
                 warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
                 with torch.set_grad_enabled(gradients):
                     yield
@@ -159,10 +197,18 @@ class ModelView:
     # ------------------------------------------------------------------ running it
 
     def run(self, tokens: Int[Tensor, "batch pos"], record: Iterable[Site] = ()) -> Trace:
-        """One ordinary forward pass, stopped before the unembedding.
+        """Make one ordinary forward pass that stops before the unembedding.
+
+        Args:
+            tokens: the prompts, padded on the right.
+            record: the sites to record.
+
+        Returns:
+            The residual streams, the call of every block, and the recorded activations, detached.
 
         Raises:
             InputError: the prompts are longer than the model's context.
+            UnsupportedModelError: the model has no such site, or its masks differ between prompts.
         """
         activations: dict[Site, Tensor] = {}
         hooks = {site: _recorder(activations, site) for site in record}
@@ -173,13 +219,23 @@ class ModelView:
     def stream(
         self, tokens: Int[Tensor, "batch pos"], stop: int | None = None
     ) -> tuple[tuple[Float[Tensor, "batch pos d_model"], ...], tuple[BlockCall, ...]]:
-        """Residual streams before each block up to `stop` (default: to the end), and the calls.
+        """Run the model's own forward pass in the caller's mode, and stop it at a block.
 
-        Runs the model's own forward pass in the caller's mode and stops it there. Raises as `run`.
+        Args:
+            tokens: the prompts, padded on the right.
+            stop: the block to stop before. None runs all blocks.
+
+        Returns:
+            The residual streams before each block up to `stop`, or before each block and after the
+            last. Also the call of every block that was reached.
+
+        Raises:
+            InputError: the prompts are longer than the model's context.
+            UnsupportedModelError: the masks or positions differ between prompts.
         """
         resid: list[Tensor] = []
         calls: list[BlockCall] = []
-        # A hook of the caller's may edit in place what would stand in `resid`.
+        # A hook of the caller's may edit the recorded stream in place.
         keep = torch.clone if caller_hooks(self.tl) else lambda value: value
 
         def note_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -194,7 +250,7 @@ class ModelView:
             raise _StopBeforeUnembedding
 
         ends = [m for m in (getattr(self.tl, "ln_final", None), self.tl.unembed) if m is not None]
-        # Before the caller's own hooks, which act again when a stream is sent through the blocks.
+        # Record before the caller's hooks, which act again when a stream is replayed.
         handles = [
             block.register_forward_pre_hook(note_call, with_kwargs=True, prepend=True)
             for block in self.blocks
@@ -210,16 +266,36 @@ class ModelView:
         return tuple(resid), _shared_calls(calls, tokens.shape[0])
 
     def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
-        """The model's own logits, by its own whole forward pass."""
+        """Compute the model's logits with its own whole forward pass.
+
+        Args:
+            tokens: the prompts, padded on the right.
+
+        Returns:
+            Logits at every position.
+
+        Raises:
+            InputError: the prompts are longer than the model's context.
+        """
         with self.quiet():
             return self._forward(tokens.to(self.device))
 
     def check_length(self, tokens: int, where: str = "") -> None:
-        """Refuse (InputError) a prompt longer than the context; rotary models would run on."""
+        """Check that a prompt fits the context.
+
+        A rotary model would run beyond its context without an error.
+
+        Args:
+            tokens: number of tokens of the prompt.
+            where: start of the error message, such as the name of the example.
+
+        Raises:
+            InputError: the prompt is longer than the model's context.
+        """
         if tokens > self.n_ctx:
             raise InputError(
-                f"{where}prompt of {tokens} tokens: {self.name} reads at most {self.n_ctx}; "
-                "shorten or truncate the prompts"
+                f"{where}prompt of {tokens} tokens: {self.name} reads at most {self.n_ctx}. "
+                "Shorten or truncate the prompts."
             )
 
     def _forward(self, tokens: Tensor) -> Tensor:
@@ -239,9 +315,21 @@ class ModelView:
         hooks: Mapping[Site, Hook],
         stop: int | None = None,
     ) -> Float[Tensor, "row pos d_model"]:
-        """Send `resid` through blocks `start` to `stop` (default: the last) with `hooks` in place.
+        """Send a residual stream through the model's own blocks with hooks attached.
 
-        `row` is any number of copies of the trace's batch; returns the stream after the last block.
+        Args:
+            trace: the ordinary run that recorded the calls of the blocks.
+            resid: the residual stream before block `start`. Its rows may be any number of copies of
+                the trace's batch.
+            start: the first block.
+            hooks: functions by site, see `hooked`.
+            stop: the block to stop before. None runs to the last block.
+
+        Returns:
+            The residual stream before block `stop`, or after the last block.
+
+        Raises:
+            UnsupportedModelError: the model has no such site.
         """
         with self.quiet(), self.hooked(hooks):
             return self.through(resid, trace.calls[start:stop], start)
@@ -249,7 +337,16 @@ class ModelView:
     def through(
         self, resid: Float[Tensor, "row pos d_model"], calls: Iterable[BlockCall], start: int
     ) -> Float[Tensor, "row pos d_model"]:
-        """Send `resid` through one block a call, from block `start` on, in the caller's mode."""
+        """Send a residual stream through one block for each call, in the caller's mode.
+
+        Args:
+            resid: the residual stream before block `start`.
+            calls: the recorded arguments of each block.
+            start: the first block.
+
+        Returns:
+            The residual stream after the last of these blocks.
+        """
         for block, call in zip(list(self.blocks)[start:], calls, strict=False):
             out = block(resid, *call.args, **call.kwargs)
             resid = out[0] if isinstance(out, tuple) else out
@@ -288,7 +385,14 @@ class ModelView:
         return self.softcapped(self.unembedded(self.normed(resid), candidates))
 
     def normed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-        """Apply the model's own final norm, if it has one, in the caller's mode."""
+        """Apply the model's own final norm in the caller's mode.
+
+        Args:
+            resid: residual vectors after the last block.
+
+        Returns:
+            The normed vectors, or `resid` if the model has no final norm.
+        """
         if ("ln_final.in", self.n_layers) not in self._places:
             return resid
         return self.tl.ln_final(resid.reshape(-1, 1, resid.shape[-1])).reshape(resid.shape)
@@ -296,21 +400,42 @@ class ModelView:
     def unembedded(
         self, normed: Float[Tensor, "*rows batch d_model"], candidates: Int[Tensor, "batch k"]
     ) -> Float[Tensor, "*rows batch k"]:
-        """Compute candidate logits before the soft-cap from vectors after the final norm."""
+        """Compute candidate logits before the soft-cap.
+
+        Args:
+            normed: vectors after the final norm.
+            candidates: token ids of each example.
+
+        Returns:
+            Logits, in at least float32.
+        """
         columns, bias = self.unembedding(candidates)
         return torch.einsum("...bd,bkd->...bk", at_least_float32(normed), columns) + bias
 
     def softcapped(self, logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Apply the model's soft-cap `c tanh(l / c)`, if it has one."""
+        """Apply the model's soft-cap `c tanh(l / c)`.
+
+        Args:
+            logits: logits as the unembedding returns them.
+
+        Returns:
+            Soft-capped logits, or `logits` if the model has no soft-cap.
+        """
         cap = self.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def unembedding(
         self, tokens: Int[Tensor, "batch k"]
     ) -> tuple[Float[Tensor, "batch k d_model"], Float[Tensor, "batch k"]]:
-        """Return the unembedding vectors and biases of a few tokens, in at least float32.
+        """Return the unembedding vectors and biases of a few tokens.
 
-        Scores are small differences between logits. Biases are 0 where the model has none.
+        They are in at least float32, because scores are small differences between logits.
+
+        Args:
+            tokens: token ids.
+
+        Returns:
+            The vectors, and the biases, which are 0 if the model has none. Both are detached.
         """
         unembed = self.tl.unembed
         ids = tokens.to(self.device)
@@ -321,22 +446,35 @@ class ModelView:
 
     @property
     def logit_softcap(self) -> float | None:
-        """`c` where the model's logits are `c tanh(l / c)` of the unembedding's, else None."""
+        """The `c` of a model whose logits are `c tanh(l / c)` of the unembedding's, or None."""
         cap = getattr(self.tl.cfg, "output_logits_soft_cap", None)
         if self.is_bridge:
             cap = getattr(self.hf_config, "final_logit_softcapping", None) or cap
         return float(cap) if cap is not None and cap > 0 else None
 
     def activation(self, layer: int) -> Callable[[Tensor], Tensor] | None:
-        """The MLP's activation function at `layer`, or None if it cannot be told."""
+        """Return the activation function of a layer's MLP.
+
+        Args:
+            layer: the layer.
+
+        Returns:
+            The function, or None if the MLP does not expose it.
+        """
         mlp = getattr(self.blocks[layer], "mlp", None)
         inner = getattr(mlp, "original_component", mlp)
         named: Any = (getattr(inner, name, None) for name in ("act_fn", "act", "activation_fn"))
-        return next((each for each in named if callable(each)), None)
+        return next((function for function in named if callable(function)), None)
 
 
 def view_of(model: nn.Module | ModelView) -> ModelView:
-    """The `ModelView` of a TransformerLens model (a view is returned as it is).
+    """Return the `ModelView` of a TransformerLens model.
+
+    Args:
+        model: the model, or a view, which is returned unchanged.
+
+    Returns:
+        The view.
 
     Raises:
         InputError: `model` is of another class.
@@ -345,13 +483,28 @@ def view_of(model: nn.Module | ModelView) -> ModelView:
 
 
 def at_least_float32(value: Tensor) -> Tensor:
-    """Return `value`, converted to float32 if its type is shorter."""
+    """Convert a tensor of a shorter type to float32.
+
+    Args:
+        value: a tensor.
+
+    Returns:
+        `value` itself if its type has at least 32 bits.
+    """
     return value.float() if value.dtype.itemsize < 4 else value
 
 
 def at_answer(
     resid: Float[Tensor, "*rows batch pos d"], lengths: Int[Tensor, " batch"]
 ) -> Float[Tensor, "*rows batch d"]:
-    """Select the last real position of each right-padded prompt."""
+    """Select the last real position of each right-padded prompt.
+
+    Args:
+        resid: vectors at every position.
+        lengths: number of real tokens of each prompt.
+
+    Returns:
+        The vectors at positions `lengths - 1`.
+    """
     batch = torch.arange(resid.shape[-3], device=resid.device)
     return resid[..., batch, lengths.to(resid.device) - 1, :]

@@ -1,13 +1,13 @@
-"""Every weight of a model by its TransformerLens name, as a view into the parameter that holds it.
+"""Give access to every weight by its TransformerLens name, as a view into its parameter.
 
-1. "blocks.3.attn.W_Q" is `[head, d_model, d_head]` in both model classes; grouped keys and values
+1. "blocks.3.attn.W_Q" is `[head, d_model, d_head]` in both model classes. Grouped keys and values
    have `n_kv_heads` heads. Writing into a view writes into the model.
-2. `own_weights` leaves out what a class adds to a family: the zero biases of `HookedTransformer`'s
-   Llama, the output bias of the bridge. They must not be trained: no checkpoint has a place for
-   them.
-3. The bridge runs some fused projections (GPT-NeoX) from split copies; `sync_fused` writes the
-   copies back into the fused parameter, which would otherwise keep the old weights. A model for
-   which that would not be right is refused before anything is trained.
+2. `own_weights` leaves out the weights that a class adds to a family: the zero biases of a Llama as
+   `HookedTransformer`, and the output bias of the bridge. No checkpoint can store them, so they
+   must not be trained.
+3. The bridge runs some fused projections (GPT-NeoX) from split copies. `sync_fused` writes the
+   copies back into the fused parameter, which would otherwise keep the old weights. `check_fused`
+   refuses a model before training if that would give wrong weights.
 """
 
 from __future__ import annotations
@@ -41,44 +41,80 @@ END_WEIGHTS = (
 )
 _NORMS = ("q_norm", "k_norm", "ln1", "ln2", "ln1_post", "ln2_post", "ln_final")
 _QKV_BIASES = frozenset({"attn.b_Q", "attn.b_K", "attn.b_V"})
-# HookedTransformer has a zero bias everywhere; these families have only those named here,
+# HookedTransformer adds zero biases everywhere. These families have only the biases named here.
 _BIASES_IN_HOOKED = {
     "LlamaForCausalLM": frozenset(),
     "MistralForCausalLM": frozenset(),
     "Qwen2ForCausalLM": _QKV_BIASES,
     "Qwen3ForCausalLM": frozenset(),
 }
-# and these have every one, be it zero as in a fresh model.
+# These families have every bias, even where it is zero, as in a fresh model.
 _EVERY_BIAS_IN_HOOKED = frozenset({"GPT2LMHeadModel", "GPTNeoXForCausalLM"})
 
 
 def canonical(names: str) -> str:
-    """The name that both model classes share, of `a.b|c.d`."""
+    """Return the name that both model classes share.
+
+    Args:
+        names: alternatives in the form `a.b|c.d`.
+
+    Returns:
+        The last alternative.
+    """
     return names.rsplit("|", 1)[-1]
 
 
 def is_bias(name: str) -> bool:
-    """Whether a weight of this name is a bias."""
+    """Return whether a weight is a bias.
+
+    Args:
+        name: name of the weight.
+
+    Returns:
+        True for a bias.
+    """
     return name.rsplit(".", 1)[-1].startswith(("b", "_b"))
 
 
 def is_norm(name: str) -> bool:
-    """Whether a weight of this name belongs to a norm."""
+    """Return whether a weight belongs to a norm.
+
+    Args:
+        name: name of the weight.
+
+    Returns:
+        True for a weight or bias of a norm.
+    """
     return name.rsplit(".", 2)[-2] in _NORMS
 
 
 def named_weights(view: ModelView) -> dict[str, Tensor]:
-    """Every weight in TransformerLens layout by canonical name, from the embedding to the end."""
-    found = {name: first_tensor(view.tl, name) for name in END_WEIGHTS[:2]}
+    """Return every weight in TransformerLens layout.
+
+    Args:
+        view: the model.
+
+    Returns:
+        Views into the parameters by canonical name, from the embedding to the unembedding,
+        detached.
+    """
+    weights = {name: first_tensor(view.tl, name) for name in END_WEIGHTS[:2]}
     for layer, block in enumerate(view.blocks):
         for names in BLOCK_WEIGHTS:
-            found[f"blocks.{layer}.{canonical(names)}"] = first_tensor(block, names)
-    found |= {name: first_tensor(view.tl, name) for name in END_WEIGHTS[2:]}
-    return {name: value.detach() for name, value in found.items() if value is not None}
+            weights[f"blocks.{layer}.{canonical(names)}"] = first_tensor(block, names)
+    weights |= {name: first_tensor(view.tl, name) for name in END_WEIGHTS[2:]}
+    return {name: value.detach() for name, value in weights.items() if value is not None}
 
 
 def own_weights(view: ModelView) -> dict[str, Tensor]:
-    """`named_weights` without the biases that the model class adds to the family."""
+    """Return `named_weights` without the biases that the model class adds to the family.
+
+    Args:
+        view: the model.
+
+    Returns:
+        Views into the parameters by canonical name, detached.
+    """
     return {n: value for n, value in named_weights(view).items() if not _added(view, n, value)}
 
 
@@ -92,44 +128,61 @@ def _added(view: ModelView, name: str, value: Tensor) -> bool:
         return False
     if family in _BIASES_IN_HOOKED:
         return name.split(".", 2)[-1] not in _BIASES_IN_HOOKED[family]
-    # Any other family: what the class fills in for a bias that a checkpoint lacks is zero.
+    # Any other family: the class fills in zero for a bias that a checkpoint lacks.
     return not bool(value.any())
 
 
 def family_of(view: ModelView) -> str | None:
-    """The Hugging Face class that the weights are of, such as "LlamaForCausalLM", if any."""
+    """Return the Hugging Face class of the weights, such as "LlamaForCausalLM".
+
+    Args:
+        view: the model.
+
+    Returns:
+        The name of the class, or None if the model does not record it.
+    """
     return getattr(view.tl.cfg, "original_architecture", None) or None
 
 
 def holders(view: ModelView) -> dict[int, nn.Parameter]:
-    """The model's parameters by the address of their memory, each piece of memory once."""
-    found: dict[int, nn.Parameter] = {}
+    """Return the model's parameters by the address of their storage.
+
+    Args:
+        view: the model.
+
+    Returns:
+        One parameter for each storage.
+    """
+    parameters: dict[int, nn.Parameter] = {}
     for parameter in view.tl.parameters():
-        found.setdefault(place(parameter)[0], parameter)
-    return found
+        parameters.setdefault(place(parameter)[0], parameter)
+    return parameters
 
 
 def check_trainable(view: ModelView) -> None:
-    """Refuse models whose weights are not the ones that were trained and can be exported.
+    """Check that the model's weights can be trained and exported.
+
+    Args:
+        view: the model.
 
     Raises:
-        UnsupportedModelError: folded norms, a switch that splits attention's input by head, or a
-            fused projection that trained heads could not be written back into.
+        UnsupportedModelError: the norms are folded, a switch splits attention's input by head, or a
+            fused projection cannot take trained heads.
     """
     for flag in ("use_split_qkv_input", "use_attn_in"):
         if getattr(view.tl.cfg, flag, False):
             raise UnsupportedModelError(
                 f"{view.name}: cfg.{flag} is on, which splits the input of attention by head, "
-                f"where slices are trained; turn it off (model.set_{flag}(False))"
+                f"where slices are trained. Turn it off (model.set_{flag}(False))."
             )
     kind = str(getattr(view.tl.cfg, "normalization_type", None))
     folded = kind.endswith("Pre") or bool(getattr(view.tl, "_weights_processed", False))
     compatible = bool(getattr(view.tl, "compatibility_mode", False)) and _norms_are_ones(view)
     if folded or compatible:
         raise UnsupportedModelError(
-            f"{view.name}: its norms are folded into the next weights, so that there are no norm "
-            "parameters to train and nothing to export; load it unprocessed, with "
-            "cdt_lens.load_model(name) or HookedTransformer.from_pretrained_no_processing(name)"
+            f"{view.name}: its norms are folded into the next weights, so it has no norm "
+            "parameters to train and nothing to export. Load it unprocessed, with "
+            "cdt_lens.load_model(name) or HookedTransformer.from_pretrained_no_processing(name)."
         )
     check_fused(view)
 
@@ -140,43 +193,49 @@ def _norms_are_ones(view: ModelView) -> bool:
 
 
 def check_fused(view: ModelView) -> None:
-    """Refuse a bridge whose q, k, v, put together as `sync_fused` does, are not its fused ones.
+    """Check that q, k and v of a bridge, fused as `sync_fused` does, equal the fused parameter.
 
-    Shapes fit where the order does not (CodeGen), so only the values tell.
+    The shapes fit even where the order does not (CodeGen), so the values are compared.
+
+    Args:
+        view: the model.
 
     Raises:
-        UnsupportedModelError: names the fused module.
+        UnsupportedModelError: the values differ. The message names the fused module.
     """
     for where, target, mixed in _fused_copies(view):
-        # NaN is let by: `check_supported` names the weight that holds it.
+        # NaN passes here, because `check_supported` names the weight that holds it.
         if mixed is None or not torch.allclose(
             mixed.to(target), target, rtol=0, atol=0, equal_nan=True
         ):
             raise UnsupportedModelError(
                 f"{view.name}: {where} does not hold the q, k and v that the bridge runs, in an "
-                "order that trained weights can be written back in (GPT-2's or GPT-NeoX's), so "
-                "nothing of it can be trained; load the model again if you edited its weights, "
-                "else use another family"
+                "order in which trained weights can be written back (GPT-2's or GPT-NeoX's), so it "
+                "cannot be trained. Load the model again if you edited its weights. Otherwise use "
+                "another family."
             )
 
 
 def sync_fused(view: ModelView) -> None:
-    """Write split q, k, v of the bridge back into the fused projection that Hugging Face saves.
+    """Write split q, k and v of the bridge back into the fused projection that Hugging Face saves.
+
+    Args:
+        view: the model.
 
     Raises:
-        UnsupportedModelError: the shapes do not fit; `check_fused` would have said so before.
+        UnsupportedModelError: the shapes do not fit. `check_fused` detects this earlier.
     """
     for where, target, mixed in _fused_copies(view):
         if mixed is None:
             raise UnsupportedModelError(
-                f"{view.name}: {where} has shape {tuple(target.shape)}, which its q, k and v do "
-                "not fill; they cannot be written back"
+                f"{view.name}: {where} has shape {tuple(target.shape)}, which does not fit its q, "
+                "k and v, so they cannot be written back"
             )
         target.copy_(mixed)
 
 
 def _fused_copies(view: ModelView) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """Fused weights and biases that the bridge does not run from: name, tensor, new value."""
+    """Yield name, tensor and new value of each fused tensor that the bridge runs split."""
     for layer, block in enumerate(view.blocks if view.is_bridge else ()):
         attn: Any = getattr(block, "attn", None)
         fused = getattr(getattr(attn, "qkv", None), "original_component", None)
@@ -194,9 +253,9 @@ def _fused_copies(view: ModelView) -> Iterator[tuple[str, Tensor, Tensor | None]
 
 
 def _together(view: ModelView, parts: list[Tensor], by_columns: bool) -> Tensor | None:
-    """q, k, v as one: columns (q k v, head, d_head) for GPT-2, rows (head, q k v, d_head) for NeoX.
+    """Fuse q, k and v; return None where their shapes differ (multi-query attention).
 
-    None where their shapes are not equal (multi-query attention).
+    The order is columns (q k v, head, d_head) for GPT-2 and rows (head, q k v, d_head) for NeoX.
     """
     if len({part.shape for part in parts}) > 1:
         return None
@@ -205,12 +264,27 @@ def _together(view: ModelView, parts: list[Tensor], by_columns: bool) -> Tensor 
 
 
 def place(tensor: Tensor) -> tuple[int, int]:
-    """Where in memory a tensor begins: its storage, and the offset in it."""
+    """Return where in memory a tensor begins.
+
+    Args:
+        tensor: a tensor.
+
+    Returns:
+        The address of its storage, and the offset in it.
+    """
     return int(tensor.untyped_storage().data_ptr()), int(tensor.storage_offset())
 
 
 def first_tensor(module: Any, names: str) -> Tensor | None:
-    """The tensor at the first of `a.b|c.d` that exists."""
+    """Return the first tensor that exists among alternative names.
+
+    Args:
+        module: the module to search.
+        names: alternatives in the form `a.b|c.d`.
+
+    Returns:
+        The tensor, or None.
+    """
     for path in names.split("|"):
         value: Any = module
         for name in path.split("."):

@@ -1,9 +1,9 @@
-"""Planted circuits: models whose circuit is known by construction, to try methods on.
+"""Provide planted circuits: tiny models whose circuit is known by construction.
 
-`planted_circuit("hand-or")` gives a tiny model, examples, and which heads are in the circuit. The
-trained ones (`trained_circuits`) are as messy as a real model's; in those built by hand
-(`hand_built_circuits`) every head does one thing, and each shows one way in which heads share the
-work: they cancel, double, back up or need one another.
+`planted_circuit("hand-or")` returns a tiny model, examples, and the heads of the circuit. The
+trained circuits (`trained_circuits`) are as noisy as those of a real model. In the circuits that
+are built by hand (`hand_built_circuits`), every head does one thing. Each of them shows one way in
+which heads share the work: they cancel, duplicate, back up or need one another.
 """
 
 from __future__ import annotations
@@ -42,8 +42,13 @@ PLANTED: Mapping[str, str] = {
 class PlantedCircuit:
     """A model with a known circuit, and examples to find it with.
 
-    train: examples to score heads on; valid: others, held out; truth: True where a head is in the
-    circuit by construction; why: what is planted and how.
+    Attributes:
+        name: name of the circuit in `PLANTED`.
+        model: the TransformerLens model.
+        train: examples to score heads on.
+        valid: other examples, held out.
+        truth: True where a head is in the circuit by construction.
+        why: how the circuit works.
     """
 
     name: str
@@ -58,7 +63,7 @@ class PlantedCircuit:
         return display.line(self, self.name, f"{heads} of {self.truth.numel()} heads")
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a head: its name, and whether it is in the circuit by construction."""
+        """Return one row for each head, with its name and whether it is in the circuit."""
         heads = [str(head) for head in all_heads(*self.truth.shape)]
         return pd.DataFrame({"head": heads, "in_circuit": self.truth.flatten().tolist()})
 
@@ -69,18 +74,23 @@ class PlantedCircuit:
 def planted_circuit(
     name: str, *, seed: int = 0, backend: Backend = "auto", noise: float | None = None
 ) -> PlantedCircuit:
-    """The planted circuit `name` (one of `PLANTED`), its model ready for `score_heads`.
+    """Create a planted circuit. Its model is ready for `score_heads`.
 
     Args:
-        seed: draws the weights and prompts of a trained circuit, which takes seconds, once a
-            process; the places of the heads and the prompts of one built by hand.
+        name: one of `PLANTED`.
+        seed: for a trained circuit, seed of the weights and prompts. Training takes seconds, once
+            for each process. For a circuit that is built by hand, seed of the places of the heads
+            and of the prompts.
         backend: as for `load_model`.
-        noise: for trained circuits, the norm of the other heads' output weights, relative to the
-            planted heads' (0.5 if None).
+        noise: for a trained circuit, the norm of the other heads' output weights, relative to the
+            planted heads'. None uses 0.5.
+
+    Returns:
+        The circuit.
 
     Raises:
-        InputError: another name, a noise that is negative or not for this circuit, or a seed with
-            which no training succeeds.
+        InputError: the name is unknown, the noise is negative or does not apply, or no training
+            with this seed succeeds.
     """
     if name not in PLANTED:
         raise InputError(f"planted_circuit: {name!r}: expected one of {', '.join(PLANTED)}")
@@ -88,7 +98,7 @@ def planted_circuit(
     if noise is not None and (kind != "trained" or not noise >= 0):
         raise InputError(
             f"planted_circuit: noise={noise} for {name}: expected a number of at least 0, for a "
-            "trained circuit; the others have none"
+            "trained circuit. Omit noise for the others."
         )
     if kind == "hand":
         planting = plant_by_hand(short, seed=seed)
@@ -101,7 +111,7 @@ def planted_circuit(
 
 
 def _wrapped(planting: Planting, name: str, backend: Backend) -> nn.Module:
-    """The TransformerLens model, by way of a Hugging Face folder like any other's."""
+    """Return the TransformerLens model, loaded from a Hugging Face folder like any other."""
     pad, begin, end = SPECIAL
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(planting.words)}, unk_token=pad))
     core.pre_tokenizer = WhitespaceSplit()

@@ -1,15 +1,16 @@
-"""Weights set by hand: heads and neurons that read and write named features of the stream.
+"""Set weights by hand, with heads and neurons that read and write named features of the stream.
 
-1. A feature is one dimension of the residual stream. A reading `{feature: weight}` is a direction
-   that a query, key, value or neuron takes from the normed stream; a writing, what it adds.
-2. Norms are made harmless. Each token brings two large constants, C and -C, so that the scale of
-   every norm is C sqrt(2 / d_model) up to one part in 10^5, and the norms' weights undo it: what is
-   read is what was written. Another dimension holds minus the sum of all writes, so that LayerNorm
-   finds a mean of 0.
-3. Every position has the feature "one", a 1 (a bias, then, is a reading of it), and in GPT-2 "cos"
-   and "sin" of its place on a circle of N_CTX positions.
+1. A feature is one dimension of the residual stream. A reading `{feature: weight}` is the direction
+   that a query, key, value or neuron takes from the normed stream. A writing is what it adds to the
+   stream.
+2. The norms have no effect. Each token adds two large constants, C and -C, so that the scale of
+   every norm is C sqrt(2 / d_model) up to one part in 10^5, and the norms' weights cancel it: a
+   reading gets what was written. Another dimension holds minus the sum of all writes, so that
+   LayerNorm subtracts a mean of 0.
+3. Every position has the feature "one" with value 1, so that a bias is a reading of it. In GPT-2,
+   "cos" and "sin" hold the position on a circle of N_CTX positions.
 
-A plain blueprint becomes a GPT-2 with ReLU, one with gates a Llama with SiLU.
+A plain blueprint becomes a GPT-2 with ReLU, and one with gates a Llama with SiLU.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from cdt_lens.models.heads import Head
 
 N_LAYERS, N_HEADS, D_HEAD, N_CTX = 2, 8, 8, 16
 D_MODEL = N_HEADS * D_HEAD
-D_MLP = 4 * D_MODEL  # HookedTransformer reads no other width of GPT-2
+D_MLP = 4 * D_MODEL  # the only width of GPT-2 that HookedTransformer reads
 LARGE = 1000.0
-SHARP = 30.0 * math.sqrt(D_HEAD)  # a key that is larger by 1 then leaves the others e^-30
+SHARP = 30.0 * math.sqrt(D_HEAD)  # a key that is larger by 1 leaves weights of e^-30 to the others
 TURN = 2 * math.pi / N_CTX
 BALANCE, ONE, MINUS_ONE, FIRST = 0, 1, 2, 3  # dimensions; features begin at FIRST
 
@@ -39,7 +40,14 @@ Features = Mapping[str, float]
 
 @dataclass(frozen=True)
 class HandHead:
-    """One head: what each channel of q, k and v reads, and what each channel of z writes."""
+    """One attention head.
+
+    Attributes:
+        query: what each channel of q reads.
+        key: what each channel of k reads.
+        value: what each channel of v reads.
+        write: what each channel of z writes.
+    """
 
     query: tuple[Features, ...]
     key: tuple[Features, ...]
@@ -49,7 +57,13 @@ class HandHead:
 
 @dataclass(frozen=True)
 class Neuron:
-    """Writes relu(reads), or with a gated MLP silu(reads) times what `times` reads."""
+    """One neuron. It writes relu(reads), or in a gated MLP silu(reads) times what `times` reads.
+
+    Attributes:
+        reads: features that it reads.
+        writes: features that it writes.
+        times: features that the linear branch of a gated MLP reads.
+    """
 
     reads: Features
     writes: Features
@@ -58,7 +72,16 @@ class Neuron:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """Features of each word's embedding, of each word's logit, and what stands in each layer."""
+    """The features, heads and neurons of a model.
+
+    Attributes:
+        words: the vocabulary, in the order of the token ids.
+        embed: features that each word's embedding writes.
+        unembed: features that each word's logit reads.
+        heads: the heads by place.
+        neurons: the neurons of each layer.
+        gated: whether the model is a Llama with a gated MLP instead of a GPT-2.
+    """
 
     words: tuple[str, ...]
     embed: Mapping[str, Features]
@@ -69,7 +92,14 @@ class Blueprint:
 
 
 def build(blueprint: Blueprint) -> Any:
-    """The Hugging Face model of a blueprint, in evaluation mode and without gradients."""
+    """Build the Hugging Face model of a blueprint.
+
+    Args:
+        blueprint: the blueprint.
+
+    Returns:
+        The model, in evaluation mode and without gradients.
+    """
     with torch.random.fork_rng(devices=[]):
         model = _llama(blueprint) if blueprint.gated else _gpt2(blueprint)
     model.eval().requires_grad_(False)
@@ -101,7 +131,7 @@ def _llama(blueprint: Blueprint) -> Any:
 
 
 class _Weights:
-    """The matrices of a blueprint, `[in, out]`, whatever the model calls them."""
+    """The matrices of a blueprint, `[in, out]`."""
 
     def __init__(self, blueprint: Blueprint) -> None:
         self.blueprint = blueprint
@@ -126,7 +156,7 @@ class _Weights:
         return weight
 
     def reads(self, layer: int, part: str) -> Float[Tensor, "d_model head_and_channel"]:
-        """W_Q, W_K or W_V ("query", "key", "value") of all heads beside each other."""
+        """Return W_Q, W_K or W_V ("query", "key", "value") of all heads side by side."""
         return self._read(self._channels(layer, part))
 
     def output(self, layer: int) -> Float[Tensor, "head_and_channel d_model"]:
@@ -139,7 +169,7 @@ class _Weights:
         return self._written([neuron.writes for neuron in self._neurons(layer)])
 
     def _channels(self, layer: int, part: str) -> list[Features]:
-        # From the last channel on: there Llama's rotary embedding turns least, by 0.001 a position.
+        # Start at the last channel, which Llama's rotary embedding turns least (0.001 a position).
         columns: list[Features] = [{} for _ in range(N_HEADS * D_HEAD)]
         for head, what in self.blueprint.heads.items():
             if head.layer == layer:
@@ -148,8 +178,8 @@ class _Weights:
         return columns
 
     def _neurons(self, layer: int) -> list[Neuron]:
-        found = list(self.blueprint.neurons.get(layer, ()))
-        return found + [Neuron({}, {})] * (D_MLP - len(found))
+        neurons = list(self.blueprint.neurons.get(layer, ()))
+        return neurons + [Neuron({}, {})] * (D_MLP - len(neurons))
 
     def _read(self, columns: Sequence[Features]) -> Float[Tensor, "d_model column"]:
         return self._table(columns).T

@@ -1,17 +1,17 @@
-"""One hand-built circuit for each way in which heads can share the work.
+"""Build one circuit by hand for each way in which heads can share the work.
 
-The task: somewhere in a prompt stands a cue, "plus" or "minus", and elsewhere a switch, "up" or
-"down"; "so" fills the gaps, and "?" asks for "yes" or "no". The feature "answer" is 1 for yes and
--1 for no, and d is its size: one logit with everything in place, up to what distractors write.
+The task: a prompt contains a cue, "plus" or "minus", and a switch, "up" or "down". "so" fills the
+gaps, and "?" asks for "yes" or "no". The feature "answer" is 1 for yes and -1 for no. The task
+direction d of an unablated model is one logit, up to what distractors write.
 
-Every prompt stands beside those with the other cue and the other switch in the same places, so
-that each planted head's mean z is 0, a reference that knows nothing of the answer. The heads that
-are not planted are distractors of four kinds:
+Every prompt occurs with both cues and both switches in the same places, so that each planted head's
+mean z is 0, a reference without information on the answer. The other heads are distractors of four
+kinds:
 
-- dead: W_O is 0, though z differs between the labels;
-- unread: writes the cue, or the switch, where nobody reads it;
-- constant: writes into the answer, the same on every prompt;
-- beside: writes the switch into the answer, which has nothing to do with the label.
+- dead: W_O is 0, although z differs between the labels;
+- unread: writes the cue or the switch to a feature that nothing reads;
+- constant: writes the same into the answer on every prompt;
+- beside: writes the switch into the answer, which is unrelated to the label.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ UNEMBED = {"yes": {"answer": 0.5}, "no": {"answer": -0.5}}
 LARGEST_GAP = 2  # fillers
 N_TRAIN, N_VALID = 8, 6  # arrangements of four prompts each
 
-# The right answer, and pieces that keep together in the prompt, for one cue and one switch.
+# The correct answer, and the pieces of the prompt, for one cue and one switch.
 Pieces = tuple[int, list[list[str]]]
 
 
 def _copies(what: str, writes: Mapping[str, float]) -> HandHead:
-    """A head that finds the cue, or the switch, and writes its sign."""
+    """Return a head that attends to the cue or the switch and writes its sign."""
     return HandHead(({"one": SHARP},), ({f"is {what}": 1.0},), ({what: 1.0},), (writes,))
 
 
 def _previous(what: str, writes: Mapping[str, float]) -> HandHead:
-    """A head that looks one position back: its query is turned by that much."""
+    """Return a head that attends one position back: its query is rotated by one position."""
     cos, sin = math.cos(TURN), math.sin(TURN)
     sharp = SHARP / (1 - cos)  # the next best key is as similar as cos
     query = ({"cos": sharp * cos, "sin": sharp * sin}, {"sin": sharp * cos, "cos": -sharp * sin})
@@ -91,9 +91,16 @@ def _marked_cue(cue: int, switch: int) -> Pieces:
 
 @dataclass(frozen=True)
 class HandBuilt:
-    """What is planted in each layer; everything else is a distractor.
+    """A circuit that is built by hand. All other heads are distractors.
 
-    what: in a few words; why: in a sentence or two.
+    Attributes:
+        what: the circuit in a few words.
+        why: how the circuit works, in a sentence or two.
+        heads: the planted heads of each layer.
+        neurons: the neurons of each layer.
+        distractors: the kinds of the other heads, in turn.
+        pieces: returns the correct answer and the parts of the prompt for a cue and a switch.
+        gated: whether the model is a Llama with a gated MLP instead of a GPT-2.
     """
 
     what: str
@@ -106,7 +113,7 @@ class HandBuilt:
 
 
 def _clipped(name: str) -> tuple[Neuron, ...]:
-    """Writes `name`, cut off at -1 and 1, into the answer."""
+    """Return neurons that write `name`, clipped to -1 and 1, into the answer."""
     return (
         Neuron({name: 1.0, "one": 1.0}, {"answer": 1.0}),
         Neuron({name: 1.0, "one": -1.0}, {"answer": -1.0}),
@@ -115,7 +122,7 @@ def _clipped(name: str) -> tuple[Neuron, ...]:
 
 
 def _excess(name: str) -> tuple[Neuron, ...]:
-    """Writes what `name` has beyond -1 and 1 into the answer."""
+    """Return neurons that write the excess of `name` beyond -1 and 1 into the answer."""
     return (
         Neuron({name: 1.0, "one": -1.0}, {"answer": 1.0}),
         Neuron({name: -1.0, "one": -1.0}, {"answer": -1.0}),
@@ -127,7 +134,7 @@ def _magnitude(name: str, to: str) -> tuple[Neuron, ...]:
 
 
 def _product(a: str, b: str) -> tuple[Neuron, ...]:
-    """Writes a * b into the answer: silu(a) - silu(-a) is a."""
+    """Return neurons that write a * b into the answer, because silu(a) - silu(-a) is a."""
     return (
         Neuron({a: 1.0}, {"answer": 1.0}, times={b: 1.0}),
         Neuron({a: -1.0}, {"answer": -1.0}, times={b: 1.0}),
@@ -204,7 +211,15 @@ HAND_BUILT: dict[str, HandBuilt] = {
 
 
 def plant_by_hand(name: str, *, seed: int = 0) -> Planting:
-    """The circuit `name` of `HAND_BUILT`; `seed` draws the heads' places and the prompts."""
+    """Build a circuit of `HAND_BUILT`.
+
+    Args:
+        name: name of the circuit.
+        seed: seed of the heads' places and of the prompts.
+
+    Returns:
+        The model with its circuit and examples.
+    """
     spec, draw = HAND_BUILT[name], random.Random(f"{name} {seed}")
     planted: dict[Head, HandHead] = {}
     for layer, own in spec.heads.items():
@@ -218,7 +233,7 @@ def plant_by_hand(name: str, *, seed: int = 0) -> Planting:
 
 
 def _examples(spec: HandBuilt, draw: random.Random) -> tuple[Examples, Examples]:
-    """Arrangements of the pieces, each with all cues and switches; none is in both splits."""
+    """Draw arrangements of the pieces, with all cues and switches; none is in both splits."""
     n_pieces = len(spec.pieces(1, 1)[1])
     places = list(itertools.product(
         itertools.permutations(range(n_pieces)),
@@ -234,13 +249,13 @@ def _examples(spec: HandBuilt, draw: random.Random) -> tuple[Examples, Examples]
 
 
 def _four(spec: HandBuilt, order: tuple[int, ...], gaps: tuple[int, ...]) -> list[Example]:
-    """The prompts of one arrangement: every cue with every switch."""
-    found = []
+    """Return the prompts of one arrangement: every cue with every switch."""
+    examples = []
     for cue, switch in itertools.product(CUES, SWITCHES):
         answer, pieces = spec.pieces(cue, switch)
         parts = [["so"] * gap + pieces[i] for i, gap in zip(order, gaps, strict=False)]
         text = ["<s>", *itertools.chain(*parts), *["so"] * gaps[-1], "?"]
         label, other = LABELS if answer == 1 else LABELS[::-1]
         ids = [WORDS.index(word) for word in text]
-        found.append(spelt(WORDS, ids, label, WORDS.index(label), [WORDS.index(other)]))
-    return found
+        examples.append(spelt(WORDS, ids, label, WORDS.index(label), [WORDS.index(other)]))
+    return examples

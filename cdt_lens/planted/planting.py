@@ -1,4 +1,4 @@
-"""What a construction with a known circuit hands over, before TransformerLens comes in."""
+"""Define `Planting`, a Hugging Face model with a known circuit."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ SPECIAL = ("<pad>", "<s>", "</s>")  # the first words of every vocabulary
 
 @dataclass(frozen=True, eq=False)
 class Planting:
-    """A Hugging Face model, its words in order of their ids, and the heads planted in it.
+    """A Hugging Face model with a known circuit, before TransformerLens loads it.
 
-    train, valid: examples to score heads on, and others held out; why: what is planted and how.
+    Attributes:
+        hf_model: the model.
+        words: the vocabulary, in the order of the token ids.
+        heads: the planted heads.
+        train: examples to score heads on.
+        valid: other examples, held out.
+        why: how the circuit works.
     """
 
     hf_model: Any = field(repr=False)
@@ -30,6 +36,17 @@ class Planting:
 def spelt(
     words: Sequence[str], tokens: Sequence[int], label: str, answer: int, others: Sequence[int]
 ) -> Example:
-    """An example whose prompt is its tokens' words."""
+    """Create an example whose prompt is the words of its tokens.
+
+    Args:
+        words: the vocabulary.
+        tokens: token ids of the prompt.
+        label: the gold label.
+        answer: token id of the answer.
+        others: token ids that compete with it.
+
+    Returns:
+        The example.
+    """
     prompt = " ".join(words[token] for token in tokens)
     return Example(prompt, tuple(tokens), label, (answer,), tuple(others))

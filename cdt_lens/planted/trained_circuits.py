@@ -1,13 +1,15 @@
-"""Circuits that are known because nothing else was allowed to write while they were learnt.
+"""Train circuits that are known because no other head could write during training.
 
-1. A tiny model of two layers learns to recall, while of all heads only L0H1 and L1H2 may write: a
-   prompt lists pairs "a b c d e f" and asks for the partner of one of them. That takes a head that
-   looks one position back and, in a later layer, a head that looks for what the first one left.
-2. The other heads are then given random output weights, of a size relative to the planted heads'
-   own at which the model hardly heeds them: it still solves the task.
+1. A tiny model of two layers learns to recall, while only the heads L0H1 and L1H2 may write. A
+   prompt lists pairs "a b c d e f" and asks for the partner of one of the words. This needs a head
+   that attends one position back and, in a later layer, a head that attends to what the first one
+   wrote.
+2. The other heads then get random output weights. Their size relative to the planted heads' is so
+   small that the model still solves the task.
 
-"two-circuits" puts two such models, with words of their own, into one of three layers. Each lives
-in half of the stream; Llama has no biases, so that the half whose words do not occur stays 0.
+"two-circuits" combines two such models with separate vocabularies in one of three layers. Each uses
+one half of the residual stream. Llama has no biases, so that the half whose words do not occur
+stays 0.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from cdt_lens.tasks.task import Examples
 
 PAIR = (Head(0, 1), Head(1, 2))
 N_HEADS, D_HEAD, N_PAIRS = 4, 8, 3
-ASKED = 2 * N_PAIRS  # position of the first question; the answers stand after each question
+ASKED = 2 * N_PAIRS  # position of the first question; an answer follows each question
 N_WORDS = 9
 N_TRAIN, N_VALID = 60, 30
 BATCH, STEPS, ATTEMPTS, LEARNT = 64, 300, 20, 0.995
@@ -49,9 +51,15 @@ _TWICE = " There is a pair for each of two sets of words, each in its own half o
 
 
 def plant_by_training(name: str, *, seed: int = 0, noise: float = 0.5) -> Planting:
-    """The circuit `name` of `TRAINED`, learnt in seconds, once a process.
+    """Train a circuit of `TRAINED`. This takes seconds, once for each process.
 
-    noise: Frobenius norm of the other heads' output weights, relative to the planted ones'.
+    Args:
+        name: name of the circuit.
+        seed: seed of the weights and prompts.
+        noise: Frobenius norm of the other heads' output weights, relative to the planted heads'.
+
+    Returns:
+        The model with its circuit and examples.
 
     Raises:
         InputError: no attempt with this seed learnt the task.
@@ -78,7 +86,15 @@ def plant_by_training(name: str, *, seed: int = 0, noise: float = 0.5) -> Planti
 
 
 def prompts(batch: int, generator: torch.Generator) -> Int[Tensor, "batch pos"]:
-    """Pairs of different words, then the same pairs in another order."""
+    """Draw prompts: pairs of different words, then the same pairs in another order.
+
+    Args:
+        batch: number of prompts.
+        generator: source of the draws.
+
+    Returns:
+        Token ids.
+    """
     order = torch.rand(batch, N_WORDS, generator=generator).argsort(-1)
     pairs = (order[:, :ASKED] + len(SPECIAL)).reshape(batch, N_PAIRS, 2)
     again = torch.rand(batch, N_PAIRS, generator=generator).argsort(-1)
@@ -87,9 +103,9 @@ def prompts(batch: int, generator: torch.Generator) -> Int[Tensor, "batch pos"]:
 
 
 def _examples(words: tuple[str, ...], n: int, name: str, generator: torch.Generator) -> Examples:
-    """Prompts that end with a question, of three lengths; the other pairs' answers compete.
+    """Draw prompts that end with a question, of three lengths; the other pairs' answers compete.
 
-    A label is a set of words; where there is one set, every other prompt has the other label.
+    A label is a set of words. With a single set, the labels alternate.
     """
     items = []
     double = len(words) > len(_words(1))
@@ -107,7 +123,14 @@ def _words(sets: int) -> tuple[str, ...]:
 
 
 def accuracy(model: Any) -> float:
-    """Share of questions of 300 prompts that a Hugging Face model answers right."""
+    """Compute the share of questions of 300 prompts that a model answers correctly.
+
+    Args:
+        model: a Hugging Face model.
+
+    Returns:
+        The accuracy, from 0 to 1.
+    """
     tokens = prompts(300, torch.Generator().manual_seed(9))
     with torch.no_grad():
         guesses = model(tokens).logits[:, ASKED::2].argmax(-1)
@@ -119,7 +142,7 @@ def accuracy(model: Any) -> float:
 
 @functools.cache
 def _trained(family: str, seed: int) -> dict[str, Tensor]:
-    """Weights with which the pair solves the task; an attempt that is stuck is given up early."""
+    """Return weights with which the pair solves the task; attempts that fail are stopped early."""
     with _one_thread(), torch.random.fork_rng(devices=[]):
         for attempt in range(ATTEMPTS):
             torch.manual_seed(seed + 1000 * attempt)
@@ -128,7 +151,7 @@ def _trained(family: str, seed: int) -> dict[str, Tensor]:
                 learnt = _learn(model, torch.Generator().manual_seed(seed + 1000 * attempt))
             if learnt:
                 return model.state_dict()
-    raise InputError(f"seed={seed}: {family} did not learn the task; use another seed")
+    raise InputError(f"seed={seed}: {family} did not learn the task; use another seed.")
 
 
 def _learn(model: Any, generator: torch.Generator) -> bool:
@@ -148,7 +171,7 @@ def _learn(model: Any, generator: torch.Generator) -> bool:
 
 @contextmanager
 def _only(model: Any, heads: tuple[Head, ...]) -> Iterator[None]:
-    """Within the `with`, no other head writes, and none of its weights has a gradient."""
+    """Let no other head write or receive a gradient within the `with` block."""
     with ExitStack() as stack:
         for layer, output in enumerate(_outputs(model)):
             allowed = torch.zeros(N_HEADS, D_HEAD)
@@ -161,7 +184,7 @@ def _only(model: Any, heads: tuple[Head, ...]) -> Iterator[None]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The same sums on every machine; and tiny models are faster so."""
+    """Use one thread within the `with` block, for equal sums everywhere and for speed."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -198,14 +221,14 @@ def _llama(n_layers: int = 2, size: int = 1) -> Any:
         num_hidden_layers=n_layers, num_attention_heads=N_HEADS * size,
         num_key_value_heads=2 * size, intermediate_size=48 * size, max_position_embeddings=64,
         bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
-        rms_norm_eps=1e-6 / size,  # the mean square of a stream that is half empty is half as large
+        rms_norm_eps=1e-6 / size,  # a stream that is half empty has half the mean square
         attn_implementation="eager",
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
 
 
 def _both(*parts: dict[str, Tensor]) -> tuple[Any, tuple[Head, ...]]:
-    """Trained Llamas side by side in one, the second a layer later."""
+    """Combine trained Llamas side by side in one, the second a layer later."""
     whole = _llama(n_layers=3, size=2)
     whole.requires_grad_(False)
     for name, weight in whole.named_parameters():
@@ -221,15 +244,15 @@ def _both(*parts: dict[str, Tensor]) -> tuple[Any, tuple[Head, ...]]:
 
 
 def _later(name: str, by: int) -> str:
-    """The name of the same weight `by` layers later."""
+    """Return the name of the same weight `by` layers later."""
     before, dot, rest = name.partition("layers.")
     return f"{before}{dot}{int(rest[0]) + by}{rest[1:]}" if dot else name
 
 
 def _place(whole: Tensor, part: Tensor, number: int) -> None:
-    """Put one model's weight into its block of the whole."""
+    """Copy one model's weight into its block of the whole."""
     if part.ndim == 1:
-        # Half of the stream is 0: what an RMSNorm divides by is smaller by the root of 2.
+        # Half of the stream is 0, so that the divisor of an RMSNorm is smaller by the root of 2.
         whole.chunk(2)[number].copy_(part / 2**0.5)
         return
     if part.shape[0] == len(SPECIAL) + N_WORDS:
@@ -254,14 +277,14 @@ def _let_others_write(
 
 
 def _outputs(model: Any) -> list[nn.Module]:
-    """The output projection of each layer's attention."""
+    """Return the output projection of each layer's attention."""
     if hasattr(model, "transformer"):
         return [block.attn.c_proj for block in model.transformer.h]
     return [layer.self_attn.o_proj for layer in model.model.layers]
 
 
 def _by_head(output: nn.Module) -> Float[Tensor, "head d_head d_model"]:
-    """An output weight as a view."""
+    """Return an output weight as a view by head."""
     weight = output.get_parameter("weight")
     rows = weight.T if isinstance(output, nn.Linear) else weight  # Conv1D is stored as [in, out]
     return rows.unflatten(0, (-1, D_HEAD))

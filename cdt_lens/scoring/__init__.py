@@ -1,16 +1,22 @@
-"""Every way to score heads and edges: signed, in logits, positive towards the gold label.
+"""Score heads and edges by every method.
 
-| function | cost per batch | what it computes |
-|---|---|---|
-| `exact_ablation` | one forward pass per head | the exact effect of mean-ablating the head |
-| `score_heads` | one forward pass per head (two with context="both") | contextual decomposition |
-| `one_pass` | one forward and backward pass | the decomposition to first order |
-| `attribution_patching` | one forward and backward pass | exact ablation to first order |
-| `integrated_gradients` | five forward and backward passes | gradients averaged over a path |
-| `direct_attribution` | one forward and backward pass | what the head writes to the logits |
-| `random_scores` | one forward pass | nothing: the floor of a comparison |
-| `score_edges` | about four sweeps of `score_heads` | edges between heads, MLPs and the logits |
+The cost of scoring `n` heads is given in passes for each batch, where a sweep starts each pass at
+the head's own layer.
 
-docs/results/methods.md compares them. `score_heads` with its default rules is the first choice, and
-`exact_ablation` the yardstick.
+| method                 | passes                      | kind        | use                       |
+|------------------------|-----------------------------|-------------|---------------------------|
+| `exact`                | n forward                   | exact       | yardstick                 |
+| `cdt:two-ended`        | 2n forward                  | rules       | default, sees redundancy  |
+| `cdt:<other rules>`    | n forward                   | rules       | direct and indirect parts |
+| `one-pass`             | 1 forward, 1 backward       | first order | speed                     |
+| `one-pass:two-ended`   | 2 forward, 2 backward       | first order | speed, sees redundancy    |
+| `attribution-patching` | 1 forward, 1 backward       | first order | comparison                |
+| `integrated-gradients` | 6 forward, 5 backward       | first order | speed, sees redundancy    |
+| `direct`               | 1 forward, 1 backward       | exact       | direct effect only        |
+| `random`               | none                        | -           | lower bound               |
+
+All scores are signed, in logits, with the same task and baseline. `cdt:two-ended` and
+`integrated-gradients` find every planted circuit (docs/results/methods.md). See
+docs/method/scores.md for the formulas, `edge_scores.py` and `iterative.py` for edges (CD-T, arXiv
+2407.00886, section 3.3), and `agreement.py` to compare scores.
 """

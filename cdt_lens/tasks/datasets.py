@@ -1,13 +1,13 @@
-"""Where tasks come from: known data sets, files of one's own, the hub, and generators.
+"""Load tasks: known data sets, the user's own files, the hub, and generators.
 
-1. A source is read into one `Table` a split: rows, and where each row stands, for error messages.
-2. Labels are words from here on: integers are refused unless their names are known. The number of
-   rows is compared with what was published, so that merged or truncated data are refused.
-3. Few-shot examples are drawn from train and leave it; `limit` then draws rows of each split.
-4. `PromptFormat` makes the prompts; the result is a `Task`.
+1. Read a source into one `Table` for each split, with the place of each row for error messages.
+2. Convert labels to words. Integers are refused unless their names are known. Compare the number of
+   rows with the published one, so that merged or truncated data are refused.
+3. Draw few-shot examples from train and remove them there. Then draw `limit` rows of each split.
+4. Build the prompts with `PromptFormat`, and the `Task` from them.
 
-NusaX-Senti: arXiv 2205.15960. XNLI: arXiv 1809.05053; its dev split is divided into train and
-valid, and rows that share a premise stay together.
+NusaX-Senti is described in arXiv 2205.15960 and XNLI in arXiv 1809.05053. The dev split of XNLI is
+divided into train and valid, and rows that share a premise stay together.
 """
 
 from __future__ import annotations
@@ -32,10 +32,18 @@ from cdt_lens.tasks.task import Examples, Task
 
 @dataclass(frozen=True)
 class KnownDataset:
-    """A published data set: its prompt, where it lies in a folder and on the hub, and its size.
+    """A published data set.
 
-    `languages` maps folder names to hub configurations. `files` and `counts` are by split;
-    `divided` names a column: valid is then divided into train and valid by runs of equal cells.
+    Attributes:
+        template: the prompt's template.
+        verbalizer: the answer word of each label.
+        repo: name on the Hugging Face hub.
+        languages: the hub's configuration of each folder name.
+        files: path of each split in a folder, with `{language}` in braces.
+        counts: published number of rows of each split.
+        label_names: names of the integer labels, in order.
+        divided: a column, or None. With a column, valid is divided into train and valid, and
+            consecutive rows with equal cells in this column stay together.
     """
 
     template: str
@@ -98,17 +106,35 @@ def load_task(
     check_counts: bool = True,
     revision: str | None = None,
 ) -> Task:
-    """A task by name: "nusax-senti" or "xnli" with `config` = language, or a generated one.
+    """Load a task by name.
 
-    Without `folder` the data come from the Hugging Face hub (`revision` pins them). `shots`
-    balanced train examples stand before every prompt and leave train; `limit` draws that many rows
-    of each split. Generated tasks ("ioi", "greater-than", "gendered-pronoun") take `n`, the sizes
-    of train, valid and test. `seed` decides every draw. "pseudo-sentiment" is generated too, with
-    `config` = "source" or the distance of the language from it, such as "0.6".
+    Without `folder`, the data of "nusax-senti" and "xnli" come from the Hugging Face hub.
+
+    Args:
+        name: "nusax-senti", "xnli", or a generated task: "ioi", "greater-than", "gendered-pronoun",
+            "pseudo-sentiment".
+        config: the language. For "pseudo-sentiment", "source" or the distance of the language from
+            it, such as "0.6".
+        tokenizer: the model's tokenizer.
+        folder: folder with the files of the data set.
+        template: the prompt's template. None uses the data set's own.
+        verbalizer: the answer word of each label. None uses the data set's own.
+        shots: number of label-balanced train examples before every prompt. They leave train.
+        seed: seed of every draw.
+        prepend_bos: whether to prepend BOS. None prepends it if the tokenizer has one.
+        max_length: maximum number of tokens of a prompt. None uses the tokenizer's limit.
+        truncate: whether to shorten the text of a prompt that is too long.
+        limit: number of rows to draw from each split. None takes all.
+        n: sizes of train, valid and test, for generated tasks.
+        check_counts: whether to compare the numbers of rows with the published ones.
+        revision: revision of the data set on the hub.
+
+    Returns:
+        The task.
 
     Raises:
-        InputError: an unknown name or language, data that cannot be read or are not whole, or an
-            option that does not apply.
+        InputError: a name or language is unknown, the data cannot be read or are incomplete, or an
+            option does not apply.
     """
     if name not in TASK_NAMES:
         raise InputError(
@@ -166,13 +192,29 @@ def task_from_files(
     truncate: bool = False,
     limit: int | None = None,
 ) -> Task:
-    """A task from one CSV, TSV or JSONL file a split (also .gz): `{"train": path, "test": path}`.
+    """Load a task from one CSV, TSV or JSONL file for each split, plain or gzipped.
 
-    The template names columns in braces. `quoting=None` reads quoted cells in CSV and takes
-    quotation marks in TSV as they stand. Other options as in `load_task`.
+    Args:
+        paths: path of each split, such as `{"train": path, "test": path}`.
+        tokenizer: the model's tokenizer.
+        template: text with column names in braces. It ends where the answer begins.
+        verbalizer: the answer word of each label. Each word must be one token.
+        label_column: name of the column with the label.
+        name: name of the task.
+        quoting: whether quotation marks enclose cells. None means yes in CSV and no in TSV.
+        shots: number of label-balanced train examples before every prompt. They leave train.
+        seed: seed of every draw.
+        prepend_bos: whether to prepend BOS. None prepends it if the tokenizer has one.
+        max_length: maximum number of tokens of a prompt. None uses the tokenizer's limit.
+        truncate: whether to shorten the text of a prompt that is too long.
+        limit: number of rows to draw from each split. None takes all.
+
+    Returns:
+        The task.
 
     Raises:
-        InputError: a mistake in a file, named with its line (the header is line 1) and column.
+        InputError: there is a mistake in a file. The message names its line (the header is line 1)
+            and column.
     """
     unknown = [split for split in paths if split not in SPLITS]
     if unknown or not paths:
@@ -204,14 +246,33 @@ def task_from_hub(
     truncate: bool = False,
     limit: int | None = None,
 ) -> Task:
-    """A task from any data set of the Hugging Face hub, or a local folder that `datasets` reads.
+    """Load a task from a data set of the Hugging Face hub, or from a local folder.
 
-    The template names columns in braces. Integer labels get their names from the data set's
-    ClassLabel, or from `label_names` in order. `splits` maps train, valid and test to the data
-    set's splits; None takes those with the usual names. Other options as in `load_task`.
+    Args:
+        repo: name on the hub, or a folder that the `datasets` library reads.
+        config: the data set's configuration, such as a language.
+        tokenizer: the model's tokenizer.
+        template: text with column names in braces. It ends where the answer begins.
+        verbalizer: the answer word of each label. Each word must be one token.
+        label_column: name of the column with the label.
+        label_names: names of integer labels, in order. None uses the names in the data set's
+            ClassLabel.
+        splits: the data set's name for train, valid and test. None uses the splits with the usual
+            names.
+        revision: revision of the data set on the hub.
+        data_dir: folder in the data set, see `datasets.load_dataset`.
+        shots: number of label-balanced train examples before every prompt. They leave train.
+        seed: seed of every draw.
+        prepend_bos: whether to prepend BOS. None prepends it if the tokenizer has one.
+        max_length: maximum number of tokens of a prompt. None uses the tokenizer's limit.
+        truncate: whether to shorten the text of a prompt that is too long.
+        limit: number of rows to draw from each split. None takes all.
+
+    Returns:
+        The task.
 
     Raises:
-        InputError: the data cannot be had, lack a column or split, or have labels without names.
+        InputError: the data cannot be loaded, lack a column or split, or have labels without names.
     """
     format = PromptFormat(
         tokenizer, template, verbalizer, label_column, prepend_bos=prepend_bos,
@@ -238,7 +299,7 @@ def _refuse(name: str, reason: str, options: Mapping[str, object]) -> None:
 
 
 def _language(name: str, config: str | None) -> str:
-    """The folder name of a language given by name or hub code."""
+    """Return the folder name of a language that is given by name or hub code."""
     languages = KNOWN[name].languages
     for language, code in languages.items():
         if config in (language, code):
@@ -286,14 +347,14 @@ def _check_counts(where: str, tables: Mapping[str, Table], counts: Mapping[str, 
         got = len(tables[split].rows) if split in tables else 0
         if got != expected:
             raise InputError(
-                f"{where}: split {split} has {got} rows, expected {expected}: the data are cut "
-                "short, or several languages are merged; get them again, or pass "
-                "check_counts=False if that is meant"
+                f"{where}: split {split} has {got} rows, expected {expected}. The data are "
+                "incomplete, or several languages are merged. Download them again, or pass "
+                "check_counts=False if this is intended."
             )
 
 
 def _divide(table: Table, column: str, *, seed: int) -> dict[str, Table]:
-    """80 % train and 20 % valid, drawn among runs of rows that share `column`."""
+    """Draw 80 % train and 20 % valid among runs of rows that share `column`."""
     positions = range(len(table.rows))
     groups = [list(run) for _, run in groupby(positions, lambda i: table.rows[i].get(column))]
     chosen = set(random.Random(seed).sample(range(len(groups)), round(0.8 * len(groups))))
@@ -345,14 +406,14 @@ def _at_most(name: str, limit: int | None, size: int) -> int:
 def _few_shot(
     name: str, table: Table | None, format: PromptFormat, shots: int, *, seed: int
 ) -> tuple[PromptFormat, Table]:
-    """The format with a prefix of `shots` label-balanced rows, and the rows that are left."""
+    """Return the format with a prefix of `shots` label-balanced rows, and the remaining rows."""
     n_labels = len(format.labels)
     if shots < 0 or shots % n_labels:
         raise InputError(
             f"{name}: shots={shots}: expected a multiple of {n_labels}, the number of labels"
         )
     if table is None:
-        raise InputError(f"{name}: shots={shots}: there is no train split to draw them from")
+        raise InputError(f"{name}: shots={shots}: there is no train split to draw the shots from")
     pairs = zip(table.rows, table.places, strict=True)
     checked = [format.check_row(row, place) for row, place in pairs]
     generator = random.Random(seed)
@@ -362,7 +423,7 @@ def _few_shot(
         if len(positions) <= shots // n_labels:
             raise InputError(
                 f"{name}: shots={shots}: train has only {len(positions)} rows with label "
-                f"{label!r} and one must remain; use fewer shots"
+                f"{label!r}, and one must remain. Use fewer shots."
             )
         chosen += generator.sample(positions, shots // n_labels)
     generator.shuffle(chosen)

@@ -1,11 +1,12 @@
-"""Generated tasks with known behaviour: indirect object, greater-than, gendered pronoun.
+"""Generate tasks with known behaviour: indirect object, greater-than and gendered pronoun.
 
-1. Words are drawn with a seed from the lists below, of which only those count that are one token of
-   the tokenizer with a leading space: so every filled-in template has one length.
-2. Labels alternate, so each split is balanced; no prompt occurs twice anywhere.
-3. `ioi`: "When A and B met ..., B gave a book to" -> A (arXiv 2211.00593, section 2).
-   `greater_than`: "... from the year 1732 to the year 17" -> 33 to 99 (arXiv 2305.00586, §2).
-   `gendered_pronoun`: "Yes, Mary is a very good doctor, isn't" -> she.
+1. Draw words with a seed from the lists below. Only words that are one token of the tokenizer with
+   a leading space are used, so that every filled-in template has one length.
+2. Alternate the labels, so that each split is balanced. No prompt occurs twice in a task.
+3. `ioi` asks "When A and B met ..., B gave a book to" and expects A (arXiv 2211.00593, section 2).
+   `greater_than` asks "... from the year 1732 to the year 17" and expects 33 to 99 (arXiv
+   2305.00586, section 2). `gendered_pronoun` asks "Yes, Mary is a very good doctor, isn't" and
+   expects "she".
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class _Draft:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What a generator hands to `_build`; `draw` makes one prompt of a label."""
+    """The parts of a generated task; `draw` creates one prompt of a label."""
 
     name: str
     labels: tuple[str, ...]
@@ -97,13 +98,22 @@ def ioi(
     seed: int = 0,
     prepend_bos: bool | None = None,
 ) -> Task:
-    """Indirect object identification; the label is the order of the names, "ABBA" or "BABA".
+    """Generate indirect object identification (arXiv 2211.00593).
 
-    The answer is the indirect object's name (A), the other token the subject's (B), which stands
-    twice. `n` gives the sizes of train, valid and test (arXiv 2211.00593).
+    The label is the order of the names, "ABBA" or "BABA". The answer is the name of the indirect
+    object (A). The competing token is the name of the subject (B), which occurs twice.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        n: sizes of train, valid and test.
+        seed: seed of every draw.
+        prepend_bos: whether to prepend BOS. None prepends it if the tokenizer has one.
+
+    Returns:
+        The task.
 
     Raises:
-        InputError: too few of the words are single tokens, or too many prompts are asked for.
+        InputError: too few of the words are single tokens, or too many prompts are requested.
     """
     names = _single_tokens(tokenizer, "ioi", "names", MEN + WOMEN, minimum=6)
     places = list(_single_tokens(tokenizer, "ioi", "places", PLACES, minimum=3))
@@ -129,16 +139,26 @@ def greater_than(
     seed: int = 0,
     prepend_bos: bool | None = None,
 ) -> Task:
-    """Years: an end must be later than its start; the label is the start's half of the range.
+    """Generate years of which the end must be later than the start (arXiv 2305.00586).
 
-    Where the tokenizer has two-digit tokens, the prompt ends after the century ("17") and the
-    answers are the tokens 33 to 99 for a start in 1732, the others 00 to 32; label "early" is a
-    start in 00-49, "late" one in 50-99. Where it splits years into digits, the prompt ends after
-    the decade ("173"), the answers are 3 to 9, the others 0 to 2, and "early" is 0-4. Only endings
-    count that the tokenizer itself would write after the stem (arXiv 2305.00586).
+    The label says in which half of the range the start lies. Where the tokenizer has two-digit
+    tokens, the prompt ends after the century ("17"). For a start in 1732 the answers are the tokens
+    33 to 99 and the others are 00 to 32. The label is "early" for a start in 00-49 and "late" for
+    one in 50-99. Where the tokenizer splits years into digits, the prompt ends after the decade
+    ("173"), the answers are 3 to 9, the others 0 to 2, and "early" is 0-4. Only endings that the
+    tokenizer itself would produce after the stem are used.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        n: sizes of train, valid and test.
+        seed: seed of every draw.
+        prepend_bos: whether to prepend BOS. None prepends it if the tokenizer has one.
+
+    Returns:
+        The task.
 
     Raises:
-        InputError: the tokenizer does neither, or too many prompts are asked for.
+        InputError: the tokenizer writes years in another way, or too many prompts are requested.
     """
     events = list(_single_tokens(tokenizer, "greater-than", "events", EVENTS, minimum=3))
     endings, stems = _year_stems(tokenizer)
@@ -167,10 +187,21 @@ def gendered_pronoun(
     seed: int = 0,
     prepend_bos: bool | None = None,
 ) -> Task:
-    """The pronoun that follows a name: labels "he" and "she", answers " he" and " she".
+    """Generate prompts for the pronoun that follows a name.
+
+    The labels are "he" and "she", and the answers are " he" and " she".
+
+    Args:
+        tokenizer: the model's tokenizer.
+        n: sizes of train, valid and test.
+        seed: seed of every draw.
+        prepend_bos: whether to prepend BOS. None prepends it if the tokenizer has one.
+
+    Returns:
+        The task.
 
     Raises:
-        InputError: too few of the words are single tokens, or too many prompts are asked for.
+        InputError: too few of the words are single tokens, or too many prompts are requested.
     """
     name = "gendered-pronoun"
     people = {
@@ -212,11 +243,11 @@ def _build(
     generator = random.Random(seed)
     bos = bos_ids(tokenizer, prepend_bos)
     ids = verbalizer_token_ids(tokenizer, recipe.verbalizer) if recipe.verbalizer else {}
-    seen: set[str] = set()
+    prompts: set[str] = set()
 
     def split(part: str, size: int) -> Examples:
         labels = [recipe.labels[i % len(recipe.labels)] for i in range(size)]
-        drafts = [_fresh(recipe, label, generator, seen) for label in labels]
+        drafts = [_fresh(recipe, label, generator, prompts) for label in labels]
         tokens = encode(tokenizer, [draft.prompt for draft in drafts])
         items = tuple(
             Example(draft.prompt, (*bos, *own), label, draft.answers, draft.others, draft.fields)
@@ -244,7 +275,7 @@ def _build(
 
 
 def _fresh(recipe: _Recipe, label: str, generator: random.Random, seen: set[str]) -> _Draft:
-    """A draft whose prompt is not in `seen`, to which it is added."""
+    """Draw a prompt that is not in `seen`, and add it there."""
     for _ in range(1000):
         draft = recipe.draw(label, generator)
         if draft.prompt not in seen:
@@ -252,7 +283,7 @@ def _fresh(recipe: _Recipe, label: str, generator: random.Random, seen: set[str]
             return draft
     raise InputError(
         f"{recipe.name}: only about {len(seen)} different prompts can be made with the words that "
-        "this tokenizer keeps whole; ask for fewer with n=(train, valid, test)"
+        "are single tokens here. Request fewer with n=(train, valid, test)."
     )
 
 
@@ -264,49 +295,49 @@ def _single_tokens(
     *,
     minimum: int,
 ) -> dict[str, int]:
-    """The words that are one token of their own with a leading space, with its id."""
+    """Return the words that are one token with a leading space, with their ids."""
     pieces = encode(tokenizer, [f" {word}" for word in words])
-    found: dict[str, int] = {}
+    single: dict[str, int] = {}
     for word, ids in zip(words, pieces, strict=True):
-        if len(ids) == 1 and ids[0] != tokenizer.unk_token_id and ids[0] not in found.values():
-            found[word] = ids[0]
-    if len(found) < minimum:
+        if len(ids) == 1 and ids[0] != tokenizer.unk_token_id and ids[0] not in single.values():
+            single[word] = ids[0]
+    if len(single) < minimum:
         raise InputError(
-            f"{task}: only {len(found)} of {len(words)} {kind} are single tokens here; "
-            f"at least {minimum} are needed; use a tokenizer with a larger vocabulary, or another "
-            "task"
+            f"{task}: only {len(single)} of {len(words)} {kind} are single tokens here; "
+            f"at least {minimum} are needed. Use a tokenizer with a larger vocabulary, or another "
+            "task."
         )
-    return found
+    return single
 
 
 def _year_stems(
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[list[str], dict[str, dict[str, int]]]:
-    """The endings of a year in order, and for each stem those that follow it as a token."""
+    """Return the endings of a year in order, and for each stem those that follow as one token."""
     two_digits = [f"{ending:02}" for ending in range(100)]
     one_digit = [str(ending) for ending in range(10)]
     decades = [f"{century}{decade}" for century in CENTURIES for decade in range(10)]
     for stems, endings in (([*map(str, CENTURIES)], two_digits), (decades, one_digit)):
-        found = {stem: _continuations(tokenizer, stem, endings) for stem in stems}
+        followers = {stem: _continuations(tokenizer, stem, endings) for stem in stems}
         half = endings[len(endings) // 2]
         # Three starts in each half leave later and earlier years to choose from.
         usable = {
             stem: ids
-            for stem, ids in found.items()
+            for stem, ids in followers.items()
             if sum(e < half for e in ids) > 3 and sum(e >= half for e in ids) > 3
         }
         if usable:
             return endings, usable
     raise InputError(
         "greater-than: this tokenizer writes years neither with two-digit tokens nor digit by "
-        "digit; use another task"
+        "digit. Use another task."
     )
 
 
 def _continuations(
     tokenizer: PreTrainedTokenizerBase, stem: str, endings: Sequence[str]
 ) -> dict[str, int]:
-    """The endings that the tokenizer writes as one token after the stem, with their ids."""
+    """Return the endings that the tokenizer writes as one token after the stem, with their ids."""
     before = encode(tokenizer, [f" {stem}"])[0]
     years = encode(tokenizer, [f" {stem}{ending}" for ending in endings])
     unknown = tokenizer.unk_token_id

@@ -1,12 +1,13 @@
-"""`PromptFormat`: rows of text become prompts whose next token is the answer.
+"""Turn rows of text into prompts whose next token is the answer (docs/method/task.md).
 
-1. A row's text is put into a template that ends in an answer cue; the few-shot prefix, the same
-   for every prompt, stands before it.
-2. The prompt is tokenised without special tokens and BOS is prepended by hand, so that every model
-   class sees the same ids.
-3. Each label has one verbalizer token (" positive"): the gold label's is the answer, those of the
-   other labels compete with it (single-token labels as in CT-SFT, arXiv 2601.08146).
-4. What would give a silently wrong number is refused: a label word of several tokens, a tokenizer
+1. Put the row's text into a template that ends in an answer cue, after the few-shot prefix, which
+   is the same for every prompt.
+2. Tokenise the prompt without special tokens and prepend BOS explicitly, so that every model class
+   sees the same ids.
+3. Look up the verbalizer token of each label, such as " positive". The gold label's token is the
+   answer, and the tokens of the other labels compete with it (single-token labels as in CT-SFT,
+   arXiv 2601.08146).
+4. Refuse rows that would give a silently wrong number: a label word of several tokens, a tokenizer
    that merges across the cue, an unknown label, an empty cell, a prompt longer than the context.
 """
 
@@ -25,21 +26,28 @@ from transformers import PreTrainedTokenizerBase
 from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.tasks.task import Example, Examples
 
-# Inputs without content, whose label logits show the model's bias (arXiv 2102.09690, section 5).
+# Inputs without content. Their label logits show the model's bias (arXiv 2102.09690, section 5).
 CONTENT_FREE_TEXTS = ("N/A", "", "[MASK]")
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How rows of text become examples: template, verbalizer, few-shot prefix, BOS and limit.
+    """How rows of text become examples.
 
-    `prepend_bos=None` prepends BOS iff the tokenizer has one. `max_length=None` takes the limit
-    that the tokenizer states, if any. `truncate` cuts the longest text column of a prompt that is
-    too long from its end, never the prefix or the answer cue.
+    Attributes:
+        tokenizer: the model's tokenizer.
+        template: text with column names in braces. It ends where the answer begins.
+        verbalizer: the answer word of each label. Each word must be one token.
+        label_column: name of the column with the label.
+        prefix: text before every prompt, such as few-shot examples.
+        prepend_bos: whether to prepend BOS. None prepends it if the tokenizer has one.
+        max_length: maximum number of tokens of a prompt. None uses the tokenizer's limit.
+        truncate: whether to shorten a prompt that is too long. The longest text column is cut at
+            its end, and the prefix and the answer cue stay whole.
 
     Raises:
-        InputError: no tokenizer, a mistake in the template (such as the label in it), or a
-            verbalizer word that is not one token.
+        InputError: there is no tokenizer. A mistake in the template or the verbalizer raises the
+            same error at its first use.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -60,27 +68,45 @@ class PromptFormat:
         columns = template_columns(self.template)
         if self.label_column in columns:
             raise InputError(
-                f"template {self.template!r}: it holds {{{self.label_column}}}, the answer itself; "
-                "end the prompt where the answer begins, and give its words as the verbalizer"
+                f"template {self.template!r}: it holds {{{self.label_column}}}, the answer itself. "
+                "End the prompt where the answer begins, and give the words as the verbalizer."
             )
         return columns
 
     @cached_property
     def verbalizer_ids(self) -> dict[str, int]:
-        """The token id of each label's word; labels in alphabetical order."""
+        """The token id of each label's word, with the labels in alphabetical order."""
         return verbalizer_token_ids(self.tokenizer, self.verbalizer)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The labels in alphabetical order, whatever the order in the verbalizer."""
+        """The labels in alphabetical order, whatever their order in the verbalizer."""
         return tuple(self.verbalizer_ids)
 
     def render(self, cells: Mapping[str, str]) -> str:
-        """Prefix and filled-in template."""
+        """Fill in the template.
+
+        Args:
+            cells: text of each column.
+
+        Returns:
+            The prefix and the filled-in template.
+        """
         return self.prefix + self.template.format_map(cells)
 
     def check_row(self, row: Mapping[str, object], place: str) -> tuple[dict[str, str], str]:
-        """The text of the template's columns, and the label; `place` names the row in errors."""
+        """Check a row and return what the prompt needs of it.
+
+        Args:
+            row: cells by column.
+            place: name of the row in error messages.
+
+        Returns:
+            The text of the template's columns, and the label.
+
+        Raises:
+            InputError: a column is missing, a cell is empty or not text, or the label is unknown.
+        """
         cells = {column: _cell(row, column, place) for column in self.columns}
         label = _cell(row, self.label_column, place)
         if label not in self.verbalizer_ids:
@@ -98,27 +124,48 @@ class PromptFormat:
         name: str = "examples",
         places: Sequence[str] | None = None,
     ) -> Examples:
-        """The rows as one split; `places` says where each row stands, for error messages.
+        """Build one split from rows.
+
+        Args:
+            rows: cells by column. Columns outside the template are kept in `Example.fields`.
+            name: name of the split.
+            places: name of each row in error messages. None counts the rows from 1.
+
+        Returns:
+            The examples, in the order of the rows.
 
         Raises:
-            InputError: no rows, a label without a row, or a row that cannot be used.
+            InputError: there are no rows, a label has no row, or a row cannot be used.
         """
         if not rows:
             raise InputError(f"{name}: no rows; expected at least one of each label")
         where = places or [f"{name}, row {number}" for number in range(1, len(rows) + 1)]
         checked = [self.check_row(row, place) for row, place in zip(rows, where, strict=True)]
-        found = {label for _, label in checked}
+        present = {label for _, label in checked}
         for label in self.labels:
-            if label not in found:
+            if label not in present:
                 raise InputError(
-                    f"{name}: no row has label {label!r} (found: {', '.join(sorted(found))}); add "
-                    "some, raise the limit, or take the label out of the verbalizer"
+                    f"{name}: no row has label {label!r} (found: {', '.join(sorted(present))}). "
+                    "Add some, raise the limit, or remove the label from the verbalizer."
                 )
         columns = [{k: str(v) for k, v in row.items() if v is not None} for row in rows]
         return Examples(self._encode(checked, columns, where), self.labels, name)
 
     def content_free(self, name: str) -> Examples:
-        """Prompts whose text columns hold "N/A", nothing and "[MASK]", for `Task.content_free`."""
+        """Build the prompts of `Task.content_free`.
+
+        Their text columns hold "N/A", nothing and "[MASK]".
+
+        Args:
+            name: name of the split.
+
+        Returns:
+            One example for each text. The labels have no meaning.
+
+        Raises:
+            InputError: a prompt is longer than the limit, or the tokenizer merges its end with the
+                answer.
+        """
         checked = [(dict.fromkeys(self.columns, t), self.labels[0]) for t in CONTENT_FREE_TEXTS]
         where = [f"{name}, text {text!r}" for text in CONTENT_FREE_TEXTS]
         columns = [cells for cells, _ in checked]
@@ -152,12 +199,12 @@ class PromptFormat:
         return [(*bos, *ids) for ids in encode(self.tokenizer, prompts)]
 
     def _shorten(self, cells: Mapping[str, str], place: str, *, length: int, limit: int) -> str:
-        """The prompt with its longest column cut at the last character that keeps to `limit`."""
+        """Cut the longest column at the last character with which the prompt keeps the limit."""
         too_long = f"{place}: the prompt has {length} tokens, the limit is {limit}"
         if not self.truncate:
             raise InputError(
-                f"{too_long}; leave the row out, use fewer shots, pass truncate=True to cut its "
-                "text, or raise max_length if the model's context allows"
+                f"{too_long}. Remove the row, use fewer shots, pass truncate=True to cut its text, "
+                "or raise max_length if the model's context allows it."
             )
         column = max(self.columns, key=lambda name: len(cells[name]))
         text = cells[column]
@@ -170,8 +217,8 @@ class PromptFormat:
         )
         if not text[:size].strip():
             raise InputError(
-                f"{too_long}, and cutting column {column!r} is not enough; leave the row out, use "
-                "fewer shots or raise max_length"
+                f"{too_long}, and cutting column {column!r} is not enough. Remove the row, use "
+                "fewer shots or raise max_length."
             )
         return prompt(size)
 
@@ -190,12 +237,27 @@ def build_examples(
     max_length: int | None = None,
     truncate: bool = False,
 ) -> Examples:
-    """Rows as one split: `template` filled in, `verbalizer[label]` as the answer token.
+    """Build one split from rows with a template and a verbalizer.
 
-    The options are those of `PromptFormat`; `places` says where each row stands, for errors.
+    Args:
+        rows: cells by column.
+        tokenizer: the model's tokenizer.
+        template: text with column names in braces. It ends where the answer begins.
+        verbalizer: the answer word of each label. Each word must be one token.
+        label_column: name of the column with the label.
+        name: name of the split.
+        places: name of each row in error messages. None counts the rows from 1.
+        prefix: text before every prompt.
+        prepend_bos: whether to prepend BOS. None prepends it if the tokenizer has one.
+        max_length: maximum number of tokens of a prompt. None uses the tokenizer's limit.
+        truncate: whether to shorten the text of a prompt that is too long.
+
+    Returns:
+        The examples, in the order of the rows.
 
     Raises:
-        InputError: a mistake in template, verbalizer or a row, named with its place and column.
+        InputError: there is a mistake in the template, the verbalizer or a row. The message names
+            the place and the column.
     """
     format = PromptFormat(
         tokenizer, template, verbalizer, label_column, prefix, prepend_bos, max_length, truncate
@@ -204,40 +266,76 @@ def build_examples(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The token ids of each text, without special tokens."""
+    """Tokenise texts without special tokens.
+
+    Args:
+        tokenizer: the tokenizer.
+        texts: the texts.
+
+    Returns:
+        The token ids of each text.
+    """
     if not texts:
         return []
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def bos_ids(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool | None) -> tuple[int, ...]:
-    """The BOS id to prepend, or nothing; None prepends iff the tokenizer came with one.
+    """Return the BOS id to prepend.
 
-    TransformerLens gives a tokenizer without BOS (Qwen's) its EOS for one, which no prompt of that
-    model ever began with; what the tokenizer was loaded with decides.
+    TransformerLens uses EOS as BOS for a tokenizer without BOS (Qwen's), although no prompt of that
+    model ever began with it. So None looks at the options that the tokenizer was loaded with.
+
+    Args:
+        tokenizer: the tokenizer.
+        prepend_bos: whether to prepend BOS. None prepends it if the tokenizer was loaded with one.
+
+    Returns:
+        The BOS id, or an empty tuple.
+
+    Raises:
+        InputError: BOS is requested and the tokenizer has none.
     """
     loaded = getattr(tokenizer, "init_kwargs", None) or {}
     if prepend_bos is None and "bos_token" in loaded and loaded["bos_token"] is None:
         return ()
     if prepend_bos and tokenizer.bos_token_id is None:
-        raise InputError("prepend_bos=True: the tokenizer has no BOS token; leave prepend_bos out")
+        raise InputError("prepend_bos=True: the tokenizer has no BOS token. Omit prepend_bos.")
     if prepend_bos is False or tokenizer.bos_token_id is None:
         return ()
     return (tokenizer.bos_token_id,)
 
 
 def context_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int:
-    """Most tokens of a prompt, BOS included; tokenizers without a limit state a huge number."""
+    """Return the maximum number of tokens of a prompt, BOS included.
+
+    Args:
+        tokenizer: the tokenizer. A tokenizer without a limit states a huge number.
+        max_length: the caller's limit. None uses the tokenizer's.
+
+    Returns:
+        The limit, in tokens.
+
+    Raises:
+        InputError: `max_length` is below 1.
+    """
     if max_length is not None and max_length < 1:
         raise InputError(f"max_length {max_length}: expected at least 1")
     return tokenizer.model_max_length if max_length is None else max_length
 
 
 def template_columns(template: str) -> tuple[str, ...]:
-    """The columns named in braces, in order of appearance.
+    """Return the columns that a template names in braces.
+
+    Args:
+        template: the template.
+
+    Returns:
+        The names, in order of appearance.
 
     Raises:
-        InputError: unbalanced braces, no column, or anything but a plain name in braces.
+        InputError: the braces are unbalanced, there is no column, or the braces hold anything but a
+            plain name.
     """
     try:
         parts = list(string.Formatter().parse(template))
@@ -256,10 +354,18 @@ def template_columns(template: str) -> tuple[str, ...]:
 def verbalizer_token_ids(
     tokenizer: PreTrainedTokenizerBase, verbalizer: Mapping[str, str]
 ) -> dict[str, int]:
-    """The token id of each label's word, labels in alphabetical order.
+    """Look up the token of each label's word.
+
+    Args:
+        tokenizer: the tokenizer.
+        verbalizer: the answer word of each label.
+
+    Returns:
+        The token ids, with the labels in alphabetical order.
 
     Raises:
-        InputError: fewer than two labels, a word of several or unknown tokens, or a shared token.
+        InputError: there are fewer than two labels, a word has several or unknown tokens, or two
+            words share a token.
     """
     if len(verbalizer) < 2:
         raise InputError(f"verbalizer {dict(verbalizer)}: expected at least two labels")
@@ -293,6 +399,13 @@ def check_boundary(
 ) -> None:
     """Check that prompt + word has the prompt's tokens and then the word's, for every example.
 
+    Args:
+        tokenizer: the tokenizer.
+        examples: the examples.
+        words: answer word of each example.
+        places: name of each example in error messages.
+        n_bos: number of BOS tokens at the start of the examples.
+
     Raises:
         InputError: the tokenizer merges the end of a prompt with its answer.
     """
@@ -301,28 +414,31 @@ def check_boundary(
         if ids != [*example.tokens[n_bos:], example.answers[0]]:
             raise InputError(
                 f"{place}: the tokenizer merges the end of the prompt with the answer {word!r}: "
-                f"together they end in {tokenizer.convert_ids_to_tokens(ids[-3:])}; end the "
-                "template in another character, without a space, or change the word"
+                f"together they end in {tokenizer.convert_ids_to_tokens(ids[-3:])}. End the "
+                "template in another character, without a space, or change the word."
             )
 
 
 def _number_hint(label: str) -> str:
-    """What to do about labels that are numbers, whose meaning the data do not say."""
+    """Return advice for labels that are numbers, whose meaning the data do not define."""
     if not label.strip().lstrip("-").replace(".", "", 1).isdigit():
         return ""
     return f"; give the verbalizer a word for each number (such as {label!r}), or write words"
 
 
 def check_tokenizer(tokenizer: object) -> None:
-    """Refuse None, which is the tokenizer of a model made without one.
+    """Refuse None, the tokenizer of a model that was loaded without one.
+
+    Args:
+        tokenizer: the tokenizer.
 
     Raises:
-        InputError: says how to get one.
+        InputError: the tokenizer is None. The message says how to get one.
     """
     if tokenizer is None:
         raise InputError(
-            "tokenizer=None: the model has none of its own; give the one that it was trained with, "
-            "such as transformers.AutoTokenizer.from_pretrained(name)"
+            "tokenizer=None: the model was loaded without a tokenizer. Pass the one that it was "
+            "trained with, such as transformers.AutoTokenizer.from_pretrained(name)."
         )
 
 
@@ -337,16 +453,17 @@ def _cell(row: Mapping[str, object], column: str, place: str) -> str:
         raise InputError(
             f"{place}, column {column!r}: expected text, got {type(value).__name__} {value!r}"
         )
-    # NaN is how pandas marks a missing cell.
+    # pandas marks a missing cell by NaN.
     missing = value is None or (isinstance(value, float) and math.isnan(value))
     text = "" if missing else str(value)
     if not text.strip():
-        raise InputError(f"{place}, column {column!r}: empty; fill it in or leave the row out")
+        raise InputError(f"{place}, column {column!r}: empty. Fill it in or remove the row.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
             f"{place}, column {column!r}, character {error.start + 1}: half of a character "
-            f"({text[error.start]!r}); the text was cut in the middle of an emoji or the like"
+            f"({text[error.start]!r}). The text was cut inside a character, such as an emoji. "
+            "Repair the text or remove the row."
         ) from error
     return text

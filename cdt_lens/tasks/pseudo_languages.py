@@ -1,21 +1,24 @@
-"""A sentiment task in plain English and in invented languages at a chosen distance from it.
+"""Generate a sentiment task in English and in invented languages at a chosen distance from it.
 
-For transfer between languages without data. A meaning is drawn once and said in any language, so
-row i of a split means the same at every distance (row-parallel, as NusaX is).
+The task serves experiments on transfer between languages without data. A meaning is drawn once and
+expressed in any language, so that row i of a split means the same at every distance (the rows are
+parallel, as in NusaX).
 
-1. A clause states a fact or an opinion; a negation flips the opinion; intensifiers and negated
-   facts change nothing. "and" joins any two clauses: an opinion and a fact make that opinion, two
-   opposite opinions are neutral. "but" joins opposite opinions and the last one counts; "although"
-   joins them and the first one counts. So the label needs the structure, not the words alone.
+1. A clause states a fact or an opinion. A negation reverses the opinion. Intensifiers and negated
+   facts change nothing. "and" joins any two clauses: an opinion and a fact make that opinion, and
+   two opposite opinions are neutral. "but" joins opposite opinions, and the last one counts.
+   "although" joins them, and the first one counts. So the label depends on the structure and not on
+   the words alone.
 2. Distance 0 is English. A word of `LEXICON` is replaced by an invented one where the distance is
-   above the word's threshold, drawn once a language: words replaced at 0.3 are replaced at 0.6
-   too, that share of each class goes, and at 1 no word is left.
-3. Order: from 0.2 an adjective follows its noun, from 0.4 an intensifier follows its word, from
-   0.6 a negation follows what it negates, from 0.8 the verb ends its clause.
-4. Suffixes, on invented words only (shared words stay whole): from 0.3 on the noun of an object,
-   from 0.5 on an adjective that stands by a noun.
-5. The checksum of the English sentence says whether it is for training, validation, test or
-   pre-training ("unlabelled"), so no meaning is in two of them, whatever the seeds and sizes.
+   above the word's threshold. The thresholds are drawn once for a language. So a word replaced at
+   0.3 is also replaced at 0.6, that share of each class is replaced, and at 1 every word is
+   replaced.
+3. Word order: from 0.2 an adjective follows its noun, from 0.4 an intensifier follows its word,
+   from 0.6 a negation follows what it negates, from 0.8 the verb ends its clause.
+4. Suffixes, on invented words only: from 0.3 on the noun of an object, from 0.5 on an adjective
+   next to a noun.
+5. The checksum of the English sentence assigns it to training, validation, test or pre-training
+   ("unlabelled"). So no meaning is in two of them, whatever the seeds and sizes.
 """
 
 from __future__ import annotations
@@ -62,7 +65,7 @@ LEXICON: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 # The slots of a clause in English order. A rule of REVERSED_FROM exchanges the two parts after its
-# name. After the stroke stands a use of SUFFIX_FROM.
+# name. The part after the slash is a use in SUFFIX_FROM.
 _NOUN = ("adjective", "plain/linked", "noun")
 _OBJECT = ("adjective", "plain/linked", "noun/object")
 _RATED = ("adjective", ("intensity", "very", "quality/linked"), "noun/object")
@@ -82,13 +85,13 @@ REVERSED_FROM = {"adjective": 0.2, "intensity": 0.4, "negation": 0.6, "verb": 0.
 SUFFIX_FROM = {"object": 0.3, "linked": 0.5}
 # The word classes that fill a slot where the clause is a fact [0], good [1] or bad [-1].
 _BY_SIGN = {"quality": ("plain", "good", "bad"), "action": ("have", "like", "hate")}
-# How often a slot is filled, if not always.
+# The probability that a slot is filled, where it is below 1.
 _CHANCE = {"not": 0.25, "very": 0.3, "plain/linked": 0.3}
 _SIGN = {"negative": -1, "neutral": 0, "positive": 1}
 
 
 class _Clause(NamedTuple):
-    """A kind of `CLAUSES` and an English word for each slot that is filled."""
+    """The kind of clause in `CLAUSES`, and an English word for each filled slot."""
 
     kind: str
     words: Mapping[str, str]
@@ -96,7 +99,7 @@ class _Clause(NamedTuple):
 
 @dataclass(frozen=True)
 class _Language:
-    """`invented` by English word, `suffixes` by use, and for each kind of clause its slots."""
+    """The invented words by English word, the suffixes by use, and the slots of each clause."""
 
     invented: Mapping[str, str]
     suffixes: Mapping[str, str]
@@ -116,10 +119,16 @@ class _Language:
 
 
 def parse_distance(config: object) -> float:
-    """The distance that "source" (0) or a number from 0 to 1 names.
+    """Return the distance that a configuration names.
+
+    Args:
+        config: "source" for 0, or a number from 0 to 1.
+
+    Returns:
+        The distance.
 
     Raises:
-        InputError: anything else.
+        InputError: the value is neither.
     """
     if config == "source":
         return 0.0
@@ -144,13 +153,25 @@ def pseudo_sentences(
     plain: bool = False,
     language_seed: int = 0,
 ) -> list[dict[str, str]]:
-    """`n` different rows {"text", "label"}, the labels in turn; row i means the same everywhere.
+    """Generate different sentences, with the labels in turn.
 
-    `seed` draws the meanings, `language_seed` the language. Fewer rows are the first of more.
-    `plain` rows are one clause without negation, of which there are thousands, not millions.
+    Row i means the same in every language. A smaller `n` gives the first rows of a larger one.
+
+    Args:
+        n: number of rows.
+        distance: "source" or a number from 0 to 1.
+        seed: seed of the meanings.
+        part: "train", "valid", "test" or "unlabelled".
+        plain: whether each row is one clause without negation. There are thousands of these, and
+            millions of others.
+        language_seed: seed of the language.
+
+    Returns:
+        Rows with the columns "text" and "label".
 
     Raises:
-        InputError: a distance outside 0 to 1, an unknown part, or more rows than there are.
+        InputError: the distance is outside 0 to 1, the part is unknown, or there are not enough
+            sentences.
     """
     language = _language(parse_distance(distance), language_seed)
     if n < 0 or part not in PARTS:
@@ -170,10 +191,18 @@ def pseudo_sentences(
 def pseudo_splits(
     config: str | None, n: Sequence[int], seed: int = 0
 ) -> dict[str, list[dict[str, str]]]:
-    """Rows of train, valid and test, of the sizes `n`; a split of size 0 is left out.
+    """Generate the rows of train, valid and test.
+
+    Args:
+        config: "source" or a number from 0 to 1.
+        n: sizes of train, valid and test.
+        seed: seed of the meanings.
+
+    Returns:
+        The rows of each split. A split of size 0 is left out.
 
     Raises:
-        InputError: `config` is no distance, or the sizes are not three of 0 or at least 3.
+        InputError: `config` is not a distance, or `n` is not three sizes of 0 or at least 3.
     """
     distance = parse_distance(config)
     if len(n) != 3 or any(size != 0 and size < len(VERBALIZER) for size in n):
@@ -188,29 +217,37 @@ def pseudo_splits(
 def pseudo_vocabulary(
     distances: Iterable[float | int | str], language_seed: int = 0
 ) -> tuple[str, ...]:
-    """Every word that can occur in English or at one of the distances, suffixed forms included.
+    """Return every word that can occur in English or at one of the distances.
+
+    Args:
+        distances: "source" or numbers from 0 to 1.
+        language_seed: seed of the language.
+
+    Returns:
+        The words, suffixed forms included.
 
     Raises:
-        InputError: a distance outside 0 to 1.
+        InputError: a distance is outside 0 to 1.
     """
-    found: dict[str, None] = {}
+    words: dict[str, None] = {}
     for distance in ("source", *distances):
         language = _language(parse_distance(distance), language_seed)
         for slot in ("join", *(slot for slots in language.order.values() for slot in slots)):
             for name in _classes(slot):
-                found |= dict.fromkeys(language.form(word, slot) for word in LEXICON[name])
-    return tuple(found)
+                words |= dict.fromkeys(language.form(word, slot) for word in LEXICON[name])
+    return tuple(words)
 
 
 @cache
 def _language(distance: float, seed: int) -> _Language:
-    """The language of `seed` at `distance`: everything is drawn first, then the dial selects."""
+    """Create the language of `seed` at `distance`: draw everything, then select by the distance."""
     draw = random.Random(f"{PSEUDO_TASK} language {seed}")
     suffixes = dict(zip(SUFFIX_FROM, draw.sample(("ke", "le", "me", "se"), 2), strict=True))
     taken = {word for words in LEXICON.values() for word in words}
     invented: dict[str, str] = {}
     for words in LEXICON.values():
-        # The i-th word of a class goes between i/n and (i+1)/n, in an order of the language's own.
+        # The threshold of the i-th word of a class lies between i/n and (i+1)/n. The order of the
+        # words is drawn for each language.
         for i, word in enumerate(draw.sample(words, len(words))):
             threshold = (i + draw.random()) / len(words)
             new = _invent(draw, taken)
@@ -222,7 +259,7 @@ def _language(distance: float, seed: int) -> _Language:
 
 
 def _slots(pattern: tuple[Any, ...] | str, distance: float) -> list[str]:
-    """The slots of a clause from left to right."""
+    """Return the slots of a clause from left to right."""
     if isinstance(pattern, str):
         return [pattern]
     ruled = pattern[0] in REVERSED_FROM
@@ -233,9 +270,9 @@ def _slots(pattern: tuple[Any, ...] | str, distance: float) -> list[str]:
 
 
 def _invent(draw: random.Random, taken: set[str]) -> str:
-    """A pronounceable word that is not in `taken`, to which it is added.
+    """Invent a pronounceable word that is not in `taken`, and add it there.
 
-    It has no "e" and every suffix ends in one, so no suffixed form is another word either.
+    It has no "e" and every suffix ends in one, so that no suffixed form equals another word.
     """
     while True:
         syllables = range(draw.choice((2, 2, 3)))
@@ -246,7 +283,7 @@ def _invent(draw: random.Random, taken: set[str]) -> str:
 
 
 def _shapes() -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-    """For each label, its kinds of sentence: a conjunction and the signs of the clauses."""
+    """Return the kinds of sentence of each label: a conjunction and the signs of the clauses."""
     shapes: dict[str, list[tuple[str, tuple[int, ...]]]]
     shapes = {label: [("", (sign,))] for label, sign in _SIGN.items()}
     by_sign = {sign: label for label, sign in _SIGN.items()}
@@ -264,7 +301,7 @@ _SHAPES = _shapes()
 def _fresh(
     draw: random.Random, label: str, part: str, plain: bool, seen: set[str]
 ) -> tuple[list[_Clause], str]:
-    """Clauses and conjunction of `part` whose English is not in `seen`, to which it is added."""
+    """Draw clauses and conjunction of `part` whose English is not in `seen`, and add it there."""
     english = _language(0.0, 0)
     for _ in range(1000):
         conjunction, signs = _SHAPES[label][0] if plain else draw.choice(_SHAPES[label])
@@ -274,12 +311,12 @@ def _fresh(
             seen.add(text)
             return clauses, conjunction
     raise InputError(
-        f"{PSEUDO_TASK}: hardly more than {len(seen)} different sentences; ask for fewer"
+        f"{PSEUDO_TASK}: there are hardly more than {len(seen)} different sentences. Request fewer."
     )
 
 
 def _clause(draw: random.Random, english: _Language, sign: int, plain: bool) -> _Clause:
-    """A clause whose opinion has this sign after its negation, if it has one; 0 is a fact."""
+    """Draw a clause whose opinion has this sign after its negation; 0 is a fact."""
     kind = draw.choice(tuple(CLAUSES))
     chance = {**_CHANCE, "not": 0.0} if plain else _CHANCE
     filled = [slot for slot in english.order[kind] if draw.random() < chance.get(slot, 1.0)]
@@ -288,6 +325,6 @@ def _clause(draw: random.Random, english: _Language, sign: int, plain: bool) -> 
 
 
 def _classes(slot: str) -> tuple[str, str, str]:
-    """The word classes of a slot, by the sign of the clause."""
+    """Return the word classes of a slot, indexed by the sign of the clause."""
     name = slot.partition("/")[0]
     return _BY_SIGN.get(name, (name, name, name))

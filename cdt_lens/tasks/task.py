@@ -1,8 +1,9 @@
-"""`Task`: prompts whose next token is the answer, with their labels and candidate tokens.
+"""Define `Task`, `Examples` and `Batch`: prompts with their labels and candidate tokens.
 
-The answer is the gold label's token and those of the other labels compete with it:
-d = logit[answer] - mean logit[others], in logits (single-token labels as in CT-SFT,
-arXiv 2601.08146). `prompts.py` makes the examples, this file holds, balances and batches them.
+The answer is the gold label's token, and the tokens of the other labels compete with it. The task
+direction of an example is d = logit[answer] - mean logit[others], in logits (docs/method/task.md;
+single-token labels as in CT-SFT, arXiv 2601.08146). `prompts.py` creates the examples. This file
+stores, balances and batches them.
 """
 
 from __future__ import annotations
@@ -28,13 +29,21 @@ from cdt_lens.core.errors import InputError, expect
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with the token ids that are right (`answers`) and those that compete (`others`).
+    """One prompt with its answer tokens and the tokens that compete with them.
 
-    The task direction is the mean logit of `answers` minus the mean logit of `others`, in logits;
-    positive = towards the gold label. `fields` holds the row's columns.
+    The task direction is the mean logit of `answers` minus the mean logit of `others`, in logits.
+    Positive values are towards the gold label.
+
+    Attributes:
+        prompt: the text.
+        tokens: token ids of the prompt, BOS included.
+        label: the gold label.
+        answers: token ids that are correct.
+        others: token ids that compete with the answers.
+        fields: the columns of the row.
 
     Raises:
-        InputError: no token, no answer, no competitor, or an id that occurs twice among them.
+        InputError: there is no token, no answer or no competitor, or a candidate occurs twice.
     """
 
     prompt: str
@@ -47,7 +56,7 @@ class Example:
     def __post_init__(self) -> None:
         candidates = self.answers + self.others
         if not self.tokens:
-            raise InputError(f"prompt {self.prompt!r}: it has no tokens; give it some text")
+            raise InputError(f"prompt {self.prompt!r}: it has no tokens. Give it some text.")
         if not self.answers or not self.others or len(set(candidates)) < len(candidates):
             raise InputError(
                 f"prompt {self.prompt!r}: expected at least one answer and one other token, all "
@@ -55,8 +64,8 @@ class Example:
             )
 
     def __repr__(self) -> str:
-        told = f"{self.label}; {len(self.tokens)} tokens"
-        return display.line(self, display.short(self.prompt), told)
+        summary = f"{self.label}; {len(self.tokens)} tokens"
+        return display.line(self, display.short(self.prompt), summary)
 
     def _repr_html_(self) -> str:
         return Examples((self,), (self.label,), "example")._repr_html_()
@@ -64,12 +73,19 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Examples as tensors, right-padded: causal attention never lets padding reach a real position.
+    """Examples as tensors, padded on the right, where causal attention never reaches.
 
-    `lengths` counts the real tokens, so the answer is read at position `lengths - 1`. `candidates`
-    are the answers, then the others, then the first candidate again as padding. `direction` is
-    +1/n on answers, -1/n on others and 0 on padding: `(direction * logits at candidates).sum()` is
-    the task direction in logits.
+    Attributes:
+        tokens: token ids of the prompts.
+        lengths: number of real tokens of each prompt. The answer is read at position `lengths - 1`.
+        candidates: token ids of the answers, then of the others, then the first candidate again as
+            padding.
+        direction: +1/n on answers, -1/n on others and 0 on padding.
+            `(direction * logits at candidates).sum()` is the task direction in logits.
+        is_answer: True at the answers.
+        is_candidate: True at the answers and the others, False at padding.
+        label_index: position of each gold label in `Examples.labels`.
+        index: position of each example in the split.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -82,7 +98,14 @@ class Batch:
     index: tuple[int, ...]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """Move the batch to a device.
+
+        Args:
+            device: the device.
+
+        Returns:
+            The same batch with its tensors on `device`.
+        """
         values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         moved: dict[str, Any] = {
             k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()
@@ -92,7 +115,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Examples(Sequence[Example]):
-    """One split of a task; the order of `labels` is the order of `Batch.label_index`."""
+    """One split of a task, as a sequence of `Example`.
+
+    Attributes:
+        items: the examples.
+        labels: the labels. `Batch.label_index` counts in this order.
+        name: name of the split, such as "toy/train".
+
+    Raises:
+        InputError: an example has another label.
+    """
 
     items: tuple[Example, ...]
     labels: tuple[str, ...]
@@ -107,7 +139,7 @@ class Examples(Sequence[Example]):
         return display.line(self, self.name, f"{len(self)} examples", self.counts)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row an example: prompt, label, numbers of tokens, answers and competitors."""
+        """Return one row for each example: prompt, label, and numbers of tokens and candidates."""
         return examples_frame(self)
 
     def _repr_html_(self) -> str:
@@ -129,22 +161,28 @@ class Examples(Sequence[Example]):
     @property
     def counts(self) -> dict[str, int]:
         """Number of examples of each label."""
-        found = Counter(item.label for item in self.items)
-        return {label: found[label] for label in self.labels}
+        counter = Counter(item.label for item in self.items)
+        return {label: counter[label] for label in self.labels}
 
     @property
     def chance(self) -> float:
-        """Accuracy of always giving the commonest label, a share from 0 to 1."""
+        """Accuracy of always choosing the most frequent label, from 0 to 1."""
         return max(self.counts.values()) / len(self)
 
     @cached_property
     def hash(self) -> str:
-        """sha256 over tokens, label, answers and others of every example, in order."""
+        """The sha256 over tokens, label, answers and others of every example, in order."""
         rows = [(item.tokens, item.label, item.answers, item.others) for item in self.items]
         return content_hash(rows)
 
     def take(self, n: int) -> Examples:
-        """The first `n` examples, or all where there are fewer.
+        """Return the first examples.
+
+        Args:
+            n: number of examples. Where there are fewer, all are returned.
+
+        Returns:
+            The examples.
 
         Raises:
             InputError: `n` is below 1, or there are no examples.
@@ -155,28 +193,33 @@ class Examples(Sequence[Example]):
         return self[:n]
 
     def balanced(self, n: int | None = None, *, seed: int = 0) -> Examples:
-        """The same number of each label, drawn at random, in the order of the data.
+        """Draw the same number of examples of each label, in the order of the data.
 
-        `n` counts all labels together and is rounded down to a multiple of their number; None
-        takes as many as the rarest label allows.
+        Args:
+            n: number of examples of all labels together, rounded down to a multiple of the number
+                of labels. None draws as many as the rarest label allows.
+            seed: seed of the draw.
+
+        Returns:
+            The examples.
 
         Raises:
             InputError: there are no examples, or too few of a label.
         """
         self.require_some()
         rarest, most = min(self.counts.items(), key=lambda pair: pair[1])
-        each = most if n is None else n // len(self.labels)
-        if not 1 <= each <= most:
+        per_label = most if n is None else n // len(self.labels)
+        if not 1 <= per_label <= most:
             raise InputError(
                 f"{self.name}: cannot draw {n} examples balanced over {len(self.labels)} labels: "
                 f"label {rarest!r} has {most}; n may be {len(self.labels)} to "
-                f"{most * len(self.labels)}"
+                f"{most * len(self.labels)}."
             )
         generator = random.Random(seed)
         chosen: list[int] = []
         for label in self.labels:
             positions = [i for i, item in enumerate(self.items) if item.label == label]
-            chosen += generator.sample(positions, each)
+            chosen += generator.sample(positions, per_label)
         return replace(self, items=tuple(self.items[i] for i in sorted(chosen)))
 
     def batches(
@@ -187,10 +230,18 @@ class Examples(Sequence[Example]):
         pad_id: int = 0,
         shard: tuple[int, int] = (0, 1),
     ) -> Iterator[Batch]:
-        """Every example once, in batches; longest first, so that memory runs out at the start.
+        """Iterate over the examples in batches, each example once.
 
-        `shard=(rank, world)` gives every world-th example from rank on: the shards partition the
-        split.
+        Args:
+            batch_size: maximum number of examples in a batch.
+            sort_by_length: whether to begin with the longest prompts, so that a lack of memory
+                shows at the start.
+            pad_id: token id of the padding.
+            shard: `(rank, world)` selects every world-th example from `rank` on. The shards
+                partition the split.
+
+        Returns:
+            An iterator over the batches.
 
         Raises:
             InputError: there are no examples, or an argument is out of range.
@@ -210,8 +261,13 @@ class Examples(Sequence[Example]):
         return (self._collate(tuple(order[i : i + batch_size]), pad_id) for i in starts)
 
     def require_some(self) -> None:
+        """Check that the split is not empty.
+
+        Raises:
+            InputError: there are no examples.
+        """
         if not self.items:
-            raise InputError(f"{self.name}: no examples; load this split or use another one")
+            raise InputError(f"{self.name}: no examples; load this split or use another one.")
 
     def _collate(self, index: tuple[int, ...], pad_id: int) -> Batch:
         items = [self.items[i] for i in index]
@@ -236,12 +292,25 @@ class Examples(Sequence[Example]):
 
 @dataclass(frozen=True)
 class Task:
-    """Splits of one classification task; a split that the data lack is empty.
+    """The splits of one classification task.
 
-    `verbalizer` may be empty (generated tasks whose answers differ from prompt to prompt).
-    `prefix` holds the few-shot examples that stand before every prompt. `content_free` are the
-    prompts for label-prior calibration: their candidates stand in the order of `labels`, their
-    own label means nothing.
+    Attributes:
+        name: name of the task.
+        labels: the labels, shared by all splits.
+        verbalizer: the answer word of each label. Empty for generated tasks whose answers differ
+            from prompt to prompt.
+        verbalizer_ids: token id of each label's word.
+        template: the prompt's template.
+        train: the training split. A split that the data lack is empty.
+        valid: the validation split.
+        test: the test split.
+        content_free: prompts for label-prior calibration. Their candidates are in the order of
+            `labels`, and their own label has no meaning.
+        prior: calibrated logit of each label on content-free prompts, or None.
+        prefix: the few-shot examples before every prompt.
+
+    Raises:
+        InputError: a split has other labels.
     """
 
     name: str
@@ -261,7 +330,7 @@ class Task:
             if split.labels != self.labels:
                 raise InputError(
                     f"task {self.name}: {split.name} has labels {split.labels}, expected "
-                    f"{self.labels}; build every split with the same verbalizer"
+                    f"{self.labels}. Build every split with the same verbalizer."
                 )
 
     def __repr__(self) -> str:
@@ -270,7 +339,7 @@ class Task:
         return display.line(self, self.name, display.few(self.labels), sizes)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a split: the number of examples, and of each label."""
+        """Return one row for each split, with the number of examples and of each label."""
         return counts_frame((self.train, self.valid, self.test))
 
     def _repr_html_(self) -> str:
@@ -281,7 +350,7 @@ class Task:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 over everything that changes a number: all but the name, in canonical order."""
+        """The sha256 over everything that changes a number, which is all but the name."""
         return content_hash(
             {
                 "labels": self.labels,
@@ -295,11 +364,17 @@ class Task:
         )
 
     def with_prior(self, prior: Mapping[str, float]) -> Task:
-        """This task with the calibrated logit of each label on content-free prompts.
+        """Return this task with a calibration of its labels.
 
-        Accuracy then compares candidate logits minus `candidate_prior` (arXiv 2102.09690). The
-        task direction is left as it is: there the prior is a constant of each gold label, which
-        cancels in every difference between two runs.
+        Accuracy then compares candidate logits minus `candidate_prior` (arXiv 2102.09690). The task
+        direction does not change: there the prior is a constant for each gold label, which cancels
+        in every difference between two runs.
+
+        Args:
+            prior: logit of each label on content-free prompts.
+
+        Returns:
+            The task with this prior.
 
         Raises:
             InputError: the task has no verbalizer, a label is missing, or a value is not finite.
@@ -314,7 +389,14 @@ class Task:
         return replace(self, prior={label: float(prior[label]) for label in self.labels})
 
     def candidate_prior(self, batch: Batch) -> Float[Tensor, "batch k"]:
-        """What to subtract from the candidates' logits before comparing them; 0 without a prior."""
+        """Return the offsets to subtract from the candidates' logits before comparing them.
+
+        Args:
+            batch: the prompts.
+
+        Returns:
+            The prior of each candidate, in logits. 0 without a prior.
+        """
         offsets = torch.zeros_like(batch.direction)
         for label, value in (self.prior or {}).items():
             offsets[batch.candidates == self.verbalizer_ids[label]] = value
@@ -322,10 +404,13 @@ class Task:
 
 
 def require_examples(examples: object) -> None:
-    """Refuse what is no split of a task, or an empty one.
+    """Check that a value is a split with at least one example.
+
+    Args:
+        examples: the value to check.
 
     Raises:
-        InputError: names what was handed over instead.
+        InputError: the value is not an `Examples`, or it is empty.
     """
     fix = "give a split, such as task.train"
     if isinstance(examples, (list, tuple)):
@@ -334,7 +419,14 @@ def require_examples(examples: object) -> None:
 
 
 def examples_frame(examples: Examples) -> pd.DataFrame:
-    """One row an example: prompt, label, and the numbers of tokens, answers and competitors."""
+    """Return a split as a table.
+
+    Args:
+        examples: the split.
+
+    Returns:
+        One row for each example: prompt, label, and numbers of tokens, answers and others.
+    """
     rows = [
         (e.prompt, e.label, len(e.tokens), len(e.answers), len(e.others)) for e in examples.items
     ]
@@ -342,17 +434,40 @@ def examples_frame(examples: Examples) -> pd.DataFrame:
 
 
 def counts_frame(splits: Sequence[Examples]) -> pd.DataFrame:
-    """One row a split: its name, the number of examples, and of each label."""
+    """Return the sizes of splits as a table.
+
+    Args:
+        splits: the splits.
+
+    Returns:
+        One row for each split: its name, the number of examples, and the number of each label.
+    """
     return pd.DataFrame([{"split": s.name, "examples": len(s), **s.counts} for s in splits])
 
 
 def most_balanced(examples: Examples) -> int:
-    """How many examples can be drawn with the same number of each label."""
+    """Return how many examples can be drawn with the same number of each label.
+
+    Args:
+        examples: the split.
+
+    Returns:
+        The number of examples of all labels together.
+    """
     return min(examples.counts.values()) * len(examples.labels)
 
 
 def drawn(examples: Examples, n: int, seed: int) -> Examples:
-    """`n` examples drawn by the seed, in the order of the data; all where there are no more."""
+    """Draw examples at random, in the order of the data.
+
+    Args:
+        examples: the split.
+        n: number of examples. Where there are no more than `n`, all are returned.
+        seed: seed of the draw.
+
+    Returns:
+        The examples.
+    """
     if n >= len(examples):
         return examples
     index = sorted(random.Random(seed).sample(range(len(examples)), n))

@@ -243,5 +243,5 @@ def test_slices_of_weights_that_are_not_run_fail_the_check(family, backend, role
         HeadSlice(p.layer, p.role, p.index, p.whole.flip(0)) if p.role == role else p
         for p in head_slices(seen, HEADS)
     ]
-    with pytest.raises(UnsupportedModelError, match=rf"attn.{role} does not make"):
+    with pytest.raises(UnsupportedModelError, match=rf"attn.{role} does not produce"):
         check_slices(seen, wrong)

@@ -254,7 +254,7 @@ def test_a_weight_that_is_a_buffer_is_refused(tokenizer_folder):
     kept = norm.w.detach().clone()
     del norm.w
     norm.register_buffer("w", kept)
-    with pytest.raises(UnsupportedModelError, match="blocks.0.ln1.w is no parameter of its own"):
+    with pytest.raises(UnsupportedModelError, match="blocks.0.ln1.w is not a parameter of its own"):
         SlicesAndWholes(seen, (), ("blocks.0.ln1.w",))
 
 

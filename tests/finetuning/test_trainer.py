@@ -381,13 +381,13 @@ def test_the_best_epochs_values_are_kept(metric, rows, best, monkeypatch, tokeni
     seen = view("llama", "bridge", tokenizer_folder, torch.float32)
     start = named_weights(seen)["blocks.1.attn.W_Q"].clone()
     values = [start]
-    true = Trainer._look
+    true = Trainer._validate
 
     def look(self: Trainer, state: Any) -> None:
         values.append(named_weights(seen)["blocks.1.attn.W_Q"].clone())
         true(self, state)
 
-    monkeypatch.setattr(Trainer, "_look", look)
+    monkeypatch.setattr(Trainer, "_validate", look)
     scripted(monkeypatch, rows)
     run = train(seen, data, options(epochs=3, metric=metric))
     assert run.best_epoch == best and run.stopped == "all epochs"

@@ -234,7 +234,9 @@ def test_weights_made_in_inference_mode_are_refused_with_the_fix(tokenizer_folde
         model = wrap("gpt2", "bridge", tokenizer_folder, torch.float32).requires_grad_(False)
     data = examples()
     baseline = zero_baseline(model, data)
-    with pytest.raises(InputError, match=r"weights were made under torch.inference_mode.*outside"):
+    with pytest.raises(
+        InputError, match=r"weights were created under torch.inference_mode.*outside"
+    ):
         one_pass(model, data, baseline, progress=False)
     score_heads(model, data, baseline, heads=["L0H1"], progress=False)  # needs no gradient
 

@@ -367,7 +367,7 @@ def test_quoting_can_be_chosen(tmp_path: Path) -> None:
         (
             "a.csv",
             "text;label\nbad;negative\n",
-            r"a.csv, line 1 .*'text;label'; .*by semicolons: save",
+            r"a.csv, line 1 .*'text;label'; .*by semicolons. Save",
         ),
         (
             "a.csv",
@@ -378,7 +378,7 @@ def test_quoting_can_be_chosen(tmp_path: Path) -> None:
         (
             "a.csv",
             "bad,negative\ngood,positive\n",
-            r"line 1 .*'negative' is a label: the first line",
+            r"line 1 .*'negative' is a label. The first line",
         ),
         ("a.csv", "\ntext, label\nbad,negative\n", r"line 2 .*'label'; did you mean ' label'"),
         (
@@ -421,14 +421,22 @@ def test_quoting_can_be_chosen(tmp_path: Path) -> None:
         ("a.xlsx", b"", r"a.xlsx: expected a .csv, .tsv or .jsonl file"),
         ("a.jsonl", '{"text": "a"', r"a.jsonl, line 1: not JSON"),
         ("a.jsonl", '\n{"text": "a",}\n', r"a.jsonl, line 2: not JSON \(.*, at character 1\d\)"),
-        ("a.jsonl", '{\n  "text": "a"\n}\n', r"line 1: not JSON .*write one whole object a line"),
+        (
+            "a.jsonl",
+            '{\n  "text": "a"\n}\n',
+            r"line 1: not JSON .*Write one whole object on each line",
+        ),
         ("a.jsonl", '{"text": "a", "text": "b"}', r"line 1: column 'text' occurs twice"),
         (
             "a.jsonl",
             '{"txt": "a", "label": "neutral"}',
             r"line 1: no column 'text'; did you mean 'txt'",
         ),
-        ("a.jsonl", '\n[{"text": "a"}]\n', r"line 2: expected one JSON object a line, got a list"),
+        (
+            "a.jsonl",
+            '\n[{"text": "a"}]\n',
+            r"line 2: expected one JSON object on each line, got a list",
+        ),
         ("a.jsonl", '{"text": null, "label": "neutral"}', r"line 1, column 'text': empty"),
         ("a.jsonl", '{"text": {"a": 1}, "label": "neutral"}', r"line 1, .*got dict"),
         ("a.jsonl", "[" * 100_000, r"a.jsonl, line 1: nested too deeply"),
