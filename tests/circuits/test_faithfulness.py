@@ -76,7 +76,7 @@ def test_a_toy_of_two_heads_by_hand(tokenizer_folder):
 
         def metric(*ablated: Head) -> float:
             values = [
-                by_hand.direction(by_hand.ablated_logits(view, item, ablated, baseline), item)
+                by_hand.direction(by_hand.ablated_logits(view, item, [ablated], baseline)[0], item)
                 for item in data
             ]
             return by_hand.balanced(values, data)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.reference import decompose as reference, rules_like
+from helpers.shared import classes_of
 from helpers.tiny_models import FAMILIES, Float64Throughout, build, prompts
-from helpers.wrapped import BACKENDS, view
+from helpers.wrapped import view
 
 from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import PRESETS, Rules
@@ -41,30 +42,46 @@ def resets(sources, n_pos, n_heads):
     return out
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def engines(views, tokens, baseline, rules, mlp_baseline=None):
+    """A propagator for each class of TransformerLens."""
+    lengths = torch.full((len(tokens),), tokens.shape[1])
+    return [
+        Propagator(view, tokens, lengths, baseline.__getitem__, rules, mlp_baseline=mlp_baseline)
+        for view in views
+    ]
+
+
+def assert_equals(engine, masks, expected, about):
+    """The relevant and irrelevant logits at the last position are the reference's."""
+    candidates = torch.arange(20).expand(len(expected.irrel_logits), -1)
+    irrel = engine.candidate_logits(engine.propagate(*masks), candidates)[0]
+    full = engine.full_logits(candidates)
+    tolerance = 1e-10 * max(1.0, float(expected.irrel_logits.abs().max()))
+    for part, wanted in ((irrel, expected.irrel_logits), (full - irrel, expected.rel_logits)):
+        error = float((part - wanted[:, -1, :20]).abs().max())
+        assert error <= tolerance, f"{about}: {error:.2g}"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_the_two_stream_reference(family, backend, tokenizer_folder):
+def test_equals_the_two_stream_reference(family, tokenizer_folder):
+    """Both classes in one test: the reference, the slower part, is the same for both."""
     with Float64Throughout():
-        hf_model, model = build(family), view(family, backend, tokenizer_folder)
+        hf_model = build(family)
+        views = [view(family, backend, tokenizer_folder) for backend in classes_of(family)]
+        n_layers, n_heads, d_head = views[0].n_layers, views[0].n_heads, views[0].d_head
         tokens = prompts(3, 9, seed=1)
-        shape = (model.n_layers, *tokens.shape, model.n_heads, model.d_head)
         generator = torch.Generator().manual_seed(2)
+        shape = (n_layers, *tokens.shape, n_heads, d_head)
         baseline = torch.randn(shape, generator=generator, dtype=torch.float64)
-        candidates = torch.arange(20).expand(3, -1)
-        lengths = torch.full((3,), tokens.shape[1])
         for name, rules in RULES.items():
-            engine = Propagator(model, tokens, lengths, lambda layer: baseline[layer], rules)
-            full = engine.full_logits(candidates)
+            both = engines(views, tokens, baseline, rules)
             told = rules_like(rules.to_dict())
             for sources in SOURCES:
                 expected = reference(hf_model, tokens, sources, baseline, told)
-                masks = resets(sources, tokens.shape[1], model.n_heads)
-                irrel = engine.candidate_logits(engine.propagate(masks), candidates)[0]
-                parts = ((irrel, expected.irrel_logits), (full - irrel, expected.rel_logits))
-                tolerance = 1e-10 * max(1.0, float(expected.irrel_logits.abs().max()))
-                for part, wanted in parts:
-                    error = float((part - wanted[:, -1, :20]).abs().max())
-                    assert error <= tolerance, f"{name}, {sources}: {error:.2g}"
+                masks = (resets(sources, tokens.shape[1], n_heads),)
+                for engine in both:
+                    about = f"{type(engine.view.tl).__name__}, {name}, {sources}"
+                    assert_equals(engine, masks, expected, about)
 
 
 MLP_RULES = (
@@ -82,38 +99,29 @@ WITH_MLPS = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "pythia"])
-def test_mlps_as_sources_equal_the_two_stream_reference(family, backend, tokenizer_folder):
+def test_mlps_as_sources_equal_the_two_stream_reference(family, tokenizer_folder):
     with Float64Throughout():
-        hf_model, model = build(family), view(family, backend, tokenizer_folder)
+        hf_model = build(family)
+        views = [view(family, backend, tokenizer_folder) for backend in classes_of(family)]
+        n_layers, n_heads, d_head = views[0].n_layers, views[0].n_heads, views[0].d_head
         tokens = prompts(2, 9, seed=1)
         generator = torch.Generator().manual_seed(2)
 
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-        baseline = random(model.n_layers, *tokens.shape, model.n_heads, model.d_head)
-        outputs = random(model.n_layers, *tokens.shape, model.d_model)
-        candidates, lengths = torch.arange(20).expand(2, -1), torch.full((2,), 9)
+        baseline = random(n_layers, *tokens.shape, n_heads, d_head)
+        outputs = random(n_layers, *tokens.shape, views[0].d_model)
         for name in MLP_RULES:
             rules = RULES[name]
-            engine = Propagator(
-                model, tokens, lengths, lambda layer: baseline[layer], rules,
-                mlp_baseline=lambda layer: outputs[layer],
-            )  # fmt: skip
-            full = engine.full_logits(candidates)
+            both = engines(views, tokens, baseline, rules, outputs.__getitem__)
             told = rules_like(rules.to_dict())
             for sources, mlps in WITH_MLPS:
                 given = {layer: outputs[layer] for layer in mlps}
                 expected = reference(hf_model, tokens, sources, baseline, told, given)
-                masks = resets(sources, tokens.shape[1], model.n_heads)
                 mlp_masks = {layer: torch.tensor([True]) for layer in mlps}
-                irrel = engine.candidate_logits(
-                    engine.propagate(masks, None, mlp_masks), candidates
-                )[0]
-                parts = ((irrel, expected.irrel_logits), (full - irrel, expected.rel_logits))
-                tolerance = 1e-10 * max(1.0, float(expected.irrel_logits.abs().max()))
-                for part, wanted in parts:
-                    error = float((part - wanted[:, -1, :20]).abs().max())
-                    assert error <= tolerance, f"{name}, {sources}, {mlps}: {error:.2g}"
+                masks = (resets(sources, tokens.shape[1], n_heads), None, mlp_masks)
+                for engine in both:
+                    about = f"{type(engine.view.tl).__name__}, {name}, {sources}, {mlps}"
+                    assert_equals(engine, masks, expected, about)

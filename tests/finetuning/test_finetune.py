@@ -59,6 +59,10 @@ def scopes_of(seen: ModelView) -> list[str]:
     return [scope for scope in SCOPES if scope != "lora" or seen.is_bridge]
 
 
+# They train what `decision` trains, in other heads.
+OTHER_HEADS = ("near-zero", "random", "random-per-layer")
+
+
 def assert_same_adapters(found: Adapter, expected: Adapter) -> None:
     assert found.slices.keys() == expected.slices.keys()
     for name, (index, value) in expected.slices.items():
@@ -81,13 +85,15 @@ def test_nothing_outside_the_scope_moves(family, backend, tokenizer_folder):
     """Every element of every weight; AdamW with harsh decay, clipping, momentum; each scope.
 
     The run leaves the model untouched (proof j), its adapter moves what it may, and taking the
-    adapter off gives the bits back.
+    adapter off gives the bits back. Two families have every scope, the others each kind of slices.
     """
     seen, own = view(family, backend, tokenizer_folder, torch.float32), build(family)
     seen.logits(prompts())  # at its first run a bridge attaches hooks of its own, for good
     before, base = values(seen), weight_hash(seen)
     circuit, data = circuit_for(seen), task(valid=0)
     for scope in scopes_of(seen):
+        if scope in OTHER_HEADS and family not in ("gpt2", "llama"):
+            continue
         with left_untouched(seen.tl):
             result = finetune(seen, data, heads=circuit, scope=scope, **QUICK)
         masks = may_move(seen, own, scope, result.heads)

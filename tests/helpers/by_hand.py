@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,24 +16,28 @@ from cdt_lens.tasks.task import Example, Examples
 
 
 def ablated_logits(
-    view: ModelView, item: Example, heads: Iterable[Head], baseline: Baseline
-) -> Float[Tensor, " d_vocab"]:
-    """Logits at the answer when the heads' z is their mean: the answer's own, or the others'."""
+    view: ModelView, item: Example, sets: Sequence[Iterable[Head]], baseline: Baseline
+) -> Float[Tensor, "set d_vocab"]:
+    """Return the logits at the answer, in each row with the z of one set's heads at its mean.
+
+    The mean at the answer position is its own, that at the other positions another.
+    """
 
     def reset(z: Tensor, hook: Any) -> Tensor:
         layer = int(hook.name.split(".")[1])
         z = z.clone()
-        for head in heads:
-            if head.layer == layer:
-                z[0, :-1, head.head] = baseline.means[layer, 0, head.head].to(z.dtype)
-                z[0, -1, head.head] = baseline.means[layer, 1, head.head].to(z.dtype)
+        for row, heads in enumerate(sets):
+            for head in heads:
+                if head.layer == layer:
+                    z[row, :-1, head.head] = baseline.means[layer, 0, head.head].to(z.dtype)
+                    z[row, -1, head.head] = baseline.means[layer, 1, head.head].to(z.dtype)
         return z
 
     hooks = [(f"blocks.{layer}.attn.hook_z", reset) for layer in range(view.n_layers)]
     more = {"use_cache": False} if view.is_bridge else {}
+    tokens = torch.tensor([item.tokens] * len(sets))
     with torch.no_grad():
-        logits = view.tl.run_with_hooks(torch.tensor([item.tokens]), fwd_hooks=hooks, **more)
-    return logits[0, -1]
+        return view.tl.run_with_hooks(tokens, fwd_hooks=hooks, **more)[:, -1]
 
 
 def direction(logits: Float[Tensor, " d_vocab"], item: Example) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from cdt_lens.models.loading import has_hooked_transformer
 from cdt_lens.models.view import ModelView
 from helpers.tiny_models import FAMILIES
 from helpers.wrapped import needs_hooked, view, wrap
@@ -25,6 +26,13 @@ def models(families: Sequence[str] = EVERY_FAMILY) -> pytest.MarkDecorator:
             cases.append(pytest.param(family, "hooked", marks=needs_hooked, id=f"{family}-hooked"))
         cases.append(pytest.param(family, "bridge", id=f"{family}-bridge"))
     return pytest.mark.parametrize(("family", "backend"), cases)
+
+
+def classes_of(family: str) -> list[str]:
+    """Return the classes that read the family in this environment, for one test over both."""
+    return (
+        ["hooked", "bridge"] if has_hooked_transformer() and family in BOTH_CLASSES else ["bridge"]
+    )
 
 
 @functools.cache

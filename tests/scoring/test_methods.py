@@ -45,10 +45,11 @@ def test_it_equals_an_ablation_by_hand(family, backend, tokenizer_folder):
         view, data = shared(family, backend, tokenizer_folder), examples()
         baseline = mean_activations(view, data, progress=False)
         found = exact_ablation(view, data, baseline, batch_size=4, progress=False)
+        heads = all_heads(view.n_layers, view.n_heads)
         for number, item in enumerate(data):
-            full = by_hand.direction(by_hand.ablated_logits(view, item, (), baseline), item)
-            for head in all_heads(view.n_layers, view.n_heads):
-                logits = by_hand.ablated_logits(view, item, [head], baseline)
+            without = by_hand.ablated_logits(view, item, [(), *([h] for h in heads)], baseline)
+            full = by_hand.direction(without[0], item)
+            for head, logits in zip(heads, without[1:], strict=True):
                 expected = full - by_hand.direction(logits, item)
                 actual = float(found.per_example[number, head.layer, head.head])
                 assert actual == pytest.approx(expected, abs=2e-6)  # kept as float32
