@@ -24,8 +24,6 @@ def comparison_section(result: Comparison, id: str, _: Sequence[object]) -> Sect
         tooltips=comparison_figures.point_lines(result),
     )
     return Section(
-        kind="Comparison",
-        id=id,
         title="Methods compared",
         headline=(score(value), f"best CPR, by {best.method if best else 'no method'}"),
         facts={
@@ -60,8 +58,6 @@ def planted_section(result: PlantedComparison, id: str, _: Sequence[object]) -> 
         tables.append(comparison_tables.meanings(first))
     drawing = figure_html(comparison_figures.planted(result), prefix=f"{id}-planted")
     return Section(
-        kind="PlantedComparison",
-        id=id,
         title="Methods on planted circuits",
         headline=(value, f"best mean average precision, by {best or 'no method'}"),
         facts={

@@ -82,10 +82,13 @@ def render_report(*results: object, path: str | Path, title: str | None = None) 
     """
     if not results:
         raise InputError("render_report: expected at least one result, got none")
-    ordered = sorted(_with_graphs(results), key=_rank)
-    parts = _distinct(
-        _section(result, f"s{number}", ordered) for number, result in enumerate(ordered, start=1)
-    )
+    kinds = list(_section.registry)
+    ordered = sorted(_with_graphs(results), key=lambda result: kinds.index(_kind(result)))
+    built = []
+    for number, result in enumerate(ordered, start=1):
+        part = _section(result, f"s{number}", ordered)
+        built.append(replace(part, id=f"s{number}", kind=_kind(result).__name__))
+    parts = _distinct(built)
     views = [example.view for part in parts for example in part.examples]
     page = _template().render(
         title=title or "Circuit report",
@@ -108,9 +111,9 @@ def _with_graphs(results: Sequence[object]) -> list[object]:
     return every
 
 
-def _rank(result: object) -> int:
-    """Return the position of the section of `result` in the order of the method."""
-    return list(_section.registry.values()).index(_section.dispatch(type(result)))
+def _kind(result: object) -> type:
+    """Return the type that chose the section of `result`: its own or a base type."""
+    return next(kind for kind in type(result).__mro__ if kind in _section.registry)
 
 
 def _provenance(parts: Iterable[Section]) -> list[tuple[str, Table]]:

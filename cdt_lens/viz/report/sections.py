@@ -52,8 +52,6 @@ class Section:
     """The part of a report about one result.
 
     Args:
-        kind: The type of the result, which chooses the explanation in the template.
-        id: The id of the section, with which the ids of its figures and views start.
         title: The title.
         headline: A number, and its name.
         facts: The facts about the result, by name.
@@ -62,10 +60,10 @@ class Section:
         examples: The prompts.
         scale: The relevance at which the colours of the tokens end, in logits.
         provenance: The name of each result, and the entries of its provenance.
+        id: The id of the section, with which the ids of its figures and views start.
+        kind: The type of the result, which chooses the explanation in the template.
     """
 
-    kind: str
-    id: str
     title: str
     headline: tuple[str, str]
     facts: Mapping[str, str]
@@ -74,6 +72,8 @@ class Section:
     examples: tuple[Example, ...] = ()
     scale: float | None = None
     provenance: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    id: str = ""
+    kind: str = ""
 
 
 def head_scores_section(scores: HeadScores, id: str, results: Sequence[object]) -> Section:
@@ -84,8 +84,6 @@ def head_scores_section(scores: HeadScores, id: str, results: Sequence[object]) 
     circuit = next((c for c in circuits if _same(c.scores, scores.values)), None)
     scored = Scored.of(scores)
     return Section(
-        kind="HeadScores",
-        id=id,
         title=f"Head scores: {scores.method}",
         headline=(f"{scores.direction:+.2f}", "logits, task direction of the full model"),
         facts={
@@ -118,8 +116,6 @@ def circuit_section(circuit: Circuit, id: str, results: Sequence[object]) -> Sec
         parts.insert(0, tables.heads_table(scored, best, caption=caption))
     recorded = circuit.provenance
     return Section(
-        kind="Circuit",
-        id=id,
         title="Circuit",
         headline=(f"{count} of {total}", "heads in the circuit"),
         facts={
@@ -146,8 +142,6 @@ def graph_section(graph: Graph, id: str, _: Sequence[object]) -> Section:
     caption = f"The {len(drawn)} edges drawn, of {len(edges)}" if drawn else "No edge is drawn"
     listed = tables.edges_table(drawn, caption=caption, unit=graph.short_unit)
     return Section(
-        kind="Graph",
-        id=id,
         title="Circuit graph",
         headline=headline,
         facts={
@@ -168,8 +162,6 @@ def faithfulness_section(curve: FaithfulnessCurve, id: str, _: Sequence[object])
     drawn = (f"{len(draws)} {words.control_name(key)}" for key, draws in curve.random.items())
     name = f"Faithfulness: {words.metric_name(curve.metric)}"
     return Section(
-        kind="FaithfulnessCurve",
-        id=id,
         title=name,
         headline=(f"{curve.cpr:.2f}", f"CPR; random heads {words.medians(curve.random_cpr)}"),
         facts={
@@ -195,8 +187,6 @@ def agreement_section(agreement: MethodAgreement, id: str, _: Sequence[object]) 
     )
     named = (agreement.scores, agreement.reference)
     return Section(
-        kind="MethodAgreement",
-        id=id,
         title=f"Agreement: {one.method} and {other.method}",
         headline=(f"{agreement.spearman:.2f}", f"Spearman with {other.method}"),
         facts={
@@ -221,8 +211,6 @@ def attention_section(view: AttentionView, id: str, _: Sequence[object]) -> Sect
         for index, label in enumerate(view.labels)
     )
     return Section(
-        kind="AttentionView",
-        id=id,
         title="Attention patterns",
         headline=(str(len(view.prompts)), f"prompts with the patterns of {len(view.heads)} heads"),
         facts={"Heads": ", ".join(str(head) for head in view.heads)},
@@ -244,8 +232,6 @@ def relevance_section(relevance: TokenRelevance, id: str, _: Sequence[object]) -
         numbers = tables.tokens_table(relevance.prompts[index], values)
         examples.append(Example(facts, view, numbers=numbers))
     return Section(
-        kind="TokenRelevance",
-        id=id,
         title="Token relevance",
         headline=(f"\u00b1{relevance.largest:.2g}", "logits, the largest relevance of a token"),
         facts={"Prompts": str(len(relevance.prompts))},

@@ -37,8 +37,6 @@ def fine_tune_section(result: FineTuneResult, id: str, _: Sequence[object]) -> S
         tables.append(training_tables.settings_table(result.options, caption="Training options"))
     name = f"Fine-tuning: {result.scope}"
     return Section(
-        kind="FineTuneResult",
-        id=id,
         title=name,
         headline=(
             _change(before["target_accuracy"], after["target_accuracy"]),
@@ -70,8 +68,6 @@ def transfer_section(result: TransferResult, id: str, _: Sequence[object]) -> Se
             tables.append(training_tables.settings_table(entries, caption=caption))
     name = f"Transfer: {result.task} from {result.proxy}"
     return Section(
-        kind="TransferResult",
-        id=id,
         title=name,
         headline=_outcome(result),
         facts=_transfer_facts(result),
