@@ -22,6 +22,7 @@ import torch
 
 import cdt_lens as cdt
 from cdt_lens.circuits.circuit import random_heads
+from cdt_lens.circuits.measures import heads_at
 from cdt_lens.finetuning.answer_pass import AnswerPass
 from cdt_lens.finetuning.checkpoints import State
 from cdt_lens.finetuning.finetune import make_trainable
@@ -53,7 +54,7 @@ class Stepper:
         norms = "circuit" if scope.endswith("circuit-norms") else "all"
         options = TrainingOptions(learning_rate=1e-5, batch_size=len(task.train), norms=norms)
         heads = random_heads(
-            round(fraction * view.n_layers * view.n_heads), view.n_layers, view.n_heads, seed=0
+            heads_at(fraction, view.n_layers * view.n_heads), view.n_layers, view.n_heads, seed=0
         )
         self.view = view
         self.trainable = make_trainable(view, scope.split("-")[0], heads, options)
