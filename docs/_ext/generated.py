@@ -92,8 +92,8 @@ def tutorials(source: Path, folder: Path) -> None:
         (target / notebook.name).write_text(json.dumps(content), "utf-8")
     lines = [
         "# Tutorials", "",
-        "These notebooks are in the folder `tutorials/` of the repository, with the outputs of their "
-        "last run. Each runs by itself, without a network, within a minute on two cores.", "",
+        "These notebooks are in the folder `tutorials/` of the repository, with the outputs of "
+        "their last run. Each runs by itself, without a network, within a minute on two cores.", "",
     ]  # fmt: skip
     if notebooks:
         lines += ["```{toctree}", ":maxdepth: 1", "", *(n.stem for n in notebooks), "```", ""]
