@@ -349,7 +349,7 @@ def circuit_faithfulness(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Measured:
     """f of circuits, of their complements and of their controls, and the metric at both ends."""
 

@@ -71,9 +71,8 @@ def compare(
     from cdt_lens.experiments import compare as experiments, runs
     from cdt_lens.scoring.methods import DEFAULT_METHODS
 
-    expected = InputError("compare: expected either --model or --planted")
-    if planted is not None and model is not None:
-        raise expected
+    if (model is None) == (planted is None):
+        raise InputError("compare: expected either --model or --planted")
     names = checked_methods(DEFAULT_METHODS if methods is None else _split(methods))
     if planted is not None:
         _compare_planted(planted, names, out, draws, given)

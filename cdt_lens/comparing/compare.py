@@ -65,23 +65,39 @@ def compare_methods(
     progress: bool = True,
     say: Say | None = None,
 ) -> Comparison:
-    """Score `train` by every method, and judge the rankings on the held-out `valid`.
+    """Score heads by several methods, and measure each ranking on held-out examples.
 
-    Exact mean-ablation, the yardstick, always runs. A method that is refused on this model keeps
-    its row, with the reason.
+    Exact mean-ablation, the yardstick, always runs. A method that refuses this model keeps its row,
+    with the reason.
 
     Args:
-        truth: `[layer, head]`, True or 1 at the heads of a planted circuit; draws: random rankings;
-            seed: of these and of methods that draw; folder: where each method's scores and each
-            circuit's metric are kept; a call with the same model, data and baseline goes on there.
+        model: A TransformerLens model or its `ModelView`.
+        train: The examples to score.
+        valid: The held-out examples on which faithfulness is measured.
+        baseline: The values that ablated heads take.
+        methods: Names of the methods (`METHODS`, or choices spelt out).
+        truth: Mask `[layer, head]` of the heads of a planted circuit, or None.
+        fractions: Shares of all heads at which rankings are measured.
+        draws: Number of random rankings.
+        seed: Seed of the random rankings and of methods that draw.
+        folder: Folder that keeps each method's scores and each circuit's metric. A call with the
+            same model, data and baseline resumes there. None keeps nothing.
+        batch_size: Number of examples per batch.
+        rows: Maximum number of (source x example) rows per forward pass; None chooses it by the
+            length of the prompts.
+        progress: Whether to show progress bars.
+        say: Receives one line of progress.
+
+    Returns:
+        One result per method: agreement with the yardstick, faithfulness, and cost.
 
     Raises:
-        InputError: an unknown method, no examples, held-out examples that are all among the scored
-            ones, a truth that is no mask of the heads, heads that change nothing on the held-out
-            examples, or a folder for a model with hooks of the caller's (what they do is not known
-            to the files in it).
-        UnsupportedModelError: a component of the model has no rule.
-        NonFiniteError: the yardstick itself left the finite range.
+        InputError: A method is unknown, there are no examples, all held-out examples were scored
+            as well, the truth is no mask of the heads, no head changes anything on the held-out
+            examples, or a folder is given for a model with hooks of the caller's, which the files
+            in it could not identify.
+        UnsupportedModelError: A component of the model has no rule.
+        NonFiniteError: The yardstick itself left the finite range.
     """
     names = checked_methods(methods)
     fractions = checked_fractions(fractions)

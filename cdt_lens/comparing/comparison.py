@@ -42,7 +42,13 @@ _NUMBERS = ("spearman", "pearson", "seconds", "forward_passes", "auroc", "averag
 
 @dataclass(frozen=True, eq=False)
 class RankingCurve(EqualByContent):
-    """f of the top heads of one ranking at each size (1 = the full model), and its areas."""
+    """Faithfulness of the top heads of one ranking.
+
+    Attributes:
+        f: f at each size, without unit: 1 as the full model, 0 as no heads.
+        cpr: Area under f.
+        cmd: Area under |1 - f|.
+    """
 
     f: tuple[float, ...] = field(repr=False)
     cpr: float
@@ -50,19 +56,27 @@ class RankingCurve(EqualByContent):
 
     @classmethod
     def of(cls, fractions: Sequence[float], f: Sequence[float]) -> RankingCurve:
-        """The curve through `f`, one value a fraction of the heads."""
+        """Return the curve through `f`, which has one value per fraction of the heads."""
         values = torch.tensor(f, dtype=torch.float64)
         return cls(tuple(f), float(cpr(fractions, values)), float(cmd(fractions, values)))
 
 
 @dataclass(frozen=True, eq=False)
 class MethodResult(EqualByContent):
-    """What one method's scores are worth; NaN is not measured, or has no meaning.
+    """How good the scores of one method are. NaN stands for what was not measured.
 
-    spearman, pearson: with exact mean-ablation, over all heads; signed, magnitude: faithfulness of
-    the ranking by score, and by its magnitude; seconds: to score all heads (NaN where the sweep was
-    interrupted); forward_passes: the same in plain forward passes; auroc, average_precision: of
-    the magnitudes, against the planted circuit; refused: why the method gave no scores.
+    Attributes:
+        method: Name of the method.
+        description: What the method does, in a few words.
+        spearman: Rank correlation with exact mean-ablation over all heads, from -1 to 1.
+        pearson: Linear correlation with exact mean-ablation over all heads, from -1 to 1.
+        signed: Faithfulness of the ranking by signed score; None if the method was refused.
+        magnitude: Faithfulness of the ranking by magnitude; None if the method was refused.
+        seconds: Time to score all heads; NaN if the sweep was interrupted.
+        forward_passes: The same time in plain forward passes of the examples.
+        auroc: Area under the ROC curve of the magnitudes against the planted heads, from 0 to 1.
+        average_precision: Average precision of the magnitudes against the planted heads.
+        refused: Why the method gave no scores, or None.
     """
 
     method: str
@@ -84,27 +98,34 @@ class MethodResult(EqualByContent):
         return display.line(self, self.method, *told, self.refused or "")
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row: the method's numbers as they are, NaN where there are none."""
+        """Return one row with the numbers of the method, NaN where there are none."""
         return pd.DataFrame([_row(self)])
 
     def _repr_html_(self) -> str:
         return display.html(f"{self.method}: {self.description}", self.to_dataframe())
 
     def curve(self, by: Literal["signed", "magnitude"]) -> RankingCurve | None:
-        """The curve of one ranking; None where the method was refused.
+        """Return the curve of one ranking, or None if the method was refused.
+
+        Args:
+            by: The ranking, "signed" or "magnitude".
 
         Raises:
-            InputError: an unknown ranking.
+            InputError: The ranking is unknown.
         """
         if by not in RANKINGS:
             raise InputError(f"by={by!r}: expected 'signed' or 'magnitude'")
         return self.signed if by == "signed" else self.magnitude
 
     def value(self, measure: str, by: Literal["signed", "magnitude"] | None = None) -> float:
-        """One number by name; of "cpr" and "cmd" the better of both rankings, or the one asked for.
+        """Return one number by name.
+
+        Args:
+            measure: Name of the number, such as "spearman" or "cpr".
+            by: The ranking of "cpr" and "cmd"; None takes the better of the two.
 
         Raises:
-            InputError: an unknown measure or ranking.
+            InputError: The measure or the ranking is unknown.
         """
         if measure not in _BETTER:
             raise InputError(f"measure {measure!r}: expected one of {', '.join(_BETTER)}")
@@ -119,10 +140,18 @@ class MethodResult(EqualByContent):
 class Comparison(Saved):
     """Methods of scoring heads, compared on one model and task.
 
-    fractions, sizes: shares of the heads kept, and how many these are; random: curves of random
-    rankings; scored, held_out: numbers of examples; direction: the full model's label-balanced mean
-    task direction on the scored ones; full, empty: the same on the held-out ones with all heads and
-    with none; all three in logits.
+    Attributes:
+        methods: One result per method.
+        fractions: Shares of all heads at which rankings were measured.
+        sizes: Number of heads at each fraction.
+        random: Curves of random rankings.
+        scored: Number of scored examples.
+        held_out: Number of held-out examples.
+        direction: Label-balanced mean task direction of the full model on the scored examples, in
+            logits.
+        full: The same on the held-out examples, in logits.
+        empty: The same on the held-out examples with every head ablated, in logits.
+        provenance: Model, examples and options of the comparison.
     """
 
     methods: tuple[MethodResult, ...]
@@ -208,7 +237,7 @@ class Comparison(Saved):
         return display.page(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested values, numbers that are not known as None."""
+        """Return plain nested values; unknown numbers are None."""
         return {
             "methods": [_without_nan(asdict(each)) for each in self.methods],
             "fractions": list(self.fractions),
@@ -224,7 +253,7 @@ class Comparison(Saved):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Comparison:
-        """The inverse of `to_dict`."""
+        """Return the comparison that `to_dict` converted."""
         return cls(
             methods=tuple(_method(each) for each in values["methods"]),
             fractions=tuple(values["fractions"]),
@@ -279,9 +308,11 @@ def _curve(values: Mapping[str, Any]) -> RankingCurve:
 
 @dataclass(frozen=True, eq=False)
 class PlantedComparison(Saved):
-    """Methods compared on planted circuits, by the circuit's name.
+    """Methods compared on planted circuits.
 
-    why: what is planted in each circuit, in words.
+    Attributes:
+        circuits: The comparison on each circuit, by its name.
+        why: What is planted in each circuit, in words.
     """
 
     circuits: Mapping[str, Comparison]
@@ -293,11 +324,11 @@ class PlantedComparison(Saved):
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """Every method of any circuit, in order."""
+        """Names of the methods of all circuits, in order."""
         return tuple(dict.fromkeys(name for each in self.circuits.values() for name in each.names))
 
     def matrix(self, measure: str = "average_precision") -> pd.DataFrame:
-        """A measure by method (rows) and circuit (columns); NaN where the method was refused."""
+        """Return a measure by method (rows) and circuit (columns), NaN where it was refused."""
         columns = {
             name: each.to_dataframe().set_index("method")[measure]
             for name, each in self.circuits.items()
@@ -305,7 +336,7 @@ class PlantedComparison(Saved):
         return pd.DataFrame(columns, dtype=float).reindex(list(self.methods))
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a circuit and method, with every number."""
+        """Return one row per circuit and method, with every number."""
         parts = [each.to_dataframe().assign(circuit=name) for name, each in self.circuits.items()]
         rows = [row for part in parts for row in part.to_dict("records")]
         names = [c for c in (parts[0].columns if parts else ()) if c != "circuit"]

@@ -86,6 +86,9 @@ def compare_planted(
         progress: Whether to show progress bars.
         say: Takes one line of progress.
 
+    Returns:
+        The comparison on each circuit.
+
     Raises:
         InputError: An unknown planted circuit or method.
     """

@@ -67,9 +67,18 @@ def run_transfer(
     The folder then holds `result.json`, `cells.csv`, `summary.csv`, two PNG figures and
     `report.html`.
 
+    Args:
+        config: The settings, such as `read_config` returns.
+        folder: The run directory. An interrupted experiment resumes there.
+        say: Receives one line of progress.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The measurements of every scope, target and seed.
+
     Raises:
-        InputError: settings that cannot be run, a prompt longer than the model's context, or a
-            folder of another experiment.
+        InputError: The settings cannot be run, a prompt is longer than the model's context, or
+            the folder holds another experiment.
     """
     experiment = Transfer(config, Path(folder), say, progress)
     result = experiment.run()

@@ -188,6 +188,9 @@ def read_config(path: str | Path) -> TransferConfig:
     Args:
         path: The file; benchmarks/nusax.toml shows the keys.
 
+    Returns:
+        The settings of the experiment.
+
     Raises:
         InputError: The file cannot be read, is not TOML, or holds a key or value that does not
             belong; the message names the section.

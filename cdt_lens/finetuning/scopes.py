@@ -59,6 +59,9 @@ def scope_heads(scope: str, circuit: Circuit | None, *, seed: int = 0) -> tuple[
         circuit: The circuit, whose heads or size the scope takes.
         seed: Seed of the random scopes.
 
+    Returns:
+        The heads, in order.
+
     Raises:
         InputError: The scope is unknown, there is no circuit, or `near-zero` is asked for a circuit
             without scores or with too few scored heads outside it.

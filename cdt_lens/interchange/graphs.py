@@ -34,6 +34,9 @@ def read_graph(path: str | Path) -> Graph:
     Args:
         path: The file.
 
+    Returns:
+        The graph.
+
     Raises:
         InputError: No such file, another ending, or a field that is missing or malformed; the
             message names file and field.
@@ -110,6 +113,9 @@ def graph_from_circuit(circuit: Circuit, *, parallel: bool | None = None) -> Gra
         parallel: Whether attention and MLP of a layer read the same residual stream (as in
             Pythia); None takes it from the graph or the provenance of the circuit.
 
+    Returns:
+        The graph.
+
     Raises:
         InputError: Not a circuit, or a `parallel` that is not known or differs from the recorded.
     """
@@ -148,6 +154,9 @@ def circuit_from_graph(graph: Graph, model: nn.Module | ModelView | None = None)
     Args:
         graph: The graph.
         model: The model that the graph is of, to check the shape against.
+
+    Returns:
+        The circuit, with the graph.
 
     Raises:
         InputError: Not a graph, or a model of another shape; the message names the field.

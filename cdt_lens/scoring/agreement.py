@@ -162,6 +162,9 @@ def compare_scores(scores: HeadScores, reference: HeadScores) -> MethodAgreement
         scores: The scores.
         reference: Scores of the same model and examples, such as exact ablation.
 
+    Returns:
+        Both sets of scores and their correlations.
+
     Raises:
         InputError: The two belong to different models, examples or directions, or have fewer than
             three heads in common.

@@ -88,6 +88,9 @@ def select_edges(scores: EdgeScores, *, width: int, fan_in: int) -> tuple[Edge, 
         width: Number of units selected at the logits.
         fan_in: Number of edges kept into each selected unit.
 
+    Returns:
+        The selected edges, with their scores in logits.
+
     Raises:
         InputError: `width` or `fan_in` is below 1.
     """

@@ -119,6 +119,9 @@ def attention_view(
         examples: A few examples; all patterns are kept in memory.
         heads: The heads.
 
+    Returns:
+        The patterns of each example, with its tokens.
+
     Raises:
         InputError: There are no examples or no heads, or a head is outside the model.
     """
@@ -154,6 +157,9 @@ def token_relevance(
         rules: Name of a preset, or `Rules`.
         rows: Maximum number of (position x example) rows per forward pass; None chooses it by the
             length of the prompts.
+
+    Returns:
+        d(rel) at each position, in logits; positive favours the gold label.
 
     Raises:
         InputError: There are no examples or no heads, or a head is outside the model.

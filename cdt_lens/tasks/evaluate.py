@@ -184,6 +184,9 @@ def calibrate(model: nn.Module | ModelView, task: Task) -> Task:
         model: A TransformerLens model or its `ModelView`.
         task: A task with a verbalizer.
 
+    Returns:
+        The task with its prior.
+
     Raises:
         InputError: The task has no verbalizer.
     """

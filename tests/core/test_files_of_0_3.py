@@ -78,6 +78,10 @@ def test_a_result_loads_whole_and_is_saved_as_it_was(name: str, kind: Any, tmp_p
     for document in (old, new):
         del document["sha256"]
         document.pop("tensors", None)
+    if kind is FaithfulnessCurve:  # version 2 names the metric of version 1 balanced accuracy
+        old["version"] = 2
+    if kind is TransferResult:  # one number is the chance level of the first target
+        old["chance"] = {old["targets"][0]: old["chance"]}
     assert new == old and list(new) == list(old)
     assert new_tensors.keys() == old_tensors.keys()
     for key, value in old_tensors.items():

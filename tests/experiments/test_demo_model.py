@@ -154,6 +154,6 @@ def test_mistakes_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mine").write_text("kept")
     for taken in (tmp_path, tmp_path / "mine"):
-        with pytest.raises(InputError, match="exists and is no empty folder; name another"):
+        with pytest.raises(InputError, match="exists and is not an empty folder; name another"):
             make_demo_model(taken, distances=[0.3])
     assert (tmp_path / "mine").read_text() == "kept"

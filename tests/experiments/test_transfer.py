@@ -436,7 +436,7 @@ def test_prompts_past_the_context_are_refused_before_anything_is_trained(
     told: list[str] = []
     proxy = {"checkpoint": str(model)} if ready else {"epochs": 1}
     config = settings(own, **{**FEW, "model": str(model), "proxy": proxy})
-    words = "^files/near/test, example 19: prompt of 102 tokens: .* reads at most 64; shorten"
+    words = "^files/near/test, example 19: prompt of 102 tokens: .* reads at most 64. Shorten"
     with pytest.raises(InputError, match=words):
         run_transfer(config, own / "run", told.append, progress=False)
     assert not told and not (own / "run" / "proxy").exists()

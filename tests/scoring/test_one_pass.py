@@ -246,7 +246,7 @@ def test_prompts_past_the_context_are_refused(family, backend, tokenizer_folder)
     """Rotary models would run on without a word."""
     view = shared(family, backend, tokenizer_folder, torch.float32)
     long, baseline = examples((70, 5), ("positive", "negative")), means(view, examples())
-    words = "prompt of 70 tokens: .* reads at most 64; shorten"
+    words = "prompt of 70 tokens: .* reads at most 64. Shorten"
     with pytest.raises(InputError, match=words):
         one_pass(view, long, baseline, progress=False)
     with pytest.raises(InputError, match=words):
@@ -261,9 +261,9 @@ def test_a_score_that_is_not_finite_is_never_returned(family, backend, tokenizer
     view, data = ModelView(model), examples()
     huge = means(view, data)
     huge.means[1, :, 2] = 3e38
-    with pytest.raises(NonFiniteError, match=r"1 heads are not finite.*first: L1H2; load"):
+    with pytest.raises(NonFiniteError, match=r"1 heads are not finite.*first: L1H2. Load"):
         one_pass(view, data, huge, progress=False)
-    with pytest.raises(NonFiniteError, match=r"1 heads are not finite.*first: L1H2; load"):
+    with pytest.raises(NonFiniteError, match=r"1 heads are not finite.*first: L1H2. Load"):
         position_relevance(view, data, huge)
 
 

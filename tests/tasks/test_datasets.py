@@ -367,7 +367,7 @@ def test_quoting_can_be_chosen(tmp_path: Path) -> None:
         (
             "a.csv",
             "text;label\nbad;negative\n",
-            r"a.csv, line 1 .*'text;label'; .*by semicolons. Save",
+            r"a.csv, line 1 .*'text;label'. .*by semicolons. Save",
         ),
         (
             "a.csv",
