@@ -28,7 +28,7 @@ from cdt_lens.scoring.sweep import SWEEP_FORMAT
 from cdt_lens.tasks.evaluate import calibrate
 from cdt_lens.tasks.task import Examples, Task, most_balanced
 
-# Settings that may change when a run goes on: they change no score.
+# Settings that may change when a run resumes: they change no score.
 _FREE_SETTINGS = ("batch_size", "rows", "device", "k", "fraction", "by")
 
 
