@@ -1,13 +1,13 @@
 """Compare methods of scoring heads, on one model and task or on planted circuits.
 
-1. Checks that cost nothing, then m(full) and m(empty) on the held-out examples: a task in which the
-   heads do nothing is refused before the first sweep.
+1. The inputs are checked, then m(full) and m(empty) are measured on the held-out examples. A task
+   in which the heads change nothing is refused before the first sweep.
 2. Each method scores all heads, against the clock (`timed_scores`).
-3. The circuits of its two rankings are measured on the held-out examples (`measured_circuits`), and
-   so are those of random rankings; all of it together is a `Comparison`.
+3. The circuits of its two rankings, and those of random rankings, are measured on the held-out
+   examples (`measured_circuits`). The result is a `Comparison`.
 
-Whatever is finished is kept: a kill loses the method that was running at most, and of a sweep no
-more than a batch.
+Finished parts are kept. An interruption loses at most the method that was running, and of a sweep
+at most one batch.
 """
 
 from __future__ import annotations
@@ -149,10 +149,10 @@ def compare_methods(
 
 
 def checked_methods(methods: Iterable[str]) -> tuple[str, ...]:
-    """Known names, each once, the yardstick first.
+    """Return the names without repeats, the yardstick first.
 
     Raises:
-        InputError: an unknown name, or none.
+        InputError: A name is unknown, or there is none.
     """
     names = tuple(dict.fromkeys(methods))
     if not names:
@@ -170,7 +170,7 @@ def _check(
     draws: int,
     say: Say,
 ) -> int:
-    """Refuse what cannot be compared, before anything runs; the held-out prompts also scored."""
+    """Refuse inputs that cannot be compared; return the held-out prompts that are also scored."""
     if draws < 1:
         raise InputError(f"draws={draws}: expected at least 1 random ranking")
     require_examples(train)
@@ -193,7 +193,7 @@ def _check(
 
 
 def _mask(truth: Any, shape: tuple[int, int]) -> Bool[Tensor, "layer head"]:
-    """`truth` as booleans: an array, tensor or nested list of True and False, or of 1 and 0."""
+    """Convert `truth`, a tensor, array or nested list of booleans or of 1 and 0, to booleans."""
     try:
         found = torch.as_tensor(truth)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -217,7 +217,7 @@ def _judged(
     fractions: tuple[float, ...],
     sizes: tuple[int, ...],
 ) -> MethodResult:
-    """Everything that one method's scores are worth."""
+    """Measure the scores of one method."""
     told: dict[str, Any] = {
         "method": scored.method,
         "description": method_of(scored.method).description,
@@ -246,7 +246,7 @@ def _judged(
 
 
 def _magnitude(scores: HeadScores) -> Float[Tensor, "layer head"]:
-    """Magnitudes of the scores; what float32 leaves of heads that do nothing is 0, and tied."""
+    """Return magnitudes of scores; rounding of heads that do nothing becomes 0, and tied."""
     magnitude = scores.values.abs()
     scale = max(abs(scores.direction), float(magnitude.max()))
     return torch.where(magnitude < _NOTHING * scale, 0.0, magnitude)
@@ -259,7 +259,7 @@ def _random_rankings(
     draws: int,
     seed: int,
 ) -> tuple[RankingCurve, ...]:
-    """Curves of rankings drawn by lot; the circuits of a draw hold its smaller ones."""
+    """Return curves of random rankings; the circuits of one draw contain its smaller ones."""
     shape = (circuits.view.n_layers, circuits.view.n_heads)
     drawn = [
         [random_heads(size, *shape, seed=seed + draw) for size in sizes] for draw in range(draws)

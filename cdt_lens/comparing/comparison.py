@@ -171,17 +171,17 @@ class Comparison(Saved):
 
     @property
     def task(self) -> str:
-        """The scored examples' name."""
+        """Name of the scored examples."""
         return self.provenance.task
 
     @property
     def model(self) -> str:
-        """The model's name."""
+        """Name of the model."""
         return self.provenance.model
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The methods' names, in order."""
+        """Names of the methods, in order."""
         return tuple(each.method for each in self.methods)
 
     def __getitem__(self, method: str) -> MethodResult:
@@ -193,14 +193,19 @@ class Comparison(Saved):
     def best(
         self, measure: str, by: Literal["signed", "magnitude"] | None = None
     ) -> MethodResult | None:
-        """The method with the best value, the first of equals; None where nothing was measured.
+        """Return the method with the best value, or None if nothing was measured.
 
-        measure: "spearman", "pearson" (the yardstick, which has 1 by definition, is left out),
-        "cpr", "cmd" (the better of both rankings, or of the one that `by` names), "auroc",
-        "average_precision", "seconds" or "forward_passes".
+        Args:
+            measure: "spearman" or "pearson" (without the yardstick, whose value is 1 by
+                definition), "cpr" or "cmd", "auroc", "average_precision", "seconds" or
+                "forward_passes".
+            by: The ranking of "cpr" and "cmd"; None takes the better of the two.
+
+        Returns:
+            The name of the method; of equal values the first.
 
         Raises:
-            InputError: an unknown measure or ranking.
+            InputError: The measure or the ranking is unknown.
         """
         agreement = measure in ("spearman", "pearson")
         values = {
@@ -215,22 +220,22 @@ class Comparison(Saved):
         return self[next(name for name, value in known.items() if value == best)]
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a method: its numbers as they are, NaN where there are none."""
+        """Return one row per method with its numbers, NaN where there are none."""
         return pd.DataFrame([_row(each) for each in self.methods])
 
     def random_areas(self) -> dict[str, float]:
-        """Median CPR and CMD of the random rankings."""
+        """Return the median CPR and CMD of the random rankings."""
         return {
             name: statistics.median([getattr(c, name) for c in self.random] or [math.nan])
             for name in ("cpr", "cmd")
         }
 
     def table(self) -> pd.DataFrame:
-        """The numbers as text, `*` at the best of a column (the yardstick agrees with itself)."""
+        """Return the numbers as text, with `*` at the best of a column other than the yardstick."""
         return display.table(self).to_dataframe()
 
     def plot(self) -> Figure:
-        """Faithfulness curves, CPR and CMD beside random rankings, agreement against cost."""
+        """Draw faithfulness curves, CPR and CMD beside random rankings, and agreement by cost."""
         return display.figure(self)
 
     def _repr_html_(self) -> str:
@@ -343,11 +348,11 @@ class PlantedComparison(Saved):
         return pd.DataFrame(rows, columns=["circuit", *names])
 
     def table(self, measure: str = "average_precision") -> pd.DataFrame:
-        """A measure as text, `*` at the best of a circuit; a mean only over all circuits."""
+        """Return a measure as text, with `*` at the best of a circuit, and the mean over all."""
         return display.table(self, measure=measure).to_dataframe()
 
     def plot(self) -> Figure:
-        """AUROC and average precision of each method on each circuit."""
+        """Draw AUROC and average precision of each method on each circuit."""
         return display.figure(self)
 
     def _repr_html_(self) -> str:

@@ -1,7 +1,7 @@
 """The stages of a discovery run: discover a circuit, ablate, measure faithfulness, report.
 
-Each takes an opened run directory (`runs`), reuses what is there for the same model and data, and
-saves what it makes.
+Each stage takes an opened run directory (`runs`). It reuses results of the same model and data, and
+saves the results that it computes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cdt_lens.viz.report.report import render_report
 
 
 def discover(run: Run, say: Say) -> tuple[Circuit, HeadScores, Evaluation]:
-    """Baseline, scores, circuit; each saved when done and reused when there."""
+    """Compute baseline, scores and circuit; each is saved when done and reused by later calls."""
     settings = run.settings
     evaluation = evaluate(run.model, run.scored(), run.task)
     if evaluation.examples < settings.examples:
@@ -55,7 +55,7 @@ def discover(run: Run, say: Say) -> tuple[Circuit, HeadScores, Evaluation]:
 
 
 def make_baseline(run: Run, say: Say) -> Baseline:
-    """The run's baseline, averaged now or by an earlier call."""
+    """Return the baseline of the run, averaged now or by an earlier call."""
     baseline: Baseline = stage(
         run, "baseline.json", Baseline.load, lambda: _baseline(run), say,
         made_from={"data": run.averaged().hash},
@@ -64,13 +64,13 @@ def make_baseline(run: Run, say: Say) -> Baseline:
 
 
 def made_from(found: HeadScores | FaithfulnessCurve, data: Examples, baseline: Baseline) -> bool:
-    """Whether a result was computed on these examples with this baseline."""
+    """Return whether a result was computed on these examples with this baseline."""
     told = found.provenance
     return told.task_hash == data.hash and told.options.get("baseline_hash") == baseline.hash
 
 
 def ablate(run: Run, say: Say) -> MethodAgreement:
-    """Exact mean-ablation of every head, and how well the scores predict it."""
+    """Ablate every head exactly, and compute how well the scores predict the effects."""
     baseline, scores = load_baseline(run), load_scores(run)
 
     def compute() -> HeadScores:
@@ -91,7 +91,7 @@ def measure(
     run: Run, say: Say, *, split: str = "valid", examples: int = 48, metric: Metric = "direction",
     draws: int = 5,
 ) -> FaithfulnessCurve:  # fmt: skip
-    """The faithfulness curve on a split that the scores have not seen."""
+    """Measure the faithfulness curve on a split that was not scored."""
     data = judged_on(run, split, examples)
     baseline, scores = load_baseline(run), load_scores(run)
     say(f"faithfulness on {len(data)} examples of {data.name}")
@@ -107,7 +107,7 @@ def measure(
 
 
 def judged_on(run: Run, split: str, examples: int) -> Examples:
-    """The examples of a split that faithfulness is measured on, balanced over the labels."""
+    """Return the examples that faithfulness is measured on, balanced over the labels."""
     data = split_of(run.task, split)
     return data.balanced(min(examples, most_balanced(data)), seed=run.settings.seed)
 
@@ -115,7 +115,7 @@ def judged_on(run: Run, split: str, examples: int) -> Examples:
 def curve_fits(
     curve: FaithfulnessCurve, scores: HeadScores, baseline: Baseline, data: Examples | None
 ) -> bool:
-    """Whether a curve was measured for these scores, with this baseline and on these examples."""
+    """Return whether a curve belongs to these scores, this baseline and these examples."""
     told, made = curve.provenance.options, scores.provenance
     same_scores = told.get("scores") == made.options and told.get("scores_task") == made.task_hash
     # After an upgrade the scores are made again, with the same options and other numbers.
@@ -124,7 +124,7 @@ def curve_fits(
 
 
 def _data_of(curve: FaithfulnessCurve, run: Run) -> Examples | None:
-    """What the curve's split and number of examples would draw from the data as they are now."""
+    """Return the examples that the settings of the curve draw from the present data."""
     told = curve.provenance
     for split in ("train", "valid", "test"):
         data = getattr(run.task, split)
@@ -136,9 +136,17 @@ def _data_of(curve: FaithfulnessCurve, run: Run) -> Examples | None:
 def trace(
     run: Run, say: Say, *, examples: int | None = None, width: int = 8, fan_in: int = 3
 ) -> Circuit:
-    """The graph of what feeds what, from the logits down (`edges.trace_circuit`), in `graph.json`.
+    """Trace which heads and MLPs feed which, from the logits down, and save `graph.json`.
 
-    examples: as many of the training examples, balanced; those that the scores use if None.
+    Args:
+        run: The opened run directory.
+        say: Receives one line of progress.
+        examples: Number of training examples, balanced; None takes the scored examples.
+        width: Number of heads and MLPs selected at the logits.
+        fan_in: Number of edges kept into each selected one.
+
+    Returns:
+        The circuit with its graph.
     """
     data = run.scored()
     if examples is not None:
@@ -159,7 +167,7 @@ def trace(
 
 
 def report(run: Run, say: Say, *, prompts: int = 3, heads: int = 8) -> Path:
-    """One HTML file of everything that the run directory holds, with views of a few prompts."""
+    """Write one HTML file of all results in the run directory, with views of a few prompts."""
     circuit, scores = Circuit.load(run.path("circuit.json")), load_scores(run)
     circuit.check_model(run.model)
     results: list[object] = [circuit, scores]
@@ -196,7 +204,7 @@ def report(run: Run, say: Say, *, prompts: int = 3, heads: int = 8) -> Path:
 
 
 def _short(examples: Examples, n: int) -> Examples:
-    """The `n` shortest prompts, taking the labels in turn: what fits a page is read."""
+    """Return the `n` shortest prompts, taking the labels in turn; short prompts fit the page."""
     by_label = [
         sorted((e for e in examples if e.label == label), key=lambda e: len(e.tokens))
         for label in examples.labels
@@ -206,21 +214,21 @@ def _short(examples: Examples, n: int) -> Examples:
 
 
 def load_scores(run: Run) -> HeadScores:
-    """The run's scores, which must be this model's."""
+    """Load the scores of the run; those of another model are refused."""
     scores = HeadScores.load(run.path("scores.json"))
     check_run_model(run, scores.provenance, "scores.json")
     return scores
 
 
 def load_baseline(run: Run) -> Baseline:
-    """The run's baseline, which must be this model's."""
+    """Load the baseline of the run; that of another model is refused."""
     baseline = Baseline.load(run.path("baseline.json"))
     check_run_model(run, baseline.provenance, "baseline.json")
     return baseline
 
 
 def split_of(task: Task, name: str) -> Examples:
-    """A split by name.
+    """Return a split by name.
 
     Raises:
         InputError: an unknown split, or one without examples.

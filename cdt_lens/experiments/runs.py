@@ -34,7 +34,7 @@ _FREE_SETTINGS = ("batch_size", "rows", "device", "k", "fraction", "by")
 
 @dataclass(frozen=True)
 class Run:
-    """An opened run directory: its settings, and the model and task they name."""
+    """An opened run directory with its settings, model and task."""
 
     folder: Path
     settings: Settings
@@ -45,14 +45,14 @@ class Run:
         return self.folder / name
 
     def scored(self) -> Examples:
-        """The training examples that the scores are computed on."""
+        """Return the training examples to score."""
         train = self.task.train
         return train.balanced(
             min(self.settings.examples, most_balanced(train)), seed=self.settings.seed
         )
 
     def averaged(self) -> Examples:
-        """The training examples that the baseline is averaged over: all, or as many as set."""
+        """Return the training examples that the baseline averages."""
         n = self.settings.baseline_examples
         if n is None:
             return self.task.train
@@ -62,10 +62,10 @@ class Run:
 
 
 def start_run(settings: Settings, folder: str | Path, say: Say) -> Run:
-    """Open a run directory for `settings`, new or as an earlier call left it.
+    """Open a run directory for `settings`, a new one or that of an earlier call.
 
     Raises:
-        InputError: the folder holds a run with other settings.
+        InputError: The folder holds a run with other settings.
     """
     folder = Path(folder)
     path = folder / "run.json"
@@ -89,7 +89,7 @@ def start_run(settings: Settings, folder: str | Path, say: Say) -> Run:
 
 
 def keep_settings(run: Run) -> None:
-    """Write `run.json`, with which a run directory can be opened, from one process."""
+    """Write `run.json`, from which a run directory is opened, in one process."""
     if is_main():
         settings = {"settings": asdict(run.settings)}
         save_artifact(run.path("run.json"), settings, format="cdt_lens.run", version=1)
@@ -131,7 +131,7 @@ def _open(folder: Path, settings: Settings, say: Say) -> Run:
 
 
 def _check_size(run: Run) -> None:
-    """Refuse more heads than the model has before the sweep, not after it."""
+    """Refuse a circuit larger than the model before the sweep starts."""
     k, view = run.settings.k, view_of(run.model)
     heads = view.n_layers * view.n_heads
     if k is not None and k > heads:
@@ -139,7 +139,7 @@ def _check_size(run: Run) -> None:
 
 
 def check_run_model(run: Run, provenance: Any, name: str) -> None:
-    """Refuse a file of the run that another model made."""
+    """Refuse a file of the run that belongs to another model."""
     provenance.check_model(view_of(run.model), str(run.path(name)))
 
 

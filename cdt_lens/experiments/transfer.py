@@ -2,12 +2,12 @@
 
 1. Proxy stage: full fine-tuning on the source language, exported as a Hugging Face folder.
 2. Discovery: the circuit in that checkpoint on source data, its faithfulness on validation prompts.
-3. Cells: for each target, seed and scope the proxy checkpoint is fine-tuned anew and judged. Every
-   choice (epoch, scope) is made on validation data; the test split is read by the last act of a
-   cell, once.
+3. Cells: for each target, seed and scope the proxy checkpoint is fine-tuned and evaluated. Every
+   choice (epoch, scope) uses validation data only. The test split is read once, at the end of a
+   cell.
 4. Result: tables, figures and one HTML report.
 
-Each finished piece lies in the run directory with what it was made from, and is not made again. An
+The run directory keeps every finished part with the key of what it was made from. An
 interrupted cell resumes from its last checkpoint. Targets, scopes and seeds may be added later.
 """
 
@@ -111,7 +111,7 @@ def _write(experiment: Transfer, result: TransferResult) -> None:
 
 @dataclass
 class Transfer:
-    """A run directory of a transfer experiment; `run` does what is left to do."""
+    """The run directory of a transfer experiment; `run` computes the parts that are missing."""
 
     config: TransferConfig
     folder: Path
@@ -119,10 +119,10 @@ class Transfer:
     progress: bool = True
 
     def run(self) -> TransferResult:
-        """All stages, each once.
+        """Run every stage that is not finished.
 
         Raises:
-            InputError: the folder holds an experiment with another model, task or proxy.
+            InputError: The folder holds an experiment with another model, task or proxy.
         """
         self._settle()
         self._train_proxy()
@@ -139,11 +139,11 @@ class Transfer:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """The source and the targets."""
+        """The source language and the target languages."""
         return (self.config.task.source, *self.config.task.targets)
 
     def _settle(self) -> None:
-        """Keep the settings in the folder, or check that they are the ones kept there."""
+        """Save the settings in the folder, or compare them with the saved ones."""
         path = self.folder / "transfer.json"
         wanted = self.config.to_dict()
         # Cells know their own data, so that targets, and their files, may be added later.
@@ -169,11 +169,11 @@ class Transfer:
 
     @property
     def proxy(self) -> str:
-        """Where the proxy checkpoint is."""
+        """The folder or name of the proxy checkpoint."""
         return self.config.proxy.checkpoint or str(self.folder / "proxy")
 
     def _train_proxy(self) -> None:
-        """Train the proxy, or keep one made from the same; every language is checked first."""
+        """Check every language, then train the proxy, or reuse one made from the same inputs."""
         proxy = self.config.proxy
         if proxy.checkpoint is not None:
             _check_data(self.model, self.tasks)
@@ -270,7 +270,7 @@ class Transfer:
 
     @property
     def circuit(self) -> Circuit:
-        """The circuit that discovery saved."""
+        """The circuit that the discovery saved."""
         return Circuit.load(self.discovery.path("circuit.json"))
 
     def _discover(self) -> None:
@@ -287,20 +287,20 @@ class Transfer:
         measure(self.discovery, self.say, examples=d.faithfulness_examples, draws=d.draws)
 
     def curve(self) -> FaithfulnessCurve | None:
-        """The faithfulness curve on the source's validation split, if measured."""
+        """Return the faithfulness curve on the source's validation split, if it was measured."""
         path = self.discovery.path("faithfulness.json")
         return FaithfulnessCurve.load(path) if path.exists() else None
 
     @cached_property
     def cells(self) -> Cells:
-        """What trains and judges, or finds what was judged."""
+        """The cells, which are trained or read from the run directory."""
         return Cells(
             self.config, self.folder, self.model, self.tasks, self.circuit,
             load_baseline(self.discovery).hash, self._faithfulness, self.say, self.progress,
         )  # fmt: skip
 
     def _faithfulness(self, task: Task) -> float:
-        """f(C) of the proxy circuit on validation prompts of `task`, with the source's means."""
+        """Return f of the proxy circuit on validation prompts, with the means of the source."""
         d = self.config.discovery
         n = min(d.faithfulness_examples, most_balanced(task.valid))
         data = task.valid.balanced(n, seed=self.config.task.seed)
@@ -318,7 +318,7 @@ class Transfer:
     # ------------------------------------------------------------------ result
 
     def _result(self, before: list[dict[str, Any]], cells: list[dict[str, Any]]) -> TransferResult:
-        """What is finished, as tables."""
+        """Return the finished measurements as tables."""
         config = self.config
         scores = HeadScores.load(self.discovery.path("scores.json"))
         curve = self.curve()
@@ -352,7 +352,7 @@ class Transfer:
 
 
 def _check_data(model: nn.Module, tasks: Mapping[str, Task]) -> None:
-    """Refuse now what would fail in the last cell, or be judged past the model's context."""
+    """Refuse data now that would fail in a later cell, such as prompts past the context."""
     view = view_of(model)
     for task in tasks.values():
         task.valid.require_some()

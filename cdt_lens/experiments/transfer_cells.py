@@ -1,4 +1,4 @@
-"""Cells of a transfer experiment: one target, one scope, one seed, trained and judged once.
+"""Cells of a transfer experiment: one target, scope and seed, trained and evaluated once.
 
 Each cell is a file with its row of the table, its history and the key of what it was made from
 (model, data, heads, options, version). An interrupted cell resumes from its last checkpoint.
@@ -40,8 +40,16 @@ _CELL, _BEFORE = "cdt_lens.transfer_cell", "cdt_lens.transfer_before"
 class Cells:
     """The cells of one run directory.
 
-    model: the proxy checkpoint; tasks: by language; baseline_hash: of the source's means;
-    faithfulness: f(circuit) on a task's validation prompts.
+    Attributes:
+        config: The settings of the experiment.
+        folder: The run directory.
+        model: The proxy checkpoint.
+        tasks: The task by language.
+        circuit: The circuit of the proxy checkpoint.
+        baseline_hash: Hash of the source's baseline.
+        faithfulness: Returns f of the circuit on a task's validation prompts.
+        say: Receives one line of progress.
+        progress: Whether to show progress bars.
     """
 
     config: TransferConfig
@@ -63,7 +71,7 @@ class Cells:
         return self.tasks[self.config.task.source]
 
     def before(self, language: str) -> dict[str, Any]:
-        """The untouched proxy model on a language."""
+        """Evaluate the untouched proxy model on a language."""
         task = self.tasks[language]
         made_from = {
             "model": self._hash, "task": task.hash, "baseline": self.baseline_hash,
@@ -84,7 +92,7 @@ class Cells:
         return row
 
     def cell(self, target: str, scope: str, seed: int) -> dict[str, Any]:
-        """One target, scope and seed: train, then judge on the test splits."""
+        """Train one target, scope and seed, then evaluate on the test splits."""
         place = self.folder / "cells" / file_name(target) / f"{scope}-{seed}"
         checkpoint = place.with_name(f"{place.name}.checkpoint.json")
         options = self._options(scope, seed)
@@ -132,7 +140,7 @@ class Cells:
         return replace(transfer.training, seed=seed, learning_rate=rate)
 
     def _judged(self, result: FineTuneResult, target: str) -> dict[str, Any]:
-        """The row of a finished cell."""
+        """Return the row of a finished cell."""
         on_target, on_source = result.judged
         before = self.before(self.config.task.source)["accuracy"]
         self.say(
@@ -150,12 +158,12 @@ class Cells:
         }  # fmt: skip
 
     def judged(self, task: Task) -> Examples:
-        """The test examples that a task is judged on: all, or as many as set, always the same."""
+        """Return the test examples of a task: all, or a fixed draw of as many as are set."""
         n = self.config.task.test_examples
         return task.test if n is None else drawn(task.test, n, self.config.task.seed)
 
     def _on_test(self, task: Task) -> Evaluation:
-        """The last word: the test split, once a cell and once for the untouched model."""
+        """Evaluate on the test split, once per cell and once for the untouched model."""
         test = self.judged(task)
         view = view_of(self.model)
 

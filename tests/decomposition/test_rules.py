@@ -1,4 +1,4 @@
-"""The rules as formulas: each against the words of method.md §3, element by element."""
+"""The rules as formulas: each against its definition, element by element."""
 
 from __future__ import annotations
 
