@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cdt_lens.circuits.faithfulness import FaithfulnessCurve
 from cdt_lens.cli import finetune as commands
 from cdt_lens.core.artifacts import load_artifact, save_artifact
 from cdt_lens.core.errors import InputError, NonFiniteError
+from cdt_lens.decomposition.baseline import mean_activations
 from cdt_lens.experiments import transfer, transfer_cells as cells
 from cdt_lens.experiments.discovery import discover, measure
 from cdt_lens.experiments.runs import open_run
@@ -120,6 +122,20 @@ def test_every_cell_and_every_file(finished: tuple[TransferResult, Path]):
     assert not list(out.rglob("*checkpoint*")), "a finished cell leaves no checkpoint"
     # The proxy is an ordinary checkpoint.
     AutoModelForCausalLM.from_pretrained(out / "proxy")
+
+
+def test_f_of_heads_that_change_nothing_is_no_ratio_of_rounding(
+    place: Path, finished: tuple[TransferResult, Path], monkeypatch: pytest.MonkeyPatch
+):
+    """With heads that write nearly nothing, m(full) and m(empty) differ by rounding alone."""
+    experiment = transfer.Transfer(settings(place), finished[1], quiet, progress=False)
+    with torch.no_grad():
+        for layer in experiment.model.original_model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(1e-8)
+    task = experiment.tasks["near"]
+    baseline = mean_activations(experiment.model, experiment.source.train, progress=False)
+    monkeypatch.setattr(transfer, "load_baseline", lambda run: baseline)
+    assert math.isnan(experiment._faithfulness(task))
 
 
 def test_the_discovery_of_a_transfer_opens_as_a_run(finished: tuple[TransferResult, Path]):
