@@ -57,9 +57,13 @@ class HeadScores(Saved):
 
     def __repr__(self) -> str:
         best = [f"{h} {float(self.values[h.layer, h.head]):+.3g}" for h in self.ranking()]
-        told = f"{len(best)} heads on {len(self.example_labels)} examples"
+        sizes = f"{len(best)} heads on {len(self.example_labels)} examples"
         return display.line(
-            self, self.method, told, display.few(best, 4), f"direction {self.direction:+.3g} logits"
+            self,
+            self.method,
+            sizes,
+            display.few(best, 4),
+            f"direction {self.direction:+.3g} logits",
         )
 
     @property

@@ -195,16 +195,16 @@ def _check(
 def _mask(truth: Any, shape: tuple[int, int]) -> Bool[Tensor, "layer head"]:
     """Convert `truth`, a tensor, array or nested list of booleans or of 1 and 0, to booleans."""
     try:
-        found = torch.as_tensor(truth)
+        given = torch.as_tensor(truth)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"truth: expected an array of {shape}, True or False ({error})") from error
-    mask = found.bool().cpu()
-    if tuple(found.shape) != shape or mask.all() or not mask.any():
+    mask = given.bool().cpu()
+    if tuple(given.shape) != shape or mask.all() or not mask.any():
         raise InputError(
-            f"truth: {int(mask.sum())} heads of {tuple(found.shape)}; expected some, not all, of "
+            f"truth: {int(mask.sum())} heads of {tuple(given.shape)}; expected some, not all, of "
             f"{shape}"
         )
-    if not torch.equal(mask.to(found.dtype), found.cpu()):
+    if not torch.equal(mask.to(given.dtype), given.cpu()):
         raise InputError("truth: expected True and False, or 1 and 0, at each head")
     return mask
 
@@ -218,26 +218,26 @@ def _judged(
     sizes: tuple[int, ...],
 ) -> MethodResult:
     """Measure the scores of one method."""
-    told: dict[str, Any] = {
+    measured: dict[str, Any] = {
         "method": scored.method,
         "description": method_of(scored.method).description,
     }
     scores = scored.scores
     if scores is None:
-        return MethodResult(**told, refused=scored.refused)
-    found = compare_scores(scores, exact)
+        return MethodResult(**measured, refused=scored.refused)
+    agreement = compare_scores(scores, exact)
     rankings = {by: scores.ranking(by) for by in RANKINGS}
     kept = {by: [tuple(sorted(r[:size])) for size in sizes] for by, r in rankings.items()}
     circuits.measure([circuit for each in kept.values() for circuit in each])
     curves = {by: RankingCurve.of(fractions, circuits.curve(each)) for by, each in kept.items()}
     if truth is not None:
         magnitude = _magnitude(scores)
-        told["auroc"] = auroc(magnitude, truth)
-        told["average_precision"] = average_precision(magnitude, truth)
+        measured["auroc"] = auroc(magnitude, truth)
+        measured["average_precision"] = average_precision(magnitude, truth)
     return MethodResult(
-        **told,
-        spearman=found.spearman,
-        pearson=found.pearson,
+        **measured,
+        spearman=agreement.spearman,
+        pearson=agreement.pearson,
         signed=curves["signed"],
         magnitude=curves["magnitude"],
         seconds=scored.seconds,

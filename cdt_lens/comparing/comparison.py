@@ -94,8 +94,8 @@ class MethodResult(EqualByContent):
     def __repr__(self) -> str:
         measures = ("spearman", "cpr", "cmd", "average_precision", "seconds")
         known = {name: self.value(name) for name in measures}
-        told = [f"{name} {value:.3g}" for name, value in known.items() if not math.isnan(value)]
-        return display.line(self, self.method, *told, self.refused or "")
+        facts = [f"{name} {value:.3g}" for name, value in known.items() if not math.isnan(value)]
+        return display.line(self, self.method, *facts, self.refused or "")
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return one row with the numbers of the method, NaN where there are none."""
@@ -185,10 +185,10 @@ class Comparison(Saved):
         return tuple(each.method for each in self.methods)
 
     def __getitem__(self, method: str) -> MethodResult:
-        found = next((each for each in self.methods if each.method == method), None)
-        if found is None:
+        result = next((each for each in self.methods if each.method == method), None)
+        if result is None:
             raise InputError(f"method {method!r}: expected one of {', '.join(self.names)}")
-        return found
+        return result
 
     def best(
         self, measure: str, by: Literal["signed", "magnitude"] | None = None

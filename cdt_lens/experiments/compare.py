@@ -94,7 +94,7 @@ def compare_planted(
     """
     names, methods = checked_circuits(circuits), checked_methods(methods)
     say = say or (lambda _: None)
-    found: dict[str, Comparison] = {}
+    comparisons: dict[str, Comparison] = {}
     why: dict[str, str] = {}
     for name in names:
         say(f"planted circuit {name}")
@@ -102,13 +102,13 @@ def compare_planted(
         baseline = mean_activations(planted.model, planted.train, progress=False)
         total = planted.truth.numel()
         why[name] = planted.why
-        found[name] = compare_methods(
+        comparisons[name] = compare_methods(
             planted.model, planted.train, planted.valid, baseline, methods, truth=planted.truth,
             fractions=[kept / total for kept in range(total + 1)], draws=draws, seed=seed,
             folder=None if folder is None else Path(folder) / file_name(name),
             batch_size=batch_size, rows=rows, progress=progress, say=say,
         )  # fmt: skip
-    result = PlantedComparison(found, why)
+    result = PlantedComparison(comparisons, why)
     if folder is not None:
         write_comparison(result, folder)
     return result

@@ -63,10 +63,13 @@ def make_baseline(run: Run, say: Say) -> Baseline:
     return baseline
 
 
-def made_from(found: HeadScores | FaithfulnessCurve, data: Examples, baseline: Baseline) -> bool:
+def made_from(result: HeadScores | FaithfulnessCurve, data: Examples, baseline: Baseline) -> bool:
     """Return whether a result was computed on these examples with this baseline."""
-    told = found.provenance
-    return told.task_hash == data.hash and told.options.get("baseline_hash") == baseline.hash
+    provenance = result.provenance
+    return (
+        provenance.task_hash == data.hash
+        and provenance.options.get("baseline_hash") == baseline.hash
+    )
 
 
 def ablate(run: Run, say: Say) -> MethodAgreement:
@@ -116,8 +119,10 @@ def curve_fits(
     curve: FaithfulnessCurve, scores: HeadScores, baseline: Baseline, data: Examples | None
 ) -> bool:
     """Return whether a curve belongs to these scores, this baseline and these examples."""
-    told, made = curve.provenance.options, scores.provenance
-    same_scores = told.get("scores") == made.options and told.get("scores_task") == made.task_hash
+    options, made = curve.provenance.options, scores.provenance
+    same_scores = (
+        options.get("scores") == made.options and options.get("scores_task") == made.task_hash
+    )
     # After an upgrade the scores are made again, with the same options and other numbers.
     later = curve.provenance.created >= made.created
     return same_scores and later and data is not None and made_from(curve, data, baseline)
@@ -125,11 +130,11 @@ def curve_fits(
 
 def _data_of(curve: FaithfulnessCurve, run: Run) -> Examples | None:
     """Return the examples that the settings of the curve draw from the present data."""
-    told = curve.provenance
+    provenance = curve.provenance
     for split in ("train", "valid", "test"):
         data = getattr(run.task, split)
-        if data.name == told.task and most_balanced(data):
-            return judged_on(run, split, sum(told.examples.values()))
+        if data.name == provenance.task and most_balanced(data):
+            return judged_on(run, split, sum(provenance.examples.values()))
     return None
 
 

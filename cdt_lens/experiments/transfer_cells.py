@@ -78,9 +78,9 @@ class Cells:
             "circuit": [str(head) for head in self.circuit.heads],
         }  # fmt: skip
         kept = Kept(self.folder / "before" / f"{file_name(language)}.json", _BEFORE, made_from)
-        found = kept.reuse(self.say)
-        if found is not None:
-            return dict(found["row"])
+        finished = kept.reuse(self.say)
+        if finished is not None:
+            return dict(finished["row"])
         self.say(f"the proxy model as it is on {task.name}")
         test = self._on_test(task)
         row = {
@@ -103,9 +103,9 @@ class Cells:
             "heads": [str(head) for head in heads], "options": asdict(options),
         }  # fmt: skip
         kept = Kept(place.with_name(f"{place.name}.json"), _CELL, made_from)
-        found = kept.reuse(self.say)
-        if found is not None:
-            return found
+        finished = kept.reuse(self.say)
+        if finished is not None:
+            return finished
         training: dict[str, Any] = {
             "heads": self.circuit, "scope": scope, "source": self._source, "options": options,
         }  # fmt: skip

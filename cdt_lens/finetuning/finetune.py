@@ -298,8 +298,8 @@ def _choose(
     short = options.changed(epochs=1, patience=None, evaluate_every=1)
     raced: dict[str, dict[str, Any]] = {}
     for scope in ("decision", "near-zero"):
-        found = finetune(view, task, heads=heads, scope=scope, options=short, progress=progress)
-        raced[scope] = found.to_dataframe().to_dict("records")[-1]  # type: ignore[assignment]
+        result = finetune(view, task, heads=heads, scope=scope, options=short, progress=progress)
+        raced[scope] = result.to_dataframe().to_dict("records")[-1]  # type: ignore[assignment]
     return choose_by_race(raced)
 
 

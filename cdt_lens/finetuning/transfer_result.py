@@ -65,8 +65,8 @@ class TransferResult(Saved):
     _format, _kind = "cdt_lens.transfer", "transfer result"
 
     def __repr__(self) -> str:
-        told = f"{self.proxy} to {display.few(self.targets)}", display.few(self.scopes)
-        return display.line(self, self.task, *told, f"{len(self.cells)} cells")
+        facts = f"{self.proxy} to {display.few(self.targets)}", display.few(self.scopes)
+        return display.line(self, self.task, *facts, f"{len(self.cells)} cells")
 
     def summary(self) -> pd.DataFrame:
         """Summarise the finished seeds of each (target, scope).
@@ -135,9 +135,9 @@ class TransferResult(Saved):
 
 
 def _chance(body: Mapping[str, Any]) -> dict[str, float]:
-    told = body["chance"]
+    chance = body["chance"]
     # 0.3 kept one number, the first target's.
-    return dict(told) if isinstance(told, Mapping) else {body["targets"][0]: float(told)}
+    return dict(chance) if isinstance(chance, Mapping) else {body["targets"][0]: float(chance)}
 
 
 def _to_json(values: pd.DataFrame) -> dict[str, Any]:
@@ -151,12 +151,12 @@ def _plain(cell: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _from_json(told: Mapping[str, Any]) -> pd.DataFrame:
+def _from_json(table: Mapping[str, Any]) -> pd.DataFrame:
     """As it was: a target called "0.3" stays text, a missing number is NaN again."""
-    found = pd.DataFrame(told["rows"], columns=told["columns"])
-    for name in set(found) - _TEXT:
-        found[name] = pd.to_numeric(found[name])
-    return found
+    frame = pd.DataFrame(table["rows"], columns=table["columns"])
+    for name in set(frame) - _TEXT:
+        frame[name] = pd.to_numeric(frame[name])
+    return frame
 
 
 def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> pd.DataFrame:

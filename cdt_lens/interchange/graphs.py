@@ -231,7 +231,7 @@ def _read_graphml(path: Path) -> Graph:
 
     try:
         text = path.read_text("utf-8")
-        found = networkx.parse_graphml(text, edge_key_type=str, force_multigraph=True)
+        parsed = networkx.parse_graphml(text, edge_key_type=str, force_multigraph=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (ParseError, networkx.NetworkXError, ValueError, KeyError) as error:
@@ -239,19 +239,19 @@ def _read_graphml(path: Path) -> Graph:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     shape: dict[str, Any] = {
-        name: count(field_of(found.graph, name, str(path)), f"{path}: {name}")
+        name: count(field_of(parsed.graph, name, str(path)), f"{path}: {name}")
         for name in ("n_layers", "n_heads")
     }
-    d_model = found.graph.get("d_model")
+    d_model = parsed.graph.get("d_model")
     shape["d_model"] = None if d_model is None else count(d_model, f"{path}: d_model")
-    shape["parallel"] = flag(field_of(found.graph, "parallel", str(path)), f"{path}: parallel")
-    shape["unit"] = text_of(found.graph.get("unit", OTHER_UNIT), f"{path}: unit")
+    shape["parallel"] = flag(field_of(parsed.graph, "parallel", str(path)), f"{path}: parallel")
+    shape["unit"] = text_of(parsed.graph.get("unit", OTHER_UNIT), f"{path}: unit")
     nodes = {
-        name: GraphNode(*_values(data, f"{path}: {name}")) for name, data in found.nodes.items()
+        name: GraphNode(*_values(data, f"{path}: {name}")) for name, data in parsed.nodes.items()
     }
     edges = tuple(
         Edge(source, target, _site(data, at), *_values(data, at))
-        for source, target, data in found.edges(data=True)
+        for source, target, data in parsed.edges(data=True)
         for at in (f"{path}: {source}->{target}",)
     )
     try:

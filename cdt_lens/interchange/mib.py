@@ -241,11 +241,11 @@ def _json(path: Path) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         twice = repeated(text for text, _ in pairs)
         raise InputError(f"{path}: {twice!r} is there twice; keep one of the two")
-    return found
+    return values
 
 
 def _loaded(path: Path) -> Any:

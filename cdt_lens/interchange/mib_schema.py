@@ -94,12 +94,12 @@ def their_name(name: str) -> str:
 
 def their_targets(n_layers: int, n_heads: int) -> list[tuple[str, Site]]:
     """Return every target and site in the order of a .pt file: by layer q, k, v and the MLP."""
-    found: list[tuple[str, Site]] = []
+    targets: list[tuple[str, Site]] = []
     sites: tuple[Site, ...] = ("q", "k", "v")
     for layer in range(n_layers):
-        found += [(str(Head(layer, head)), site) for site in sites for head in range(n_heads)]
-        found.append((f"M{layer}", ""))
-    return [*found, (LOGITS, "")]
+        targets += [(str(Head(layer, head)), site) for site in sites for head in range(n_heads)]
+        targets.append((f"M{layer}", ""))
+    return [*targets, (LOGITS, "")]
 
 
 def field_of(values: Mapping[str, Any], name: str, at: str) -> Any:
@@ -109,8 +109,8 @@ def field_of(values: Mapping[str, Any], name: str, at: str) -> Any:
         InputError: It is missing; the message names the fields that exist.
     """
     if name not in values:
-        found = ", ".join(map(str, list(values)[:8])) or "nothing"
-        raise InputError(f"{at}: {name} is missing; found {found}")
+        present = ", ".join(map(str, list(values)[:8])) or "nothing"
+        raise InputError(f"{at}: {name} is missing; found {present}")
     return values[name]
 
 
@@ -163,12 +163,12 @@ def number(value: Any, at: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InputError(f"{at}: expected a number, got {value!r}")
     try:
-        found = float(value)
+        result = float(value)
     except OverflowError:  # a whole number of hundreds of digits
-        found = math.inf
-    if not math.isfinite(found):
-        raise InputError(f"{at}: expected a finite number, got {found}")
-    return found
+        result = math.inf
+    if not math.isfinite(result):
+        raise InputError(f"{at}: expected a finite number, got {result}")
+    return result
 
 
 def count(value: Any, at: str) -> int:

@@ -227,8 +227,8 @@ def _kept_rows(path: str | Path | None, provenance: Provenance) -> Kept | None:
 
 def _read_rows(kept: Kept | None) -> dict[int, Tensor]:
     """Return the rows of the examples that an interrupted call had finished, by their index."""
-    found = None if kept is None else kept.read()
-    if found is None:
+    kept_rows = None if kept is None else kept.read()
+    if kept_rows is None:
         return {}
-    body, tensors = found
+    body, tensors = kept_rows
     return dict(zip(body["index"], tensors["rows"], strict=True))
