@@ -145,7 +145,7 @@ def siblings(
         kv: see `head_slices`.
 
     Returns:
-        The heads in order. None with `kv="skip"` or `kv="groups"`.
+        The heads in order. The tuple is empty with `kv="skip"` or `kv="groups"`.
 
     Raises:
         InputError: a head is outside the model, or `kv` is unknown.
