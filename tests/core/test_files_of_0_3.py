@@ -226,7 +226,8 @@ def test_a_discovery_run_of_an_earlier_version_is_made_again(upgraded: str):
     ablate(run, said.append)
     for name in ("baseline", "scores", "ablation"):
         (line,) = (line for line in said if f"{name}.json" in line)
-        assert line.endswith(f"was made with {upgraded}; making it again")
+        # Another class or processor moves the last bits of the baseline, which is then named too.
+        assert line.endswith(f"{upgraded}; making it again")
     old = HeadScores.load(FILES / "run" / "scores.json")
     torch.testing.assert_close(scores.values, old.values, rtol=0, atol=1e-5)
     assert circuit.heads == Circuit.load(FILES / "run" / "circuit.json").heads
@@ -278,9 +279,10 @@ def test_a_comparison_resumes_in_its_version_and_is_made_again_in_a_later_one(mo
     monkeypatch.setattr(cdt_lens, "__version__", "99.0")
     said.clear()
     new = compare_run(opened("compared", said), said.append, **few, progress=False)
-    reason = "was made with cdt_lens 0.3.0 (this is 99.0); making it again"
+    reason = "cdt_lens 0.3.0 (this is 99.0); making it again"
     for name in ("baseline", "circuits", "time-exact", "time-direct", "time-cdt_stable"):
-        assert any(f"{name}.json {reason}" in line for line in said), name
+        lines = [line for line in said if f"{name}.json was made with" in line]
+        assert lines and lines[0].endswith(reason), name
     assert [m.spearman for m in new.methods] == pytest.approx([m.spearman for m in old.methods])
 
 
