@@ -35,8 +35,6 @@ nb_ipywidgets_js = {}  # the default loads scripts from another server
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 autodoc_typehints = "signature"
-# Remove this line when every docstring is in Google style; it hides their indentation warnings.
-suppress_warnings = ["docutils"]
 maximum_signature_line_length = 70
 napoleon_use_param = False
 napoleon_use_rtype = False
