@@ -232,7 +232,8 @@ class Transfer:
             # A kill between the two must not leave a new proxy under an old key.
             remove_artifact(kept.path)
             shutil.rmtree(self.proxy, ignore_errors=True)
-            export(tuned.adapter, config.model, self.proxy)
+            # A base model that the proxy stage cannot improve is a proxy as it is.
+            export(tuned.adapter, config.model, self.proxy, allow_unchanged=True)
         kept.keep({"history": tuned.history.to_dict("records"), "options": dict(tuned.options)})
         if is_main():
             remove_artifact(checkpoint)

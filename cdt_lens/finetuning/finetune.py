@@ -50,6 +50,7 @@ from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of, w
 from cdt_lens.models.support import check_caller_hooks, check_supported
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.models.weights import check_trainable, own_weights, place
+from cdt_lens.tasks.card import TaskCard
 from cdt_lens.tasks.evaluate import evaluate
 from cdt_lens.tasks.task import Task
 
@@ -207,7 +208,10 @@ def _run(
             ).run()  # fmt: skip
             judged = None if judge is None else judge()
         learnt = trainable.learnt()
-        adapter = Adapter(plan.scope, plan.heads, learnt.slices, learnt.whole, plan.provenance)
+        card = TaskCard.of(plan.task, getattr(view.tl, "tokenizer", None))
+        adapter = Adapter(
+            plan.scope, plan.heads, learnt.slices, learnt.whole, plan.provenance, card
+        )  # fmt: skip
         done = True
     finally:
         if not (keep and done):
