@@ -53,7 +53,10 @@ def finetune(
     verbalizer: Verbalizer = None,
     option: Annotated[
         list[str] | None,
-        typer.Option(help="Any other training option as name=value, such as norms=circuit."),
+        typer.Option(
+            help="Any other training option as name=value, such as norms=circuit; repeat the "
+            "option for each."
+        ),
     ] = None,
 ) -> None:
     """Train the heads of a circuit (or a control) on a target language.
@@ -108,6 +111,8 @@ def _show(result: Any, out: Path) -> None:
         f"({result.share:.2%}): {_trained(result)}; "
         f"best epoch {result.best_epoch}: {out / 'adapter.json'}"
     )
+    if result.nothing_learnt:
+        tell(result.nothing_learnt)
 
 
 def _trained(result: Any) -> str:
@@ -140,15 +145,23 @@ def export(
     adapter: Annotated[Path, typer.Argument(help="Folder or file of an adapter.")],
     base: Annotated[str, typer.Option(help="Model that the adapter was trained on.")],
     to: Annotated[Path, typer.Option(help="New folder for the Hugging Face checkpoint.")],
+    allow_unchanged: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unchanged",
+            help="Export an adapter that changes no weight, of a training that learnt nothing.",
+        ),
+    ] = False,
 ) -> None:
     """Write a Hugging Face checkpoint of the base model with the adapter applied.
 
-    Every weight that the adapter does not hold stays bit-identical.
+    Every weight that the adapter does not hold stays bit-identical. The folder's tokenizer gives
+    the tokens of the training, and its README.md says how to ask the model.
     """
     from cdt_lens.finetuning.adapter import Adapter
     from cdt_lens.finetuning.export import export as write
 
-    tell(str(write(Adapter.load(adapter), base, to)))
+    tell(str(write(Adapter.load(adapter), base, to, allow_unchanged=allow_unchanged)))
 
 
 @with_options(given=(ModelSettings, ("device",)))
@@ -189,8 +202,13 @@ def _options(pairs: list[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
-        if not equals:
-            raise InputError(f"--option {pair!r}: expected name=value, such as norms=circuit")
+        if not equals or "=" in text:
+            raise InputError(
+                f"--option {pair!r}: expected name=value, such as norms=circuit, the option again "
+                "for each"
+            )
+        if name in options:
+            raise InputError(f"--option {pair!r}: {name} was given before")
         try:
             options[name] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

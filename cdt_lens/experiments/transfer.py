@@ -228,6 +228,8 @@ class Transfer:
             f"{task.name}: validation accuracy {tuned.before['target_accuracy']:.3f} before, "
             f"{last['target_accuracy']:.3f} after {tuned.best_epoch} epochs"
         )
+        if tuned.nothing_learnt:
+            self.say(tuned.nothing_learnt)
         if is_main():
             # A kill between the two must not leave a new proxy under an old key.
             remove_artifact(kept.path)

@@ -21,7 +21,6 @@ import cdt_lens
 from cdt_lens.core.errors import InputError
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.tasks.card import TaskCard
-from cdt_lens.tasks.prompts import template_columns
 
 TASK_FILE = "cdt_task.json"
 
@@ -93,8 +92,8 @@ def _readme(adapter: Adapter, base: str) -> str:
     name = adapter.provenance.task.removesuffix("/train")
     about = (
         f"# {Path(base).name}, adapted to {name}\n\n"
-        f"`cdt-lens export` (cdt_lens {cdt_lens.__version__}) wrote this folder. It holds the model "
-        f"`{Path(base).name}` with {adapter.elements:,} elements trained (scope "
+        f"`cdt-lens export` (cdt_lens {cdt_lens.__version__}) wrote this folder. It holds the "
+        f"model `{Path(base).name}` with {adapter.elements:,} elements trained (scope "
         f"`{adapter.scope}`). Every other weight is bit-identical.\n"
     )
     if adapter.task is None:
@@ -119,10 +118,9 @@ def _label_lines(card: TaskCard) -> str:
 
 
 def _usage(card: TaskCard) -> str:
-    if not card.verbalizer:
+    if not card.verbalizer or not card.columns:
         return _NO_WORDS
-    columns = template_columns(card.template)
-    row = ", ".join(f'"{column}": "Put your text here."' for column in columns)
+    row = ", ".join(f'{json.dumps(column)}: "Put your text here."' for column in card.columns)
     return _CODE.replace("ROW", f"{{{row}}}").replace("FILE", TASK_FILE)
 
 

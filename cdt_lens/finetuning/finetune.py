@@ -217,9 +217,13 @@ def _run(
         if not (keep and done):
             trainable.restore()
     if keep:
-        _keep(view, trainable, adapter)
+        trainable.restore()
+    changed = adapter.changes(view)
+    if keep:
+        # The learnt values alone, without anything of the training around them.
+        adapter.apply(view, check=False)
     result = _result(view, plan.scope, plan.heads, options, trainable, trained, adapter)
-    return replace(result, judged=judged)
+    return replace(result, judged=judged, changed=changed)
 
 
 def drop_stale_checkpoint(
@@ -381,12 +385,6 @@ def _lowest_trained(view: ModelView, trainable: Trainable) -> int:
         elif not name.startswith(("ln_final", "unembed")):
             return 0
     return min(layers, default=0)
-
-
-def _keep(view: ModelView, trainable: Trainable, adapter: Adapter) -> None:
-    """Leave the learnt values in the model, without anything of the training around them."""
-    trainable.restore()
-    adapter.apply(view, check=False)
 
 
 def _result(

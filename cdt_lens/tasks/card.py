@@ -76,6 +76,14 @@ class TaskCard(Saved):
             longest=max(len(e.tokens) for split in (task.train, task.valid) for e in split),
         )  # fmt: skip
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the template names; none for prompts that were generated."""
+        try:
+            return template_columns(self.template)
+        except InputError:
+            return ()
+
     def format(self, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
         """Return the format that makes the prompts of new rows.
 
@@ -89,7 +97,7 @@ class TaskCard(Saved):
             InputError: the task has no words for its labels, or the tokenizer has other tokens for
                 them than those that were trained.
         """
-        if not self.verbalizer or not template_columns(self.template):
+        if not self.verbalizer or not self.columns:
             raise InputError(
                 f"task {self.name}: it has no template with a word for each label, so there is "
                 "nothing to predict"
@@ -100,19 +108,17 @@ class TaskCard(Saved):
         )  # fmt: skip
         if made.verbalizer_ids != dict(self.verbalizer_ids):
             raise InputError(
-                f"task {self.name}: the label words have the tokens {made.verbalizer_ids}, expected "
-                f"{dict(self.verbalizer_ids)}; use the tokenizer of the exported folder"
+                f"task {self.name}: the label words have the tokens {made.verbalizer_ids}, "
+                f"expected {dict(self.verbalizer_ids)}; use the tokenizer of the exported folder"
             )
         return made
 
     def sample_prompts(self) -> tuple[str, ...]:
         """Return prompts without data, by which a tokenizer can be compared with the training."""
-        try:
-            columns = template_columns(self.template)
-        except InputError:
-            columns = ()
-        filled = [self.template.format_map(dict.fromkeys(columns, text)) for text in (_FILLING, "")]
-        return tuple(f"{self.prefix}{text}" for text in filled if text) if columns else (_FILLING,)
+        if not self.columns:
+            return (_FILLING,)
+        cells = dict.fromkeys(self.columns, _FILLING)
+        return (self.prefix + self.template.format_map(cells), _FILLING)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
