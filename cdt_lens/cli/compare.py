@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,7 +83,8 @@ def compare(
     settings = settings_of({"model": model, **given}, files, verbalizer)
     if settings.files and valid is None:
         raise InputError("compare: expected --valid, the file that held-out prompts are drawn from")
-    run = runs.start_run(settings, out, say)
+    check = partial(experiments.check_compare, held_out=held_out)
+    run = runs.start_run(settings, out, say, check)
     show_comparison(
         experiments.compare_run(run, say, methods=names, held_out=held_out, draws=draws)
     )

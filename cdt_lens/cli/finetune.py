@@ -66,21 +66,28 @@ def finetune(
     makes a checkpoint of the adapter.
     """
     from cdt_lens.circuits.circuit import Circuit
-    from cdt_lens.experiments.inputs import load_for, make_task
-    from cdt_lens.finetuning.finetune import finetune as train_on
+    from cdt_lens.core.folders import check_run_folder
+    from cdt_lens.experiments.inputs import check_inputs, load_for, make_task
+    from cdt_lens.finetuning.finetune import check_splits, finetune as train_on
+    from cdt_lens.finetuning.scopes import scope_heads
 
     if (out / "adapter.json").exists() and not (out / "checkpoint.json").exists():
         raise InputError(
             f"{out}: holds a finished adapter; name another folder, or remove that one"
         )
+    check_run_folder(out, "checkpoint.json", "log.jsonl")
     options = TrainingOptions().changed(**{**training, **_options(option or [])})
     chosen = {"model": model, "seed": training["seed"], **given}
     settings = settings_of(chosen, {"train": train, "valid": valid}, verbalizer)
+    of_source = _source_settings(settings, source, source_valid)
+    heads = None if circuit is None else Circuit.load(circuit)
+    scope_heads("decision" if scope == "auto" else scope, heads, seed=options.seed)
+    tasks = check_inputs(settings, *([] if of_source is None else [of_source]))
+    check_splits(tasks[0], None if of_source is None else tasks[1], options)
     loaded = load_for(settings, say)
     target = make_task(settings, loaded.tokenizer)
-    of_source = _source_settings(settings, source, source_valid)
     result = train_on(
-        loaded, target, heads=None if circuit is None else Circuit.load(circuit), scope=scope,
+        loaded, target, heads=heads, scope=scope,
         source=None if of_source is None else make_task(of_source, loaded.tokenizer),
         options=options, checkpoint=out / "checkpoint.json", keep_checkpoint=True,
         log=out / "log.jsonl",

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cdt_lens.core.artifacts import new_folder
 from cdt_lens.core.errors import InputError
+from cdt_lens.core.folders import check_writable
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.finetuning.export_task import write_task
 from cdt_lens.models.hugging_face import load_hugging_face, third_party_noise_off
@@ -58,6 +59,7 @@ def export(
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not empty. Name a new folder.")
+    check_writable(folder)
     with third_party_noise_off():
         hf_model, tokenizer = load_hugging_face(base, dtype=adapter.dtype)
         _refuse_peft(hf_model, base)
