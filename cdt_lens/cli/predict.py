@@ -47,6 +47,7 @@ def predict(
 
 
 def _rows_of(texts: list[str], columns: tuple[str, ...]) -> Table:
+    from cdt_lens.core.display import short
     from cdt_lens.tasks.rows import Table
 
     if len(columns) != 1:
@@ -54,7 +55,7 @@ def _rows_of(texts: list[str], columns: tuple[str, ...]) -> Table:
             f"--text: the template has the columns {', '.join(columns)}; give a file with them by "
             "--file"
         )
-    places = [f"--text {text!r}" for text in texts]
+    places = [f"--text {short(text)}" for text in texts]
     return Table([{columns[0]: text} for text in texts], places)
 
 

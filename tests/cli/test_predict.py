@@ -64,7 +64,7 @@ def test_texts_and_a_file_get_the_same_answers(place: Path, tmp_path: Path):
         (["out"], "expected either --text or --file"),
         (["out", "--text", "w20", "--file", "rows.csv"], "expected either --text or --file"),
         (["out", "--text", " "], "--text ' ', column 'text': empty"),
-        (["out", "--text", " ".join(["w20"] * 70)], "has 71 tokens, the model reads at most 64"),
+        (["out", "--text", " ".join(["w20"] * 70)], "has 72 tokens, the model reads at most 64"),
         (["out", "--file", "none.csv"], "none.csv: cannot be read"),
         (["out", "--file", "other.csv"], "other.csv, line 1 .*: no column 'text'"),
         (["out", "--file", "taken.csv"], "taken.csv: it has a column 'prediction'"),
