@@ -40,7 +40,7 @@ class Command(TyperCommand):
         Raises:
             typer.BadParameter: An option that takes one value was given twice.
         """
-        given = self.make_parser(ctx).parse_args(list(args))[-1]
+        given: list[Any] = list(self.make_parser(ctx).parse_args(list(args))[-1])
         for option in given:
             single = option.param_type_name == "option" and not option.multiple
             if single and given.count(option) > 1:

@@ -226,8 +226,9 @@ def trace(
     Raises:
         InputError: The run holds a graph of other settings.
     """
-    wanted = {"examples": examples, "width": width, "fan_in": fan_in}
-    check_trace(run.folder, run.settings, run.task, **wanted)
+    check_trace(
+        run.folder, run.settings, run.task, examples=examples, width=width, fan_in=fan_in
+    )  # fmt: skip
     data = _traced(run.settings, run.task, examples)
     say(f"edges on {len(data)} examples of {data.name}")
     baseline = mean_activations(

@@ -191,7 +191,7 @@ class Adapter(Saved):
             "heads": [str(head) for head in self.heads],
             "slices": {name: list(index) for name, (index, _) in self.slices.items()},
             "provenance": self.provenance.to_dict(),
-            "task": None if self.task is None else self.task.to_dict(),
+            **({} if self.task is None else {"task": self.task.to_dict()}),
         }
         tensors = {f"slice/{name}": value for name, (_, value) in self.slices.items()}
         return body, tensors | {f"whole/{name}": value for name, value in self.whole.items()}
@@ -211,7 +211,7 @@ class Adapter(Saved):
                 if name.startswith("whole/")
             },
             provenance=Provenance.from_dict(body["provenance"]),
-            task=None if body.get("task") is None else TaskCard.from_dict(body["task"]),
+            task=TaskCard.from_dict(body["task"]) if "task" in body else None,
         )
 
     @classmethod

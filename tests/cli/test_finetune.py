@@ -108,6 +108,19 @@ def test_what_was_trained_is_told_as_it_was(place: Path, tmp_path: Path, scope: 
     assert told in " ".join(printed.split())
 
 
+def test_a_training_that_learnt_nothing_says_so_and_is_not_exported(place: Path, tmp_path: Path):
+    model, out = str(place / "tiny"), tmp_path / "out"
+    printed = run(
+        "finetune", "--model", model, "--out", str(out), *data(place), "--scope", "norms",
+        "--epochs", "1", "--learning-rate", "1e-12",
+    )  # fmt: skip
+    assert "Nothing was learnt: " in " ".join(printed.split())
+    to = ["export", str(out), "--base", model, "--to", str(tmp_path / "hf")]
+    with pytest.raises(CdtLensError, match="changes no weight.*--allow-unchanged"):
+        run(*to)
+    run(*to, "--allow-unchanged")
+
+
 def test_a_transfer_from_its_file(place: Path, tmp_path: Path):
     files = {s: str(place / "data" / f"{s}.csv") for s in ("train", "valid", "test")}
     words = "\n".join(f"{label} = {word!r}" for label, word in VERBALIZER.items())
