@@ -155,7 +155,6 @@ def export(
     allow_unchanged: Annotated[
         bool,
         typer.Option(
-            "--allow-unchanged",
             help="Export an adapter that changes no weight, of a training that learnt nothing.",
         ),
     ] = False,
