@@ -100,13 +100,20 @@ class PromptFormat:
         return tuple(self.verbalizer_ids)
 
     @cached_property
+    def _bos_text(self) -> str:
+        """The BOS text with which the template begins, or "".
+
+        Where it occurs again, as in ChatML, it marks the turns and belongs to every example.
+        """
+        bos = self.tokenizer.bos_token or ""
+        return bos if self.template.startswith(bos) and self.template.count(bos) == 1 else ""
+
+    @cached_property
     def _opening(self) -> tuple[str, str]:
-        """The text before the filled-in template, and the template without the BOS text."""
-        bos = self.tokenizer.bos_token
-        if not (self.prefix and bos and self.template.startswith(bos)):
-            return self.prefix, self.template
+        """The text before the filled-in template, and the template without its BOS text."""
+        bos = self._bos_text
         start = self.prefix if self.prefix.startswith(bos) else bos + self.prefix
-        return start, self.template.removeprefix(bos)
+        return start or bos, self.template.removeprefix(bos)
 
     def render(self, cells: Mapping[str, str]) -> str:
         """Fill in the template.
@@ -129,10 +136,10 @@ class PromptFormat:
             label: the label.
 
         Returns:
-            The text, without BOS text at its start.
+            The text, without the BOS text with which the template begins.
         """
         text = self.render(cells) + self.verbalizer[label]
-        return text.removeprefix(self.tokenizer.bos_token or "")
+        return text.removeprefix(self._bos_text)
 
     def check_row(self, row: Mapping[str, object], place: str) -> tuple[dict[str, str], str]:
         """Check a row and return what the prompt needs of it.
@@ -593,10 +600,12 @@ def _usual_spelling(context: str, word: str) -> tuple[str, str]:
         return context.rstrip(" "), word
     if spaced and context[-1:].isspace():
         return context, word.lstrip()
-    opens = unicodedata.category(context[-1]) in ("Ps", "Pi") or context[-1] in "\"'<>/_-=#@$*`|"
+    end = context[-1]
+    opens = unicodedata.category(end) in ("Ps", "Pi") or end in "\"'<>/_-=#@$*`|"
+    opens = opens and not context.endswith(("->", "=>"))
     # Chinese and Japanese are written without spaces.
     wide = unicodedata.east_asian_width(word[0]) in "WF"
-    return context, word if spaced or context[-1].isspace() or opens or wide else f" {word}"
+    return context, word if spaced or end.isspace() or opens or wide else f" {word}"
 
 
 def _composed_labels(verbalizer: Mapping[str, str]) -> dict[str, str]:
