@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -81,10 +82,11 @@ def faithfulness(
     """
     from cdt_lens.experiments import discovery as experiment, runs
 
-    opened = runs.open_run(run, say)
-    curve = experiment.measure(
-        opened, say, split=split, examples=examples, metric=metric, draws=draws
-    )
+    wanted: dict[str, Any] = {
+        "split": split, "examples": examples, "metric": metric, "draws": draws,
+    }  # fmt: skip
+    opened = runs.open_run(run, say, partial(experiment.check_measure, **wanted))
+    curve = experiment.measure(opened, say, **wanted)
     show_curve(curve)
     tell(str(opened.path("faithfulness.json")))
 
@@ -111,8 +113,9 @@ def trace(
     """
     from cdt_lens.experiments import discovery as experiment, runs
 
-    opened = runs.open_run(run, say)
-    circuit = experiment.trace(opened, say, examples=examples, width=width, fan_in=fan_in)
+    wanted: dict[str, Any] = {"examples": examples, "width": width, "fan_in": fan_in}
+    opened = runs.open_run(run, say, partial(experiment.check_trace, **wanted))
+    circuit = experiment.trace(opened, say, **wanted)
     if circuit.graph is not None:
         tell_graph(circuit.graph)
     tell(f"graph of {len(circuit)} heads: {opened.path('graph.json')}")
@@ -131,4 +134,5 @@ def report(
     """
     from cdt_lens.experiments import discovery as experiment, runs
 
-    tell(str(experiment.report(runs.open_run(run, say), say, prompts=prompts, heads=heads)))
+    opened = runs.open_run(run, say, experiment.check_report)
+    tell(str(experiment.report(opened, say, prompts=prompts, heads=heads)))

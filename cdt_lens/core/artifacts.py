@@ -297,9 +297,18 @@ def _read_json(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        inside = ", ".join(sorted(item.name for item in path.glob("*.json"))) or "no JSON file"
+        raise InputError(
+            f"{path}: is a folder. Name the JSON file of a result; it holds {inside}."
+        ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, UnicodeDecodeError) as error:
+        if path.suffix != ".json":
+            raise InputError(
+                f"{path}: is not a JSON file. Name the .json file of a result of cdt-lens."
+            ) from error
         raise ArtifactError(f"{path}: damaged: not whole JSON ({error}); make it again") from error
     if not isinstance(document, dict):
         raise ArtifactError(f"{path}: expected a JSON object, got {type(document).__name__}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cdt_lens.core.processes import is_main, wait_for_all
 from cdt_lens.experiments.demo_model import make_demo_model
-from cdt_lens.experiments.transfer import run_transfer
+from cdt_lens.experiments.transfer import Transfer, run_transfer
 from cdt_lens.experiments.transfer_config import TransferConfig, config_of
 from cdt_lens.finetuning.transfer_result import TransferResult
 
@@ -61,11 +61,16 @@ def run_demo(
 
     Returns:
         The result of the transfer.
+
+    Raises:
+        InputError: The folder is a file, or holds other files or another experiment.
     """
     folder = Path(folder)
     model = folder / "model"
+    config = demo_config(str(model), seed)
+    Transfer(config, folder, say, progress).settle()
     if not model.exists() and is_main():
         distances = (float(NEAR), float(FAR))
         make_demo_model(model, distances=distances, seed=seed, say=say)
     wait_for_all()
-    return run_transfer(demo_config(str(model), seed), folder, say, progress=progress)
+    return run_transfer(config, folder, say, progress=progress)

@@ -12,15 +12,16 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from cdt_lens.core.artifacts import load_artifact, remove_artifact, save_artifact
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.core.folders import check_run_folder
 from cdt_lens.core.kept import Say, drop_other_versions, reuse
 from cdt_lens.core.processes import is_main, wait_for_all
-from cdt_lens.experiments.inputs import load_for, make_task
+from cdt_lens.experiments.inputs import check_inputs, load_for, make_task
 from cdt_lens.experiments.settings import Settings
 from cdt_lens.models.provenance import weight_hash
 from cdt_lens.models.view import view_of
@@ -28,6 +29,9 @@ from cdt_lens.scoring.sweep import SWEEP_FORMAT
 from cdt_lens.tasks.evaluate import calibrate
 from cdt_lens.tasks.task import Examples, Task, most_balanced
 
+Result = TypeVar("Result")
+# Called with the folder, the settings and the task of a run before its model is loaded.
+Check = Callable[[Path, Settings, Task], None]
 # Settings that may change when a run resumes: they change no score.
 _FREE_SETTINGS = ("batch_size", "rows", "device", "k", "fraction", "by")
 
@@ -46,10 +50,7 @@ class Run:
 
     def scored(self) -> Examples:
         """Return the training examples to score."""
-        train = self.task.train
-        return train.balanced(
-            min(self.settings.examples, most_balanced(train)), seed=self.settings.seed
-        )
+        return scored(self.settings, self.task)
 
     def averaged(self) -> Examples:
         """Return the training examples that the baseline averages."""
@@ -61,13 +62,26 @@ class Run:
         )
 
 
-def start_run(settings: Settings, folder: str | Path, say: Say) -> Run:
+def scored(settings: Settings, task: Task) -> Examples:
+    """Return the training examples of `task` to score."""
+    n = min(settings.examples, most_balanced(task.train))
+    return task.train.balanced(n, seed=settings.seed)
+
+
+def start_run(settings: Settings, folder: str | Path, say: Say, check: Check | None = None) -> Run:
     """Open a run directory for `settings`, a new one or that of an earlier call.
 
+    Args:
+        settings: The settings of the run.
+        folder: The run directory.
+        say: Takes one line of progress.
+        check: Called with the folder, the settings and the task before the model is loaded.
+
     Raises:
-        InputError: The folder holds a run with other settings.
+        InputError: The folder holds a run with other settings, or other files, or the data cannot
+            be read.
     """
-    folder = Path(folder)
+    folder = check_run_folder(folder, "run.json")
     path = folder / "run.json"
     wanted = json.loads(json.dumps(asdict(settings)))
     if path.exists():
@@ -82,7 +96,7 @@ def start_run(settings: Settings, folder: str | Path, say: Say) -> Run:
                 f"{folder}: holds a run with other settings ({', '.join(different)}); "
                 "name another folder, or remove it"
             )
-    run = _open(folder, settings, say)
+    run = _open(folder, settings, say, check)
     _check_size(run)
     keep_settings(run)
     return run
@@ -96,21 +110,22 @@ def keep_settings(run: Run) -> None:
     wait_for_all()
 
 
-def open_run(folder: str | Path, say: Say) -> Run:
+def open_run(folder: str | Path, say: Say, check: Check | None = None) -> Run:
     """Open a run directory that `discover`, `compare` or the discovery of a transfer has made.
 
     Args:
         folder: The run directory.
         say: Takes one line of progress.
+        check: Called with the folder, the settings and the task before the model is loaded.
 
     Raises:
-        InputError: The folder holds no run.
+        InputError: The folder holds no run, or its data cannot be read.
     """
     path = Path(folder) / "run.json"
     if not path.exists():
         raise InputError(f"{folder}: holds no run (no run.json); {_how_to_make(Path(folder))}")
     body, _ = load_artifact(path, format="cdt_lens.run", version=1)
-    return _open(Path(folder), Settings.from_dict(body["settings"]), say)
+    return _open(Path(folder), Settings.from_dict(body["settings"]), say, check)
 
 
 def _how_to_make(folder: Path) -> str:
@@ -122,7 +137,11 @@ def _how_to_make(folder: Path) -> str:
     return "make one with cdt-lens discover"
 
 
-def _open(folder: Path, settings: Settings, say: Say) -> Run:
+def _open(folder: Path, settings: Settings, say: Say, check: Check | None) -> Run:
+    (task,) = check_inputs(settings)
+    scored(settings, task)
+    if check is not None:
+        check(folder, settings, task)
     model = load_for(settings, say)
     task = make_task(settings, model.tokenizer)
     if settings.calibrate:
@@ -136,6 +155,33 @@ def _check_size(run: Run) -> None:
     heads = view.n_layers * view.n_heads
     if k is not None and k > heads:
         raise InputError(f"k={k}: the model has {heads} heads; choose at most as many")
+
+
+def kept_at(path: Path, load: Callable[[Path], Result]) -> Result | None:
+    """Load a kept result; None if there is none, or if it is damaged and will be made again."""
+    try:
+        return load(path) if path.exists() else None
+    except ArtifactError:
+        return None
+
+
+def refuse_other_settings(path: Path, kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse to write a result over one that was computed with other settings.
+
+    Args:
+        path: The file of the kept result.
+        kept: The settings of the kept result by name.
+        wanted: The settings of this call by name.
+
+    Raises:
+        InputError: A setting differs.
+    """
+    different = [f"{name} {kept[name]}" for name in wanted if kept[name] != wanted[name]]
+    if different:
+        raise InputError(
+            f"{path}: holds a result with other settings ({', '.join(different)}). Give these "
+            "again, move the file away, or use another run directory."
+        )
 
 
 def check_run_model(run: Run, provenance: Any, name: str) -> None:

@@ -29,11 +29,12 @@ from cdt_lens.circuits.faithfulness import FaithfulnessCurve, f_of
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.artifacts import atomic_write, load_artifact, remove_artifact, save_artifact
 from cdt_lens.core.errors import InputError
-from cdt_lens.core.kept import Kept, as_json, difference, key_of
+from cdt_lens.core.folders import check_run_folder
+from cdt_lens.core.kept import Kept, as_json
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import is_main, wait_for_all
-from cdt_lens.experiments.discovery import curve_fits, discover, judged_on, load_baseline, measure
-from cdt_lens.experiments.inputs import make_task, with_train
+from cdt_lens.experiments.discovery import discover, judged_on, load_baseline, make_curve
+from cdt_lens.experiments.inputs import check_inputs, make_task, with_train
 from cdt_lens.experiments.runs import Run, keep_settings
 from cdt_lens.experiments.scope_choices import choices
 from cdt_lens.experiments.transfer_cells import Cells
@@ -124,7 +125,8 @@ class Transfer:
         Raises:
             InputError: The folder holds an experiment with another model, task or proxy.
         """
-        self._settle()
+        self.settle()
+        self._check_inputs()
         self._train_proxy()
         self._discover()
         before = [self.cells.before(language) for language in self.languages]
@@ -142,8 +144,19 @@ class Transfer:
         """The source language and the target languages."""
         return (self.config.task.source, *self.config.task.targets)
 
-    def _settle(self) -> None:
-        """Save the settings in the folder, or compare them with the saved ones."""
+    def _check_inputs(self) -> None:
+        """Read the data of every language before a model is loaded."""
+        # A finished run can be reported without its base model.
+        model = self.proxy if Path(self.proxy).exists() else self.config.model
+        check_inputs(*(self.config.settings(name, model=model) for name in self.languages))
+
+    def settle(self) -> None:
+        """Save the settings in the folder, or compare them with the saved ones.
+
+        Raises:
+            InputError: The folder holds an experiment with other settings, or other files.
+        """
+        check_run_folder(self.folder, "transfer.json")
         path = self.folder / "transfer.json"
         wanted = self.config.to_dict()
         # Cells know their own data, so that targets, and their files, may be added later.
@@ -228,11 +241,14 @@ class Transfer:
             f"{task.name}: validation accuracy {tuned.before['target_accuracy']:.3f} before, "
             f"{last['target_accuracy']:.3f} after {tuned.best_epoch} epochs"
         )
+        if tuned.nothing_learnt:
+            self.say(tuned.nothing_learnt)
         if is_main():
             # A kill between the two must not leave a new proxy under an old key.
             remove_artifact(kept.path)
             shutil.rmtree(self.proxy, ignore_errors=True)
-            export(tuned.adapter, config.model, self.proxy)
+            # A base model that the proxy stage cannot improve is a proxy as it is.
+            export(tuned.adapter, config.model, self.proxy, allow_unchanged=True)
         kept.keep({"history": tuned.history.to_dict("records"), "options": dict(tuned.options)})
         if is_main():
             remove_artifact(checkpoint)
@@ -276,15 +292,10 @@ class Transfer:
     def _discover(self) -> None:
         """Make baseline, scores, circuit and faithfulness, or keep existing ones."""
         keep_settings(self.discovery)
-        _, scores, _ = discover(self.discovery, self.say)
-        d, curve = self.config.discovery, self.curve()
-        data = judged_on(self.discovery, "valid", d.faithfulness_examples)
-        if curve is not None and curve_fits(curve, scores, load_baseline(self.discovery), data):
-            reason = difference(curve.provenance.key, key_of(curve.provenance.key))
-            if reason is None:
-                return
-            self.say(f"the faithfulness curve was made with {reason}; making it again")
-        measure(self.discovery, self.say, examples=d.faithfulness_examples, draws=d.draws)
+        discover(self.discovery, self.say)
+        d, run = self.config.discovery, self.discovery
+        data = judged_on(run.task, "valid", d.faithfulness_examples, run.settings.seed)
+        make_curve(run, self.say, data, draws=d.draws)
 
     def curve(self) -> FaithfulnessCurve | None:
         """Return the faithfulness curve on the source's validation split, if it was measured."""

@@ -147,6 +147,8 @@ class Cells:
             f"  test accuracy {on_target.accuracy:.3f}, source {on_source.accuracy:.3f} "
             f"(was {before:.3f}), {result.seconds:.0f} s"
         )
+        if result.nothing_learnt:
+            self.say(f"  {result.nothing_learnt}")
         return {
             "accuracy": on_target.accuracy, "macro_f1": on_target.macro_f1,
             "source_accuracy": on_source.accuracy, "source_macro_f1": on_source.macro_f1,

@@ -29,6 +29,7 @@ from cdt_lens.models.heads import Head
 from cdt_lens.models.provenance import Provenance
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.models.weights import check_fused, named_weights, sync_fused
+from cdt_lens.tasks.card import TaskCard
 
 _FILE = "adapter.json"
 
@@ -44,6 +45,8 @@ class Adapter(Saved):
             their values `[head, ...]`.
         whole: the weights that were trained whole, by name.
         provenance: origin of the adapter, with the base model's hash.
+        task: how the prompts of the training were made of text. None for prompts that were made by
+            hand, and in files of cdt_lens 0.3.
     """
 
     scope: str
@@ -51,6 +54,7 @@ class Adapter(Saved):
     slices: Slices = field(repr=False)
     whole: Mapping[str, Tensor] = field(repr=False)
     provenance: Provenance = field(repr=False)
+    task: TaskCard | None = field(default=None, repr=False)
     _format, _kind = "cdt_lens.adapter", "adapter"
 
     def __repr__(self) -> str:
@@ -137,6 +141,23 @@ class Adapter(Saved):
         finally:
             handle.remove()
 
+    def changes(self, model: nn.Module | ModelView) -> bool:
+        """Return whether any trained element has another value than the model's.
+
+        Args:
+            model: a model that holds the base weights.
+
+        Returns:
+            False for an adapter of a training that learnt nothing.
+
+        Raises:
+            InputError: the model lacks a weight, or has one of another shape.
+        """
+        parts, whole = self._places(view_of(model))
+        trained = {name: values for name, (_, values) in self.slices.items()} | dict(self.whole)
+        held = {name: part.read() for name, part in parts.items()} | whole
+        return any(not torch.equal(held[name], trained[name].to(held[name])) for name in trained)
+
     def _places(self, view: ModelView) -> tuple[dict[str, HeadSlice], dict[str, Tensor]]:
         weights = named_weights(view)
 
@@ -170,6 +191,7 @@ class Adapter(Saved):
             "heads": [str(head) for head in self.heads],
             "slices": {name: list(index) for name, (index, _) in self.slices.items()},
             "provenance": self.provenance.to_dict(),
+            "task": None if self.task is None else self.task.to_dict(),
         }
         tensors = {f"slice/{name}": value for name, (_, value) in self.slices.items()}
         return body, tensors | {f"whole/{name}": value for name, value in self.whole.items()}
@@ -189,6 +211,7 @@ class Adapter(Saved):
                 if name.startswith("whole/")
             },
             provenance=Provenance.from_dict(body["provenance"]),
+            task=None if body.get("task") is None else TaskCard.from_dict(body["task"]),
         )
 
     @classmethod

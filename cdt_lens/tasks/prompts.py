@@ -234,19 +234,47 @@ class PromptFormat:
         columns = [cells for cells, _ in checked]
         return Examples(self._encode(checked, columns, where), self.labels, name)
 
+    def unlabelled(
+        self, rows: Sequence[Mapping[str, object]], places: Sequence[str]
+    ) -> list[tuple[int, ...]]:
+        """Return the tokens of the prompts of rows whose label is not known.
+
+        Args:
+            rows: cells by column.
+            places: name of each row in error messages.
+
+        Returns:
+            The token ids of each prompt, BOS included.
+
+        Raises:
+            InputError: a column is missing, a cell is empty or not text, or a prompt is too long.
+        """
+        cells = [
+            {column: _cell(row, column, place) for column in self.columns}
+            for row, place in zip(rows, places, strict=True)
+        ]
+        return self._tokenised(cells, places)[1]
+
+    def _tokenised(
+        self, cells: Sequence[Mapping[str, str]], places: Sequence[str]
+    ) -> tuple[list[str], list[tuple[int, ...]]]:
+        """Return the prompts, shortened where that is allowed and needed, and their tokens."""
+        limit = context_limit(self.tokenizer, self.max_length)
+        prompts = [self.render(texts) for texts in cells]
+        ids = self._ids(prompts)
+        for i, place in enumerate(places):
+            if len(ids[i]) > limit:
+                prompts[i] = self._shorten(cells[i], place, length=len(ids[i]), limit=limit)
+                ids[i] = self._ids([prompts[i]])[0]
+        return prompts, ids
+
     def _encode(
         self,
         checked: Sequence[tuple[dict[str, str], str]],
         columns: Sequence[Mapping[str, str]],
         places: Sequence[str],
     ) -> tuple[Example, ...]:
-        limit = context_limit(self.tokenizer, self.max_length)
-        prompts = [self.render(cells) for cells, _ in checked]
-        ids = self._ids(prompts)
-        for i, place in enumerate(places):
-            if len(ids[i]) > limit:
-                prompts[i] = self._shorten(checked[i][0], place, length=len(ids[i]), limit=limit)
-                ids[i] = self._ids([prompts[i]])[0]
+        prompts, ids = self._tokenised([cells for cells, _ in checked], places)
         items = []
         for i, (_, label) in enumerate(checked):
             self._check_special(ids[i], places[i])

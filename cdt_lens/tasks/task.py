@@ -308,6 +308,8 @@ class Task:
             `labels`, and their own label has no meaning.
         prior: calibrated logit of each label on content-free prompts, or None.
         prefix: the few-shot examples before every prompt.
+        max_length: maximum number of tokens of a prompt. None means the tokenizer's limit.
+        truncate: whether prompts that are too long were shortened.
 
     Raises:
         InputError: a split has other labels.
@@ -324,6 +326,8 @@ class Task:
     content_free: Examples
     prior: Mapping[str, float] | None = None
     prefix: str = ""
+    max_length: int | None = None
+    truncate: bool = False
 
     def __post_init__(self) -> None:
         for split in (self.train, self.valid, self.test, self.content_free):

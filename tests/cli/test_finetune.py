@@ -80,6 +80,8 @@ def test_circuit_to_adapter_to_checkpoint(place: Path, tmp_path: Path):
     [
         (["--option", "norm=all"], "training option 'norm': unknown; did you mean 'norms'?"),
         (["--option", "norms"], "--option 'norms': expected name=value"),
+        (["--option", "norms=all,clip=1"], "--option 'norms=all,clip=1': expected name=value"),
+        (["--option", "clip=1", "--option", "clip=2"], "--option 'clip=2': clip was given before"),
         (["--scope", "ful"], "scope 'ful': unknown; did you mean 'full'?"),
         (["--scope", "decision"], "scope 'decision': expected a circuit"),
         (["--source", "english"], "--source english: your own files have no languages"),
@@ -90,7 +92,7 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, arguments: list[str]
     with pytest.raises(CdtLensError, match=told.replace("?", r"\?")):
         run(
             "finetune", "--model", str(place / "tiny"), "--out", str(tmp_path), *data(place),
-            "--scope", "norms", *arguments,
+            *([] if "--scope" in arguments else ["--scope", "norms"]), *arguments,
         )  # fmt: skip
 
 

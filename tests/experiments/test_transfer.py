@@ -421,7 +421,7 @@ def test_a_finished_run_needs_its_base_model_only_to_train(own: Path):
 
 
 def test_an_interrupted_proxy_stage_starts_over_with_other_data(own: Path, monkeypatch):
-    def cut(*_args: object) -> None:
+    def cut(*_args: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(transfer, "export", cut)
