@@ -336,6 +336,7 @@ def _hooked(
         tokenizer.save_pretrained(shown)
         model = HookedTransformer(cfg, _read_again(shown), move_to_device=False)
     model.tokenizer.name_or_path = tokenizer.name_or_path
+    model.hugging_face_config = config  # for `models.configuration`
     state = model.fill_missing_keys({k: v.detach() for k, v in state.items()})
     state = ProcessWeights.process_weights(
         state, cfg, fold_ln=False, center_writing_weights=False, center_unembed=False,
