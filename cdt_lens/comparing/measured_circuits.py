@@ -16,7 +16,7 @@ from cdt_lens.core.kept import Kept, Say
 from cdt_lens.core.passes import Passes
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.heads import Head, all_heads
-from cdt_lens.models.provenance import weight_hash
+from cdt_lens.models.provenance import model_key
 from cdt_lens.models.view import ModelView
 from cdt_lens.tasks.task import Examples
 
@@ -57,7 +57,7 @@ class MeasuredCircuits:
 
     def __post_init__(self) -> None:
         made_from = {
-            "model": weight_hash(self.view), "data": self.examples.hash,
+            "model": model_key(self.view), "data": self.examples.hash,
             "baseline": self.baseline.hash,
         }  # fmt: skip
         self._kept = None if self.path is None else Kept(self.path, _FORMAT, made_from)

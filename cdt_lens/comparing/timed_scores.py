@@ -26,7 +26,7 @@ from cdt_lens.core.errors import InputError, NonFiniteError, UnsupportedModelErr
 from cdt_lens.core.kept import Kept, Say, drop_other_versions, file_name, reuse
 from cdt_lens.core.processes import gather_items, is_main, shard, wait_for_all
 from cdt_lens.decomposition.baseline import Baseline
-from cdt_lens.models.provenance import hashed_once, weight_hash
+from cdt_lens.models.provenance import hashed_once, model_key
 from cdt_lens.models.view import ModelView
 from cdt_lens.scoring.methods import score_by
 from cdt_lens.scoring.sweep import SWEEP_FORMAT
@@ -86,7 +86,7 @@ class TimedScorer:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        self._hash = weight_hash(self.view)
+        self._hash = model_key(self.view)
 
     def score(self, method: str) -> TimedScores:
         """Return the scores of a method: kept ones of the same model, data and seed, or new ones.
@@ -204,7 +204,7 @@ class TimedScorer:
                 self.say(f"{method} resumes where it was interrupted; its time will not be known")
                 return TimedScores(method, run(path))
             with hashed_once():
-                weight_hash(self.view)  # before the clock starts
+                model_key(self.view)  # before the clock starts
                 return TimedScores(method, *self._clocked(run, path))
         except (NonFiniteError, UnsupportedModelError) as error:
             self.say(f"{method} is refused: {error}")

@@ -31,6 +31,7 @@ from cdt_lens.models.heads import Head
 from cdt_lens.models.sites import Hook, Site
 from cdt_lens.models.support import Support, check_caller_hooks, check_supported
 from cdt_lens.models.view import ModelView, at_answer, at_least_float32
+from cdt_lens.models.weights import check_gradients
 from cdt_lens.tasks.metrics import strongest_competitor, task_direction
 from cdt_lens.tasks.task import Batch
 
@@ -63,11 +64,7 @@ class GatedPass:
 
     def __init__(self, view: ModelView, slopes: Slopes) -> None:
         self.view, self.slopes = view, slopes
-        if any(parameter.is_inference() for parameter in view.tl.parameters()):
-            raise InputError(
-                f"{view.name}: its weights were created under torch.inference_mode, which allows "
-                "no backward pass. Load the model outside of it."
-            )
+        check_gradients(view)
         self.support: Support = check_supported(view)
         has_mlp = {layer for site, layer in view.sites if site == "mlp_out"}
         if slopes.touches_mlp and has_mlp - self.support.plain_mlp:

@@ -23,7 +23,7 @@ from cdt_lens.core.kept import Say, drop_other_versions, reuse
 from cdt_lens.core.processes import is_main, wait_for_all
 from cdt_lens.experiments.inputs import check_inputs, load_for, make_task
 from cdt_lens.experiments.settings import Settings
-from cdt_lens.models.provenance import weight_hash
+from cdt_lens.models.provenance import model_key
 from cdt_lens.models.view import view_of
 from cdt_lens.scoring.sweep import SWEEP_FORMAT
 from cdt_lens.tasks.evaluate import calibrate
@@ -212,7 +212,7 @@ def stage(
         The result.
     """
     path = run.path(name)
-    made_from = {"model": weight_hash(view_of(run.model)), **made_from}
+    made_from = {"model": model_key(view_of(run.model)), **made_from}
     kept = reuse(path, load, lambda result: result.provenance.key, made_from, say)
     if kept is not None:
         say(f"{path}: using the kept result")

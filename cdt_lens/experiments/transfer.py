@@ -51,7 +51,7 @@ from cdt_lens.finetuning.transfer_result import (
 )
 from cdt_lens.models.heads import all_heads
 from cdt_lens.models.loading import load_model
-from cdt_lens.models.provenance import provenance_of, weight_hash
+from cdt_lens.models.provenance import model_key, provenance_of
 from cdt_lens.models.view import view_of
 from cdt_lens.tasks.task import Task, most_balanced
 from cdt_lens.viz.report.report import render_report
@@ -215,7 +215,7 @@ class Transfer:
         """
         try:
             model = self._load(self.config.model)
-            return model, weight_hash(view_of(model)), None
+            return model, model_key(view_of(model)), None
         except InputError as error:
             path = self.folder / "proxy.json"
             if not (path.exists() and Path(self.proxy).exists()):

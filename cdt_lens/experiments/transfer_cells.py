@@ -27,7 +27,7 @@ from cdt_lens.finetuning.options import DEFAULT_RATES, TrainingOptions
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.scopes import scope_heads
 from cdt_lens.finetuning.transfer_result import CELL_COLUMNS
-from cdt_lens.models.provenance import weight_hash
+from cdt_lens.models.provenance import model_key
 from cdt_lens.models.view import view_of
 from cdt_lens.tasks.evaluate import Evaluation, evaluate
 from cdt_lens.tasks.task import Batch, Examples, Task, drawn
@@ -64,7 +64,7 @@ class Cells:
 
     @cached_property
     def _hash(self) -> str:
-        return weight_hash(view_of(self.model))
+        return model_key(view_of(self.model))
 
     @property
     def _source(self) -> Task:

@@ -46,7 +46,7 @@ from cdt_lens.finetuning.slices import (
 from cdt_lens.finetuning.trainable import SlicesAndWholes, Trainable
 from cdt_lens.finetuning.trainer import Trained, Trainer
 from cdt_lens.models.heads import Head, check_heads
-from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of, weight_hash
+from cdt_lens.models.provenance import Provenance, hashed_once, model_key, provenance_of
 from cdt_lens.models.support import check_caller_hooks, check_supported
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.models.weights import check_trainable, own_weights, place
@@ -267,7 +267,7 @@ def _made_from(
     """Return everything that changes a number of a training run: the key of its checkpoint."""
     return {
         "scope": scope, "heads": [str(head) for head in chosen], "options": asdict(options),
-        "model": weight_hash(view), "task": task.hash,
+        "model": model_key(view), "task": task.hash,
         "source": None if source is None else source.hash,
     }  # fmt: skip
 

@@ -167,7 +167,7 @@ class SlicesAndWholes:
             Master(n, v, n.rsplit(".", 1)[-1].startswith("W")) for n, v in self._parts.items()
         ]
         masters += [
-            Master(name, value, not is_norm(name) and not is_bias(name))
+            Master(name, value, value.ndim > 1 and not is_norm(name) and not is_bias(name))
             for name, value in self._own_masters.items()
         ]
         self.masters: Sequence[Master] = tuple(masters)

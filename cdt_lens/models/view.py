@@ -90,8 +90,10 @@ class ModelView:
 
     @property
     def hf_config(self) -> Any:
-        """The Hugging Face configuration of a bridge, or None."""
-        return getattr(self.tl.original_model, "config", None) if self.is_bridge else None
+        """The Hugging Face configuration that the model was loaded with, or None."""
+        if self.is_bridge:
+            return getattr(self.tl.original_model, "config", None)
+        return getattr(self.tl, "hugging_face_config", None)
 
     @property
     def device(self) -> torch.device:

@@ -178,11 +178,10 @@ def compare_scores(scores: HeadScores, reference: HeadScores) -> MethodAgreement
         raise InputError(
             "compare_scores: the two were computed on different examples; score the same ones"
         )
-    if scores.provenance.model_hash != reference.provenance.model_hash:
-        raise InputError(
-            f"compare_scores: scores of two models ({scores.provenance.model_hash[:12]} and "
-            f"{reference.provenance.model_hash[:12]}); score the same one"
-        )
+    other = reference.provenance
+    different = scores.provenance.difference(other.model_hash, other.configuration)
+    if different is not None:
+        raise InputError(f"compare_scores: scores of two models ({different}); score the same one")
     one, other = (s.provenance.options.get("direction", "mean") for s in (scores, reference))
     if one != other:
         raise InputError(f"compare_scores: directions {one!r} and {other!r}; use one of them")

@@ -219,7 +219,7 @@ def _kept_rows(path: str | Path | None, provenance: Provenance) -> Kept | None:
     rank, world = shard()
     path = Path(path) if world == 1 else Path(path).with_suffix(f".{rank}of{world}.json")
     made_from = {
-        "model": provenance.model_hash, "data": provenance.task_hash,
+        "model": provenance.model_key, "data": provenance.task_hash,
         "options": provenance.options,
     }  # fmt: skip
     return Kept(path, SWEEP_FORMAT, made_from)

@@ -367,6 +367,24 @@ class Task:
             }
         )
 
+    def require_held_out(self, name: str = "valid") -> None:
+        """Check that the examples to judge on are not the training examples.
+
+        Args:
+            name: the split to judge on, "valid" or "test".
+
+        Raises:
+            InputError: every example of the split is also in `train`.
+        """
+        held_out: Examples = getattr(self, name)
+        train = {(item.tokens, item.label) for item in self.train}
+        if len(held_out) and all((item.tokens, item.label) in train for item in held_out):
+            raise InputError(
+                f"{held_out.name}: all {len(held_out)} examples are also in {self.train.name}, so "
+                "nothing measured on them holds for other data. Give other examples, or divide one "
+                "file into train and valid with split=0.2."
+            )
+
     def with_prior(self, prior: Mapping[str, float]) -> Task:
         """Return this task with a calibration of its labels.
 

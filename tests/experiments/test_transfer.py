@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,11 @@ def own(place: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def stages(config: TransferConfig, folder: Path, say: Callable[[str], None]) -> TransferResult:
+    """Run the experiment without the report and the figures, which take most of its time here."""
+    return transfer.Transfer(config, folder, say, progress=False).run()
+
+
 def swap_labels(path: Path) -> None:
     """Correct a file's labels: bad and good change places."""
     with open(path, newline="", encoding="utf-8") as file:
@@ -154,7 +160,7 @@ def test_each_target_has_its_own_level_of_chance(own: Path):
     with open(own / "far" / "test.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["text", "label"], *rows])
     few = {**FEW, "task": {"targets": ["near", "far"]}}
-    result = run_transfer(settings(own, **few), own / "run", quiet, progress=False)
+    result = stages(settings(own, **few), own / "run", quiet)
     assert result.chance == pytest.approx({"near": 1 / 3, "far": 3 / 5})
     assert transfer_section(result, "s", [result]).facts["Chance (always the commonest label)"] == (
         "near 0.333, far 0.600"
@@ -188,7 +194,7 @@ def test_nothing_is_done_twice(finished: tuple[TransferResult, Path], place: Pat
 
     for module, name in ((cells, "finetune"), (cells, "evaluate"), (transfer, "finetune")):
         monkeypatch.setattr(module, name, refuse)
-    again = run_transfer(settings(place), out, quiet, progress=False)
+    again = stages(settings(place), out, quiet)
     assert again.cells.equals(result.cells)
 
 
@@ -206,10 +212,10 @@ def test_a_killed_cell_goes_on(place: Path, finished: tuple[TransferResult, Path
 
     monkeypatch.setattr(training.Trainer, "_step", cut)
     with pytest.raises(KeyboardInterrupt):
-        run_transfer(settings(place), out, quiet, progress=False)
+        stages(settings(place), out, quiet)
     assert list(out.rglob("decision-0.checkpoint.json"))
     monkeypatch.setattr(training.Trainer, "_step", real)
-    again = run_transfer(settings(place), out, quiet, progress=False)
+    again = stages(settings(place), out, quiet)
     timing = ["seconds"]
     assert again.cells.drop(columns=timing).equals(result.cells.drop(columns=timing))
     one, two = (
@@ -224,10 +230,10 @@ def test_targets_and_seeds_can_be_added_later(place: Path, finished: tuple[Trans
     result, _ = finished
     out = place / "grown"
     small = {"task": {"targets": ["near"]}, "transfer": {"scopes": ["norms"]}}
-    run_transfer(settings(place, **small), out, quiet, progress=False)
+    stages(settings(place, **small), out, quiet)
     told: list[str] = []
     grown = {"transfer": {"scopes": ["norms"], "seeds": [0, 1]}}
-    more = run_transfer(settings(place, **grown), out, told.append, progress=False)
+    more = stages(settings(place, **grown), out, told.append)
     assert len(more.cells) == 4
     kept = result.cells[(result.cells.target == "near") & (result.cells.scope == "norms")]
     assert more.cells["accuracy"].iloc[0] == kept["accuracy"].iloc[0]
@@ -237,7 +243,7 @@ def test_targets_and_seeds_can_be_added_later(place: Path, finished: tuple[Trans
 def test_another_experiment_is_not_written_over(place: Path, finished: tuple[TransferResult, Path]):
     _, out = finished
     with pytest.raises(InputError, match=r"other settings \(proxy\); name another folder"):
-        run_transfer(settings(place, proxy={"epochs": 3}), out, quiet, progress=False)
+        stages(settings(place, proxy={"epochs": 3}), out, quiet)
 
 
 def test_a_cell_that_diverges_is_told_and_the_rest_goes_on(place: Path, monkeypatch):
@@ -282,7 +288,7 @@ def test_a_ready_proxy_checkpoint_is_used(place: Path, finished: tuple[TransferR
     result, out = finished
     few = {"task": {"targets": ["near"]}, "transfer": {"scopes": ["norms"]}}
     ready = {"proxy": {"checkpoint": str(out / "proxy")}}
-    found = run_transfer(settings(place, **few, **ready), place / "ready", quiet, progress=False)
+    found = stages(settings(place, **few, **ready), place / "ready", quiet)
     assert not (place / "ready" / "proxy").exists()
     expected = result.cells[(result.cells.target == "near") & (result.cells.scope == "norms")]
     assert found.cells["accuracy"].tolist() == expected["accuracy"].tolist()
@@ -291,49 +297,49 @@ def test_a_ready_proxy_checkpoint_is_used(place: Path, finished: tuple[TransferR
 def test_files_without_a_language_are_named(place: Path, tmp_path: Path):
     task = {"targets": ["elsewhere"]}
     with pytest.raises(InputError, match=r"expected \[task\.files\.elsewhere\]"):
-        run_transfer(settings(place, task=task), tmp_path / "run", quiet, progress=False)
+        stages(settings(place, task=task), tmp_path / "run", quiet)
     assert not (tmp_path / "run" / "proxy").exists(), "told before anything is trained"
 
 
 def test_a_proxy_of_other_data_is_trained_again(own: Path):
     config, told = settings(own, **FEW), []
-    first = run_transfer(config, own / "run", quiet, progress=False)
+    first = stages(config, own / "run", quiet)
     for split in ("train", "valid"):
         swap_labels(own / "source" / f"{split}.csv")
-    again = run_transfer(config, own / "run", told.append, progress=False)
+    again = stages(config, own / "run", told.append)
     assert any("proxy.json was made with other settings or data (train, valid)" in t for t in told)
-    afresh = run_transfer(config, own / "afresh", quiet, progress=False)
+    afresh = stages(config, own / "afresh", quiet)
     assert again.provenance.model_hash == afresh.provenance.model_hash
     assert again.provenance.model_hash != first.provenance.model_hash
     assert again.before.equals(afresh.before) and again.discovery == afresh.discovery
     told.clear()
-    run_transfer(config, own / "run", told.append, progress=False)
+    stages(config, own / "run", told.append)
     assert f"{own / 'run' / 'proxy'}: using the kept result" in told
 
 
 def test_another_base_model_of_the_same_name_trains_the_proxy_again(own: Path):
-    run_transfer(settings(own, **FEW), own / "run", quiet, progress=False)
+    stages(settings(own, **FEW), own / "run", quiet)
     base = AutoModelForCausalLM.from_pretrained(own / "tiny")
     base.get_input_embeddings().weight.data.mul_(1.1)
     base.save_pretrained(own / "tiny")
     told: list[str] = []
-    run_transfer(settings(own, **FEW), own / "run", told.append, progress=False)
+    stages(settings(own, **FEW), own / "run", told.append)
     assert any("made with other settings or data (model); making it again" in t for t in told)
 
 
 def test_a_proxy_that_does_not_say_what_it_was_trained_on_is_trained_again(own: Path):
     """Runs of early versions left such files."""
     config, told = settings(own, **FEW), []
-    first = run_transfer(config, own / "run", quiet, progress=False)
+    first = stages(config, own / "run", quiet)
     path = own / "run" / "proxy.json"
     body, _ = load_artifact(path, format="cdt_lens.transfer_proxy", version=1)
     old = {name: body[name] for name in ("history", "options")}
     save_artifact(path, old, format="cdt_lens.transfer_proxy", version=1)
     (own / "tiny").rename(own / "away")
     with pytest.raises(InputError, match="proxy has to be trained again, but: .*tiny"):
-        run_transfer(config, own / "run", quiet, progress=False)
+        stages(config, own / "run", quiet)
     (own / "away").rename(own / "tiny")
-    again = run_transfer(config, own / "run", told.append, progress=False)
+    again = stages(config, own / "run", told.append)
     assert again.cells.equals(first.cells)
     assert any("proxy.json was made with an earlier cdt_lens" in t for t in told)
 
@@ -350,8 +356,8 @@ def test_after_an_upgrade_nothing_kept_is_used_again(own: Path, upgraded: str, m
     config, told = settings(own, **FEW), []
     with monkeypatch.context() as before:
         before.setattr(cdt_lens, "__version__", THIS_VERSION)
-        run_transfer(config, own / "run", quiet, progress=False)
-    run_transfer(config, own / "run", told.append, progress=False)
+        stages(config, own / "run", quiet)
+    stages(config, own / "run", told.append)
     run = own / "run"
     remade = [
         run / "proxy.json", run / "discovery" / "baseline.json", run / "discovery" / "scores.json",
@@ -363,7 +369,7 @@ def test_after_an_upgrade_nothing_kept_is_used_again(own: Path, upgraded: str, m
     curve = FaithfulnessCurve.load(run / "discovery" / "faithfulness.json")
     assert curve.provenance.versions["cdt_lens"] == "99.0"
     told.clear()
-    run_transfer(config, own / "run", told.append, progress=False)
+    stages(config, own / "run", told.append)
     assert not any("again" in line or "norms, seed 0" in line for line in told)
 
 
@@ -377,9 +383,9 @@ def test_an_interrupted_cell_of_another_version_starts_over(own: Path, upgraded:
     with monkeypatch.context() as before, pytest.raises(KeyboardInterrupt):
         before.setattr(cdt_lens, "__version__", THIS_VERSION)
         before.setattr(cells, "finetune", lambda *a, **k: real(*a, **{**k, "judge": cut}))
-        run_transfer(config, own / "run", quiet, progress=False)
+        stages(config, own / "run", quiet)
     told: list[str] = []
-    run_transfer(config, own / "run", told.append, progress=False)
+    stages(config, own / "run", told.append)
     assert any(f"norms-0.checkpoint.json was made with {upgraded}; removed" in t for t in told)
 
 
@@ -396,21 +402,21 @@ def test_an_interrupted_cell_resumes_whatever_its_scope_makes_of_the_options(
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(cells, "finetune", lambda *a, **k: real(*a, **{**k, "judge": cut}))
-        run_transfer(config, own / "run", quiet, progress=False)
+        stages(config, own / "run", quiet)
     told: list[str] = []
-    run_transfer(config, own / "run", told.append, progress=False)
+    stages(config, own / "run", told.append)
     assert not any("removed" in t for t in told)
 
 
 def test_a_finished_run_needs_its_base_model_only_to_train(own: Path):
     config, told = settings(own, **FEW), []
-    first = run_transfer(config, own / "run", quiet, progress=False)
+    first = stages(config, own / "run", quiet)
     shutil.rmtree(own / "tiny")
-    assert run_transfer(config, own / "run", told.append, progress=False).cells.equals(first.cells)
+    assert stages(config, own / "run", told.append).cells.equals(first.cells)
     assert any("proxy is not compared with it" in t for t in told)
     swap_labels(own / "source" / "train.csv")
     with pytest.raises(InputError, match="tiny"):
-        run_transfer(config, own / "run", quiet, progress=False)
+        stages(config, own / "run", quiet)
     assert (own / "run" / "proxy").exists()
 
 
@@ -420,11 +426,11 @@ def test_an_interrupted_proxy_stage_starts_over_with_other_data(own: Path, monke
 
     monkeypatch.setattr(transfer, "export", cut)
     with pytest.raises(KeyboardInterrupt):
-        run_transfer(settings(own, **FEW), own / "run", quiet, progress=False)
+        stages(settings(own, **FEW), own / "run", quiet)
     monkeypatch.undo()
     swap_labels(own / "source" / "train.csv")
     told: list[str] = []
-    run_transfer(settings(own, **FEW), own / "run", told.append, progress=False)
+    stages(settings(own, **FEW), own / "run", told.append)
     assert any("proxy.checkpoint.json was made with other settings or data" in t for t in told)
 
 
@@ -432,10 +438,10 @@ def test_an_interrupted_proxy_stage_starts_over_with_other_data(own: Path, monke
 def test_faithfulness_is_measured_again_on_other_data(own: Path, split: str):
     """On the target too: circuit and means come from the source."""
     config = settings(own, **{**FEW, "proxy": {"checkpoint": str(own / "tiny")}})
-    first = run_transfer(config, own / "run", quiet, progress=False)
+    first = stages(config, own / "run", quiet)
     write_csv(own / "source" / f"{split}.csv", 24, 77)
-    again = run_transfer(config, own / "run", quiet, progress=False)
-    afresh = run_transfer(config, own / "afresh", quiet, progress=False)
+    again = stages(config, own / "run", quiet)
+    afresh = stages(config, own / "afresh", quiet)
     assert again.discovery == afresh.discovery
     assert again.discovery["CPR"] != first.discovery["CPR"]
 
@@ -454,7 +460,7 @@ def test_prompts_past_the_context_are_refused_before_anything_is_trained(
     config = settings(own, **{**FEW, "model": str(model), "proxy": proxy})
     words = "^files/near/test, example 19: prompt of 102 tokens: .* reads at most 64. Shorten"
     with pytest.raises(InputError, match=words):
-        run_transfer(config, own / "run", told.append, progress=False)
+        stages(config, own / "run", told.append)
     assert not told and not (own / "run" / "proxy").exists()
 
 
@@ -470,19 +476,19 @@ def test_an_interrupted_cell_starts_over_with_other_settings_and_else_goes_on(
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(cells, "finetune", lambda *a, **k: real(*a, **{**k, "judge": cut}))
-            run_transfer(config, out, quiet, progress=False)
+            stages(config, out, quiet)
         return config
 
     told: list[str] = []
-    run_transfer(interrupted(own / "same"), own / "same", told.append, progress=False)
+    stages(interrupted(own / "same"), own / "same", told.append)
     assert not any("removed" in t for t in told)
     config = interrupted(own / "other")
     fewer = dataclasses.replace(config.transfer, examples=12)
     config = dataclasses.replace(config, transfer=fewer)
-    result = run_transfer(config, own / "other", told.append, progress=False)
+    result = stages(config, own / "other", told.append)
     assert any("norms-0.checkpoint.json was made with other settings" in t for t in told)
     assert any("(task); removed" in t for t in told)
-    afresh = run_transfer(config, own / "afresh", quiet, progress=False)
+    afresh = stages(config, own / "afresh", quiet)
     assert result.cells.drop(columns="seconds").equals(afresh.cells.drop(columns="seconds"))
 
 
@@ -496,7 +502,7 @@ def test_a_mean_over_fewer_seeds_than_asked_says_so(own: Path, monkeypatch, caps
 
     monkeypatch.setattr(cells, "finetune", diverge)
     few = {**FEW, "transfer": {"scopes": ["norms"], "seeds": [0, 1], "epochs": 1}}
-    result = run_transfer(settings(own, **few), own / "run", quiet, progress=False)
+    result = stages(settings(own, **few), own / "run", quiet)
     commands.show_transfer(result)
     printed = capsys.readouterr().out
     assert "means over fewer seeds than asked: near norms 1 of 2 seeds, 1 diverged" in printed
