@@ -7,6 +7,7 @@ fix). 2, unusable options. 130, interrupted; finished work is kept and the same 
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import typer
@@ -18,7 +19,7 @@ from cdt_lens.cli.convert import convert, fetch
 from cdt_lens.cli.discover import discover, faithfulness, report, trace
 from cdt_lens.cli.finetune import demo, export, finetune, transfer
 from cdt_lens.cli.show import show
-from cdt_lens.core.errors import CdtLensError
+from cdt_lens.core.errors import CdtLensError, CdtLensWarning
 
 
 class Commands(TyperGroup):
@@ -27,10 +28,25 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run a command; an interrupt ends it with exit code 130."""
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                _show_warnings_in_one_line()
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             err.print("cdt-lens: interrupted; give the same command again to resume")
             raise typer.Exit(130) from None
+
+
+def _show_warnings_in_one_line() -> None:
+    """Show warnings of this package without the place in its code."""
+    show = warnings.showwarning
+
+    def in_one_line(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, CdtLensWarning):
+            show(message, category, *where, **more)
+            return
+        err.print(f"cdt-lens: warning: {message}", markup=False, soft_wrap=True)
+
+    warnings.showwarning = in_one_line
 
 
 app = typer.Typer(

@@ -84,6 +84,8 @@ def start_run(settings: Settings, folder: str | Path, say: Say) -> Run:
             )
     run = _open(folder, settings, say)
     _check_size(run)
+    run.task.require_held_out("valid")
+    run.task.require_held_out("test")
     keep_settings(run)
     return run
 

@@ -512,7 +512,17 @@ def test_the_command_line_says_a_mistake_in_one_line(
     path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     monkeypatch.setattr(runs, "load_for", lambda *_: SimpleNamespace(tokenizer=tokenizer))
     given = [x for label, word in words.items() for x in ("--verbalizer", f"{label}={word}")]
-    command = ["discover", "--model", "x", "--task", "files", "--train", str(path)]
+    command = [
+        "discover",
+        "--model",
+        "x",
+        "--task",
+        "files",
+        "--train",
+        str(path),
+        "--split",
+        "0.2",
+    ]
     command += ["--template", TEMPLATE, "--out", str(tmp_path / "run"), *given]
     monkeypatch.setattr("sys.argv", ["cdt-lens", *command])
     with pytest.raises(SystemExit) as stopped:
