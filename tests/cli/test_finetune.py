@@ -45,7 +45,7 @@ def test_circuit_to_adapter_to_checkpoint(place: Path, tmp_path: Path):
     out = tmp_path / "adapted"
     printed = run(
         "finetune", "--model", model, "--circuit", str(circuit), "--out", str(out),
-        *data(place), "--epochs", "2", "--learning-rate", "0.01", "--option",
+        *data(place, "train"), "--valid", str(place / "data" / "test.csv"), "--epochs", "2", "--learning-rate", "0.01", "--option",
         "norms=circuit", "--option", "clip=0.5", "--source-valid",
         str(place / "data" / "test.csv"),
     )  # fmt: skip
