@@ -34,6 +34,7 @@ from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of
 from cdt_lens.models.view import ModelView, view_of
+from cdt_lens.tasks.metrics import warn_at_chance
 from cdt_lens.tasks.task import Examples, Task
 
 if TYPE_CHECKING:
@@ -238,7 +239,8 @@ def faithfulness_curve(
         metric: "direction", "accuracy" or "balanced_accuracy"; see `circuit_metric`.
         draws: Number of random circuits of each kind and size.
         seed: Seed of the draws; draw i uses seed + i.
-        task: Supplies the prior for the accuracies, if it has one.
+        task: Supplies the prior for the accuracies, if it has one. Its valid and test splits are
+            refused where they hold only training examples.
         batch_size: Number of examples per batch.
         rows: Maximum number of (circuit x example) rows per forward pass; None chooses it by the
             length of the prompts.
@@ -312,7 +314,8 @@ def circuit_faithfulness(
         metric: "direction", "accuracy" or "balanced_accuracy"; see `circuit_metric`.
         draws: Number of random circuits of each kind.
         seed: Seed of the draws; draw i uses seed + i.
-        task: Supplies the prior for the accuracies, if it has one.
+        task: Supplies the prior for the accuracies, if it has one. Its valid and test splits are
+            refused where they hold only training examples.
         batch_size: Number of examples per batch.
         rows: Maximum number of (circuit x example) rows per forward pass; None chooses it by the
             length of the prompts.
@@ -375,6 +378,9 @@ def _measure(
     """Measure circuits with their complements and random controls, each different one once."""
     if draws < 1:
         raise InputError(f"draws={draws}: expected at least 1 random circuit of each kind")
+    for name in ("valid", "test") if task is not None else ():
+        if examples.name == getattr(task, name).name:
+            task.require_held_out(name)
     everyone = all_heads(view.n_layers, view.n_heads)
     families = [_family(heads, view, draws, seed) for heads in circuits]
     wanted = [everyone, (), *(heads for family in families for heads in family)]
@@ -382,6 +388,7 @@ def _measure(
         view, wanted, examples, baseline, metric=metric, task=task, passes=passes
     )
     full, empty = measured[everyone], measured[()]
+    warn_at_chance(examples.name, metric, full, len(examples.labels))
     # One row per member of a family: the circuit, its complement, then the draws of each control.
     own, without, *drawn = zip(
         *([f_of(measured[heads], full, empty) for heads in family] for family in families),

@@ -8,6 +8,7 @@ the same command resumes.
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import typer
@@ -21,11 +22,11 @@ from cdt_lens.cli.finetune import demo, export, finetune, transfer
 from cdt_lens.cli.interrupts import reported_interrupts
 from cdt_lens.cli.predict import predict
 from cdt_lens.cli.show import show
-from cdt_lens.core.errors import CdtLensError
+from cdt_lens.core.errors import CdtLensError, CdtLensWarning
 
 
 class Command(TyperCommand):
-    """A command that refuses an option given twice, of which the parser would take the last."""
+    """A command that refuses an option given twice, and shows warnings in one line."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments of the command.
@@ -47,6 +48,29 @@ class Command(TyperCommand):
                 raise typer.BadParameter("it takes one value but was given twice", ctx, option)
         rest: list[str] = super().parse_args(ctx, args)
         return rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, with the warnings of this package in one line each.
+
+        Args:
+            ctx: The context of the command.
+        """
+        with warnings.catch_warnings():
+            _show_warnings_in_one_line()
+            return super().invoke(ctx)
+
+
+def _show_warnings_in_one_line() -> None:
+    """Show warnings of this package without the place in its code."""
+    show = warnings.showwarning
+
+    def in_one_line(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, CdtLensWarning):
+            show(message, category, *where, **more)
+            return
+        err.print(f"cdt-lens: warning: {message}", markup=False, soft_wrap=True)
+
+    warnings.showwarning = in_one_line
 
 
 app = typer.Typer(

@@ -22,7 +22,7 @@ from cdt_lens.core.errors import InputError
 from cdt_lens.experiments.settings import Settings
 
 _OPTIONS = (
-    "task", "language", "data", "template", "label_column", "shots", "examples",
+    "task", "language", "data", "template", "label_column", "split", "shots", "examples",
     "baseline_examples", "positions", "backend", "device", "dtype", "batch_size", "rows", "seed",
 )  # fmt: skip
 
@@ -81,8 +81,7 @@ def compare(
         return
     files = {"train": train, "valid": valid}
     settings = settings_of({"model": model, **given}, files, verbalizer)
-    if settings.files and valid is None:
-        raise InputError("compare: expected --valid, the file that held-out prompts are drawn from")
+    settings.require_valid("compare")
     check = partial(experiments.check_compare, held_out=held_out)
     run = runs.start_run(settings, out, say, check)
     show_comparison(

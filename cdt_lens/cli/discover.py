@@ -23,7 +23,7 @@ from cdt_lens.core.choices import Metric
 from cdt_lens.experiments.settings import Settings
 
 _OPTIONS = (
-    "model", "task", "language", "data", "template", "label_column", "shots", "calibrate",
+    "model", "task", "language", "data", "template", "label_column", "split", "shots", "calibrate",
     "examples", "baseline_examples", "rules", "positions", "direction", "k", "fraction", "by",
     "backend", "device", "dtype", "batch_size", "rows", "seed",
 )  # fmt: skip
@@ -49,6 +49,8 @@ def discover(
     from cdt_lens.experiments import discovery as experiment, runs
 
     settings = settings_of(given, {"train": train, "valid": valid, "test": test}, verbalizer)
+    if test is None:  # faithfulness needs rows that are not scored
+        settings.require_valid("discover")
     run = runs.start_run(settings, out, say)
     circuit, scores, _ = experiment.discover(run, say)
     show_heads(scores, circuit)

@@ -24,7 +24,7 @@ from cdt_lens.experiments.settings import ModelSettings, Settings
 from cdt_lens.finetuning.options import SCOPES, TrainingOptions
 
 _OPTIONS = (
-    "task", "language", "data", "template", "label_column", "backend", "device", "dtype",
+    "task", "language", "data", "template", "label_column", "split", "backend", "device", "dtype",
 )  # fmt: skip
 _TRAINING = ("epochs", "batch_size", "learning_rate", "patience", "seed")
 
@@ -79,6 +79,7 @@ def finetune(
     options = TrainingOptions().changed(**{**training, **_options(option or [])})
     chosen = {"model": model, "seed": training["seed"], **given}
     settings = settings_of(chosen, {"train": train, "valid": valid}, verbalizer)
+    settings.require_valid("finetune")
     of_source = _source_settings(settings, source, source_valid)
     heads = None if circuit is None else Circuit.load(circuit)
     scope_heads("decision" if scope == "auto" else scope, heads, seed=options.seed)
@@ -144,7 +145,7 @@ def _source_settings(
     if not own and valid is not None:
         raise InputError(f"--source-valid {valid}: for your own files only; use --source LANGUAGE")
     if own:
-        return None if valid is None else replace(settings, files={"valid": str(valid)})
+        return None if valid is None else replace(settings, files={"valid": str(valid)}, split=None)
     return None if language is None else replace(settings, language=language)
 
 

@@ -33,6 +33,7 @@ from cdt_lens.scoring.methods import exact_ablation
 from cdt_lens.scoring.prompt_views import attention_view, token_relevance
 from cdt_lens.scoring.sweep import score_heads
 from cdt_lens.tasks.evaluate import Evaluation, evaluate
+from cdt_lens.tasks.metrics import warn_at_chance
 from cdt_lens.tasks.task import Examples, Task, most_balanced
 from cdt_lens.viz.report.report import render_report
 
@@ -49,6 +50,9 @@ def discover(run: Run, say: Say) -> tuple[Circuit, HeadScores, Evaluation]:
         f"{run.task.name}: accuracy {evaluation.accuracy:.3f}{f1} ({prior}), mean direction "
         f"{evaluation.direction:+.3f} logits on the {evaluation.examples} examples to be scored"
     )
+    n_labels = len(run.task.labels)
+    warn_at_chance(evaluation.split, "accuracy", evaluation.accuracy, n_labels)
+    warn_at_chance(evaluation.split, "direction", evaluation.direction, n_labels)
     baseline = make_baseline(run, say)
     scores = stage(
         run, "scores.json", HeadScores.load, lambda: _scores(run, baseline), say,
@@ -374,9 +378,18 @@ def split_of(task: Task, name: str) -> Examples:
         InputError: an unknown split, or one without examples.
     """
     if name not in ("train", "valid", "test"):
-        raise InputError(f"split {name!r}: expected train, valid or test")
+        raise InputError(
+            f"split {name!r}: expected train, valid or test (discover sets rows aside: --split 0.2)"
+        )
     examples: Examples = getattr(task, name)
-    examples.require_some()
+    if not len(examples):
+        given = [part for part in ("train", "valid", "test") if len(getattr(task, part))]
+        raise InputError(
+            f"{examples.name}: no examples; this task has {', '.join(given)}. Run discover again "
+            "with a file for this split, or with --split 0.2 to set aside validation rows."
+        )
+    if name != "train":
+        task.require_held_out(name)
     return examples
 
 

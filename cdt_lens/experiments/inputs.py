@@ -80,7 +80,7 @@ def _task_of_files(settings: Settings, tokenizer: Any) -> Task:
     return task_from_files(
         settings.files, tokenizer=tokenizer, template=settings.template,
         verbalizer=settings.verbalizer, label_column=settings.label_column, name=name,
-        shots=settings.shots, seed=settings.seed,
+        split=settings.split, shots=settings.shots, seed=settings.seed,
     )  # fmt: skip
 
 

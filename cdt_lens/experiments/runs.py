@@ -98,6 +98,8 @@ def start_run(settings: Settings, folder: str | Path, say: Say, check: Check | N
             )
     run = _open(folder, settings, say, check)
     _check_size(run)
+    run.task.require_held_out("valid")
+    run.task.require_held_out("test")
     keep_settings(run)
     return run
 

@@ -39,6 +39,7 @@ from cdt_lens.tasks.metrics import (
     balanced_stderr,
     strongest_competitor,
     task_direction,
+    warn_at_chance,
 )
 from cdt_lens.tasks.task import Batch, Examples, require_examples
 
@@ -80,7 +81,8 @@ def score_heads(
         progress: Whether to show a progress bar.
 
     Returns:
-        Signed scores in logits (positive = pushes towards the gold label) with standard errors.
+        Signed scores in logits (positive = pushes towards the gold label) with standard errors. A
+        `CdtLensWarning` says if the model's own mean direction is not above 0.
 
     Raises:
         InputError: There are no examples, or a head is outside the model.
@@ -201,12 +203,14 @@ def collect_scores(
     for column, head in enumerate(sources):
         per_example[:, head.layer, head.head] = table[:, column]
     by_head = per_example.double().permute(1, 2, 0)
+    direction = float(balanced_mean(table[:, -1].double(), index))
+    warn_at_chance(examples.name, "direction", direction, len(examples.labels))
     return HeadScores(
         values=balanced_mean(by_head, index).float(),
         stderr=balanced_stderr(by_head, index).float(),
         per_example=per_example,
         example_labels=labels,
-        direction=float(balanced_mean(table[:, -1].double(), index)),
+        direction=direction,
         method=method,
         provenance=provenance,
     )

@@ -12,6 +12,7 @@ Functions of logits take the logits of the candidates, `[..., batch, k]`, and th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdt_lens.core.choices import Metric
+from cdt_lens.core.errors import CdtLensWarning
 
 
 def task_direction(
@@ -119,6 +121,44 @@ def average(
         The metric, in logits for "direction" and a share from 0 to 1 for the two accuracies.
     """
     return values.mean(-1) if metric == "accuracy" else balanced_mean(values, labels)
+
+
+def chance_caution(metric: Metric, value: float, n_labels: int) -> str:
+    """Say that a model solves a task no better than chance, so that its circuit means little.
+
+    Args:
+        metric: "direction", "accuracy" or "balanced_accuracy".
+        value: the metric of the full model.
+        n_labels: number of labels.
+
+    Returns:
+        One sentence, or "" if the metric is above chance: 0 logits for the direction, 1 / n_labels
+        for an accuracy.
+    """
+    chance = 0.0 if metric == "direction" else 1 / n_labels
+    if not value <= chance:
+        return ""
+    name = "mean direction" if metric == "direction" else metric.replace("_", " ")
+    unit = f"{value:+.3f} logits" if metric == "direction" else f"{value:.3f}"
+    return (
+        f"the full model solves the task no better than chance ({name} {unit}, chance "
+        f"{chance:.3g}), so neither a circuit nor its faithfulness says how it solves it"
+    )
+
+
+def warn_at_chance(name: str, metric: Metric, value: float, n_labels: int) -> None:
+    """Warn with `CdtLensWarning` where `chance_caution` has something to say.
+
+    Args:
+        name: name of the split.
+        metric: "direction", "accuracy" or "balanced_accuracy".
+        value: the metric of the full model.
+        n_labels: number of labels.
+    """
+    caution = chance_caution(metric, value, n_labels)
+    if caution:
+        # Without a stack level the same words are shown once, whichever function says them.
+        warnings.warn(f"{name}: {caution}", CdtLensWarning, stacklevel=1)
 
 
 def label_numbers(labels: Sequence[str], order: Sequence[str]) -> Int[Tensor, " example"]:

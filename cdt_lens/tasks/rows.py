@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import tempfile
 import unicodedata
 import zlib
 from collections import Counter
@@ -416,7 +417,10 @@ def _load_from_hub(
         loaded = datasets.load_dataset(repo, config, **source)
         if not any(data.info.builder_name == "csv" for data in loaded.values()):
             return loaded
-        builder = datasets.load_dataset_builder(repo, config, **source)
+        # In a cache of its own the builder knows the types that the data set states, and not those
+        # that pandas has guessed above.
+        with tempfile.TemporaryDirectory(prefix="cdt-lens-") as cache:
+            builder = datasets.load_dataset_builder(repo, config, cache_dir=cache, **source)
         return datasets.load_dataset(repo, config, **source, **_csv_reading(builder, columns))
     except ConnectionError as error:
         raise InputError(
@@ -433,9 +437,9 @@ def _csv_reading(builder: Any, columns: Iterable[str]) -> dict[str, Any]:
 
     By default pandas takes "null" for an empty cell and 007 for the number 7.
     """
-    if builder.info.features:  # the data set says itself which cells are text
+    if builder.info.features:
         return {}
-    options: dict[str, Any] = {"converters": dict.fromkeys(columns, str)}
+    options: dict[str, Any] = {"converters": dict.fromkeys(columns, str), "keep_default_na": False}
     if builder.config.sep == "\t":
         options["quoting"] = csv.QUOTE_NONE
     return options

@@ -148,7 +148,7 @@ def test_an_interrupted_command_says_that_it_resumes(tmp_path: Path, number: int
         [
             sys.executable, "-m", "cdt_lens.cli", "discover", "--model", str(tmp_path / "tiny"),
             "--out", str(tmp_path / "run"), "--task", "files", "--train", str(files["train"]),
-            "--template", TEMPLATE, *words,
+            "--split", "0.2", "--template", TEMPLATE, *words,
         ],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
     )  # fmt: skip

@@ -45,14 +45,14 @@ def test_circuit_to_adapter_to_checkpoint(place: Path, tmp_path: Path):
     out = tmp_path / "adapted"
     printed = run(
         "finetune", "--model", model, "--circuit", str(circuit), "--out", str(out),
-        *data(place, "train"), "--epochs", "2", "--learning-rate", "0.01", "--option",
+        *data(place, "train"), "--valid", str(place / "data" / "test.csv"), "--epochs", "2", "--learning-rate", "0.01", "--option",
         "norms=circuit", "--option", "clip=0.5", "--source-valid",
         str(place / "data" / "test.csv"),
     )  # fmt: skip
     adapter = Adapter.load(out)
     assert f"{adapter.elements:,} of" in printed
     assert "2 heads and the norms of their layers" in " ".join(printed.split())
-    again = ["--model", model, "--out", str(out), *data(place, "train"), "--scope", "norms"]
+    again = ["--model", model, "--out", str(out), *data(place), "--scope", "norms"]
     kept = (out / "adapter.json").read_bytes()
     with pytest.raises(CdtLensError, match="holds a finished adapter; name another folder"):
         run("finetune", *again)

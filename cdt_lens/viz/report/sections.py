@@ -18,9 +18,11 @@ from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve
 from cdt_lens.circuits.graph import Graph
 from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.core.choices import Metric
 from cdt_lens.core.table import Table
 from cdt_lens.scoring.agreement import MethodAgreement
 from cdt_lens.scoring.prompt_views import AttentionView, TokenRelevance
+from cdt_lens.tasks.metrics import chance_caution
 from cdt_lens.viz import figures, graph_figure, tables, widgets, words
 from cdt_lens.viz.svg import figure_html
 from cdt_lens.viz.tables import Scored
@@ -91,6 +93,7 @@ def head_scores_section(scores: HeadScores, id: str, results: Sequence[object]) 
             "Heads scored": str(finite.numel()),
             "Examples": str(len(scores.example_labels)),
             "Task direction": f"{scores.direction:+.3f} logits",
+            **_caution("direction", scores.direction, len(set(scores.example_labels))),
             "Range of scores": f"{float(finite.min()):+.3f} to {float(finite.max()):+.3f} logits",
         },
         figures=(
@@ -100,6 +103,12 @@ def head_scores_section(scores: HeadScores, id: str, results: Sequence[object]) 
         tables=(tables.heads_table(scored, heads, caption=f"Top {len(heads)} heads"),),
         provenance=((f"Head scores: {scores.method}", scores.provenance.to_dict()),),
     )
+
+
+def _caution(metric: Metric, full: float, n_labels: int) -> dict[str, str]:
+    """Return the fact that the full model does not solve the task, if so."""
+    caution = chance_caution(metric, full, max(n_labels, 1))
+    return {"Caution": caution} if caution else {}
 
 
 def circuit_section(circuit: Circuit, id: str, results: Sequence[object]) -> Section:
@@ -167,6 +176,7 @@ def faithfulness_section(curve: FaithfulnessCurve, id: str, _: Sequence[object])
         facts={
             "Metric": words.metric_name(curve.metric),
             "Full model": f"{curve.full:.3f}{unit}",
+            **_caution(curve.metric, curve.full, len(curve.provenance.examples)),
             "All heads ablated": f"{curve.empty:.3f}{unit}",
             "Random circuits": "; ".join(drawn) or "none",
         },
