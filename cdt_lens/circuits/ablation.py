@@ -89,7 +89,7 @@ def _by_example(
     everyone = all_heads(view.n_layers, view.n_heads)
     kept = [set(check_heads(c, view.n_layers, view.n_heads)) for c in circuits]
     complements = [tuple(h for h in everyone if h not in inside) for inside in kept]
-    batches = passes.batches(examples)
+    batches = passes.batches(examples, view.longrope_limit)
     items: list[tuple[int, Tensor]] = []
     with passes.bar(name="circuits", total=len(batches) * len(circuits)) as bar:
         for batch in batches:

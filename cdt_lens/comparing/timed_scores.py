@@ -237,7 +237,8 @@ class TimedScorer:
     def _pass(self) -> float:
         """Return the seconds of one forward pass of the examples, without the unembedding."""
         start = time.perf_counter()
-        for batch in self.examples.batches(self.batch_size, shard=shard()):
+        apart = self.view.longrope_limit
+        for batch in self.examples.batches(self.batch_size, shard=shard(), apart=apart):
             resid = self.view.run(batch.tokens).resid[-1]
             float(resid[0, 0, 0])  # wait for the device
         return time.perf_counter() - start

@@ -19,7 +19,9 @@ _Batch = TypeVar("_Batch", covariant=True)
 class _Batched(Protocol[_Batch]):
     """Examples that come in batches, such as `tasks.task.Examples`."""
 
-    def batches(self, batch_size: int, *, shard: tuple[int, int]) -> Iterator[_Batch]: ...
+    def batches(
+        self, batch_size: int, *, shard: tuple[int, int], apart: int | None
+    ) -> Iterator[_Batch]: ...
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,14 @@ class Passes:
         if not isinstance(self.progress, bool):
             raise InputError(f"progress={self.progress!r}: expected True or False")
 
-    def batches(self, examples: _Batched[_Batch]) -> list[_Batch]:
-        """Return the batches of `examples` that belong to this process."""
-        return list(examples.batches(self.batch_size, shard=shard()))
+    def batches(self, examples: _Batched[_Batch], apart: int | None = None) -> list[_Batch]:
+        """Return the batches of `examples` that belong to this process.
+
+        Args:
+            examples: The examples.
+            apart: The model's `longrope_limit`, see `tasks.task.Examples.batches`.
+        """
+        return list(examples.batches(self.batch_size, shard=shard(), apart=apart))
 
     def bar(
         self,

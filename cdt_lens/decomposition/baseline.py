@@ -336,7 +336,8 @@ def _streaming_sums(
     mlp_sums = torch.zeros(n_labels, view.n_layers, n_slots, mlp_width, dtype=torch.float64)
     sites = [("z", layer) for layer in range(view.n_layers)]
     mlp_sites = [s for s in view.sites if s[0] == "mlp_out"] if mlps else []
-    for batch in passes.bar(passes.batches(examples), name="baseline", leave=False):
+    batches = passes.batches(examples, view.longrope_limit)
+    for batch in passes.bar(batches, name="baseline", leave=False):
         trace = view.run(batch.tokens, [*sites, *mlp_sites])
         n_pos = batch.tokens.shape[1]
         slots = _slot_of(positions, batch.lengths, n_pos)

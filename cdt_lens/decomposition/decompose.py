@@ -155,7 +155,7 @@ def decompose(
     rows = Passes(rows=rows).rows
     view = view_of(model)
     check_baseline(baseline, view)
-    batch = next(examples.batches(len(examples), sort_by_length=False)).to(view.device)
+    batch = examples.one_batch(view.longrope_limit).to(view.device)
     sets = tuple(
         tuple(_source(s) for s in ((item,) if isinstance(item, Head | Node | Mlp | str) else item))
         for item in sources

@@ -28,7 +28,7 @@ from cdt_lens.finetuning.trainable import Slices
 from cdt_lens.models.heads import Head
 from cdt_lens.models.provenance import Provenance
 from cdt_lens.models.view import ModelView, view_of
-from cdt_lens.models.weights import check_fused, named_weights, sync_fused
+from cdt_lens.models.weights import check_fused, check_gradients, named_weights, sync_fused
 from cdt_lens.tasks.card import TaskCard
 
 _FILE = "adapter.json"
@@ -104,12 +104,14 @@ class Adapter(Saved):
 
         Raises:
             ArtifactError: the model has other weights. The message shows both hashes.
-            InputError: the model lacks a weight, or has one of another shape. Nothing is written.
+            InputError: the model lacks a weight, has one of another shape, or was created under
+                `torch.inference_mode`. Nothing is written.
             UnsupportedModelError: a fused projection has an order that cannot be written back.
         """
         view = view_of(model)
         if check:
             self.provenance.check_model(view, "this adapter")
+        check_gradients(view)
         check_fused(view)
         parts, whole = self._places(view)
         before = {name: part.read() for name, part in parts.items()}

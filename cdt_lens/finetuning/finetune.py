@@ -183,7 +183,7 @@ def _plan(
     chosen = _chosen(view, scope, heads, options)
     check_trainable(view)
     check_supported(view)
-    batch = next(task.train.batches(options.batch_size))
+    batch = next(task.train.batches(options.batch_size, apart=view.longrope_limit))
     check_caller_hooks(view, batch.tokens, batch.lengths)
     made_from = _made_from(view, scope, chosen, options, task, source)
     recorded = {"scope": scope, **asdict(options)}

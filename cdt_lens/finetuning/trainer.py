@@ -208,7 +208,8 @@ class Trainer:
             return iter(())
         examples = self.task.train
         chosen = Examples(tuple(examples[i] for i in own), examples.labels, examples.name)
-        return chosen.batches(self.options.micro_batch or len(own))
+        size = self.options.micro_batch or len(own)
+        return chosen.batches(size, apart=self.passes.view.longrope_limit)
 
     def _loss(self, batch: Batch) -> Tensor:
         """Compute the sum of the batch's losses, in nats."""

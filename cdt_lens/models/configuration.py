@@ -102,9 +102,8 @@ def _is_without_effect(name: str) -> bool:
 def _buffers(view: ModelView) -> dict[str, float]:
     """Return one number for each buffer of real numbers, which depends on every element."""
     # These rotary embeddings overwrite their frequencies in every pass.
-    varying = any(
-        rope.get("rope_type") in ("dynamic", "longrope") for rope in ropes(view.hf_config)
-    )
+    kinds = {rope.get("rope_type") for rope in ropes(view.hf_config)}
+    varying = bool(kinds & {"dynamic", "longrope"})
     numbers = {}
     for name, buffer in view.tl.original_model.named_buffers():
         if buffer.is_floating_point() and buffer.numel() and not (varying and "inv_freq" in name):

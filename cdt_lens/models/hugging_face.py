@@ -62,6 +62,7 @@ def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32)
         raise InputError(f"{source}: cannot be loaded: {_reason(error, is_local)}") from error
     _check_complete(source, model, loading_info)
     _check_configuration(source, model.config.to_dict())
+    _check_words(source, tokenizer)
     return model, tokenizer
 
 
@@ -153,6 +154,19 @@ def _is_local(source: str | Path) -> bool:
     return is_local
 
 
+def _check_words(source: str | Path, tokenizer: Any) -> None:
+    """Refuse a vocabulary in which two words share an id: each save would lose another one."""
+    words: dict[int, str] = {}
+    for word, number in tokenizer.get_vocab().items():
+        other = words.setdefault(number, word)
+        if other != word:
+            first, second = sorted((other, word))
+            raise InputError(
+                f"{source}: its tokenizer gives the id {number} to {first!r} and to {second!r}. "
+                "The file is damaged. Fetch it again."
+            )
+
+
 def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -170,6 +184,7 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     check_gguf(path, loaded.config)
     clean = _unquantised(loaded, dtype)
     _check_configuration(path, clean.config.to_dict())
+    _check_words(path, tokenizer)
     return clean, tokenizer
 
 

@@ -36,11 +36,6 @@ _HOOKED_FAMILIES = frozenset(
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# The errors of transformer-lens on an unexpected configuration have no common class.
-_READING_FAILED = (
-    AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError,
-)  # fmt: skip
-
 
 def load_model(
     source: str | Path | nn.Module,
@@ -195,7 +190,9 @@ def _compared(hf_model: Any, kind: str, dtype: torch.dtype, make: _Make) -> Any:
         if reason is None and all(_agrees(model, *sample, dtype) for sample in samples):
             return model.eval()
         reason = reason or "its logits differ from Hugging Face's"
-    except _READING_FAILED as error:
+    except (CdtLensError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformer-lens' errors have no common class
         reason = first_line(error)
     raise UnsupportedModelError(
         f"{type(hf_model).__name__}: {kind} does not read this configuration correctly ({reason}), "
@@ -333,8 +330,7 @@ def _hooked(
             str(shown), cfg, hf_model, dtype=dtype
         )
         # It also reads the tokenizer again from its path. The path of a GGUF file holds none.
-        tokenizer.save_pretrained(shown)
-        model = HookedTransformer(cfg, _read_again(shown), move_to_device=False)
+        model = HookedTransformer(cfg, _saved_and_read(tokenizer, shown), move_to_device=False)
     model.tokenizer.name_or_path = tokenizer.name_or_path
     model.hugging_face_config = config  # for `models.configuration`
     state = model.fill_missing_keys({k: v.detach() for k, v in state.items()})
@@ -352,8 +348,15 @@ def _hooked(
     return model
 
 
-def _read_again(folder: str | Path) -> Any:
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+def _saved_and_read(tokenizer: Any, folder: str | Path) -> Any:
+    try:
+        tokenizer.save_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises a bare Exception
+        raise InputError(
+            f"tokenizer: it cannot be saved and read again ({first_line(error)}). Use the "
+            "tokenizer that belongs to the model."
+        ) from error
 
 
 def _fixed_positions(hf_model: Any) -> tuple[str, ...]:
@@ -367,9 +370,8 @@ def _bridge(hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype) -> A
     hf_model.config.architectures = [type(hf_model).__name__]
     with tempfile.TemporaryDirectory(prefix="cdt-lens-") as folder:
         # As above: the tokenizer may be read again from its path.
-        tokenizer.save_pretrained(folder)
         model = TransformerBridge.boot_transformers(
-            "model", hf_model=hf_model.to(device), tokenizer=_read_again(folder),
+            "model", hf_model=hf_model.to(device), tokenizer=_saved_and_read(tokenizer, folder),
             device=device, dtype=dtype,
         )  # fmt: skip
     model.tokenizer.name_or_path = tokenizer.name_or_path

@@ -248,9 +248,9 @@ def _hashed(view: ModelView) -> str:
             _add(digest, f"{prefix}{canonical(names)}", tensor)
     for name, parameter in sorted(other_parameters(view).items()):
         _add(digest, name, parameter)
-    for layer, added in adapter_layers(view).items():
+    for adapted, added in adapter_layers(view).items():
         for name, parameter in added.items():
-            _add(digest, f"{layer}.{name}", parameter)
+            _add(digest, f"{adapted}.{name}", parameter)
     return digest.hexdigest()
 
 

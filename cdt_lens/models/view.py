@@ -29,6 +29,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from cdt_lens.core.errors import InputError, UnsupportedModelError
 from cdt_lens.models.caller_hooks import caller_hooks
+from cdt_lens.models.positions import longrope_limit
 from cdt_lens.models.sites import NORMS, Hook, Site, find_sites
 from cdt_lens.models.trace import BlockCall, Trace, _recorder, _shared_calls
 
@@ -94,6 +95,11 @@ class ModelView:
         if self.is_bridge:
             return getattr(self.tl.original_model, "config", None)
         return getattr(self.tl, "hugging_face_config", None)
+
+    @property
+    def longrope_limit(self) -> int | None:
+        """The number of tokens beyond which a batch is read with longrope's long factors."""
+        return longrope_limit(self.hf_config)
 
     @property
     def device(self) -> torch.device:

@@ -230,7 +230,7 @@ def holders(view: ModelView) -> dict[int, nn.Parameter]:
 
 
 def check_gradients(view: ModelView) -> None:
-    """Check that the weights allow a backward pass.
+    """Check that the weights allow a backward pass and new values.
 
     Args:
         view: the model.
@@ -240,8 +240,8 @@ def check_gradients(view: ModelView) -> None:
     """
     if any(parameter.is_inference() for parameter in view.tl.parameters()):
         raise InputError(
-            f"{view.name}: its weights were created under torch.inference_mode, which allows no "
-            "backward pass. Load the model outside of it."
+            f"{view.name}: its weights were created under torch.inference_mode, which allows "
+            "neither a backward pass nor new values. Load the model outside of it."
         )
 
 

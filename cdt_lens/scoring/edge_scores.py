@@ -155,7 +155,7 @@ def score_edges(
     check_baseline(baseline, view)
     sources = _units(view)
     items: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
-    batches = passes.batches(examples)
+    batches = passes.batches(examples, view.longrope_limit)
     with passes.bar(name="edges", total=len(batches) * len(sources), unit="unit") as bar:
         for batch in batches:
             sweep = _EdgeSweep(view, batch.to(view.device), baseline, rules, sources)

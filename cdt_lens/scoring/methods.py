@@ -232,7 +232,8 @@ def random_scores(
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(view.n_layers * view.n_heads, generator=generator)
     done: dict[int, Tensor] = {}
-    for batch in examples.batches(Passes(batch_size).batch_size):
+    size = Passes(batch_size).batch_size
+    for batch in examples.batches(size, apart=view.longrope_limit):
         batch = batch.to(view.device)
         run = Propagator(
             view, batch.tokens, batch.lengths, baseline.for_batch(view, batch), PRESETS["ablation"]

@@ -94,7 +94,7 @@ def one_pass(
     }
     gated = GatedPass(view, slopes)
     items: list[tuple[int, Tensor]] = []
-    for batch in passes.bar(passes.batches(examples), name=method):
+    for batch in passes.bar(passes.batches(examples, view.longrope_limit), name=method):
         batch = batch.to(view.device)
         at = baseline.for_batch(view, batch)
         by_position, full = gated.scores(batch, at, steps, direction)
@@ -137,7 +137,8 @@ def position_relevance(
     gated = GatedPass(view, resolve_slopes(slopes))
     longest = max(len(example.tokens) for example in examples)
     out = torch.full((len(examples), view.n_layers, view.n_heads, longest), torch.nan)
-    for batch in examples.batches(Passes(batch_size).batch_size):
+    size = Passes(batch_size).batch_size
+    for batch in examples.batches(size, apart=view.longrope_limit):
         batch = batch.to(view.device)
         values, _ = gated.scores(batch, baseline.for_batch(view, batch), None, "mean")
         for row, index in enumerate(batch.index):

@@ -148,7 +148,7 @@ class _Sweep:
         done = _read_rows(kept)
         batches = [
             batch
-            for batch in self.passes.batches(self.examples)
+            for batch in self.passes.batches(self.examples, self.view.longrope_limit)
             if not set(batch.index) <= done.keys()
         ]
         total = len(batches) * len(self.sources)

@@ -103,7 +103,7 @@ def evaluate(
         _check_words(examples, task)
     view = view_of(model)
     items: list[tuple[int, tuple[bool, float, float, int]]] = []
-    for batch in Passes(batch_size).batches(examples):
+    for batch in Passes(batch_size).batches(examples, view.longrope_limit):
         logits = candidate_logits(view, batch) if logits_of is None else logits_of(batch)
         direction = task_direction(logits, batch.direction)
         losses = answer_loss(logits, batch.is_answer, batch.is_candidate)
@@ -169,7 +169,7 @@ def label_prior(model: nn.Module | ModelView, task: Task) -> dict[str, float]:
     if not len(task.content_free):
         raise InputError(f"task {task.name}: no content-free prompts, so no label prior")
     view = view_of(model)
-    batch = next(task.content_free.batches(len(task.content_free), sort_by_length=False))
+    batch = task.content_free.one_batch(view.longrope_limit)
     logits = candidate_logits(view, batch)
     by_token = {int(t): logits[batch.candidates == t].mean() for t in batch.candidates.unique()}
     values = {label: float(by_token[id]) for label, id in task.verbalizer_ids.items()}

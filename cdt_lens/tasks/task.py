@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any, overload
 
 import pandas as pd
@@ -229,6 +230,7 @@ class Examples(Sequence[Example]):
         sort_by_length: bool = True,
         pad_id: int = 0,
         shard: tuple[int, int] = (0, 1),
+        apart: int | None = None,
     ) -> Iterator[Batch]:
         """Iterate over the examples in batches, each example once.
 
@@ -239,6 +241,8 @@ class Examples(Sequence[Example]):
             pad_id: token id of the padding.
             shard: `(rank, world)` selects every world-th example from `rank` on. The shards
                 partition the split.
+            apart: prompts of more tokens than this share no batch with others. A model with
+                longrope, whose `ModelView.longrope_limit` this is, reads the two differently.
 
         Returns:
             An iterator over the batches.
@@ -257,8 +261,33 @@ class Examples(Sequence[Example]):
         if sort_by_length:
             order.sort(key=lambda i: len(self.items[i].tokens), reverse=True)
         order = order[rank::world]
-        starts = range(0, len(order), batch_size)
-        return (self._collate(tuple(order[i : i + batch_size]), pad_id) for i in starts)
+        alike = groupby(order, lambda i: apart is not None and len(self.items[i].tokens) > apart)
+        groups = [tuple(group) for _, group in alike]
+        return (
+            self._collate(group[i : i + batch_size], pad_id)
+            for group in groups
+            for i in range(0, len(group), batch_size)
+        )
+
+    def one_batch(self, apart: int | None = None) -> Batch:
+        """Return all examples as one batch, in their order.
+
+        Args:
+            apart: see `batches`.
+
+        Returns:
+            The batch.
+
+        Raises:
+            InputError: there are no examples, or some have more than `apart` tokens and some not.
+        """
+        batch, *others = self.batches(len(self), sort_by_length=False, apart=apart)
+        if others:
+            raise InputError(
+                f"{self.name}: some prompts have more than {apart} tokens, which this model reads "
+                "with other rotary factors (longrope) than shorter ones. Pass them in two calls."
+            )
+        return batch
 
     def require_some(self) -> None:
         """Check that the split is not empty.
