@@ -107,6 +107,7 @@ class Graph(EqualByContent):
     d_model: int | None = None
     parallel: bool = False
     unit: str = OWN_UNIT
+    _advice = "read_graph(path) or trace_circuit(...) makes one"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "nodes", dict(self.nodes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -77,7 +77,8 @@ def finetune(
     target = make_task(settings, loaded.tokenizer)
     of_source = _source_settings(settings, source, source_valid)
     result = train_on(
-        loaded, target, heads=None if circuit is None else Circuit.load(circuit), scope=scope,
+        loaded, target, heads=None if circuit is None else Circuit.load(circuit),
+        scope=cast(Any, scope),
         source=None if of_source is None else make_task(of_source, loaded.tokenizer),
         options=options, checkpoint=out / "checkpoint.json", keep_checkpoint=True,
         log=out / "log.jsonl",

@@ -7,8 +7,8 @@ it as one line without a traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from collections.abc import Iterable
+from typing import Any
 
 
 class CdtLensError(Exception):
@@ -64,22 +64,3 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     names = {option.strip().lower(): option for option in options}
     close = difflib.get_close_matches(word.strip().lower(), list(names), n=1)
     return f"; did you mean {names[close[0]]!r}?" if close else ""
-
-
-def check_choices(what: str, options: object, kinds: Mapping[str, Any]) -> None:
-    """Check the fields of an object that have a fixed set of values.
-
-    Args:
-        what: The name of the object, for the message.
-        options: The object.
-        kinds: The `Literal` type of each field, by its name.
-
-    Raises:
-        InputError: A field has a value that its `Literal` does not list.
-    """
-    for name, kind in kinds.items():
-        value = getattr(options, name)
-        if value not in get_args(kind):
-            raise InputError(
-                f"{what}: {name}={value!r}: expected one of {', '.join(get_args(kind))}"
-            )

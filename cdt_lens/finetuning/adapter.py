@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cdt_lens.core import display
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.saved import Saved
 from cdt_lens.finetuning.slices import HeadSlice
@@ -52,6 +53,7 @@ class Adapter(Saved):
     whole: Mapping[str, Tensor] = field(repr=False)
     provenance: Provenance = field(repr=False)
     _format, _kind = "cdt_lens.adapter", "adapter"
+    _advice = "finetune(...).adapter is one"
 
     def __repr__(self) -> str:
         sizes = f"{self.elements:,} elements of {len(self.slices) + len(self.whole)} weights"
@@ -88,6 +90,7 @@ class Adapter(Saved):
 
     # ------------------------------------------------------------------ on and off
 
+    @checked_arguments
     def apply(self, model: nn.Module | ModelView, *, check: bool = True) -> Applied:
         """Write the trained elements into a model.
 

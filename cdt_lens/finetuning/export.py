@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cdt_lens.core.artifacts import new_folder
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import InputError
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.models.hugging_face import load_hugging_face, third_party_noise_off
@@ -25,6 +26,7 @@ from cdt_lens.models.loading import bridge_of
 from cdt_lens.models.view import ModelView
 
 
+@checked_arguments
 def export(adapter: Adapter, base: str | Path, folder: str | Path) -> Path:
     """Write the base model with an adapter in it to a folder that transformers can load.
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Backend
 from cdt_lens.core.errors import InputError, UnsupportedModelError
 from cdt_lens.models.hugging_face import first_line, load_hugging_face, third_party_noise_off
@@ -38,6 +39,7 @@ _READING_FAILED = (
 )  # fmt: skip
 
 
+@checked_arguments
 def load_model(
     source: str | Path | nn.Module,
     *,

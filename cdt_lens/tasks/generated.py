@@ -18,6 +18,8 @@ from types import MappingProxyType
 
 from transformers import PreTrainedTokenizerBase
 
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Count, Seed
 from cdt_lens.core.errors import InputError
 from cdt_lens.tasks.prompts import bos_ids, check_boundary, encode, verbalizer_token_ids
 from cdt_lens.tasks.task import Example, Examples, Task
@@ -91,11 +93,12 @@ class _Recipe:
     verbalizer: Mapping[str, str] = field(default_factory=dict)
 
 
+@checked_arguments
 def ioi(
     tokenizer: PreTrainedTokenizerBase,
     *,
-    n: Sequence[int] = DEFAULT_SIZES,
-    seed: int = 0,
+    n: Sequence[Count] = DEFAULT_SIZES,
+    seed: Seed = 0,
     prepend_bos: bool | None = None,
 ) -> Task:
     """Generate indirect object identification (arXiv 2211.00593).
@@ -132,11 +135,12 @@ def ioi(
     return _build(recipe, tokenizer, n=n, seed=seed, prepend_bos=prepend_bos)
 
 
+@checked_arguments
 def greater_than(
     tokenizer: PreTrainedTokenizerBase,
     *,
-    n: Sequence[int] = DEFAULT_SIZES,
-    seed: int = 0,
+    n: Sequence[Count] = DEFAULT_SIZES,
+    seed: Seed = 0,
     prepend_bos: bool | None = None,
 ) -> Task:
     """Generate years of which the end must be later than the start (arXiv 2305.00586).
@@ -180,11 +184,12 @@ def greater_than(
     return _build(recipe, tokenizer, n=n, seed=seed, prepend_bos=prepend_bos)
 
 
+@checked_arguments
 def gendered_pronoun(
     tokenizer: PreTrainedTokenizerBase,
     *,
-    n: Sequence[int] = DEFAULT_SIZES,
-    seed: int = 0,
+    n: Sequence[Count] = DEFAULT_SIZES,
+    seed: Seed = 0,
     prepend_bos: bool | None = None,
 ) -> Task:
     """Generate prompts for the pronoun that follows a name.
