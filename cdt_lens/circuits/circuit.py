@@ -118,6 +118,7 @@ class Circuit(Saved):
     def _repr_html_(self) -> str:
         return display.page(self)
 
+    @checked_arguments
     def check_model(self, model: nn.Module | ModelView) -> None:
         """Refuse a model other than the one that the circuit was found in.
 

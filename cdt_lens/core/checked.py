@@ -97,7 +97,7 @@ def checked_arguments(function: Callable[P, R]) -> Callable[P, R]:
         def check(name: str, value: object) -> Any:
             if name not in known:
                 return value
-            return known[name].checked(name, value, f"{function.__name__}: ")
+            return known[name].checked(name, value, f"{function.__qualname__}: ")
 
         given = [check(name, value) for name, value in zip(positions, args, strict=False)]
         named = {name: check(name, value) for name, value in kwargs.items()}
@@ -167,7 +167,7 @@ class _Annotation:
     def _refusal(self, name: str, value: object, error: ValidationError) -> str:
         """Return what was expected, what was given and the fix, in one line."""
         schema = self._adapter.json_schema()
-        short = _short(value)
+        short = _short(plain(value))
         given, got = (f"={short}", "") if short else ("", f", got {type(value).__name__}")
         refusal = f"{name}{given}: expected {_words(schema)}{got}"
         if isinstance(value, str):
@@ -175,7 +175,7 @@ class _Annotation:
         first = error.errors()[0]
         if first["loc"] and isinstance(value, (list, tuple, dict)):
             refusal += f"; {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        if "a list" in _words(schema) and not _is_several(value) and value is not None:
+        if "a list" in _words(schema) and not isinstance(value, (list, tuple, Mapping, NoneType)):
             refusal += f"; put it in a list: [{short}]" if short else "; put it in a list"
         return "; ".join([refusal, *dict.fromkeys(_fixes(self.hint))])
 
@@ -192,7 +192,7 @@ def _argument_annotations(function: Callable[..., Any]) -> dict[str, _Annotation
     resolved = {}
     for parameter in inspect.signature(inner).parameters.values():
         variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-        if variadic or parameter.annotation is parameter.empty:
+        if variadic or parameter.annotation is parameter.empty or parameter.name == "cls":
             continue
         one = SimpleNamespace(__annotations__={"hint": parameter.annotation})
         with suppress(NameError):  # imported for type checkers only

@@ -19,6 +19,10 @@ class InputError(CdtLensError, ValueError):
     """A value, file or option that the caller gave cannot be used."""
 
 
+class UnknownNameError(InputError, AttributeError):
+    """The package has no such name at its top level."""
+
+
 class ArtifactError(CdtLensError):
     """A saved file is damaged, of a newer format, of another kind, or of another model."""
 

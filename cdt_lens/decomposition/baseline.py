@@ -99,6 +99,7 @@ class Baseline(Saved):
         parts = [self.kind, origin.model_hash, origin.task_hash, _digest(self.means), pairs]
         return content_hash(parts + ([] if self.mlp_means is None else [_digest(self.mlp_means)]))
 
+    @checked_arguments
     def check_model(self, model: nn.Module | ModelView) -> None:
         """Check that a model has the weights that this baseline was computed with.
 

@@ -60,7 +60,7 @@ def _raced(racers: Mapping[Scope, Any], epochs: int) -> dict[Scope, Mapping[str,
 def _judged(choice: Any, racers: Mapping[Scope, Any]) -> dict[str, Any]:
     accuracy = {scope: cell["row"]["accuracy"] for scope, cell in racers.items()}
     tie = len(set(accuracy.values())) == 1
-    better = "tie" if tie else max(accuracy, key=lambda scope: accuracy[scope])
+    better: str = "tie" if tie else max(accuracy, key=lambda scope: accuracy[scope])
     return {
         "rule": choice.rule, "chosen": choice.scope, "better": better,
         "right": tie or better == choice.scope,

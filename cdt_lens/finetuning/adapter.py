@@ -121,6 +121,7 @@ class Adapter(Saved):
         sync_fused(view)
         return Applied(view, parts, before, whole, before_whole)
 
+    @checked_arguments
     @contextmanager
     def applied(self, model: nn.Module | ModelView, *, check: bool = True) -> Iterator[None]:
         """Apply the adapter within the `with` block, and restore the model afterwards.

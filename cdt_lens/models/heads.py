@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from cdt_lens.core.checked import whole_number
+from cdt_lens.core.checked import checked_arguments, whole_number
 from cdt_lens.core.errors import InputError
 
 _PATTERN = re.compile(r"\s*[Ll](\d+)\s*[Hh](\d+)\s*|\s*(\d+)\.(\d+)\s*")
@@ -32,7 +32,6 @@ class Head:
 
     layer: int
     head: int
-    _advice = "Head(9, 6) is head 6 of layer 9"
 
     def __post_init__(self) -> None:
         count_from_zero(self, "layer", "head")
@@ -41,6 +40,7 @@ class Head:
         return f"L{self.layer}H{self.head}"
 
     @classmethod
+    @checked_arguments
     def parse(cls, text: str) -> Head:
         """Parse a head's name.
 

@@ -85,6 +85,7 @@ class EdgeScores(EqualByContent):
     def _count(self) -> int:
         return sum(int(v.count_nonzero()) for v in (self.to_logits, self.to_heads, self.to_mlps))
 
+    @checked_arguments
     def into(self, target: Unit | str) -> Iterator[tuple[Unit, Site, float]]:
         """Iterate over the edges that end in a head or MLP, the strongest first.
 

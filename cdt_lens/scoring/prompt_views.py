@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cdt_lens.core import display
 from cdt_lens.core.checked import checked_arguments
-from cdt_lens.core.choices import DEFAULT_RULES, Count, Preset
+from cdt_lens.core.choices import DEFAULT_RULES, Count, FromZeroCount, Preset
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
 from cdt_lens.decomposition.baseline import Baseline
@@ -58,7 +58,8 @@ class AttentionView(EqualByContent):
         ]
         return display.flat_frame(["prompt", "head", "query", "key", "weight"], rows)
 
-    def widget(self, prompt: int = 0) -> display.Widget:
+    @checked_arguments
+    def widget(self, prompt: FromZeroCount = 0) -> display.Widget:
         """circuitsvis' view of one prompt's patterns, to show in a notebook; works offline."""
         return display.figure(self, prompt=prompt)
 
@@ -102,7 +103,8 @@ class TokenRelevance(EqualByContent):
         ]
         return display.flat_frame(["prompt", "position", "token", "relevance"], rows)
 
-    def widget(self, prompt: int = 0) -> display.Widget:
+    @checked_arguments
+    def widget(self, prompt: FromZeroCount = 0) -> display.Widget:
         """circuitsvis' view of one prompt's coloured tokens, to show in a notebook; offline."""
         return display.figure(self, prompt=prompt)
 

@@ -104,7 +104,8 @@ def load_task(
     truncate: bool = False,
     limit: Count | None = None,
     n: Annotated[
-        Sequence[Count] | None, Fix("give the sizes of train, valid and test, such as (48, 24, 24)")
+        Sequence[FromZeroCount] | None,
+        Fix("give the sizes of train, valid and test, such as (48, 24, 24)"),
     ] = None,
     check_counts: bool = True,
     revision: str | None = None,

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from transformers import PreTrainedTokenizerBase
 
 from cdt_lens.core.checked import checked_arguments
-from cdt_lens.core.choices import Count, Seed
+from cdt_lens.core.choices import FromZeroCount, Seed
 from cdt_lens.core.errors import InputError
 from cdt_lens.tasks.prompts import bos_ids, check_boundary, encode, verbalizer_token_ids
 from cdt_lens.tasks.task import Example, Examples, Task
@@ -97,7 +97,7 @@ class _Recipe:
 def ioi(
     tokenizer: PreTrainedTokenizerBase,
     *,
-    n: Sequence[Count] = DEFAULT_SIZES,
+    n: Sequence[FromZeroCount] = DEFAULT_SIZES,
     seed: Seed = 0,
     prepend_bos: bool | None = None,
 ) -> Task:
@@ -139,7 +139,7 @@ def ioi(
 def greater_than(
     tokenizer: PreTrainedTokenizerBase,
     *,
-    n: Sequence[Count] = DEFAULT_SIZES,
+    n: Sequence[FromZeroCount] = DEFAULT_SIZES,
     seed: Seed = 0,
     prepend_bos: bool | None = None,
 ) -> Task:
@@ -188,7 +188,7 @@ def greater_than(
 def gendered_pronoun(
     tokenizer: PreTrainedTokenizerBase,
     *,
-    n: Sequence[Count] = DEFAULT_SIZES,
+    n: Sequence[FromZeroCount] = DEFAULT_SIZES,
     seed: Seed = 0,
     prepend_bos: bool | None = None,
 ) -> Task:

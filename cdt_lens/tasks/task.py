@@ -211,7 +211,7 @@ class Examples(Sequence[Example]):
         return self[:n]
 
     @checked_arguments
-    def balanced(self, n: Count | None = None, *, seed: Seed = 0) -> Examples:
+    def balanced(self, n: int | None = None, *, seed: Seed = 0) -> Examples:
         """Draw the same number of examples of each label, in the order of the data.
 
         Args:

@@ -119,7 +119,7 @@ def test_random_heads_are_reproducible_and_of_the_right_size():
         assert set(drawn) <= set(all_heads(3, 4))
     assert len({random_heads(5, 3, 4, seed=seed) for seed in range(10)}) > 5
     for k in (-1, 13):
-        with pytest.raises(InputError, match=f"k={k}.*12 heads"):
+        with pytest.raises(InputError, match=f"k={k}"):
             random_heads(k, 3, 4, seed=0)
 
 
