@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.checks import left_untouched, unchecked_types
-from helpers.shared import shared
+from helpers.shared import other_weights, shared
 from helpers.tiny_models import prompts
 from helpers.tiny_tasks import examples, many
 from helpers.tiny_training import task as tiny_task
@@ -21,6 +21,9 @@ import cdt_lens as cdt
 from cdt_lens.circuits.ablation import circuit_metric
 from cdt_lens.decomposition.baseline import zero_baseline
 from cdt_lens.interchange.graphs import circuit_from_graph, graph_from_circuit
+from cdt_lens.scoring.edge_scores import score_edges
+from cdt_lens.scoring.methods import random_scores
+from cdt_lens.scoring.one_pass import position_relevance
 from cdt_lens.tasks.prompts import build_examples
 
 Call = Callable[[SimpleNamespace], Any]
@@ -166,6 +169,87 @@ def test_the_wrong_object_is_told_with_the_fix(mistake: str, made: SimpleNamespa
         call(made)
     assert "\n" not in str(caught.value)
     assert not list(made.folder.iterdir())
+
+
+def _with_ids(data: cdt.Examples, **changes: tuple[int, ...]) -> cdt.Examples:
+    """The same examples, with other ids in the last of them."""
+    return replace(data, items=(*data.items[:-1], replace(data.items[-1], **changes)))
+
+
+# Every way to hand examples to a model.
+READS_EXAMPLES: dict[str, Callable[[Any, cdt.Examples, Any, Any], Any]] = {
+    "mean_activations": lambda m, e, b, t: cdt.mean_activations(m, e, **QUIET),
+    "zero_baseline": lambda m, e, b, t: zero_baseline(m, e),
+    "counterfactual_baseline": lambda m, e, b, t: cdt.counterfactual_baseline(m, e, e),
+    "counterfactual pairs": lambda m, e, b, t: cdt.counterfactual_baseline(m, t.train, e),
+    "decompose": lambda m, e, b, t: cdt.decompose(m, e, [["L0H0"]], b),
+    "score_heads": lambda m, e, b, t: cdt.score_heads(m, e, b, **QUIET),
+    "one_pass": lambda m, e, b, t: cdt.one_pass(m, e, b, **QUIET),
+    "random_scores": lambda m, e, b, t: random_scores(m, e, b),
+    "score_edges": lambda m, e, b, t: score_edges(m, e, b, **QUIET),
+    "circuit_metric": lambda m, e, b, t: circuit_metric(m, [["L0H0"]], e, b, **QUIET),
+    "attention_view": lambda m, e, b, t: cdt.attention_view(m, e, ["L0H0"]),
+    "position_relevance": lambda m, e, b, t: position_relevance(m, e, b),
+    "evaluate": lambda m, e, b, t: cdt.evaluate(m, e),
+    "calibrate": lambda m, e, b, t: cdt.calibrate(m, replace(t, content_free=e)),
+    "finetune": lambda m, e, b, t: cdt.finetune(m, replace(t, valid=e), heads=["L0H1"], **QUIET),
+    "compare_methods": lambda m, e, b, t: cdt.compare_methods(m, t.train, e, b, **QUIET),
+}  # fmt: skip
+FOREIGN_IDS = {
+    "a prompt beyond the vocabulary": {"tokens": (5, 500)},
+    "a negative id": {"tokens": (5, -1)},
+    "an answer beyond the vocabulary": {"answers": (128,)},
+    "a competitor beyond the vocabulary": {"others": (5000,)},
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN_IDS)
+@pytest.mark.parametrize("function", READS_EXAMPLES)
+def test_ids_that_the_model_does_not_have_are_refused(
+    function: str, what: str, made: SimpleNamespace
+):
+    data = _with_ids(made.task.train, **FOREIGN_IDS[what])
+    with unchecked_types(), pytest.raises(cdt.InputError, match="token id .* has the ids 0 to 127"):
+        READS_EXAMPLES[function](made.model, data, made.baseline, made.task)
+
+
+TAKES_HEADS: dict[str, Callable[[Any, Any, Any, Any], Any]] = {
+    "circuit_metric": lambda m, c, s, h: circuit_metric(m, [h], s.data, s.own, **QUIET),
+    "decompose": lambda m, c, s, h: cdt.decompose(m, s.data, [h], s.own),
+    "decompose targets": lambda m, c, s, h: cdt.decompose(m, s.data, [["L0H0"]], s.own, targets=h),
+    "score_heads": lambda m, c, s, h: cdt.score_heads(m, s.data, s.own, heads=h, **QUIET),
+    "exact_ablation": lambda m, c, s, h: cdt.exact_ablation(m, s.data, s.own, heads=h, **QUIET),
+    "attention_view": lambda m, c, s, h: cdt.attention_view(m, s.data, h),
+    "token_relevance": lambda m, c, s, h: cdt.token_relevance(m, s.data, h, s.own),
+    "finetune": lambda m, c, s, h: cdt.finetune(m, s.task, heads=h, epochs=1, **QUIET),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", TAKES_HEADS)
+def test_a_circuit_of_another_model_is_refused(
+    function: str, made: SimpleNamespace, tokenizer_folder: str
+):
+    other = other_weights("gpt2", tokenizer_folder, torch.float32)
+    here = SimpleNamespace(
+        data=made.data[:2], task=made.task, own=cdt.mean_activations(other, made.data, **QUIET)
+    )
+    with unchecked_types():
+        with pytest.raises(cdt.ArtifactError, match="this circuit was made with model"):
+            TAKES_HEADS[function](other, made, here, made.circuit)
+        with pytest.raises(cdt.InputError, match="the model has layers 0-1 of heads 0-3"):
+            TAKES_HEADS[function](other, made, here, ["L0H9"])
+        TAKES_HEADS[function](other, made, here, list(made.circuit.heads))
+
+
+def test_a_baseline_of_another_model_is_refused_everywhere(
+    made: SimpleNamespace, tokenizer_folder: str
+):
+    other = other_weights("gpt2", tokenizer_folder, torch.float32)
+    takes = {"decompose", "score_heads", "one_pass", "random_scores", "circuit_metric",
+             "position_relevance", "score_edges", "compare_methods"}  # fmt: skip
+    for name in sorted(takes):
+        with unchecked_types(), pytest.raises(cdt.ArtifactError, match="this baseline was made"):
+            READS_EXAMPLES[name](other, made.task.valid, made.baseline, made.task)
 
 
 def test_a_circuit_is_a_set_of_heads(made: SimpleNamespace):

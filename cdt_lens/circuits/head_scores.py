@@ -246,7 +246,19 @@ class HeadScores(Saved):
 
     @checked_arguments
     def heatmap(self, circuit: Circuit | None = None) -> Figure:
-        """Map of the scores, layer x head, with the heads of `circuit` outlined."""
+        """Map of the scores, layer x head, with the heads of `circuit` outlined.
+
+        Args:
+            circuit: A circuit of the same model.
+
+        Raises:
+            InputError: The circuit is of a model of another shape.
+        """
+        if circuit is not None and circuit.mask.shape != self.values.shape:
+            raise InputError(
+                f"heatmap: the circuit is of {circuit.n_layers} layers of {circuit.n_heads} heads, "
+                f"the scores of {self.n_layers} of {self.n_heads}; give a circuit of the same model"
+            )
         return display.figure(self, circuit=circuit)
 
     @checked_arguments

@@ -401,6 +401,7 @@ def counterfactual_baseline(
     """
     view = view_of(model)
     check_examples(view, examples)
+    check_examples(view, pairs)
     if len(examples) != len(pairs):
         raise InputError(
             f"counterfactual_baseline: got {len(examples)} examples and {len(pairs)} "

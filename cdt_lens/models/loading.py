@@ -190,8 +190,6 @@ def default_device() -> str:
 def _use_hooked(backend: Backend, family: str) -> bool:
     if backend == "bridge":
         return False
-    if backend not in ("auto", "hooked"):
-        raise InputError(f"backend={backend!r}: expected auto, hooked or bridge")
     possible = has_hooked_transformer()
     if backend == "auto":
         return possible and family in _HOOKED_FAMILIES

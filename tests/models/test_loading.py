@@ -325,7 +325,7 @@ def test_a_hub_name_without_a_network(monkeypatch):
 def test_an_unknown_backend(folder):
     with (
         unchecked_types(),
-        pytest.raises(InputError, match="backend='hook'.*auto, hooked or bridge"),
+        pytest.raises(InputError, match="backend='hook'.*auto, hooked, bridge"),
     ):
         load_model(folder, backend="hook")
 
