@@ -25,9 +25,10 @@ from cdt_lens.circuits.circuit import Circuit, random_heads, random_heads_like
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.measures import MIB_FRACTIONS, cmd, cpr, faithfulness, heads_at
 from cdt_lens.core import display
-from cdt_lens.core.choices import Metric, Ranking
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Count, Metric, Ranking, Seed
 from cdt_lens.core.equality import EqualByContent
-from cdt_lens.core.errors import InputError, expect
+from cdt_lens.core.errors import InputError
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.saved import Saved
 from cdt_lens.decomposition.baseline import Baseline
@@ -210,6 +211,7 @@ class CircuitFaithfulness(EqualByContent):
         return display.html(title, self.to_dataframe())
 
 
+@checked_arguments
 @hashed_once()
 def faithfulness_curve(
     model: nn.Module | ModelView,
@@ -220,11 +222,11 @@ def faithfulness_curve(
     fractions: Sequence[float] = MIB_FRACTIONS,
     by: Ranking = "signed",
     metric: Metric = "direction",
-    draws: int = 5,
-    seed: int = 0,
+    draws: Count = 5,
+    seed: Seed = 0,
     task: Task | None = None,
-    batch_size: int = 16,
-    rows: int | None = None,
+    batch_size: Count = 16,
+    rows: Count | None = None,
     progress: bool = True,
 ) -> FaithfulnessCurve:
     """Measure f of the top heads of a ranking at growing sizes, and of random circuits.
@@ -254,7 +256,6 @@ def faithfulness_curve(
             every head does not change the metric.
         ArtifactError: The scores belong to another model.
     """
-    expect(scores, HeadScores, "faithfulness_curve", "for a circuit use circuit_faithfulness")
     view = view_of(model)
     scores.provenance.check_model(view, "these scores")
     fractions = checked_fractions(fractions)
@@ -289,6 +290,7 @@ def faithfulness_curve(
     )
 
 
+@checked_arguments
 @hashed_once()
 def circuit_faithfulness(
     model: nn.Module | ModelView,
@@ -297,11 +299,11 @@ def circuit_faithfulness(
     baseline: Baseline,
     *,
     metric: Metric = "direction",
-    draws: int = 5,
-    seed: int = 0,
+    draws: Count = 5,
+    seed: Seed = 0,
     task: Task | None = None,
-    batch_size: int = 16,
-    rows: int | None = None,
+    batch_size: Count = 16,
+    rows: Count | None = None,
     progress: bool = True,
 ) -> CircuitFaithfulness:
     """Measure f and completeness of one circuit, and f of random circuits of its size.
@@ -328,8 +330,6 @@ def circuit_faithfulness(
         ArtifactError: The circuit was found in another model.
         InputError: There are no examples, or ablating every head does not change the metric.
     """
-    fix = "scores.select(...) makes one, and so does Circuit(heads, n_layers, n_heads)"
-    expect(circuit, Circuit, "circuit_faithfulness", fix)
     view = view_of(model)
     circuit.check_model(view)
     measured = _measure(
@@ -376,10 +376,8 @@ def _measure(
     passes: Passes,
 ) -> _Measured:
     """Measure circuits with their complements and random controls, each different one once."""
-    if draws < 1:
-        raise InputError(f"draws={draws}: expected at least 1 random circuit of each kind")
-    for name in ("valid", "test") if task is not None else ():
-        if examples.name == getattr(task, name).name:
+    for name in ("valid", "test"):
+        if task is not None and examples.name == getattr(task, name).name:
             task.require_held_out(name)
     everyone = all_heads(view.n_layers, view.n_heads)
     families = [_family(heads, view, draws, seed) for heads in circuits]
@@ -453,7 +451,7 @@ def checked_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
     Raises:
         InputError: The fractions are fewer, out of order or out of range.
     """
-    values = tuple(float(x) for x in fractions)
+    values = tuple(fractions)
     if (
         len(values) < 2
         or list(values) != sorted(set(values))

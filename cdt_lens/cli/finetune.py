@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -88,7 +88,7 @@ def finetune(
     loaded = load_for(settings, say)
     target = make_task(settings, loaded.tokenizer)
     result = train_on(
-        loaded, target, heads=heads, scope=scope,
+        loaded, target, heads=heads, scope=cast(Any, scope),
         source=None if of_source is None else make_task(of_source, loaded.tokenizer),
         options=options, checkpoint=out / "checkpoint.json", keep_checkpoint=True,
         log=out / "log.jsonl",

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
-from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from collections.abc import Iterable
+from typing import Any
 
 
 class CdtLensError(Exception):
@@ -18,6 +18,10 @@ class CdtLensError(Exception):
 
 class InputError(CdtLensError, ValueError):
     """A value, file or option that the caller gave cannot be used."""
+
+
+class UnknownNameError(InputError, AttributeError):
+    """The package has no such name at its top level."""
 
 
 class ArtifactError(CdtLensError):
@@ -86,22 +90,3 @@ def _code_points(word: str, known: Iterable[str], also: Iterable[str] = ()) -> s
         return ""
     shown = (f"{x!r} is U+{ord(x):04X} {unicodedata.name(x, '')}".rstrip() for x in letters)
     return f" ({', '.join(shown)})"
-
-
-def check_choices(what: str, options: object, kinds: Mapping[str, Any]) -> None:
-    """Check the fields of an object that have a fixed set of values.
-
-    Args:
-        what: The name of the object, for the message.
-        options: The object.
-        kinds: The `Literal` type of each field, by its name.
-
-    Raises:
-        InputError: A field has a value that its `Literal` does not list.
-    """
-    for name, kind in kinds.items():
-        value = getattr(options, name)
-        if value not in get_args(kind):
-            raise InputError(
-                f"{what}: {name}={value!r}: expected one of {', '.join(get_args(kind))}"
-            )

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from cdt_lens.core.artifacts import load_artifact, save_artifact
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import ArtifactError
 
@@ -27,6 +28,7 @@ class Saved(EqualByContent, ABC):
     _kind: ClassVar[str]
     _version: ClassVar[int] = 1
 
+    @checked_arguments
     def save(self, path: str | Path) -> Path:
         """Save as JSON, with the tensors beside it as safetensors; whole or not at all.
 
@@ -46,6 +48,7 @@ class Saved(EqualByContent, ABC):
         )
 
     @classmethod
+    @checked_arguments
     def load(cls: type[Result], path: str | Path) -> Result:
         """Read a file that `save` wrote, of this version of `cdt_lens` or an earlier one.
 

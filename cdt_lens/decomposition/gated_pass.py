@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cdt_lens.core import display
-from cdt_lens.core.choices import Direction
+from cdt_lens.core.choices import Count, Direction
 from cdt_lens.core.errors import InputError, NonFiniteError, UnsupportedModelError
 from cdt_lens.decomposition import rules as rule
 from cdt_lens.decomposition.baseline import BaselineAt
@@ -36,7 +36,7 @@ from cdt_lens.tasks.metrics import strongest_competitor, task_direction
 from cdt_lens.tasks.task import Batch
 
 # The points at which the gates of all heads stand, from 0 (ablated) to 1 (the plain model).
-Steps = int | Literal["ends"] | None
+Steps = Count | Literal["ends"] | None
 
 
 def _points(steps: Steps) -> list[float]:

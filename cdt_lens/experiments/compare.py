@@ -9,7 +9,8 @@ from pathlib import Path
 from cdt_lens.comparing.compare import checked_methods, compare_methods
 from cdt_lens.comparing.comparison import Comparison, PlantedComparison
 from cdt_lens.core.artifacts import atomic_write
-from cdt_lens.core.choices import Backend
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Backend, Count, Seed
 from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.core.folders import check_run_folder
 from cdt_lens.core.kept import Say, file_name
@@ -82,16 +83,17 @@ def check_compare(folder: Path, settings: Settings, task: Task, *, held_out: int
         refuse_other_settings(path, {"held_out": kept.held_out}, {"held_out": len(valid)})
 
 
+@checked_arguments
 def compare_planted(
     circuits: Iterable[str] = tuple(PLANTED),
     methods: Iterable[str] = DEFAULT_METHODS,
     *,
     folder: str | Path | None = None,
-    draws: int = 5,
-    seed: int = 0,
+    draws: Count = 5,
+    seed: Seed = 0,
     backend: Backend = "auto",
-    batch_size: int = 16,
-    rows: int | None = None,
+    batch_size: Count = 16,
+    rows: Count | None = None,
     progress: bool = True,
     say: Say | None = None,
 ) -> PlantedComparison:

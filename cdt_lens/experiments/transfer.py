@@ -28,6 +28,7 @@ from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve, f_of
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.artifacts import atomic_write, load_artifact, remove_artifact, save_artifact
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.folders import check_run_folder
 from cdt_lens.core.kept import Kept, as_json
@@ -60,6 +61,7 @@ Say = Callable[[str], None]
 _RUN, _PROXY = "cdt_lens.transfer_run", "cdt_lens.transfer_proxy"
 
 
+@checked_arguments
 def run_transfer(
     config: TransferConfig, folder: str | Path, say: Say, *, progress: bool = True
 ) -> TransferResult:

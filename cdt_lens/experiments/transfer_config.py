@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from cdt_lens.core.checked import Checked, check_names, from_values
+from cdt_lens.core.checked import Checked, check_names, checked_arguments, from_values
 from cdt_lens.core.choices import Backend, Preset, Ranking
 from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.experiments.settings import (
@@ -182,6 +182,7 @@ class TransferConfig(ModelSettings):
         return Settings(task=task.name, language=language, files=files, **values)
 
 
+@checked_arguments
 def read_config(path: str | Path) -> TransferConfig:
     """Read the configuration in a TOML file.
 

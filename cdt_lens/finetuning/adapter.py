@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cdt_lens.core import display
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.saved import Saved
 from cdt_lens.finetuning.slices import HeadSlice
@@ -56,6 +57,7 @@ class Adapter(Saved):
     provenance: Provenance = field(repr=False)
     task: TaskCard | None = field(default=None, repr=False)
     _format, _kind = "cdt_lens.adapter", "adapter"
+    _advice = "finetune(...).adapter is one"
 
     def __repr__(self) -> str:
         sizes = f"{self.elements:,} elements of {len(self.slices) + len(self.whole)} weights"
@@ -92,6 +94,7 @@ class Adapter(Saved):
 
     # ------------------------------------------------------------------ on and off
 
+    @checked_arguments
     def apply(self, model: nn.Module | ModelView, *, check: bool = True) -> Applied:
         """Write the trained elements into a model.
 
@@ -124,6 +127,7 @@ class Adapter(Saved):
         sync_fused(view)
         return Applied(view, parts, before, whole, before_whole)
 
+    @checked_arguments
     @contextmanager
     def applied(self, model: nn.Module | ModelView, *, check: bool = True) -> Iterator[None]:
         """Apply the adapter within the `with` block, and restore the model afterwards.

@@ -130,10 +130,16 @@ class Log:
 
     Args:
         path: The file, to which lines are appended.
+
+    Raises:
+        InputError: `path` is a folder.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.is_dir():
+            file = self.path / "log.jsonl"
+            raise InputError(f"log: {path} is a folder; name a file, such as {file}")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a line, from the main process.

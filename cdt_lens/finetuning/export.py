@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from cdt_lens.core.artifacts import new_folder
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.folders import check_writable
 from cdt_lens.finetuning.adapter import Adapter
@@ -28,6 +29,7 @@ from cdt_lens.models.loading import bridge_of
 from cdt_lens.models.view import ModelView
 
 
+@checked_arguments
 def export(
     adapter: Adapter, base: str | Path, folder: str | Path, *, allow_unchanged: bool = False
 ) -> Path:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cdt_lens.core.artifacts import new_folder
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.folders import check_writable
 from cdt_lens.models.hugging_face import load_hugging_face, third_party_noise_off
@@ -59,6 +60,7 @@ PACKAGED = {
 }
 
 
+@checked_arguments
 def fetch(
     name: str, folder: str | Path, *, say: Callable[[str], None] = lambda _text: None
 ) -> Path:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Backend
 from cdt_lens.core.errors import CdtLensError, InputError, UnsupportedModelError
 from cdt_lens.models.hugging_face import first_line, load_hugging_face, third_party_noise_off
@@ -37,6 +38,7 @@ _HOOKED_FAMILIES = frozenset(
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@checked_arguments
 def load_model(
     source: str | Path | nn.Module,
     *,

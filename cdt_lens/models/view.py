@@ -29,6 +29,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from cdt_lens.core.errors import InputError, UnsupportedModelError
 from cdt_lens.models.caller_hooks import caller_hooks
+from cdt_lens.models.heads import Head, check_heads
 from cdt_lens.models.positions import longrope_limit
 from cdt_lens.models.sites import NORMS, Hook, Site, find_sites
 from cdt_lens.models.trace import BlockCall, Trace, _recorder, _shared_calls
@@ -64,6 +65,8 @@ class ModelView:
         InputError: `tl` is of another class.
     """
 
+    _advice = "load_model(name) loads a HookedTransformer or TransformerBridge"
+
     def __init__(self, tl: nn.Module) -> None:
         if not is_model(tl):
             raise InputError(
@@ -78,6 +81,7 @@ class ModelView:
         self.d_head: int = int(cfg.d_head)
         self.d_model: int = int(cfg.d_model)
         self.n_ctx: int = int(cfg.n_ctx)
+        self.d_vocab: int = int(cfg.d_vocab)
         self.is_bridge = isinstance(tl, TransformerBridge)
         self.name: str = str(getattr(cfg, "model_name", None) or type(tl).__name__)
         self._places = find_sites(tl, self.n_layers)
@@ -152,6 +156,24 @@ class ModelView:
         bias = getattr(inner, "b", None)
         bias = getattr(inner, "bias", None) if bias is None else bias
         return bias.detach() if isinstance(bias, Tensor) else None
+
+    def heads(self, heads: Iterable[Head | str]) -> tuple[Head, ...]:
+        """Return heads of this model, in order and without repeats.
+
+        Args:
+            heads: heads, their names, or a circuit, which must be of this model.
+
+        Returns:
+            The heads, ordered by layer and head.
+
+        Raises:
+            InputError: an item is not a head, or a head is outside the model.
+            ArtifactError: the circuit was found in another model.
+        """
+        check_model = getattr(heads, "check_model", None)
+        if check_model is not None:
+            check_model(self)
+        return check_heads(heads, self.n_layers, self.n_heads)
 
     # ------------------------------------------------------------------ hooks
 

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from cdt_lens.core import display
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import FromZero, Seed
 from cdt_lens.core.errors import InputError
 from cdt_lens.models.heads import all_heads, heads_to_mask, mask_to_heads
 from cdt_lens.models.hugging_face import third_party_noise_off
@@ -71,8 +73,9 @@ class PlantedCircuit:
         return display.html(f"{self.name}: {self.why}", self.to_dataframe())
 
 
+@checked_arguments
 def planted_circuit(
-    name: str, *, seed: int = 0, backend: Backend = "auto", noise: float | None = None
+    name: str, *, seed: Seed = 0, backend: Backend = "auto", noise: FromZero | None = None
 ) -> PlantedCircuit:
     """Create a planted circuit. Its model is ready for `score_heads`.
 

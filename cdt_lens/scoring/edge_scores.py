@@ -28,11 +28,13 @@ from torch import Tensor, nn
 
 from cdt_lens.circuits.nodes import Site
 from cdt_lens.core import display
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Count, Preset
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError, NonFiniteError
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import gather_items
-from cdt_lens.decomposition.baseline import Baseline, check_baseline, no_mlp_baseline
+from cdt_lens.decomposition.baseline import Baseline, no_mlp_baseline
 from cdt_lens.decomposition.decompose import (
     build_mlp_resets,
     build_resets,
@@ -48,7 +50,7 @@ from cdt_lens.models.heads import Head, Mlp, all_heads
 from cdt_lens.models.sites import Hook
 from cdt_lens.models.view import ModelView, at_least_float32, view_of
 from cdt_lens.tasks.metrics import balanced_mean, label_numbers, task_direction
-from cdt_lens.tasks.task import Batch, Examples, require_examples
+from cdt_lens.tasks.task import Batch, Examples, check_examples
 
 Unit = Head | Mlp
 _SITES: tuple[Site, Site, Site] = ("q", "k", "v")
@@ -83,6 +85,7 @@ class EdgeScores(EqualByContent):
     def _count(self) -> int:
         return sum(int(v.count_nonzero()) for v in (self.to_logits, self.to_heads, self.to_mlps))
 
+    @checked_arguments
     def into(self, target: Unit | str) -> Iterator[tuple[Unit, Site, float]]:
         """Iterate over the edges that end in a head or MLP, the strongest first.
 
@@ -111,15 +114,16 @@ class EdgeScores(EqualByContent):
 
 
 # The gradients need tensors made outside of the caller's inference mode.
+@checked_arguments
 @torch.inference_mode(False)
 def score_edges(
     model: nn.Module | ModelView,
     examples: Examples,
     baseline: Baseline,
     *,
-    rules: str | Rules = "shared",
-    batch_size: int = 16,
-    rows: int | None = None,
+    rules: Preset | Rules = "shared",
+    batch_size: Count = 16,
+    rows: Count | None = None,
     progress: bool = True,
 ) -> EdgeScores:
     """Score all edges between heads, MLPs and the logits, in about the time of four sweeps.
@@ -143,16 +147,16 @@ def score_edges(
         UnsupportedModelError: A component of the model has no rule.
         NonFiniteError: A source left the finite range under these rules.
     """
-    require_examples(examples)
     passes = Passes(batch_size, rows, progress)
     view = view_of(model)
+    check_examples(view, examples)
     rules = resolve_rules(rules)
     if rules.context != "full":
         raise InputError(
             "score_edges: context='both' is defined for logits only, not inside the model; use "
             "rules with context='full', such as the preset 'shared'"
         )
-    check_baseline(baseline, view)
+    baseline.check_model(view)
     sources = _units(view)
     items: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
     batches = passes.batches(examples, view.longrope_limit)

@@ -11,10 +11,10 @@ With `rules="ablation"` the same sweep computes the exact effect of mean-ablatin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,16 +22,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cdt_lens.circuits.head_scores import HeadScores, label_index
-from cdt_lens.core.choices import DEFAULT_RULES, Direction
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import DEFAULT_RULES, Count, Direction, Preset
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.kept import Kept
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import gather_items, shard
-from cdt_lens.decomposition.baseline import Baseline, check_baseline
+from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.decompose import irrelevant_logits
 from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import Rules, resolve_rules
-from cdt_lens.models.heads import Head, all_heads, check_heads
+from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.metrics import (
@@ -41,22 +42,23 @@ from cdt_lens.tasks.metrics import (
     task_direction,
     warn_at_chance,
 )
-from cdt_lens.tasks.task import Batch, Examples, require_examples
+from cdt_lens.tasks.task import Batch, Examples, check_examples
 
 SWEEP_FORMAT = "cdt_lens.sweep"
 
 
+@checked_arguments
 @hashed_once()
 def score_heads(
     model: nn.Module | ModelView,
     examples: Examples,
     baseline: Baseline,
     *,
-    rules: str | Rules = DEFAULT_RULES,
-    heads: Sequence[Head | str] | None = None,
+    rules: Preset | Rules = DEFAULT_RULES,
+    heads: Iterable[Head | str] | None = None,
     direction: Direction = "mean",
-    batch_size: int = 16,
-    rows: int | None = None,
+    batch_size: Count = 16,
+    rows: Count | None = None,
     checkpoint: str | Path | None = None,
     method: str = "cdt",
     progress: bool = True,
@@ -70,7 +72,8 @@ def score_heads(
         examples: The examples to score.
         baseline: The values that ablated heads take.
         rules: Name of a preset, or `Rules`.
-        heads: The heads to score, as `Head` or by name; None scores all.
+        heads: The heads to score, as `Head` or by name, or a circuit of this model; None scores
+            all.
         direction: "mean" of the competing answers, or "strongest" for the one that the full model
             rates highest.
         batch_size: Number of examples per batch.
@@ -90,12 +93,12 @@ def score_heads(
         NonFiniteError: A head left the finite range; the message names the head, the layer and the
             rule to change.
     """
-    require_examples(examples)
     passes = Passes(batch_size, rows, progress)
     view = view_of(model)
+    check_examples(view, examples)
     rules = resolve_rules(rules)
-    check_baseline(baseline, view)
-    chosen = None if heads is None else check_heads(heads, view.n_layers, view.n_heads)
+    baseline.check_model(view)
+    chosen = None if heads is None else view.heads(heads)
     if chosen == ():
         raise InputError("score_heads: heads=[]: expected at least one head, or None for all")
     sources = all_heads(view.n_layers, view.n_heads) if chosen is None else chosen
@@ -117,12 +120,7 @@ def recorded_options(baseline: Baseline, direction: Direction) -> dict[str, Any]
     Args:
         baseline: The baseline of the scores.
         direction: Their direction.
-
-    Raises:
-        InputError: The direction is unknown.
     """
-    if direction not in get_args(Direction):
-        raise InputError(f"direction={direction!r}: expected {' or '.join(get_args(Direction))}")
     return {
         "direction": direction,
         "baseline": baseline.kind,

@@ -17,17 +17,16 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
-from transformers import PreTrainedTokenizerBase
-
+from cdt_lens.core.checked import Fix, checked_arguments
+from cdt_lens.core.choices import Count, FromZeroCount, Level, Seed
 from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.tasks import pseudo_languages as pseudo
 from cdt_lens.tasks.generated import DEFAULT_SIZES, GENERATORS
-from cdt_lens.tasks.prompts import PromptFormat, check_tokenizer
+from cdt_lens.tasks.prompts import PromptFormat, Tokenizer, Verbalizer
 from cdt_lens.tasks.rows import (
     SPLITS,
     Table,
@@ -96,21 +95,25 @@ KNOWN: Mapping[str, KnownDataset] = MappingProxyType(
 TASK_NAMES = (*KNOWN, *GENERATORS, pseudo.PSEUDO_TASK)
 
 
+@checked_arguments
 def load_task(
-    name: str,
+    name: Annotated[str, Fix("task_from_files makes a task of texts of your own")],
     config: str | None = None,
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     folder: str | Path | None = None,
     template: str | None = None,
-    verbalizer: Mapping[str, str] | None = None,
-    shots: int = 0,
-    seed: int = 0,
+    verbalizer: Verbalizer | None = None,
+    shots: FromZeroCount = 0,
+    seed: Seed = 0,
     prepend_bos: bool | None = None,
-    max_length: int | None = None,
+    max_length: Count | None = None,
     truncate: bool = False,
-    limit: int | None = None,
-    n: Sequence[int] | None = None,
+    limit: Count | None = None,
+    n: Annotated[
+        Sequence[FromZeroCount] | None,
+        Fix("give the sizes of train, valid and test, such as (48, 24, 24)"),
+    ] = None,
     check_counts: bool = True,
     revision: str | None = None,
 ) -> Task:
@@ -149,14 +152,13 @@ def load_task(
             f"task {name!r}: unknown{did_you_mean(name, TASK_NAMES)}; expected one of "
             f"{', '.join(TASK_NAMES)} (or use task_from_files, task_from_hub)"
         )
-    check_tokenizer(tokenizer)
-    if n is not None and (not isinstance(n, Sequence) or len(n) != 3):
+    if n is not None and len(n) != 3:
         raise InputError(f"task {name!r}: n={n!r}: expected the sizes of train, valid and test")
     if name in GENERATORS:
         given: dict[str, Any] = {"config": config, "folder": folder, "template": template}
         given |= {"shots": shots or None, "verbalizer": verbalizer, "revision": revision}
         _refuse(name, "is generated", given)
-        sizes = [_at_most(name, limit, size) for size in n or DEFAULT_SIZES]
+        sizes = [_at_most(limit, size) for size in n or DEFAULT_SIZES]
         return GENERATORS[name](tokenizer, n=sizes, seed=seed, prepend_bos=prepend_bos)
     known = KNOWN.get(name)
     format = PromptFormat(
@@ -184,22 +186,25 @@ def load_task(
     return _build(f"{name}/{language}", tables, format, shots=shots, seed=seed, limit=limit)
 
 
+@checked_arguments
 def task_from_files(
-    paths: Mapping[str, str | Path],
+    paths: Annotated[
+        Mapping[str, str | Path], Fix("such as {'train': 'train.csv', 'test': 'test.csv'}")
+    ],
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     template: str,
-    verbalizer: Mapping[str, str],
+    verbalizer: Verbalizer,
     label_column: str = "label",
     name: str = "files",
     quoting: bool | None = None,
-    split: float | None = None,
-    shots: int = 0,
-    seed: int = 0,
+    split: Level | None = None,
+    shots: FromZeroCount = 0,
+    seed: Seed = 0,
     prepend_bos: bool | None = None,
-    max_length: int | None = None,
+    max_length: Count | None = None,
     truncate: bool = False,
-    limit: int | None = None,
+    limit: Count | None = None,
 ) -> Task:
     """Load a task from one CSV, TSV or JSONL file for each split, plain or gzipped.
 
@@ -236,25 +241,26 @@ def task_from_files(
     return _build(name, tables, format, split=split, shots=shots, seed=seed, limit=limit)
 
 
+@checked_arguments
 def task_from_hub(
     repo: str,
     config: str | None = None,
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     template: str,
-    verbalizer: Mapping[str, str],
+    verbalizer: Verbalizer,
     label_column: str = "label",
     label_names: Sequence[str] | None = None,
     splits: Mapping[str, str] | None = None,
     revision: str | None = None,
     data_dir: str | None = None,
-    split: float | None = None,
-    shots: int = 0,
-    seed: int = 0,
+    split: Level | None = None,
+    shots: FromZeroCount = 0,
+    seed: Seed = 0,
     prepend_bos: bool | None = None,
-    max_length: int | None = None,
+    max_length: Count | None = None,
     truncate: bool = False,
-    limit: int | None = None,
+    limit: Count | None = None,
 ) -> Task:
     """Load a task from a data set of the Hugging Face hub, or from a local folder.
 
@@ -395,7 +401,7 @@ def _build(
     splits = {part: Examples((), format.labels, f"{name}/{part}") for part in SPLITS}
     for part, table in tables.items():
         size = len(table.rows)
-        index = random.Random(seed).sample(range(size), _at_most(name, limit, size))
+        index = random.Random(seed).sample(range(size), _at_most(limit, size))
         table = table.pick(sorted(index))
         splits[part] = format.examples(table.rows, name=f"{name}/{part}", places=table.places)
     return Task(
@@ -418,8 +424,6 @@ def _set_aside(
     name: str, tables: Mapping[str, Table], format: PromptFormat, share: float
 ) -> dict[str, Table]:
     """Divide train into train and valid, with the share of the rows of each label in valid."""
-    if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share < 1:
-        raise InputError(f"{name}: split={share!r}: expected a share between 0 and 1, such as 0.2")
     if "valid" in tables or "train" not in tables:
         raise InputError(
             f"{name}: split={share}: it divides train where there is no valid split; the data have "
@@ -443,9 +447,7 @@ def _set_aside(
     return {"train": table.pick(train), "valid": table.pick(sorted(valid))}
 
 
-def _at_most(name: str, limit: int | None, size: int) -> int:
-    if limit is not None and limit < 1:
-        raise InputError(f"{name}: limit={limit}: expected at least 1")
+def _at_most(limit: int | None, size: int) -> int:
     return size if limit is None else min(size, limit)
 
 
@@ -454,7 +456,7 @@ def _few_shot(
 ) -> tuple[PromptFormat, Table]:
     """Return the format with a prefix of `shots` label-balanced rows, and the remaining rows."""
     n_labels = len(format.labels)
-    if shots < 0 or shots % n_labels:
+    if shots % n_labels:
         raise InputError(
             f"{name}: shots={shots}: expected a multiple of {n_labels}, the number of labels"
         )

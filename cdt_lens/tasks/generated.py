@@ -18,6 +18,8 @@ from types import MappingProxyType
 
 from transformers import PreTrainedTokenizerBase
 
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import FromZeroCount, Seed
 from cdt_lens.core.errors import InputError
 from cdt_lens.tasks.prompts import (
     check_boundary,
@@ -99,11 +101,12 @@ class _Recipe:
     verbalizer: Mapping[str, str] = field(default_factory=dict)
 
 
+@checked_arguments
 def ioi(
     tokenizer: PreTrainedTokenizerBase,
     *,
-    n: Sequence[int] = DEFAULT_SIZES,
-    seed: int = 0,
+    n: Sequence[FromZeroCount] = DEFAULT_SIZES,
+    seed: Seed = 0,
     prepend_bos: bool | None = None,
 ) -> Task:
     """Generate indirect object identification (arXiv 2211.00593).
@@ -140,11 +143,12 @@ def ioi(
     return _build(recipe, tokenizer, n=n, seed=seed, prepend_bos=prepend_bos)
 
 
+@checked_arguments
 def greater_than(
     tokenizer: PreTrainedTokenizerBase,
     *,
-    n: Sequence[int] = DEFAULT_SIZES,
-    seed: int = 0,
+    n: Sequence[FromZeroCount] = DEFAULT_SIZES,
+    seed: Seed = 0,
     prepend_bos: bool | None = None,
 ) -> Task:
     """Generate years of which the end must be later than the start (arXiv 2305.00586).
@@ -188,11 +192,12 @@ def greater_than(
     return _build(recipe, tokenizer, n=n, seed=seed, prepend_bos=prepend_bos)
 
 
+@checked_arguments
 def gendered_pronoun(
     tokenizer: PreTrainedTokenizerBase,
     *,
-    n: Sequence[int] = DEFAULT_SIZES,
-    seed: int = 0,
+    n: Sequence[FromZeroCount] = DEFAULT_SIZES,
+    seed: Seed = 0,
     prepend_bos: bool | None = None,
 ) -> Task:
     """Generate prompts for the pronoun that follows a name.
@@ -256,8 +261,8 @@ def _build(
     def split(part: str, size: int) -> Examples:
         labels = [recipe.labels[i % len(recipe.labels)] for i in range(size)]
         drafts = [_fresh(recipe, label, generator, prompts) for label in labels]
-        tokens = encode(tokenizer, [draft.prompt for draft in drafts])
-        tokens = [with_bos(tokenizer, own, prepend_bos) for own in tokens]
+        encoded = encode(tokenizer, [draft.prompt for draft in drafts])
+        tokens = [with_bos(tokenizer, own, prepend_bos) for own in encoded]
         items = tuple(
             Example(draft.prompt, own, label, draft.answers, draft.others, draft.fields)
             for draft, own, label in zip(drafts, tokens, labels, strict=True)

@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Metric
-from cdt_lens.core.errors import CdtLensWarning
+from cdt_lens.core.errors import CdtLensWarning, InputError
 
 
 def task_direction(
@@ -106,6 +107,7 @@ def correct(
     return answer > other
 
 
+@checked_arguments
 def average(
     metric: Metric, values: Float[Tensor, "*rows example"], labels: Int[Tensor, " example"]
 ) -> Float[Tensor, "*rows"]:
@@ -119,7 +121,11 @@ def average(
 
     Returns:
         The metric, in logits for "direction" and a share from 0 to 1 for the two accuracies.
+
+    Raises:
+        InputError: There are no examples, or the metric is unknown.
     """
+    _require_some(labels)
     return values.mean(-1) if metric == "accuracy" else balanced_mean(values, labels)
 
 
@@ -177,7 +183,11 @@ def balanced_mean(
 
     Returns:
         The label-balanced mean, in the unit of `values`.
+
+    Raises:
+        InputError: There are no examples.
     """
+    _require_some(labels)
     present = labels.unique()
     return torch.stack([values[..., labels == label].mean(-1) for label in present]).mean(0)
 
@@ -193,7 +203,11 @@ def balanced_stderr(
 
     Returns:
         The standard error in the unit of `values`, NaN if a label has a single example.
+
+    Raises:
+        InputError: There are no examples.
     """
+    _require_some(labels)
     present = labels.unique()
     terms = []
     for label in present:
@@ -204,6 +218,12 @@ def balanced_stderr(
     return torch.stack(terms).sum(0).sqrt() / len(present)
 
 
+def _require_some(labels: Int[Tensor, " example"]) -> None:
+    if not labels.numel():
+        raise InputError("no examples to average over")
+
+
+@checked_arguments
 def macro_f1(predicted: Sequence[str], gold: Sequence[str], labels: Sequence[str]) -> float:
     """Compute the mean over labels of F1 = 2TP / (2TP + FP + FN).
 
@@ -214,7 +234,15 @@ def macro_f1(predicted: Sequence[str], gold: Sequence[str], labels: Sequence[str
 
     Returns:
         Macro-F1 from 0 to 1.
+
+    Raises:
+        InputError: There are no labels, or the numbers of predicted and gold labels differ.
     """
+    if not labels or len(predicted) != len(gold):
+        raise InputError(
+            f"macro_f1: {len(labels)} labels, {len(predicted)} predicted and {len(gold)} gold; "
+            "expected at least one label, and a prediction for each example"
+        )
     scores = []
     for label in labels:
         hits = sum(p == g == label for p, g in zip(predicted, gold, strict=True))

@@ -25,11 +25,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
+from typing import Annotated
 
 from transformers import PreTrainedTokenizerBase
 
 from cdt_lens.core import display
-from cdt_lens.core.errors import CdtLensWarning, InputError, did_you_mean, expect
+from cdt_lens.core.checked import Checked, Fix, checked_arguments
+from cdt_lens.core.choices import Count
+from cdt_lens.core.errors import CdtLensWarning, InputError, did_you_mean
 from cdt_lens.tasks.rows import column_of, composed, no_column
 from cdt_lens.tasks.task import Example, Examples
 
@@ -37,8 +40,17 @@ from cdt_lens.tasks.task import Example, Examples
 CONTENT_FREE_TEXTS = ("N/A", "", "[MASK]")
 
 
+Tokenizer = Annotated[
+    PreTrainedTokenizerBase,
+    Fix("transformers.AutoTokenizer.from_pretrained(name) loads one; a loaded model's may be None"),
+]
+Verbalizer = Annotated[
+    Mapping[str, str], Fix("a label and its word are text, such as {'positive': ' positive'}")
+]
+
+
 @dataclass(frozen=True)
-class PromptFormat:
+class PromptFormat(Checked):
     """How rows of text become examples.
 
     Attributes:
@@ -55,21 +67,21 @@ class PromptFormat:
             its end, and the prefix and the answer cue stay whole.
 
     Raises:
-        InputError: there is no tokenizer. A mistake in the template or the verbalizer raises the
-            same error at its first use.
+        InputError: an option is of another type or out of range. A mistake in the template or the
+            verbalizer raises the same error at its first use.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     template: str
-    verbalizer: Mapping[str, str]
+    verbalizer: Verbalizer
     label_column: str = "label"
     prefix: str = ""
     prepend_bos: bool | None = None
-    max_length: int | None = None
+    max_length: Count | None = None
     truncate: bool = False
 
     def __post_init__(self) -> None:
-        check_tokenizer(self.tokenizer)
+        super().__post_init__()
         object.__setattr__(self, "verbalizer", _composed_labels(self.verbalizer))
 
     @cached_property
@@ -344,18 +356,19 @@ class PromptFormat:
         return prompt(size)
 
 
+@checked_arguments
 def build_examples(
     rows: Iterable[Mapping[str, object]],
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     template: str,
-    verbalizer: Mapping[str, str],
+    verbalizer: Verbalizer,
     label_column: str = "label",
     name: str = "examples",
     places: Sequence[str] | None = None,
     prefix: str = "",
     prepend_bos: bool | None = None,
-    max_length: int | None = None,
+    max_length: Count | None = None,
     truncate: bool = False,
 ) -> Examples:
     """Build one split from rows with a template and a verbalizer.
@@ -481,12 +494,7 @@ def context_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None) ->
 
     Returns:
         The limit, in tokens.
-
-    Raises:
-        InputError: `max_length` is below 1.
     """
-    if max_length is not None and max_length < 1:
-        raise InputError(f"max_length {max_length}: expected at least 1")
     return tokenizer.model_max_length if max_length is None else max_length
 
 
@@ -637,7 +645,6 @@ def _usual_spelling(context: str, word: str) -> tuple[str, str]:
 
 
 def _composed_labels(verbalizer: Mapping[str, str]) -> dict[str, str]:
-    expect(verbalizer, Mapping, "verbalizer", "give a word for each label: {'good': ' good'}")
     # Labels of other types are refused where they are used.
     names = [composed(label) if isinstance(label, str) else label for label in verbalizer]
     labels = dict(zip(names, verbalizer.values(), strict=True))
@@ -654,22 +661,6 @@ def _number_hint(label: str) -> str:
     if not label.strip().lstrip("-").replace(".", "", 1).isdigit():
         return ""
     return f"; give the verbalizer a word for each number (such as {label!r}), or write words"
-
-
-def check_tokenizer(tokenizer: object) -> None:
-    """Refuse None, the tokenizer of a model that was loaded without one.
-
-    Args:
-        tokenizer: the tokenizer.
-
-    Raises:
-        InputError: the tokenizer is None. The message says how to get one.
-    """
-    if tokenizer is None:
-        raise InputError(
-            "tokenizer=None: the model was loaded without a tokenizer. Pass the one that it was "
-            "trained with, such as transformers.AutoTokenizer.from_pretrained(name)."
-        )
 
 
 def _cell(row: Mapping[str, object], column: str, place: str) -> str:

@@ -501,7 +501,7 @@ def test_a_model_of_inference_mode_is_not_trained(backend, folders):
 def test_an_unknown_backend(folder):
     with (
         unchecked_types(),
-        pytest.raises(InputError, match="backend='hook'.*auto, hooked or bridge"),
+        pytest.raises(InputError, match="backend='hook'.*auto, hooked, bridge"),
     ):
         load_model(folder, backend="hook")
 

@@ -181,7 +181,7 @@ def test_limit_draws_the_same_rows_in_every_language(
         "nusax-senti", "jav", tokenizer=tokenizer, folder=nusax, check_counts=False, limit=7
     )
     assert texts_of(other) == texts_of(task)
-    with pytest.raises(InputError, match="limit=0: expected at least 1"):
+    with pytest.raises(InputError, match="limit=0: expected a whole number of at least 1"):
         small("nusax-senti", tokenizer, folder=nusax, limit=0)
     with pytest.raises(InputError, match=r"no row has label .* raise the limit"):
         small("nusax-senti", tokenizer, folder=nusax, limit=2)
@@ -198,7 +198,7 @@ def test_limit_draws_the_same_rows_in_every_language(
         ("xnli", "en", {"n": (2, 2, 2)}, r"\(use limit\): n=\(2, 2, 2\) does not apply"),
         ("ioi", "english", {}, r"'ioi' is generated: config='english' does not apply"),
         ("ioi", None, {"shots": 2}, r"is generated: shots=2 does not apply"),
-        ("ioi", None, {"limit": 0}, r"ioi: limit=0"),
+        ("ioi", None, {"limit": 0}, r"limit=0: expected a whole"),
         ("xnli", "en", {"folder": "nowhere"}, r"folder nowhere: expected dev-en.tsv.gz"),
         ("xnli", "en", {"folder": "x", "revision": "y"}, r"revision='y' does not apply"),
     ],
@@ -264,7 +264,7 @@ def test_few_shot_examples_are_not_in_blocks_of_labels(
     assert not all(in_blocks)
 
 
-@pytest.mark.parametrize("shots", [1, 4, -3])
+@pytest.mark.parametrize("shots", [1, 4])
 def test_shots_must_be_a_multiple_of_the_labels(
     tokenizer: PreTrainedTokenizerBase, nusax: Path, shots: int
 ) -> None:
