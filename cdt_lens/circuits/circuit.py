@@ -22,6 +22,7 @@ from cdt_lens.core.errors import InputError
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.heads import Head, all_heads, check_heads, heads_to_mask, mask_to_heads
 from cdt_lens.models.provenance import Provenance
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 
 
@@ -107,6 +108,7 @@ class Circuit(Saved):
     def _repr_html_(self) -> str:
         return display.page(self)
 
+    @uses_model
     def check_model(self, model: nn.Module | ModelView) -> None:
         """Refuse a model other than the one that the circuit was found in.
 

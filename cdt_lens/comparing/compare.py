@@ -38,6 +38,7 @@ from cdt_lens.core.kept import Say
 from cdt_lens.decomposition.baseline import Baseline, check_baseline
 from cdt_lens.models.caller_hooks import caller_hooks
 from cdt_lens.models.provenance import provenance_of
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.support import check_supported
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.scoring.agreement import auroc, average_precision, compare_scores
@@ -48,6 +49,7 @@ from cdt_lens.tasks.task import Examples, require_examples
 _NOTHING = 1e-4
 
 
+@uses_model
 def compare_methods(
     model: nn.Module | ModelView,
     train: Examples,

@@ -35,6 +35,7 @@ from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import sum_over_processes
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.provenance import Provenance, provenance_of
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.support import check_supported
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.task import Batch, Examples, require_examples
@@ -97,6 +98,7 @@ class Baseline(Saved):
         parts = [self.kind, origin.model_hash, origin.task_hash, _digest(self.means), pairs]
         return content_hash(parts + ([] if self.mlp_means is None else [_digest(self.mlp_means)]))
 
+    @uses_model
     def check_model(self, model: nn.Module | ModelView) -> None:
         """Check that a model has the weights that this baseline was computed with.
 
@@ -239,6 +241,7 @@ def _slot_of(kind: str, lengths: Int[Tensor, " batch"], n_pos: int) -> Int[Tenso
     return torch.zeros(len(lengths), n_pos, dtype=torch.long, device=lengths.device)
 
 
+@uses_model
 def mean_activations(
     model: nn.Module | ModelView,
     examples: Examples,
@@ -373,6 +376,7 @@ def check_baseline(baseline: object, view: ModelView) -> None:
     expect(baseline, Baseline, "baseline", fix).check_model(view)
 
 
+@uses_model
 def zero_baseline(model: nn.Module | ModelView, examples: Examples) -> Baseline:
     """Return the reference value 0 for every head, so that its whole z counts as relevant.
 
@@ -391,6 +395,7 @@ def zero_baseline(model: nn.Module | ModelView, examples: Examples) -> Baseline:
     return Baseline("zero", torch.zeros(0, 0, 0, 0), _named(view, examples, "zero"))
 
 
+@uses_model
 def counterfactual_baseline(
     model: nn.Module | ModelView, examples: Examples, pairs: Examples
 ) -> Baseline:

@@ -38,6 +38,7 @@ from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import Rules, resolve_rules
 from cdt_lens.decomposition.targets import TargetParts, Targets
 from cdt_lens.models.heads import Head, Mlp, check_heads
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, Site, view_of
 from cdt_lens.tasks.metrics import task_direction
 from cdt_lens.tasks.task import Batch, Examples, require_examples
@@ -119,6 +120,7 @@ class Decomposition(EqualByContent):
         return task_direction(self.relevant, self.direction)
 
 
+@uses_model
 def decompose(
     model: nn.Module | ModelView,
     examples: Examples,

@@ -9,19 +9,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal
 
 import pandas as pd
-import torch
 from torch import nn
 
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.core.errors import InputError, expect
 from cdt_lens.core.kept import Say
+from cdt_lens.core.undo import take_back_if_failed, unbroken, undoing
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.finetuning.answer_pass import AnswerPass
 from cdt_lens.finetuning.checkpoints import Checkpoint, Log
@@ -47,30 +46,15 @@ from cdt_lens.finetuning.trainable import SlicesAndWholes, Trainable
 from cdt_lens.finetuning.trainer import Trained, Trainer
 from cdt_lens.models.heads import Head, check_heads
 from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of, weight_hash
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.support import check_caller_hooks, check_supported
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.models.weights import check_trainable, own_weights, place
 from cdt_lens.tasks.evaluate import evaluate
 from cdt_lens.tasks.task import Task
 
-P = ParamSpec("P")
-R = TypeVar("R")
 
-
-def _with_gradients(function: Callable[P, R]) -> Callable[P, R]:
-    """Leave the caller's `torch.inference_mode`, in which no tensor has a gradient."""
-
-    @functools.wraps(function)
-    def outside(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.is_inference_mode_enabled():
-            return function(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
-            return function(*args, **kwargs)
-
-    return outside
-
-
-@_with_gradients
+@uses_model
 def finetune(
     model: nn.Module | ModelView,
     task: Task,
@@ -198,8 +182,7 @@ def _run(
     view, options = plan.view, plan.options
     trainable = make_trainable(view, plan.scope, plan.heads, options)
     first = _lowest_trained(view, trainable) if options.keep_frozen else 0
-    done = False
-    try:
+    with undoing(trainable.restore):
         with trainable.attached():
             trained = Trainer(
                 AnswerPass(view, first_layer=first), trainable, plan.task, options, plan.source,
@@ -208,16 +191,13 @@ def _run(
             judged = None if judge is None else judge()
         learnt = trainable.learnt()
         adapter = Adapter(plan.scope, plan.heads, learnt.slices, learnt.whole, plan.provenance)
-        done = True
-    finally:
-        if not (keep and done):
-            trainable.restore()
     if keep:
-        _keep(view, trainable, adapter)
+        _keep(view, adapter)
     result = _result(view, plan.scope, plan.heads, options, trainable, trained, adapter)
     return replace(result, judged=judged)
 
 
+@uses_model
 def drop_stale_checkpoint(
     checkpoint: Path,
     model: nn.Module | ModelView,
@@ -379,10 +359,10 @@ def _lowest_trained(view: ModelView, trainable: Trainable) -> int:
     return min(layers, default=0)
 
 
-def _keep(view: ModelView, trainable: Trainable, adapter: Adapter) -> None:
-    """Leave the learnt values in the model, without anything of the training around them."""
-    trainable.restore()
-    adapter.apply(view, check=False)
+@unbroken
+def _keep(view: ModelView, adapter: Adapter) -> None:
+    """Leave the learnt values in the model, unless the call fails after all."""
+    take_back_if_failed(adapter.apply(view, check=False).remove)
 
 
 def _result(

@@ -6,10 +6,7 @@ floats.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging as hf_logging
 
 from cdt_lens.core.errors import InputError
+from cdt_lens.core.process_wide import GENERATOR, ignored, process_wide
 
 
 def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -112,21 +110,31 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
 
 
-@contextlib.contextmanager
-def third_party_noise_off() -> Iterator[None]:
-    """Hide progress bars and warnings of the loading libraries within the `with` block."""
-    verbosity = hf_logging.get_verbosity()
-    bars = hf_logging.is_progress_bar_enabled()
-    root = logging.getLogger().level
-    try:
+def third_party_noise_off() -> process_wide:
+    """Hide progress bars and warnings of the loading libraries within the `with` block.
+
+    The block leaves torch's generator as it was: a model that is created before its weights are
+    read draws random ones.
+
+    Returns:
+        The context.
+    """
+    root = logging.getLogger()
+
+    def hush() -> None:
         hf_logging.set_verbosity_error()
         hf_logging.disable_progress_bar()
-        logging.getLogger().setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        logging.getLogger().setLevel(root)
-        if bars:
-            hf_logging.enable_progress_bar()
+        root.setLevel(logging.ERROR)
+        ignored().__enter__()  # until the scope of the block closes
+
+    return process_wide(
+        (hf_logging.get_verbosity, hf_logging.set_verbosity),
+        (hf_logging.is_progress_bar_enabled, _show_bars),
+        (lambda: root.level, root.setLevel),
+        GENERATOR,
+        change=hush,
+    )
+
+
+def _show_bars(shown: bool) -> None:
+    (hf_logging.enable_progress_bar if shown else hf_logging.disable_progress_bar)()

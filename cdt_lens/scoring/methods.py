@@ -37,6 +37,7 @@ from cdt_lens.decomposition.rules import PRESETS, Rules, resolve_rules
 from cdt_lens.decomposition.slopes import SLOPES, Slopes
 from cdt_lens.models.heads import Head
 from cdt_lens.models.provenance import hashed_once, provenance_of
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.scoring.one_pass import one_pass
 from cdt_lens.scoring.sweep import collect_scores, score_heads
@@ -46,6 +47,7 @@ from cdt_lens.tasks.task import Examples, require_examples
 IG_STEPS = 5
 
 
+@uses_model
 def exact_ablation(
     model: nn.Module | ModelView,
     examples: Examples,
@@ -97,6 +99,7 @@ def exact_ablation(
     )
 
 
+@uses_model
 def attribution_patching(
     model: nn.Module | ModelView,
     examples: Examples,
@@ -131,6 +134,7 @@ def attribution_patching(
     )  # fmt: skip
 
 
+@uses_model
 def integrated_gradients(
     model: nn.Module | ModelView,
     examples: Examples,
@@ -168,6 +172,7 @@ def integrated_gradients(
     )  # fmt: skip
 
 
+@uses_model
 def direct_attribution(
     model: nn.Module | ModelView,
     examples: Examples,
@@ -202,6 +207,7 @@ def direct_attribution(
     )  # fmt: skip
 
 
+@uses_model
 @hashed_once()
 def random_scores(
     model: nn.Module | ModelView,
@@ -350,6 +356,7 @@ def _spelt(method: str, spelt: str, kind: type[Rules] | type[Slopes]) -> dict[st
     return values
 
 
+@uses_model
 def score_by(
     method: str,
     model: nn.Module | ModelView,

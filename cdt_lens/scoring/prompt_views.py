@@ -22,6 +22,7 @@ from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.decompose import Node, decompose
 from cdt_lens.decomposition.rules import Rules
 from cdt_lens.models.heads import Head, check_heads
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.metrics import task_direction
 from cdt_lens.tasks.task import Examples, require_examples
@@ -109,6 +110,7 @@ class TokenRelevance(EqualByContent):
         return display.page(self)
 
 
+@uses_model
 def attention_view(
     model: nn.Module | ModelView, examples: Examples, heads: Sequence[Head]
 ) -> AttentionView:
@@ -136,6 +138,7 @@ def attention_view(
     return AttentionView(prompts, tuple(patterns), chosen, tuple(e.label for e in examples))
 
 
+@uses_model
 def token_relevance(
     model: nn.Module | ModelView,
     examples: Examples,

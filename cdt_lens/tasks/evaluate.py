@@ -20,6 +20,7 @@ from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import gather_items
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.support import check_caller_hooks, check_supported
 from cdt_lens.models.view import ModelView, at_answer, view_of
 from cdt_lens.tasks.metrics import (
@@ -73,6 +74,7 @@ class Evaluation(EqualByContent):
         return display.html(f"Evaluation on {self.split}", *parts)
 
 
+@uses_model
 def evaluate(
     model: nn.Module | ModelView,
     examples: Examples,
@@ -153,6 +155,7 @@ def candidate_logits(view: ModelView, batch: Batch) -> Tensor:
     return logits.float().cpu()
 
 
+@uses_model
 def label_prior(model: nn.Module | ModelView, task: Task) -> dict[str, float]:
     """Compute the mean logit of each label on content-free prompts.
 
@@ -177,6 +180,7 @@ def label_prior(model: nn.Module | ModelView, task: Task) -> dict[str, float]:
     return {label: value - mean for label, value in values.items()}
 
 
+@uses_model
 def calibrate(model: nn.Module | ModelView, task: Task) -> Task:
     """Return `task` with the model's label prior, which both accuracies then subtract.
 
