@@ -17,9 +17,11 @@ import functools
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
+from itertools import repeat
 from types import FrameType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, no_type_check
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -53,6 +55,8 @@ def unbroken(function: Callable[P, R]) -> Callable[P, R]:
         The function. Signals that have arrived meanwhile are handled when it ends.
     """
 
+    # A type checker would run a function of its own around this one, which a signal may end.
+    @no_type_check
     @functools.wraps(function)
     def whole(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
@@ -79,11 +83,11 @@ class Scope:
     @unbroken
     def open(self) -> None:
         """Open the scope. `close` must follow, also if this method raises."""
+        if _is_main_thread():
+            _stand_in()
+            _MAIN_SCOPES.append(self)
         self._beside = _LOCAL.scopes
         self._beside.append(self)
-        if _is_main_thread():
-            _MAIN_SCOPES.append(self)
-            _stand_in()
 
     def take(self, lock: Any) -> None:
         """Wait for a lock, and hold it until the scope closes.
@@ -148,9 +152,9 @@ class Scope:
             self._beside.remove(self)
         if self in _MAIN_SCOPES:
             _MAIN_SCOPES.remove(self)
-            # Another thread may close a scope, but only the main thread may set handlers.
-            if not _MAIN_SCOPES and _is_main_thread():
-                _step_aside()
+        # Another thread may close a scope, but only the main thread may set handlers.
+        if not _MAIN_SCOPES and _is_main_thread():
+            _step_aside()
 
 
 class undoing:
@@ -225,22 +229,21 @@ def _is_main_thread() -> bool:
 
 
 def _stand_in() -> None:
-    for number in signal.valid_signals():
-        handler = signal.getsignal(number)
-        if callable(handler) and handler is not _arrived:
-            _THEIRS[number] = handler
-            signal.signal(number, _arrived)
+    found = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    theirs = {int(n): h for n, h in found.items() if callable(h) and h is not _arrived}
+    _THEIRS.update(theirs)
+    # One call of C, between whose steps hardly any time passes.
+    deque(map(signal.signal, theirs, repeat(_arrived)), maxlen=0)
 
 
 def _step_aside() -> None:
     ours = [number for number in _THEIRS if signal.getsignal(number) is _arrived]
-    if not ours:
-        return
+    theirs = [_THEIRS[number] for number in ours]
+    # A handler that is back in its place may raise at once, before the others are back.
     try:
-        signal.signal(ours[0], _THEIRS[ours[0]])
+        deque(map(signal.signal, ours, theirs), maxlen=0)
     finally:
-        # The first handler may raise as soon as it is back.
-        _step_aside()
+        deque(map(signal.signal, ours, theirs), maxlen=0)
 
 
 def _arrived(number: int, frame: FrameType | None) -> None:

@@ -6,10 +6,12 @@ import logging
 import os
 import random
 import signal
+import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,6 +53,7 @@ class Subject:
     graph: Any
     adapter: Any
     is_bridge: bool
+    take_off: Callable[[], object] = list
 
     def can(self, name: str) -> bool:
         return self.is_bridge or name != "finetune lora"
@@ -70,7 +73,7 @@ def subject(backend: str, folder: str | None = None) -> Subject:
     scores = cdt.score_heads(model, data, baseline, **QUIET)
     circuit = scores.select(k=3)
     adapter = cdt.finetune(model, own, heads=HEADS, **{**QUICK, "epochs": 1}).adapter
-    graph = cdt.trace_circuit(model, data, baseline, **QUIET)
+    graph = cdt.trace_circuit(model, data, baseline, **QUIET).graph
     return Subject(
         model, ModelView(model), data, own, baseline, scores, circuit, graph, adapter,
         backend == "bridge",
@@ -87,7 +90,13 @@ def _applied(s: Subject) -> None:
 
 
 def _kept(s: Subject) -> None:
-    s.adapter.apply(s.model).remove()
+    handles: list[Any] = []
+    try:
+        handles.append(s.adapter.apply(s.model))
+    finally:
+        # A caller who is interrupted in `remove` calls it again.
+        s.take_off = lambda: [handle.remove() for handle in handles]
+    s.take_off()
 
 
 def _tune(scope: str) -> Callable[[Subject], Any]:
@@ -224,3 +233,59 @@ def _free(model: Any) -> bool:
     thread.start()
     thread.join()
     return found[0]
+
+
+class Interrupts:
+    """Interrupts at a chosen step of a call, and perhaps once more soon after.
+
+    A step is where Python looks for signals: the start of a function, and the end of one of C's.
+    """
+
+    def __enter__(self) -> Interrupts:
+        self._before = signal.signal(signal.SIGALRM, self._ring)
+        self._armed, self.rung, self._second, self._steps, self._at = False, 0, 0.0, 0, 0
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self._before)
+
+    def steps(self, call: Callable[[], object]) -> int:
+        """Return the number of steps of an undisturbed call."""
+        self._steps, self._at, self._armed = 0, -1, False
+        try:
+            sys.setprofile(self._step)
+            call()
+        finally:
+            sys.setprofile(None)
+        return self._steps
+
+    def run(self, call: Callable[[], object], at: int, second: float = 0.0) -> int:
+        """Interrupt a call at step `at`, and `second` seconds later; return how often it was."""
+        self._steps, self._at, self._second, self.rung = 0, at, second, 0
+        self._armed = True
+        with suppress(KeyboardInterrupt):  # the second interrupt may arrive after the call
+            with suppress(KeyboardInterrupt):
+                sys.setprofile(self._step)
+                call()
+            sys.setprofile(None)
+            self._armed = False
+        sys.setprofile(None)
+        self._armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return self.rung
+
+    def _step(self, _frame: Any, event: str, _value: Any) -> None:
+        if event in ("call", "c_return"):
+            self._steps += 1
+            if self._steps == self._at:
+                signal.raise_signal(signal.SIGALRM)
+
+    def _ring(self, _number: int, _frame: Any) -> None:
+        if not self._armed:
+            return
+        self.rung += 1
+        if self._second:
+            signal.setitimer(signal.ITIMER_REAL, self._second)
+            self._second = 0.0
+        raise KeyboardInterrupt
