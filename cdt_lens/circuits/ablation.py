@@ -24,6 +24,7 @@ from cdt_lens.decomposition.decompose import irrelevant_logits
 from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import PRESETS
 from cdt_lens.models.heads import Head, all_heads
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.metrics import average, correct, label_numbers, task_direction
 from cdt_lens.tasks.task import Batch, Examples, Task, check_examples
@@ -33,6 +34,7 @@ _ROUNDING = 1e-4
 
 
 @checked_arguments
+@uses_model
 def circuit_metric(
     model: nn.Module | ModelView,
     circuits: Sequence[Iterable[Head | str]],

@@ -31,6 +31,7 @@ from cdt_lens.models.heads import (
     mask_to_heads,
 )
 from cdt_lens.models.provenance import Provenance
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 
 
@@ -119,6 +120,7 @@ class Circuit(Saved):
         return display.page(self)
 
     @checked_arguments
+    @uses_model
     def check_model(self, model: nn.Module | ModelView) -> None:
         """Refuse a model other than the one that the circuit was found in.
 

@@ -34,6 +34,7 @@ from cdt_lens.core.saved import Saved
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.metrics import warn_at_chance
 from cdt_lens.tasks.task import Examples, Task
@@ -212,6 +213,7 @@ class CircuitFaithfulness(EqualByContent):
 
 
 @checked_arguments
+@uses_model
 @hashed_once()
 def faithfulness_curve(
     model: nn.Module | ModelView,
@@ -291,6 +293,7 @@ def faithfulness_curve(
 
 
 @checked_arguments
+@uses_model
 @hashed_once()
 def circuit_faithfulness(
     model: nn.Module | ModelView,

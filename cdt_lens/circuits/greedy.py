@@ -15,11 +15,13 @@ from cdt_lens.core.passes import Passes
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import hashed_once
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.task import Examples
 
 
 @checked_arguments
+@uses_model
 @hashed_once()
 def greedy_circuit(
     model: nn.Module | ModelView,

@@ -40,6 +40,7 @@ from cdt_lens.core.kept import Say
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.caller_hooks import caller_hooks
 from cdt_lens.models.provenance import provenance_of
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.support import check_supported
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.scoring.agreement import auroc, average_precision, compare_scores
@@ -51,6 +52,7 @@ _NOTHING = 1e-4
 
 
 @checked_arguments
+@uses_model
 def compare_methods(
     model: nn.Module | ModelView,
     train: Examples,

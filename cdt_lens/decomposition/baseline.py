@@ -36,6 +36,7 @@ from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import sum_over_processes
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.provenance import Provenance, provenance_of
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.support import check_supported
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.task import Batch, Examples, check_examples
@@ -100,6 +101,7 @@ class Baseline(Saved):
         return content_hash(parts + ([] if self.mlp_means is None else [_digest(self.mlp_means)]))
 
     @checked_arguments
+    @uses_model
     def check_model(self, model: nn.Module | ModelView) -> None:
         """Check that a model has the weights that this baseline was computed with.
 
@@ -243,6 +245,7 @@ def _slot_of(kind: str, lengths: Int[Tensor, " batch"], n_pos: int) -> Int[Tenso
 
 
 @checked_arguments
+@uses_model
 def mean_activations(
     model: nn.Module | ModelView,
     examples: Examples,
@@ -362,6 +365,7 @@ def _streaming_sums(
 
 
 @checked_arguments
+@uses_model
 def zero_baseline(model: nn.Module | ModelView, examples: Examples) -> Baseline:
     """Return the reference value 0 for every head, so that its whole z counts as relevant.
 
@@ -381,6 +385,7 @@ def zero_baseline(model: nn.Module | ModelView, examples: Examples) -> Baseline:
 
 
 @checked_arguments
+@uses_model
 def counterfactual_baseline(
     model: nn.Module | ModelView, examples: Examples, pairs: Examples
 ) -> Baseline:

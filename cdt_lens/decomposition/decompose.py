@@ -39,6 +39,7 @@ from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import Rules, resolve_rules
 from cdt_lens.decomposition.targets import TargetParts, Targets
 from cdt_lens.models.heads import Head, Mlp, check_heads, count_from_zero
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, Site, view_of
 from cdt_lens.tasks.metrics import task_direction
 from cdt_lens.tasks.task import Batch, Examples, check_examples
@@ -131,6 +132,7 @@ class Decomposition(EqualByContent):
 
 
 @checked_arguments
+@uses_model
 def decompose(
     model: nn.Module | ModelView,
     examples: Examples,

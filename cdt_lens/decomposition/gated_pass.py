@@ -106,8 +106,7 @@ class GatedPass:
         full = torch.zeros(len(batch.index))
         for point in points:
             gates: dict[int, Tensor] = {}
-            # The caller may be in inference mode or without gradients.
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.enable_grad():
                 d = task_direction(
                     self._logits(batch, self._gate_hooks(baseline, point, gates)), weights
                 )
@@ -167,7 +166,7 @@ class GatedPass:
 
             return hook
 
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             logits = self._logits(batch, {site: probe_at(site) for site in sites})
             d = task_direction(logits, batch.direction)
             gradients = self._gradient(d, [probes[site] for site in sites])

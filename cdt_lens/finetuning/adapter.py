@@ -10,8 +10,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from cdt_lens.core import display
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.saved import Saved
+from cdt_lens.core.undo import take_back_if_failed, unbroken
 from cdt_lens.finetuning.slices import HeadSlice
 from cdt_lens.finetuning.trainable import Slices
 from cdt_lens.models.heads import Head
 from cdt_lens.models.provenance import Provenance
+from cdt_lens.models.session import ModelHeld, uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.models.weights import check_fused, check_gradients, named_weights, sync_fused
 from cdt_lens.tasks.card import TaskCard
@@ -95,6 +97,7 @@ class Adapter(Saved):
     # ------------------------------------------------------------------ on and off
 
     @checked_arguments
+    @uses_model
     def apply(self, model: nn.Module | ModelView, *, check: bool = True) -> Applied:
         """Write the trained elements into a model.
 
@@ -119,33 +122,37 @@ class Adapter(Saved):
         parts, whole = self._places(view)
         before = {name: part.read() for name, part in parts.items()}
         before_whole = {name: value.clone() for name, value in whole.items()}
+        applied = Applied(view, parts, before, whole, before_whole)
+        take_back_if_failed(applied._write_back)
         with torch.no_grad():
             for name, part in parts.items():
                 part.write(self.slices[name][1].to(part.whole.device))
             for name, value in whole.items():
                 value.copy_(self.whole[name])
         sync_fused(view)
-        return Applied(view, parts, before, whole, before_whole)
+        return applied
 
     @checked_arguments
-    @contextmanager
-    def applied(self, model: nn.Module | ModelView, *, check: bool = True) -> Iterator[None]:
+    def applied(
+        self, model: nn.Module | ModelView, *, check: bool = True
+    ) -> AbstractContextManager[None]:
         """Apply the adapter within the `with` block, and restore the model afterwards.
+
+        Within the block other threads do not use the model: their calls raise an error.
 
         Args:
             model: a model that holds the base weights.
             check: whether to compare the hash of its weights with the base model's.
+
+        Returns:
+            The context. Entering it raises the errors below.
 
         Raises:
             ArtifactError: the model has other weights.
             InputError: the model lacks a weight, or has one of another shape.
             UnsupportedModelError: a fused projection has an order that cannot be written back.
         """
-        handle = self.apply(model, check=check)
-        try:
-            yield
-        finally:
-            handle.remove()
+        return ModelHeld(model, lambda: self.apply(model, check=check).remove)
 
     def changes(self, model: nn.Module | ModelView) -> bool:
         """Return whether any trained element has another value than the model's.
@@ -247,12 +254,20 @@ class Applied:
 
     def remove(self) -> None:
         """Restore the base model's elements bit for bit. A second call changes nothing."""
-        if self.removed:
-            return
-        self.removed = True
+        if not self.removed:
+            _remove(self.view, self)
+
+    def _write_back(self) -> None:
         for name, part in self.parts.items():
             part.write(self.before[name])
         with torch.no_grad():
             for name, value in self.whole.items():
                 value.copy_(self.before_whole[name])
         sync_fused(self.view)
+
+
+@uses_model
+@unbroken
+def _remove(model: ModelView, applied: Applied) -> None:
+    applied._write_back()
+    applied.removed = True

@@ -100,9 +100,8 @@ def _refuse_peft(hf_model: Any, base: str | Path) -> None:
 
 
 def _fresh(kind: Any, config: Any, state: dict[str, Tensor]) -> Any:
-    # The random weights are overwritten. Drawing them must not advance the global generator.
-    with torch.random.fork_rng():
-        model = kind(config)
+    # `third_party_noise_off` puts the global generator back, from which `kind` draws weights.
+    model = kind(config)
     model = model.to(next(iter(state.values())).dtype)
     model.load_state_dict(state)
     model.tie_weights()

@@ -9,14 +9,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal
 
 import pandas as pd
-import torch
 from torch import nn
 
 from cdt_lens.circuits.circuit import Circuit
@@ -24,6 +22,7 @@ from cdt_lens.core.checked import Fix, checked_arguments
 from cdt_lens.core.choices import Scope
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.kept import Say
+from cdt_lens.core.undo import take_back_if_failed, unbroken, undoing
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.finetuning.answer_pass import AnswerPass
 from cdt_lens.finetuning.checkpoints import Checkpoint, Log
@@ -49,6 +48,7 @@ from cdt_lens.finetuning.trainable import SlicesAndWholes, Trainable
 from cdt_lens.finetuning.trainer import Trained, Trainer
 from cdt_lens.models.heads import Head
 from cdt_lens.models.provenance import Provenance, hashed_once, model_key, provenance_of
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.support import check_caller_hooks, check_supported
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.models.weights import check_trainable, own_weights, place
@@ -56,25 +56,9 @@ from cdt_lens.tasks.card import TaskCard
 from cdt_lens.tasks.evaluate import evaluate
 from cdt_lens.tasks.task import Task, check_examples
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _with_gradients(function: Callable[P, R]) -> Callable[P, R]:
-    """Leave the caller's `torch.inference_mode`, in which no tensor has a gradient."""
-
-    @functools.wraps(function)
-    def outside(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.is_inference_mode_enabled():
-            return function(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
-            return function(*args, **kwargs)
-
-    return outside
-
 
 @checked_arguments
-@_with_gradients
+@uses_model
 def finetune(
     model: nn.Module | ModelView,
     task: Task,
@@ -201,8 +185,7 @@ def _run(
     view, options = plan.view, plan.options
     trainable = make_trainable(view, plan.scope, plan.heads, options)
     first = _lowest_trained(view, trainable) if options.keep_frozen else 0
-    done = False
-    try:
+    with undoing(trainable.restore):
         with trainable.attached():
             trained = Trainer(
                 AnswerPass(view, first_layer=first), trainable, plan.task, options, plan.source,
@@ -214,20 +197,14 @@ def _run(
         adapter = Adapter(
             plan.scope, plan.heads, learnt.slices, learnt.whole, plan.provenance, card
         )  # fmt: skip
-        done = True
-    finally:
-        if not (keep and done):
-            trainable.restore()
-    if keep:
-        trainable.restore()
     changed = adapter.changes(view)
     if keep:
-        # The learnt values alone, without anything of the training around them.
-        adapter.apply(view, check=False)
+        _keep(view, adapter)
     result = _result(view, plan.scope, plan.heads, options, trainable, trained, adapter)
     return replace(result, judged=judged, changed=changed)
 
 
+@uses_model
 def drop_stale_checkpoint(
     checkpoint: Path,
     model: nn.Module | ModelView,
@@ -386,6 +363,12 @@ def _lowest_trained(view: ModelView, trainable: Trainable) -> int:
         elif not name.startswith(("ln_final", "unembed")):
             return 0
     return min(layers, default=0)
+
+
+@unbroken
+def _keep(view: ModelView, adapter: Adapter) -> None:
+    """Leave the learnt values in the model, unless the call fails after all."""
+    take_back_if_failed(adapter.apply(view, check=False).remove)
 
 
 def _result(

@@ -25,6 +25,7 @@ from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.interchange.mib import json_text, pt_bytes, read_json, read_pt
 from cdt_lens.interchange.mib_schema import count, field_of, flag, number, text_of
 from cdt_lens.models.heads import Head, all_heads
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 
 
@@ -152,6 +153,7 @@ def graph_from_circuit(circuit: Circuit, *, parallel: bool | None = None) -> Gra
 
 
 @checked_arguments
+@uses_model
 def circuit_from_graph(graph: Graph, model: nn.Module | ModelView | None = None) -> Circuit:
     """Return the circuit of the heads that belong to a graph, with their scores and the graph.
 

@@ -6,29 +6,23 @@ folder brings along is never run. The loaded weights are plain floats.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import random
 import re
-import threading
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging as hf_logging
 
 from cdt_lens.core.errors import InputError
+from cdt_lens.core.process_wide import GENERATOR, ignored, process_wide
 from cdt_lens.models.gguf import check_gguf
 
 _EPSILON = re.compile(r"(^|_)eps(ilon)?$")
 # Buffers that old checkpoints hold and that transformers computes.
 _COMPUTED = re.compile(r"(^|\.)(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
-# Loading changes settings of the whole process, so that only one thread loads at a time.
-_LOADING = threading.RLock()
 
 
 def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -225,41 +219,31 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
 
 
-@contextlib.contextmanager
-def third_party_noise_off() -> Iterator[None]:
-    """Load within the `with` block, and leave the process as it was before.
+def third_party_noise_off() -> process_wide:
+    """Hide progress bars and warnings of the loading libraries within the `with` block.
 
-    Progress bars and warnings of the loading libraries are hidden. The random generators are
-    restored: a model draws its weights before they are read from a file.
+    The block leaves torch's generator as it was: a model that is created before its weights are
+    read draws random ones.
+
+    Returns:
+        The context.
     """
-    with _LOADING, _generators_restored(), _quiet_libraries(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    root = logging.getLogger()
 
-
-@contextlib.contextmanager
-def _generators_restored() -> Iterator[None]:
-    numbers, arrays = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(numbers)
-        np.random.set_state(arrays)
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    verbosity = hf_logging.get_verbosity()
-    bars = hf_logging.is_progress_bar_enabled()
-    root = logging.getLogger().level
-    try:
+    def hush() -> None:
         hf_logging.set_verbosity_error()
         hf_logging.disable_progress_bar()
-        logging.getLogger().setLevel(logging.ERROR)
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        logging.getLogger().setLevel(root)
-        if bars:
-            hf_logging.enable_progress_bar()
+        root.setLevel(logging.ERROR)
+        ignored().__enter__()  # until the scope of the block closes
+
+    return process_wide(
+        (hf_logging.get_verbosity, hf_logging.set_verbosity),
+        (hf_logging.is_progress_bar_enabled, _show_bars),
+        (lambda: root.level, root.setLevel),
+        GENERATOR,
+        change=hush,
+    )
+
+
+def _show_bars(shown: bool) -> None:
+    (hf_logging.enable_progress_bar if shown else hf_logging.disable_progress_bar)()

@@ -18,6 +18,7 @@ import torch
 
 import cdt_lens
 from cdt_lens.core.errors import ArtifactError
+from cdt_lens.core.undo import undoing
 from cdt_lens.models.caller_hooks import caller_hooks
 from cdt_lens.models.configuration import (
     configuration,
@@ -208,11 +209,9 @@ def hashed_once() -> Iterator[None]:
     if _HASHES.get() is not None:
         yield
         return
-    token = _HASHES.set({})
-    try:
+    with undoing(lambda: _HASHES.set(None)):
+        _HASHES.set({})
         yield
-    finally:
-        _HASHES.reset(token)
 
 
 def weight_hash(view: ModelView) -> str:

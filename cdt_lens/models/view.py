@@ -16,9 +16,9 @@ reach, so that padding cannot change a number.
 
 from __future__ import annotations
 
-import warnings
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from cdt_lens.core.errors import InputError, UnsupportedModelError
+from cdt_lens.core.process_wide import ignored
+from cdt_lens.core.undo import unbroken, undoing
 from cdt_lens.models.caller_hooks import caller_hooks
 from cdt_lens.models.heads import Head, check_heads
 from cdt_lens.models.positions import longrope_limit
@@ -188,19 +190,20 @@ class ModelView:
         Raises:
             UnsupportedModelError: the model has no such site.
         """
-        handles = []
-        try:
-            for site, hook in hooks.items():
-                if site not in self._places:
-                    raise UnsupportedModelError(
-                        f"{self.name}: layer {site[1]} has no activation {site[0]!r} to hook; "
-                        "choose rules that do not need it"
-                    )
-                handles.append(self._places[site].attach(hook))
+        handles: list[Any] = []
+        with undoing(functools.partial(_remove, handles)):
+            self._attach(hooks, handles)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    @unbroken
+    def _attach(self, hooks: Mapping[Site, Hook], handles: list[Any]) -> None:
+        for site, hook in hooks.items():
+            if site not in self._places:
+                raise UnsupportedModelError(
+                    f"{self.name}: layer {site[1]} has no activation {site[0]!r} to hook; "
+                    "choose rules that do not need it"
+                )
+            handles.append(self._places[site].attach(hook))
 
     @contextmanager
     def quiet(self, *, gradients: bool = False) -> Iterator[None]:
@@ -212,17 +215,19 @@ class ModelView:
         # The bridge's modules do not include all of the Hugging Face model's, such as dropout.
         roots = [self.tl, self.tl.original_model] if self.is_bridge else [self.tl]
         training = list({m: None for root in roots for m in root.modules() if m.training})
-        try:
-            for module in training:
-                module.training = False
-            with warnings.catch_warnings():
-                # The bridge warns each time a norm's scale is edited, which some rules do.
-                warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
-                with torch.set_grad_enabled(gradients):
-                    yield
-        finally:
+        before = torch.is_grad_enabled()
+
+        def put_back() -> None:
+            torch.set_grad_enabled(before)
             for module in training:
                 module.training = True
+
+        # The bridge warns each time a norm's scale is edited, which some rules do.
+        with ignored("A forward hook edited hook_scale"), undoing(put_back):
+            for module in training:
+                module.training = False
+            torch.set_grad_enabled(gradients)
+            yield
 
     # ------------------------------------------------------------------ running it
 
@@ -280,19 +285,21 @@ class ModelView:
             raise _StopBeforeUnembedding
 
         ends = [m for m in (getattr(self.tl, "ln_final", None), self.tl.unembed) if m is not None]
-        # Record before the caller's hooks, which act again when a stream is replayed.
-        handles = [
-            block.register_forward_pre_hook(note_call, with_kwargs=True, prepend=True)
-            for block in self.blocks
-        ]
-        handles += [module.register_forward_pre_hook(end, prepend=True) for module in ends]
-        try:
+        handles: list[Any] = []
+
+        @unbroken
+        def attach() -> None:
+            # Record before the caller's hooks, which act again when a stream is replayed.
+            for block in self.blocks:
+                handles.append(
+                    block.register_forward_pre_hook(note_call, with_kwargs=True, prepend=True)
+                )
+            for module in ends:
+                handles.append(module.register_forward_pre_hook(end, prepend=True))
+
+        with undoing(functools.partial(_remove, handles)), suppress(_StopBeforeUnembedding):
+            attach()
             self._forward(tokens.to(self.device))
-        except _StopBeforeUnembedding:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
         return tuple(resid), _shared_calls(calls, tokens.shape[0])
 
     def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
@@ -510,6 +517,11 @@ def view_of(model: nn.Module | ModelView) -> ModelView:
         InputError: `model` is of another class.
     """
     return model if isinstance(model, ModelView) else ModelView(model)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def at_least_float32(value: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import Rules, resolve_rules
 from cdt_lens.decomposition.slopes import SLOPES
 from cdt_lens.models.heads import Head, Mlp, all_heads
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.sites import Hook
 from cdt_lens.models.view import ModelView, at_least_float32, view_of
 from cdt_lens.tasks.metrics import balanced_mean, label_numbers, task_direction
@@ -113,9 +114,8 @@ class EdgeScores(EqualByContent):
         return iter(sorted(kept, key=lambda edge: -abs(edge[2])))
 
 
-# The gradients need tensors made outside of the caller's inference mode.
 @checked_arguments
-@torch.inference_mode(False)
+@uses_model
 def score_edges(
     model: nn.Module | ModelView,
     examples: Examples,

@@ -25,12 +25,14 @@ from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.rules import Rules, resolve_rules
 from cdt_lens.models.heads import Head
 from cdt_lens.models.provenance import hashed_once, provenance_of
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.scoring.edge_scores import EdgeScores, Unit, depth, score_edges
 from cdt_lens.tasks.task import Examples
 
 
 @checked_arguments
+@uses_model
 @hashed_once()
 def trace_circuit(
     model: nn.Module | ModelView,

@@ -37,6 +37,7 @@ from cdt_lens.decomposition.rules import PRESETS, Rules
 from cdt_lens.decomposition.slopes import SLOPES, Slopes
 from cdt_lens.models.heads import Head
 from cdt_lens.models.provenance import hashed_once, provenance_of
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.scoring.one_pass import one_pass
 from cdt_lens.scoring.sweep import collect_scores, score_heads
@@ -47,6 +48,7 @@ IG_STEPS = 5
 
 
 @checked_arguments
+@uses_model
 def exact_ablation(
     model: nn.Module | ModelView,
     examples: Examples,
@@ -99,6 +101,7 @@ def exact_ablation(
 
 
 @checked_arguments
+@uses_model
 def attribution_patching(
     model: nn.Module | ModelView,
     examples: Examples,
@@ -134,6 +137,7 @@ def attribution_patching(
 
 
 @checked_arguments
+@uses_model
 def integrated_gradients(
     model: nn.Module | ModelView,
     examples: Examples,
@@ -172,6 +176,7 @@ def integrated_gradients(
 
 
 @checked_arguments
+@uses_model
 def direct_attribution(
     model: nn.Module | ModelView,
     examples: Examples,
@@ -207,6 +212,7 @@ def direct_attribution(
 
 
 @checked_arguments
+@uses_model
 @hashed_once()
 def random_scores(
     model: nn.Module | ModelView,
@@ -357,6 +363,7 @@ def _spelt(method: str, spelt: str, kind: type[Rules] | type[Slopes]) -> dict[st
 
 
 @checked_arguments
+@uses_model
 def score_by(
     method: str,
     model: nn.Module | ModelView,

@@ -33,6 +33,7 @@ from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.gated_pass import GatedPass, Steps
 from cdt_lens.decomposition.slopes import Slopes, resolve_slopes
 from cdt_lens.models.provenance import hashed_once, provenance_of
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.scoring.sweep import collect_scores, recorded_options
 from cdt_lens.tasks.task import Examples, check_examples
@@ -40,7 +41,7 @@ from cdt_lens.tasks.task import Examples, check_examples
 
 # Tensors made in the caller's inference mode may take no part in a backward pass.
 @checked_arguments
-@torch.inference_mode(False)
+@uses_model
 @hashed_once()
 def one_pass(
     model: nn.Module | ModelView,
@@ -106,7 +107,7 @@ def one_pass(
 
 
 @checked_arguments
-@torch.inference_mode(False)
+@uses_model
 def position_relevance(
     model: nn.Module | ModelView,
     examples: Examples,

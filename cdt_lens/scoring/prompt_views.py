@@ -23,6 +23,7 @@ from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.decompose import Node, decompose
 from cdt_lens.decomposition.rules import Rules
 from cdt_lens.models.heads import Head
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.metrics import task_direction
 from cdt_lens.tasks.task import Examples, check_examples
@@ -113,6 +114,7 @@ class TokenRelevance(EqualByContent):
 
 
 @checked_arguments
+@uses_model
 def attention_view(
     model: nn.Module | ModelView, examples: Examples, heads: Iterable[Head | str]
 ) -> AttentionView:
@@ -141,6 +143,7 @@ def attention_view(
 
 
 @checked_arguments
+@uses_model
 def token_relevance(
     model: nn.Module | ModelView,
     examples: Examples,

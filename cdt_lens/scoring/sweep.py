@@ -34,6 +34,7 @@ from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import Rules, resolve_rules
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.metrics import (
     balanced_mean,
@@ -48,6 +49,7 @@ SWEEP_FORMAT = "cdt_lens.sweep"
 
 
 @checked_arguments
+@uses_model
 @hashed_once()
 def score_heads(
     model: nn.Module | ModelView,

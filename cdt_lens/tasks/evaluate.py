@@ -22,6 +22,7 @@ from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import gather_items
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.support import check_caller_hooks, check_supported
 from cdt_lens.models.view import ModelView, at_answer, view_of
 from cdt_lens.tasks.metrics import (
@@ -76,6 +77,7 @@ class Evaluation(EqualByContent):
 
 
 @checked_arguments
+@uses_model
 def evaluate(
     model: nn.Module | ModelView,
     examples: Examples,
@@ -157,6 +159,7 @@ def candidate_logits(view: ModelView, batch: Batch) -> Tensor:
 
 
 @checked_arguments
+@uses_model
 def label_prior(model: nn.Module | ModelView, task: Task) -> dict[str, float]:
     """Compute the mean logit of each label on content-free prompts.
 
@@ -183,6 +186,7 @@ def label_prior(model: nn.Module | ModelView, task: Task) -> dict[str, float]:
 
 
 @checked_arguments
+@uses_model
 def calibrate(model: nn.Module | ModelView, task: Task) -> Task:
     """Return `task` with the model's label prior, which both accuracies then subtract.
 
