@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -53,6 +54,7 @@ class Circuit(Saved):
     provenance: Provenance | None = field(default=None, repr=False)
     graph: Graph | None = field(default=None, repr=False)
     _format, _kind = "cdt_lens.circuit", "circuit file"
+    _axes = MappingProxyType({"layer": "n_layers", "head": "n_heads"})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", check_heads(self.heads, self.n_layers, self.n_heads))

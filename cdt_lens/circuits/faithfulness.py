@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -81,6 +82,7 @@ class FaithfulnessCurve(Saved):
     provenance: Provenance = field(repr=False)
     # In files of version 1 "accuracy" is the label-balanced share of right answers.
     _format, _kind, _version = "cdt_lens.faithfulness", "faithfulness file", 2
+    _axes = MappingProxyType({"size": "sizes"})
 
     def __repr__(self) -> str:
         areas = f"CPR {self.cpr:.3f}", f"CMD {self.cmd:.3f}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_args
 
 import pandas as pd
@@ -54,6 +55,7 @@ class HeadScores(Saved):
     method: str
     provenance: Provenance = field(repr=False)
     _format, _kind = "cdt_lens.scores", "scores file"
+    _axes = MappingProxyType({"example": "example_labels"})
 
     def __repr__(self) -> str:
         best = [f"{h} {float(self.values[h.layer, h.head]):+.3g}" for h in self.ranking()]

@@ -1,7 +1,8 @@
-"""Check options and settings field by field against their annotated types.
+"""Check options, settings and what files hold against their annotated types.
 
 Types, limits and choices stand in the annotations of a dataclass, for pydantic to read:
 `Annotated[int, Field(ge=1)]`. Errors say what was expected, what was given and what may be meant.
+The axes of tensors stand there as well, for jaxtyping to read: `Float[Tensor, "layer head"]`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
+import torch
+from jaxtyping import Shaped, jaxtyped
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
 
 from cdt_lens.core.errors import InputError, did_you_mean
 
@@ -126,3 +130,67 @@ def check_names(values: Iterable[str], known: Iterable[str], where: str) -> None
                 f"{where}: unknown key {name!r}{did_you_mean(name, known)}; the keys are "
                 f"{', '.join(sorted(known))}"
             )
+
+
+def check_result(result: object, sizes: Mapping[str, int]) -> None:
+    """Check every field of a result that a file holds, and of the dataclasses in its fields.
+
+    Args:
+        result: An instance of a dataclass. An axis of the same name has the same size in all of its
+            fields, as in `Float[Tensor, "layer head"]`.
+        sizes: Sizes of axes that follow from fields without axes, such as numbers of heads.
+
+    Raises:
+        ValueError: A field has a value or a shape that its type does not allow; the message is one
+            line and names the field.
+    """
+    with jaxtyped("context"):
+        # The first tensor of the context sets the sizes of its axes.
+        axes: Any = Shaped[Tensor, " ".join(sizes)]
+        isinstance(torch.empty(tuple(sizes.values()), device="meta"), axes)
+        for name, adapter in _result_adapters(type(result)).items():  # type: ignore[arg-type]
+            check_value(name, getattr(result, name), adapter)
+
+
+@cache
+def _result_adapters(kind: type) -> dict[str, TypeAdapter]:
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: adapter_of(hints[field.name]) for field in fields(kind)}
+
+
+def adapter_of(kind: Any) -> TypeAdapter:
+    """Return the validator of a type in what a file holds, in which nothing is converted.
+
+    Args:
+        kind: A type annotation, which may hold dataclasses and the axes of tensors.
+    """
+    strict = ConfigDict(strict=True, arbitrary_types_allowed=True, revalidate_instances="always")
+    # Pydantic takes no settings for a dataclass by itself.
+    return TypeAdapter(tuple[kind], config=strict)
+
+
+def check_value(name: str, value: object, adapter: TypeAdapter) -> None:
+    """Check one value that a file holds.
+
+    Args:
+        name: The name of the value, for the message; "" for the values of a whole file.
+        value: The value.
+        adapter: What `adapter_of` returned for its type.
+
+    Raises:
+        ValueError: The value is not of the type; the message is one line.
+    """
+    try:
+        adapter.validate_python((value,))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, (name, *first["loc"][1:]))).strip(".")
+        got = "" if first["type"] == "missing" else f", got {_shown(first['input'])}"
+        raise ValueError(f"{where}: {first['msg']}{got}") from error
+
+
+def _shown(value: object) -> str:
+    """Return a value as a few words of one line."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return " ".join(f"{value!r:.80}".split())

@@ -15,13 +15,14 @@ from cdt_lens.core.kept import Say, file_name
 from cdt_lens.core.processes import is_main, wait_for_all
 from cdt_lens.decomposition.baseline import mean_activations
 from cdt_lens.experiments.discovery import make_baseline, split_of
-from cdt_lens.experiments.runs import Run
+from cdt_lens.experiments.runs import Run, writes
 from cdt_lens.planted.catalogue import PLANTED, planted_circuit
 from cdt_lens.scoring.methods import DEFAULT_METHODS
 from cdt_lens.tasks.task import most_balanced
 from cdt_lens.viz.report.report import render_report
 
 
+@writes
 def compare_run(
     run: Run,
     say: Say,

@@ -18,7 +18,7 @@ from cdt_lens.core.errors import InputError
 from cdt_lens.core.kept import Say
 from cdt_lens.core.processes import is_main, wait_for_all
 from cdt_lens.decomposition.baseline import Baseline, mean_activations
-from cdt_lens.experiments.runs import Run, check_run_model, stage
+from cdt_lens.experiments.runs import Run, check_run_model, stage, writes
 from cdt_lens.experiments.settings import Settings
 from cdt_lens.scoring.agreement import MethodAgreement, compare_scores
 from cdt_lens.scoring.iterative import trace_circuit
@@ -30,6 +30,7 @@ from cdt_lens.tasks.task import Examples, Task, most_balanced
 from cdt_lens.viz.report.report import render_report
 
 
+@writes
 def discover(run: Run, say: Say) -> tuple[Circuit, HeadScores, Evaluation]:
     """Compute baseline, scores and circuit; each is saved when done and reused by later calls."""
     settings = run.settings
@@ -54,6 +55,7 @@ def discover(run: Run, say: Say) -> tuple[Circuit, HeadScores, Evaluation]:
     return circuit, scores, evaluation
 
 
+@writes
 def make_baseline(run: Run, say: Say) -> Baseline:
     """Return the baseline of the run, averaged now or by an earlier call."""
     baseline: Baseline = stage(
@@ -72,6 +74,7 @@ def made_from(result: HeadScores | FaithfulnessCurve, data: Examples, baseline: 
     )
 
 
+@writes
 def ablate(run: Run, say: Say) -> MethodAgreement:
     """Ablate every head exactly, and compute how well the scores predict the effects."""
     baseline, scores = load_baseline(run), load_scores(run)
@@ -90,6 +93,7 @@ def ablate(run: Run, say: Say) -> MethodAgreement:
     return compare_scores(scores, reference)
 
 
+@writes
 def measure(
     run: Run, say: Say, *, split: str = "valid", examples: int = 48, metric: Metric = "direction",
     draws: int = 5,
@@ -138,6 +142,7 @@ def _data_of(curve: FaithfulnessCurve, run: Run) -> Examples | None:
     return None
 
 
+@writes
 def trace(
     run: Run, say: Say, *, examples: int | None = None, width: int = 8, fan_in: int = 3
 ) -> Circuit:
@@ -171,6 +176,7 @@ def trace(
     return circuit
 
 
+@writes
 def report(run: Run, say: Say, *, prompts: int = 3, heads: int = 8) -> Path:
     """Write one HTML file of all results in the run directory, with views of a few prompts."""
     circuit, scores = Circuit.load(run.path("circuit.json")), load_scores(run)

@@ -8,16 +8,18 @@ stage is not run again if its file was made from the same model and data by the 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import nn
 
 from cdt_lens.core.artifacts import load_artifact, remove_artifact, save_artifact
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.core.folders import locked
 from cdt_lens.core.kept import Say, drop_other_versions, reuse
 from cdt_lens.core.processes import is_main, wait_for_all
 from cdt_lens.experiments.inputs import load_for, make_task
@@ -28,8 +30,13 @@ from cdt_lens.scoring.sweep import SWEEP_FORMAT
 from cdt_lens.tasks.evaluate import calibrate
 from cdt_lens.tasks.task import Examples, Task, most_balanced
 
+_RUN = "cdt_lens.run"
 # Settings that may change when a run resumes: they change no score.
 _FREE_SETTINGS = ("batch_size", "rows", "device", "k", "fraction", "by")
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -61,21 +68,36 @@ class Run:
         )
 
 
+def writes(function: Callable[Concatenate[Run, P], R]) -> Callable[Concatenate[Run, P], R]:
+    """Decorate a stage of a run: its directory is locked until it ends."""
+
+    @functools.wraps(function)
+    def alone(run: Run, *args: P.args, **kwargs: P.kwargs) -> R:
+        with locked(run.folder):
+            return function(run, *args, **kwargs)
+
+    return alone
+
+
 def start_run(settings: Settings, folder: str | Path, say: Say) -> Run:
     """Open a run directory for `settings`, a new one or that of an earlier call.
 
     Raises:
-        InputError: The folder holds a run with other settings.
+        InputError: The folder holds a run with other settings, or another process writes in it.
     """
-    folder = Path(folder)
+    with locked(folder):
+        return _start(settings, Path(folder), say)
+
+
+def _start(settings: Settings, folder: Path, say: Say) -> Run:
     path = folder / "run.json"
     wanted = json.loads(json.dumps(asdict(settings)))
     if path.exists():
-        body, _ = load_artifact(path, format="cdt_lens.run", version=1)
+        kept = kept_settings(path, _RUN)
         different = [
             name
             for name, value in wanted.items()
-            if name not in _FREE_SETTINGS and body["settings"].get(name) != value
+            if name not in _FREE_SETTINGS and kept.get(name) != value
         ]
         if different:
             raise InputError(
@@ -92,8 +114,28 @@ def keep_settings(run: Run) -> None:
     """Write `run.json`, from which a run directory is opened, in one process."""
     if is_main():
         settings = {"settings": asdict(run.settings)}
-        save_artifact(run.path("run.json"), settings, format="cdt_lens.run", version=1)
+        save_artifact(run.path("run.json"), settings, format=_RUN, version=1)
     wait_for_all()
+
+
+def kept_settings(path: Path, format: str) -> dict[str, Any]:
+    """Return the settings in the file that a run directory is opened from.
+
+    Args:
+        path: The file.
+        format: Its kind.
+
+    Raises:
+        ArtifactError: The file is damaged or of another kind. Nothing else in the directory can
+            replace it, so that nothing is made again.
+    """
+    try:
+        settings = load_artifact(path, format=format, version=1)[0].get("settings")
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}: name another folder, or remove {path}") from error
+    if not isinstance(settings, dict):
+        raise ArtifactError(f"{path}: damaged: it holds no settings; name another folder")
+    return settings
 
 
 def open_run(folder: str | Path, say: Say) -> Run:
@@ -105,12 +147,16 @@ def open_run(folder: str | Path, say: Say) -> Run:
 
     Raises:
         InputError: The folder holds no run.
+        ArtifactError: Its settings are damaged.
     """
     path = Path(folder) / "run.json"
     if not path.exists():
         raise InputError(f"{folder}: holds no run (no run.json); {_how_to_make(Path(folder))}")
-    body, _ = load_artifact(path, format="cdt_lens.run", version=1)
-    return _open(Path(folder), Settings.from_dict(body["settings"]), say)
+    try:
+        settings = Settings.from_dict(kept_settings(path, _RUN))
+    except InputError as error:
+        raise ArtifactError(f"{path}: damaged: {error}") from error
+    return _open(Path(folder), settings, say)
 
 
 def _how_to_make(folder: Path) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import TypedDict
 
 from cdt_lens.circuits.ablation import measure_circuits
 from cdt_lens.circuits.circuit import Circuit
@@ -29,12 +30,13 @@ from cdt_lens.circuits.faithfulness import FaithfulnessCurve, f_of
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.artifacts import atomic_write, load_artifact, remove_artifact, save_artifact
 from cdt_lens.core.errors import InputError
-from cdt_lens.core.kept import Kept, as_json, difference, key_of
+from cdt_lens.core.folders import locked
+from cdt_lens.core.kept import Cell, Kept, as_json, reuse
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import is_main, wait_for_all
 from cdt_lens.experiments.discovery import curve_fits, discover, judged_on, load_baseline, measure
 from cdt_lens.experiments.inputs import make_task, with_train
-from cdt_lens.experiments.runs import Run, keep_settings
+from cdt_lens.experiments.runs import Run, keep_settings, kept_settings
 from cdt_lens.experiments.scope_choices import choices
 from cdt_lens.experiments.transfer_cells import Cells
 from cdt_lens.experiments.transfer_config import TransferConfig
@@ -59,6 +61,11 @@ Say = Callable[[str], None]
 _RUN, _PROXY = "cdt_lens.transfer_run", "cdt_lens.transfer_proxy"
 
 
+class _Proxy(TypedDict):
+    history: list[dict[str, Cell]]
+    options: dict[str, Any]
+
+
 def run_transfer(
     config: TransferConfig, folder: str | Path, say: Say, *, progress: bool = True
 ) -> TransferResult:
@@ -77,14 +84,15 @@ def run_transfer(
         The measurements of every scope, target and seed.
 
     Raises:
-        InputError: The settings cannot be run, a prompt is longer than the model's context, or
-            the folder holds another experiment.
+        InputError: The settings cannot be run, a prompt is longer than the model's context, the
+            folder holds another experiment, or another process writes in it.
     """
-    experiment = Transfer(config, Path(folder), say, progress)
-    result = experiment.run()
-    if is_main():
-        _write(experiment, result)
-    wait_for_all()
+    with locked(folder):
+        experiment = Transfer(config, Path(folder), say, progress)
+        result = experiment.run()
+        if is_main():
+            _write(experiment, result)
+        wait_for_all()
     return result
 
 
@@ -109,6 +117,39 @@ def _write(experiment: Transfer, result: TransferResult) -> None:
     render_report(*parts, path=folder / "report.html", title=title)
 
 
+def settle(config: TransferConfig, folder: Path) -> None:
+    """Save the settings in the run directory, or compare them with the saved ones.
+
+    Args:
+        config: The settings of the experiment.
+        folder: The run directory.
+
+    Raises:
+        InputError: The folder holds an experiment with another model, task or proxy.
+        ArtifactError: The saved settings are damaged.
+    """
+    path = folder / "transfer.json"
+    wanted = config.to_dict()
+    # Cells know their own data, so that targets, and their files, may be added later.
+    wanted = {**wanted, "task": {**wanted["task"], "targets": (), "files": {}}}
+    for free in ("transfer", "device"):
+        wanted.pop(free)
+    wanted = as_json(wanted)
+    if path.exists():
+        kept = kept_settings(path, _RUN)
+        if isinstance(kept.get("task"), dict):
+            kept["task"]["files"] = {}
+        different = [name for name in wanted if kept.get(name) != wanted[name]]
+        if different:
+            raise InputError(
+                f"{folder}: holds an experiment with other settings ({', '.join(different)}); "
+                "name another folder, or remove it"
+            )
+    if is_main():
+        save_artifact(path, {"settings": wanted}, format=_RUN, version=1)
+    wait_for_all()
+
+
 @dataclass
 class Transfer:
     """The run directory of a transfer experiment; `run` computes the parts that are missing."""
@@ -124,7 +165,7 @@ class Transfer:
         Raises:
             InputError: The folder holds an experiment with another model, task or proxy.
         """
-        self._settle()
+        settle(self.config, self.folder)
         self._train_proxy()
         self._discover()
         before = [self.cells.before(language) for language in self.languages]
@@ -141,29 +182,6 @@ class Transfer:
     def languages(self) -> tuple[str, ...]:
         """The source language and the target languages."""
         return (self.config.task.source, *self.config.task.targets)
-
-    def _settle(self) -> None:
-        """Save the settings in the folder, or compare them with the saved ones."""
-        path = self.folder / "transfer.json"
-        wanted = self.config.to_dict()
-        # Cells know their own data, so that targets, and their files, may be added later.
-        wanted = {**wanted, "task": {**wanted["task"], "targets": (), "files": {}}}
-        for free in ("transfer", "device"):
-            wanted.pop(free)
-        wanted = as_json(wanted)
-        if path.exists():
-            kept = load_artifact(path, format=_RUN, version=1)[0]["settings"]
-            if isinstance(kept.get("task"), dict):
-                kept["task"]["files"] = {}
-            different = [name for name in wanted if kept.get(name) != wanted[name]]
-            if different:
-                raise InputError(
-                    f"{self.folder}: holds an experiment with other settings "
-                    f"({', '.join(different)}); name another folder, or remove it"
-                )
-        if is_main():
-            save_artifact(path, {"settings": wanted}, format=_RUN, version=1)
-        wait_for_all()
 
     # ------------------------------------------------------------------ proxy
 
@@ -186,8 +204,8 @@ class Transfer:
             "train": task.train.hash, "valid": task.valid.hash, "model": base,
             "options": asdict(proxy.training),
         }  # fmt: skip
-        kept = Kept(self.folder / "proxy.json", _PROXY, made_from)
-        if Path(self.proxy).exists() and kept.reuse(self.say) is not None:
+        kept = self._kept_proxy(made_from)
+        if kept.reuse(self.say) is not None:
             self.say(f"{self.proxy}: using the kept result")
             return
         if missing is not None:
@@ -208,8 +226,12 @@ class Transfer:
             if not (path.exists() and Path(self.proxy).exists()):
                 raise
             self.say(f"{error}; {self.proxy} is not compared with it")
-            body, _ = load_artifact(path, format=_PROXY, version=1)
-            return self.model, body.get("key", {}).get("model"), error
+            key = load_artifact(path, format=_PROXY, version=1)[0].get("key")
+            return self.model, key.get("model") if isinstance(key, dict) else None, error
+
+    def _kept_proxy(self, made_from: Mapping[str, Any]) -> Kept:
+        path, folder = self.folder / "proxy.json", Path(self.proxy)
+        return Kept(path, _PROXY, made_from, holds=_Proxy, beside=folder)
 
     def _make_proxy(self, model: nn.Module, task: Task, kept: Kept) -> None:
         config = self.config
@@ -277,14 +299,14 @@ class Transfer:
         """Make baseline, scores, circuit and faithfulness, or keep existing ones."""
         keep_settings(self.discovery)
         _, scores, _ = discover(self.discovery, self.say)
-        d, curve = self.config.discovery, self.curve()
+        d, baseline = self.config.discovery, load_baseline(self.discovery)
         data = judged_on(self.discovery, "valid", d.faithfulness_examples)
-        if curve is not None and curve_fits(curve, scores, load_baseline(self.discovery), data):
-            reason = difference(curve.provenance.key, key_of(curve.provenance.key))
-            if reason is None:
-                return
-            self.say(f"the faithfulness curve was made with {reason}; making it again")
-        measure(self.discovery, self.say, examples=d.faithfulness_examples, draws=d.draws)
+        made_from = {"model": scores.provenance.model_hash, "data": data.hash}
+        made_from |= {"baseline": baseline.hash}
+        path = self.discovery.path("faithfulness.json")
+        curve = reuse(path, FaithfulnessCurve.load, _key_of, made_from, self.say)
+        if curve is None or not curve_fits(curve, scores, baseline, data):
+            measure(self.discovery, self.say, examples=d.faithfulness_examples, draws=d.draws)
 
     def curve(self) -> FaithfulnessCurve | None:
         """Return the faithfulness curve on the source's validation split, if it was measured."""
@@ -349,6 +371,10 @@ class Transfer:
                 view_of(self.model), self.source.train, options={"proxy": self.proxy}
             ),
         )
+
+
+def _key_of(curve: FaithfulnessCurve) -> dict[str, Any]:
+    return curve.provenance.key
 
 
 def _check_data(model: nn.Module, tasks: Mapping[str, Task]) -> None:

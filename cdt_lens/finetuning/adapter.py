@@ -30,7 +30,7 @@ from cdt_lens.models.provenance import Provenance
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.models.weights import check_fused, named_weights, sync_fused
 
-_FILE = "adapter.json"
+ADAPTER_FILE = "adapter.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +193,7 @@ class Adapter(Saved):
 
     @classmethod
     def _path(cls, path: str | Path) -> Path:
-        return Path(path) if Path(path).suffix == ".json" else Path(path) / _FILE
+        return Path(path) if Path(path).suffix == ".json" else Path(path) / ADAPTER_FILE
 
 
 @dataclass(eq=False)

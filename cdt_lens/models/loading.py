@@ -8,7 +8,6 @@ and not for every family. Otherwise `TransformerBridge` is used.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers import AutoTokenizer
 
 from cdt_lens.core.choices import Backend
 from cdt_lens.core.errors import InputError, UnsupportedModelError
+from cdt_lens.core.scratch import temporary_folder
 from cdt_lens.models.hugging_face import first_line, load_hugging_face, third_party_noise_off
 from cdt_lens.models.support import check_supported
 from cdt_lens.models.view import is_model, view_of
@@ -223,10 +223,10 @@ def _hooked(
     config = hf_model.config
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 2048)
     length = min(n_ctx or 2048, int(limit or 2048))
-    with tempfile.TemporaryDirectory(prefix="cdt-lens-") as folder:
+    with temporary_folder() as folder:
         # transformer-lens recognises known models by substrings of the path, so it gets the
         # configuration under a neutral path.
-        shown = Path(folder) / "model"
+        shown = folder / "model"
         if not hasattr(config, "n_ctx"):
             config.n_ctx = limit
         config.architectures = [type(hf_model).__name__]
@@ -266,7 +266,7 @@ def _bridge(hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype) -> A
     from transformer_lens.model_bridge import TransformerBridge
 
     hf_model.config.architectures = [type(hf_model).__name__]
-    with tempfile.TemporaryDirectory(prefix="cdt-lens-") as folder:
+    with temporary_folder() as folder:
         # As above: the tokenizer may be read again from its path.
         tokenizer.save_pretrained(folder)
         model = TransformerBridge.boot_transformers(
