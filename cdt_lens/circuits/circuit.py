@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from cdt_lens.circuits.graph import Graph
 from cdt_lens.core import display
+from cdt_lens.core.checked import size_of
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.heads import Head, all_heads, check_heads, heads_to_mask, mask_to_heads
@@ -46,15 +46,14 @@ class Circuit(Saved):
     """
 
     heads: tuple[Head, ...]
-    n_layers: int
-    n_heads: int
+    n_layers: Annotated[int, size_of("layer")]
+    n_heads: Annotated[int, size_of("head")]
     scores: Float[Tensor, "layer head"] | None = field(default=None, repr=False)
     stderr: Float[Tensor, "layer head"] | None = field(default=None, repr=False)
     selection: Mapping[str, Any] = field(default_factory=dict)
     provenance: Provenance | None = field(default=None, repr=False)
     graph: Graph | None = field(default=None, repr=False)
     _format, _kind = "cdt_lens.circuit", "circuit file"
-    _axes = MappingProxyType({"layer": "n_layers", "head": "n_heads"})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "heads", check_heads(self.heads, self.n_layers, self.n_heads))

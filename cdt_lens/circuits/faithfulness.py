@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pandas as pd
 import torch
@@ -26,6 +25,7 @@ from cdt_lens.circuits.circuit import Circuit, random_heads, random_heads_like
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.measures import MIB_FRACTIONS, cmd, cpr, faithfulness, heads_at
 from cdt_lens.core import display
+from cdt_lens.core.checked import along
 from cdt_lens.core.choices import Metric, Ranking
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError, expect
@@ -66,8 +66,8 @@ class FaithfulnessCurve(Saved):
         provenance: Model, examples and options of the measurement.
     """
 
-    sizes: tuple[int, ...]
-    fractions: tuple[float, ...]
+    sizes: Annotated[tuple[int, ...], along("size")]
+    fractions: Annotated[tuple[float, ...], along("size")]
     faithfulness: Float[Tensor, " size"]
     completeness: Float[Tensor, " size"]
     random: Mapping[str, Float[Tensor, "draw size"]] = field(repr=False)
@@ -82,7 +82,6 @@ class FaithfulnessCurve(Saved):
     provenance: Provenance = field(repr=False)
     # In files of version 1 "accuracy" is the label-balanced share of right answers.
     _format, _kind, _version = "cdt_lens.faithfulness", "faithfulness file", 2
-    _axes = MappingProxyType({"size": "sizes"})
 
     def __repr__(self) -> str:
         areas = f"CPR {self.cpr:.3f}", f"CMD {self.cmd:.3f}"

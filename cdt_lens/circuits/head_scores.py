@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import pandas as pd
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from cdt_lens.circuits.circuit import Circuit, near_zero_heads
 from cdt_lens.circuits.measures import heads_at
 from cdt_lens.core import display
+from cdt_lens.core.checked import along
 from cdt_lens.core.choices import Ranking
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.saved import Saved
@@ -50,12 +50,11 @@ class HeadScores(Saved):
     values: Float[Tensor, "layer head"]
     stderr: Float[Tensor, "layer head"] = field(repr=False)
     per_example: Float[Tensor, "example layer head"] = field(repr=False)
-    example_labels: tuple[str, ...] = field(repr=False)
+    example_labels: Annotated[tuple[str, ...], along("example")] = field(repr=False)
     direction: float
     method: str
     provenance: Provenance = field(repr=False)
     _format, _kind = "cdt_lens.scores", "scores file"
-    _axes = MappingProxyType({"example": "example_labels"})
 
     def __repr__(self) -> str:
         best = [f"{h} {float(self.values[h.layer, h.head]):+.3g}" for h in self.ranking()]

@@ -7,14 +7,14 @@ The axes of tensors stand there as well, for jaxtyping to read: `Float[Tensor, "
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
 import torch
 from jaxtyping import Shaped, jaxtyped
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError, WrapValidator
 from torch import Tensor
 
 from cdt_lens.core.errors import InputError, did_you_mean
@@ -132,22 +132,53 @@ def check_names(values: Iterable[str], known: Iterable[str], where: str) -> None
             )
 
 
-def check_result(result: object, sizes: Mapping[str, int]) -> None:
+def size_of(axis: str) -> AfterValidator:
+    """Annotate a number that is the size of an axis, such as `n_layers` of "layer"."""
+
+    def check(size: int) -> int:
+        _check_axis(size, axis)
+        return size
+
+    return AfterValidator(check)
+
+
+def along(axis: str) -> AfterValidator:
+    """Annotate a tuple with one value at each place of an axis, such as labels of "example"."""
+
+    def check(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        _check_axis(len(values), axis)
+        return values
+
+    return AfterValidator(check)
+
+
+def _check_axis(size: int, axis: str) -> None:
+    named: Any = Shaped[Tensor, axis]
+    if not isinstance(torch.empty(size, device="meta"), named):
+        raise ValueError(f"{size} is not the size of the axis {axis!r} in the other fields")
+
+
+def _with_own_axes(value: object, check: Callable[[object], object]) -> object:
+    with jaxtyped("context"):
+        return check(value)
+
+
+# Annotates results within another result, whose axes have sizes of their own.
+own_axes = WrapValidator(_with_own_axes)
+
+
+def check_result(result: object) -> None:
     """Check every field of a result that a file holds, and of the dataclasses in its fields.
 
     Args:
         result: An instance of a dataclass. An axis of the same name has the same size in all of its
             fields, as in `Float[Tensor, "layer head"]`.
-        sizes: Sizes of axes that follow from fields without axes, such as numbers of heads.
 
     Raises:
         ValueError: A field has a value or a shape that its type does not allow; the message is one
             line and names the field.
     """
     with jaxtyped("context"):
-        # The first tensor of the context sets the sizes of its axes.
-        axes: Any = Shaped[Tensor, " ".join(sizes)]
-        isinstance(torch.empty(tuple(sizes.values()), device="meta"), axes)
         for name, adapter in _result_adapters(type(result)).items():  # type: ignore[arg-type]
             check_value(name, getattr(result, name), adapter)
 

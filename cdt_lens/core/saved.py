@@ -28,8 +28,6 @@ class Saved(EqualByContent, ABC):
     _format: ClassVar[str]
     _kind: ClassVar[str]
     _version: ClassVar[int] = 1
-    # Axes of the tensors whose sizes other fields hold, as numbers or by their lengths.
-    _axes: ClassVar[Mapping[str, str]] = {}
 
     def save(self, path: str | Path) -> Path:
         """Save as JSON, with the tensors beside it as safetensors; whole or not at all.
@@ -67,17 +65,12 @@ class Saved(EqualByContent, ABC):
         body, tensors = load_artifact(path, format=cls._format, version=cls._version)
         try:
             result: Result = cls._from_file(body, tensors)
-            check_result(result, result._sizes())
+            check_result(result)
         except Exception as error:  # a wrong body may fail anywhere; the reader is not to blame
             reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error
             one_line = " ".join(str(reason).split())[:_LONGEST]
             raise ArtifactError(f"{path}: not a whole {cls._kind} ({one_line})") from error
         return result
-
-    def _sizes(self) -> dict[str, int]:
-        """Return the sizes of axes that other fields hold."""
-        values = {axis: getattr(self, name) for axis, name in self._axes.items()}
-        return {axis: v if isinstance(v, int) else len(v) for axis, v in values.items()}
 
     @abstractmethod
     def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
