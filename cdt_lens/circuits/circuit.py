@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cdt_lens.circuits.graph import Graph
+from cdt_lens.circuits.nodes import check_size
 from cdt_lens.core import display
 from cdt_lens.core.checked import size_of
 from cdt_lens.core.errors import InputError
@@ -56,6 +57,7 @@ class Circuit(Saved):
     _format, _kind = "cdt_lens.circuit", "circuit file"
 
     def __post_init__(self) -> None:
+        check_size(self.n_layers, self.n_heads, "circuit")
         object.__setattr__(self, "heads", check_heads(self.heads, self.n_layers, self.n_heads))
         for name in ("n_layers", "n_heads"):
             own = getattr(self, name)

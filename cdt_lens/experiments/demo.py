@@ -11,11 +11,11 @@ from pathlib import Path
 
 from cdt_lens.core.artifacts import remove_artifact
 from cdt_lens.core.errors import InputError
-from cdt_lens.core.folders import locked
 from cdt_lens.core.kept import Kept, Say
 from cdt_lens.core.processes import is_main
+from cdt_lens.core.run_lock import locked
 from cdt_lens.experiments.demo_model import make_demo_model
-from cdt_lens.experiments.transfer import run_transfer, settle
+from cdt_lens.experiments.transfer import Transfer, run_transfer
 from cdt_lens.experiments.transfer_config import TransferConfig, config_of
 from cdt_lens.finetuning.transfer_result import TransferResult
 
@@ -74,7 +74,7 @@ def run_demo(
     with locked(folder):
         if (folder / "model").exists() and not (folder / "transfer.json").exists():
             raise InputError(f"{folder}: holds a model that is not the demo's; name a new folder")
-        settle(config, folder)
+        Transfer(config, folder, say, progress).settle()
         _make_model(folder, seed, say)
         return run_transfer(config, folder, say, progress=progress)
 

@@ -19,9 +19,9 @@ from torch import nn
 
 from cdt_lens.core.artifacts import load_artifact, remove_artifact, save_artifact
 from cdt_lens.core.errors import ArtifactError, InputError
-from cdt_lens.core.folders import locked
 from cdt_lens.core.kept import Say, drop_other_versions, reuse
 from cdt_lens.core.processes import is_main, wait_for_all
+from cdt_lens.core.run_lock import locked
 from cdt_lens.experiments.inputs import load_for, make_task
 from cdt_lens.experiments.settings import Settings
 from cdt_lens.models.provenance import weight_hash

@@ -30,10 +30,10 @@ from cdt_lens.circuits.faithfulness import FaithfulnessCurve, f_of
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.artifacts import atomic_write, load_artifact, remove_artifact, save_artifact
 from cdt_lens.core.errors import InputError
-from cdt_lens.core.folders import locked
 from cdt_lens.core.kept import Cell, Kept, as_json, reuse
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import is_main, wait_for_all
+from cdt_lens.core.run_lock import locked
 from cdt_lens.experiments.discovery import curve_fits, discover, judged_on, load_baseline, measure
 from cdt_lens.experiments.inputs import make_task, with_train
 from cdt_lens.experiments.runs import Run, keep_settings, kept_settings
@@ -117,39 +117,6 @@ def _write(experiment: Transfer, result: TransferResult) -> None:
     render_report(*parts, path=folder / "report.html", title=title)
 
 
-def settle(config: TransferConfig, folder: Path) -> None:
-    """Save the settings in the run directory, or compare them with the saved ones.
-
-    Args:
-        config: The settings of the experiment.
-        folder: The run directory.
-
-    Raises:
-        InputError: The folder holds an experiment with another model, task or proxy.
-        ArtifactError: The saved settings are damaged.
-    """
-    path = folder / "transfer.json"
-    wanted = config.to_dict()
-    # Cells know their own data, so that targets, and their files, may be added later.
-    wanted = {**wanted, "task": {**wanted["task"], "targets": (), "files": {}}}
-    for free in ("transfer", "device"):
-        wanted.pop(free)
-    wanted = as_json(wanted)
-    if path.exists():
-        kept = kept_settings(path, _RUN)
-        if isinstance(kept.get("task"), dict):
-            kept["task"]["files"] = {}
-        different = [name for name in wanted if kept.get(name) != wanted[name]]
-        if different:
-            raise InputError(
-                f"{folder}: holds an experiment with other settings ({', '.join(different)}); "
-                "name another folder, or remove it"
-            )
-    if is_main():
-        save_artifact(path, {"settings": wanted}, format=_RUN, version=1)
-    wait_for_all()
-
-
 @dataclass
 class Transfer:
     """The run directory of a transfer experiment; `run` computes the parts that are missing."""
@@ -165,7 +132,7 @@ class Transfer:
         Raises:
             InputError: The folder holds an experiment with another model, task or proxy.
         """
-        settle(self.config, self.folder)
+        self.settle()
         self._train_proxy()
         self._discover()
         before = [self.cells.before(language) for language in self.languages]
@@ -182,6 +149,34 @@ class Transfer:
     def languages(self) -> tuple[str, ...]:
         """The source language and the target languages."""
         return (self.config.task.source, *self.config.task.targets)
+
+    def settle(self) -> None:
+        """Save the settings in the folder, or compare them with the saved ones.
+
+        Raises:
+            InputError: The folder holds an experiment with other settings.
+            ArtifactError: The saved settings are damaged.
+        """
+        path = self.folder / "transfer.json"
+        wanted = self.config.to_dict()
+        # Cells know their own data, so that targets, and their files, may be added later.
+        wanted = {**wanted, "task": {**wanted["task"], "targets": (), "files": {}}}
+        for free in ("transfer", "device"):
+            wanted.pop(free)
+        wanted = as_json(wanted)
+        if path.exists():
+            kept = kept_settings(path, _RUN)
+            if isinstance(kept.get("task"), dict):
+                kept["task"]["files"] = {}
+            different = [name for name in wanted if kept.get(name) != wanted[name]]
+            if different:
+                raise InputError(
+                    f"{self.folder}: holds an experiment with other settings "
+                    f"({', '.join(different)}); name another folder, or remove it"
+                )
+        if is_main():
+            save_artifact(path, {"settings": wanted}, format=_RUN, version=1)
+        wait_for_all()
 
     # ------------------------------------------------------------------ proxy
 

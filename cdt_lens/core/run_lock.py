@@ -113,9 +113,12 @@ def _is_orphan(path: Path) -> bool:
     of_json = _TENSORS.fullmatch(path.name)
     if of_json is None:
         return False
-    # A person may have renamed the JSON file.
-    others = [other for other in path.parent.glob("*.json") if other.name != of_json[1]]
-    try:
-        return path not in (tensor_file(path.with_name(of_json[1])), *map(tensor_file, others))
-    except CdtLensError:  # a damaged file does not tell what it names
-        return False
+    own = path.with_name(of_json[1])
+    for json_file in {own, *path.parent.glob("*.json")}:  # a person may have renamed it
+        try:
+            if tensor_file(json_file) == path:
+                return False
+        except CdtLensError:  # a damaged file does not tell what it names
+            if json_file == own:
+                return False
+    return True
