@@ -254,16 +254,27 @@ class Kept:
     def _whole(self) -> dict[str, Any]:
         """Read the values; the folder beside them must be as it was when they were kept."""
         body, _ = self._read()
-        if self.beside is None or difference(body["key"], self.key) is not None:
-            return body
-        recorded, found = body.get("files"), folder_hashes(self.beside)
+        if self.beside is not None and difference(body["key"], self.key) is None:
+            self._check_folder(self.beside, body.get("files"))
+        return body
+
+    def check_beside(self) -> None:
+        """Check the folder beside the values, whatever they were made from.
+
+        Raises:
+            ArtifactError: It is not as it was when the values were kept.
+        """
+        if self.beside is not None:
+            self._check_folder(self.beside, self._read()[0].get("files"))
+
+    def _check_folder(self, folder: Path, recorded: object) -> None:
         if not isinstance(recorded, Mapping):
-            raise ArtifactError(f"{self.path}: damaged: it records no checksums of {self.beside}")
+            raise ArtifactError(f"{self.path} records no checksums of {folder}")
+        found = folder_hashes(folder)
         for name in sorted({*recorded, *found}):
             if recorded.get(name) != found.get(name):
                 what = "is missing" if name not in found else "is damaged or was changed"
-                raise ArtifactError(f"{self.beside / name} {what}")
-        return body
+                raise ArtifactError(f"{folder / name} {what}")
 
 
 def drop_other_versions(checkpoints: Iterable[Path], format: str, say: Say) -> None:

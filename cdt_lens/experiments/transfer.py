@@ -29,7 +29,7 @@ from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve, f_of
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.artifacts import atomic_write, load_artifact, remove_artifact, save_artifact
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.core.kept import Cell, Kept, as_json, reuse
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import is_main, wait_for_all
@@ -220,6 +220,12 @@ class Transfer:
             path = self.folder / "proxy.json"
             if not (path.exists() and Path(self.proxy).exists()):
                 raise
+            try:
+                self._kept_proxy({}).check_beside()
+            except ArtifactError as damage:
+                raise InputError(
+                    f"{damage}; {self.proxy} has to be trained again, but: {error}"
+                ) from error
             self.say(f"{error}; {self.proxy} is not compared with it")
             key = load_artifact(path, format=_PROXY, version=1)[0].get("key")
             return self.model, key.get("model") if isinstance(key, dict) else None, error

@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.places import ROOT
+from helpers.locks import held_elsewhere
 
 from cdt_lens.core.artifacts import load_artifact, save_artifact
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.run_lock import locked, remove_litter
-
-HOLD = """
-import sys, time
-from cdt_lens.core.run_lock import locked
-with locked(sys.argv[1]):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def held_elsewhere(folder: Path) -> subprocess.Popen[str]:
-    """A process that holds the lock of `folder`."""
-    command = [sys.executable, "-c", HOLD, str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
-    return process
 
 
 def test_a_second_process_is_refused_by_name_until_the_first_is_killed(tmp_path: Path):
