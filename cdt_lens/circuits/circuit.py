@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
@@ -17,7 +17,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cdt_lens.circuits.graph import Graph
+from cdt_lens.circuits.nodes import check_size
 from cdt_lens.core import display
+from cdt_lens.core.axes import size_of
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import FromZeroCount, Seed
 from cdt_lens.core.errors import InputError
@@ -55,8 +57,8 @@ class Circuit(Saved):
     """
 
     heads: tuple[Head, ...]
-    n_layers: int
-    n_heads: int
+    n_layers: Annotated[int, size_of("layer")]
+    n_heads: Annotated[int, size_of("head")]
     scores: Float[Tensor, "layer head"] | None = field(default=None, repr=False)
     stderr: Float[Tensor, "layer head"] | None = field(default=None, repr=False)
     selection: Mapping[str, Any] = field(default_factory=dict)
@@ -67,6 +69,7 @@ class Circuit(Saved):
 
     def __post_init__(self) -> None:
         count_from_one(self, "n_layers", "n_heads")
+        check_size(self.n_layers, self.n_heads, "circuit")
         object.__setattr__(self, "heads", check_heads(self.heads, self.n_layers, self.n_heads))
         for name in ("n_layers", "n_heads"):
             own = getattr(self, name)

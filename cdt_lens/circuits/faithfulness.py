@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pandas as pd
 import torch
@@ -25,6 +25,7 @@ from cdt_lens.circuits.circuit import Circuit, random_heads, random_heads_like
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.measures import MIB_FRACTIONS, cmd, cpr, faithfulness, heads_at
 from cdt_lens.core import display
+from cdt_lens.core.axes import along
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Count, Metric, Ranking, Seed
 from cdt_lens.core.equality import EqualByContent
@@ -68,8 +69,8 @@ class FaithfulnessCurve(Saved):
         provenance: Model, examples and options of the measurement.
     """
 
-    sizes: tuple[int, ...]
-    fractions: tuple[float, ...]
+    sizes: Annotated[tuple[int, ...], along("size")]
+    fractions: Annotated[tuple[float, ...], along("size")]
     faithfulness: Float[Tensor, " size"]
     completeness: Float[Tensor, " size"]
     random: Mapping[str, Float[Tensor, "draw size"]] = field(repr=False)

@@ -21,6 +21,7 @@ from cdt_lens.circuits.nodes import (
     OWN_UNIT,
     NodePlace,
     Site,
+    check_size,
     edge_name,
     parse_node,
     why_no_edge,
@@ -114,10 +115,9 @@ class Graph(EqualByContent):
     def __post_init__(self) -> None:
         object.__setattr__(self, "nodes", dict(self.nodes))
         object.__setattr__(self, "edges", tuple(self.edges))
-        sizes = {"n_layers": self.n_layers, "n_heads": self.n_heads, "d_model": self.d_model}
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise InputError(f"graph: {name}={size}, expected at least 1")
+        check_size(self.n_layers, self.n_heads, "graph")
+        if self.d_model is not None and self.d_model < 1:
+            raise InputError(f"graph: d_model={self.d_model}, expected at least 1")
         places = {name: parse_node(name, self.n_layers, self.n_heads) for name in self.nodes}
         for name, node in self.nodes.items():
             _check_score(node.score, f"node {name}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pandas as pd
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from cdt_lens.circuits.circuit import Circuit, near_zero_heads
 from cdt_lens.circuits.measures import heads_at
 from cdt_lens.core import display
+from cdt_lens.core.axes import along
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Count, Fraction, FromZeroCount, Level, Ranking, Seed
 from cdt_lens.core.errors import InputError
@@ -50,7 +51,7 @@ class HeadScores(Saved):
     values: Float[Tensor, "layer head"]
     stderr: Float[Tensor, "layer head"] = field(repr=False)
     per_example: Float[Tensor, "example layer head"] = field(repr=False)
-    example_labels: tuple[str, ...] = field(repr=False)
+    example_labels: Annotated[tuple[str, ...], along("example")] = field(repr=False)
     direction: float
     method: str
     provenance: Provenance = field(repr=False)

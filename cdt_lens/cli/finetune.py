@@ -14,6 +14,7 @@ from cdt_lens.cli.arguments import (
     TrainFile,
     ValidFile,
     Verbalizer,
+    alone,
     settings_of,
     with_options,
 )
@@ -30,6 +31,7 @@ _TRAINING = ("epochs", "batch_size", "learning_rate", "patience", "seed")
 
 
 @with_options(given=(Settings, _OPTIONS), training=(TrainingOptions, _TRAINING))
+@alone
 def finetune(
     model: Annotated[str, typer.Option(help="Checkpoint that solves the task in the source.")],
     out: Annotated[Path, typer.Option(help="Folder for the adapter, the log and the report.")],

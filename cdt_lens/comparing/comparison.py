@@ -14,7 +14,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pandas as pd
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cdt_lens.circuits.measures import cmd, cpr
 from cdt_lens.core import display
+from cdt_lens.core.axes import along, own_axes
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError, did_you_mean
@@ -54,7 +55,7 @@ class RankingCurve(EqualByContent):
         cmd: Area under |1 - f|.
     """
 
-    f: tuple[float, ...] = field(repr=False)
+    f: Annotated[tuple[float, ...], along("size")] = field(repr=False)
     cpr: float
     cmd: float
 
@@ -159,8 +160,8 @@ class Comparison(Saved):
     """
 
     methods: tuple[MethodResult, ...]
-    fractions: tuple[float, ...]
-    sizes: tuple[int, ...]
+    fractions: Annotated[tuple[float, ...], along("size")]
+    sizes: Annotated[tuple[int, ...], along("size")]
     random: tuple[RankingCurve, ...] = field(repr=False)
     scored: int
     held_out: int
@@ -325,7 +326,7 @@ class PlantedComparison(Saved):
         why: What is planted in each circuit, in words.
     """
 
-    circuits: Mapping[str, Comparison]
+    circuits: Mapping[str, Annotated[Comparison, own_axes]]
     why: Mapping[str, str] = field(default_factory=dict, repr=False)
     _format, _kind = "cdt_lens.planted_comparison", "comparison"
 

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -18,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import TypedDict
 
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.artifacts import remove_artifact
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError, NonFiniteError, UnsupportedModelError
-from cdt_lens.core.kept import Kept, Say, drop_other_versions, file_name, reuse
+from cdt_lens.core.kept import Kept, Say, drop_other_versions, reuse
 from cdt_lens.core.processes import gather_items, is_main, shard, wait_for_all
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.provenance import hashed_once, model_key
@@ -36,6 +38,13 @@ _FORMAT = "cdt_lens.timed_scores"
 _PASSES = 3
 _SHORT, _REPEATS = 20, 5
 Run = Callable[[Path | None], HeadScores]
+
+
+class _Time(TypedDict):
+    refused: str | None
+    clock: dict[str, Any]
+    seconds: float | None
+    passes: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +128,9 @@ class TimedScorer:
     def _path(self, kind: str, method: str) -> Path:
         if self.folder is None:
             raise InputError("TimedScorer: no folder was given, so nothing is kept in files")
-        return self.folder / f"{kind}-{file_name(method)}.json"
+        # Should two methods have one file name, the key tells them apart.
+        name = re.sub(r"[^\w.-]+", "_", method)
+        return self.folder / f"{kind}-{name}.json"
 
     def _made_from(self) -> dict[str, Any]:
         return {
@@ -129,7 +140,7 @@ class TimedScorer:
 
     def _kept_time(self, method: str) -> Kept:
         made_from = {"method": method, **self._made_from()}
-        return Kept(self._path("time", method), _FORMAT, made_from)
+        return Kept(self._path("time", method), _FORMAT, made_from, holds=_Time)
 
     def _clock(self) -> dict[str, Any]:
         """Return the settings that change the time and not the scores."""

@@ -17,7 +17,7 @@ from cdt_lens.core.kept import Say, file_name
 from cdt_lens.core.processes import is_main, wait_for_all
 from cdt_lens.decomposition.baseline import mean_activations
 from cdt_lens.experiments.discovery import judged_on, make_baseline
-from cdt_lens.experiments.runs import Run, kept_at, refuse_other_settings
+from cdt_lens.experiments.runs import Run, kept_at, refuse_other_settings, writes
 from cdt_lens.experiments.settings import Settings
 from cdt_lens.planted.catalogue import PLANTED, planted_circuit
 from cdt_lens.scoring.methods import DEFAULT_METHODS
@@ -25,6 +25,7 @@ from cdt_lens.tasks.task import Task
 from cdt_lens.viz.report.report import render_report
 
 
+@writes
 def compare_run(
     run: Run,
     say: Say,

@@ -25,6 +25,7 @@ from cdt_lens.experiments.runs import (
     refuse_other_settings,
     scored,
     stage,
+    writes,
 )
 from cdt_lens.experiments.settings import Settings
 from cdt_lens.scoring.agreement import MethodAgreement, compare_scores
@@ -38,6 +39,7 @@ from cdt_lens.tasks.task import Examples, Task, most_balanced
 from cdt_lens.viz.report.report import render_report
 
 
+@writes
 def discover(run: Run, say: Say) -> tuple[Circuit, HeadScores, Evaluation]:
     """Compute baseline, scores and circuit; each is saved when done and reused by later calls."""
     settings = run.settings
@@ -65,6 +67,7 @@ def discover(run: Run, say: Say) -> tuple[Circuit, HeadScores, Evaluation]:
     return circuit, scores, evaluation
 
 
+@writes
 def make_baseline(run: Run, say: Say) -> Baseline:
     """Return the baseline of the run, averaged now or by an earlier call."""
     baseline: Baseline = stage(
@@ -83,6 +86,7 @@ def made_from(result: HeadScores | FaithfulnessCurve, data: Examples, baseline: 
     )
 
 
+@writes
 def ablate(run: Run, say: Say) -> MethodAgreement:
     """Ablate every head exactly, and compute how well the scores predict the effects."""
     baseline, scores = load_baseline(run), load_scores(run)
@@ -101,6 +105,7 @@ def ablate(run: Run, say: Say) -> MethodAgreement:
     return compare_scores(scores, reference)
 
 
+@writes
 def measure(
     run: Run, say: Say, *, split: str = "valid", examples: int = 48, metric: Metric = "direction",
     draws: int = 5,
@@ -212,6 +217,7 @@ def _data_of(curve: FaithfulnessCurve, run: Run) -> Examples | None:
     return None
 
 
+@writes
 def trace(
     run: Run, say: Say, *, examples: int | None = None, width: int = 8, fan_in: int = 3
 ) -> Circuit:
@@ -310,6 +316,7 @@ def check_report(folder: Path, settings: Settings, task: Task) -> None:
     HeadScores.load(folder / "scores.json")
 
 
+@writes
 def report(run: Run, say: Say, *, prompts: int = 3, heads: int = 8) -> Path:
     """Write one HTML file of all results in the run directory, with views of a few prompts."""
     circuit, scores = Circuit.load(run.path("circuit.json")), load_scores(run)

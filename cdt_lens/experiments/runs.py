@@ -8,11 +8,12 @@ stage is not run again if its file was made from the same model and data by the 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import nn
 
@@ -21,6 +22,7 @@ from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.core.folders import check_run_folder
 from cdt_lens.core.kept import Say, drop_other_versions, reuse
 from cdt_lens.core.processes import is_main, wait_for_all
+from cdt_lens.core.run_lock import locked
 from cdt_lens.experiments.inputs import check_inputs, load_for, make_task
 from cdt_lens.experiments.settings import Settings
 from cdt_lens.models.provenance import model_key
@@ -32,8 +34,13 @@ from cdt_lens.tasks.task import Examples, Task, most_balanced
 Result = TypeVar("Result")
 # Called with the folder, the settings and the task of a run before its model is loaded.
 Check = Callable[[Path, Settings, Task], None]
+_RUN = "cdt_lens.run"
 # Settings that may change when a run resumes: they change no score.
 _FREE_SETTINGS = ("batch_size", "rows", "device", "k", "fraction", "by")
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,17 @@ def scored(settings: Settings, task: Task) -> Examples:
     return task.train.balanced(n, seed=settings.seed)
 
 
+def writes(function: Callable[Concatenate[Run, P], R]) -> Callable[Concatenate[Run, P], R]:
+    """Decorate a stage of a run: its directory is locked until it ends."""
+
+    @functools.wraps(function)
+    def alone(run: Run, *args: P.args, **kwargs: P.kwargs) -> R:
+        with locked(run.folder):
+            return function(run, *args, **kwargs)
+
+    return alone
+
+
 def start_run(settings: Settings, folder: str | Path, say: Say, check: Check | None = None) -> Run:
     """Open a run directory for `settings`, a new one or that of an earlier call.
 
@@ -78,18 +96,23 @@ def start_run(settings: Settings, folder: str | Path, say: Say, check: Check | N
         check: Called with the folder, the settings and the task before the model is loaded.
 
     Raises:
-        InputError: The folder holds a run with other settings, or other files, or the data cannot
-            be read.
+        InputError: The folder holds a run with other settings, or other files, the data cannot be
+            read, or another process writes in it.
     """
     folder = check_run_folder(folder, "run.json")
+    with locked(folder):
+        return _start(settings, folder, say, check)
+
+
+def _start(settings: Settings, folder: Path, say: Say, check: Check | None) -> Run:
     path = folder / "run.json"
     wanted = json.loads(json.dumps(asdict(settings)))
     if path.exists():
-        body, _ = load_artifact(path, format="cdt_lens.run", version=1)
+        kept = kept_settings(path, _RUN)
         different = [
             name
             for name, value in wanted.items()
-            if name not in _FREE_SETTINGS and body["settings"].get(name) != value
+            if name not in _FREE_SETTINGS and kept.get(name) != value
         ]
         if different:
             raise InputError(
@@ -108,8 +131,28 @@ def keep_settings(run: Run) -> None:
     """Write `run.json`, from which a run directory is opened, in one process."""
     if is_main():
         settings = {"settings": asdict(run.settings)}
-        save_artifact(run.path("run.json"), settings, format="cdt_lens.run", version=1)
+        save_artifact(run.path("run.json"), settings, format=_RUN, version=1)
     wait_for_all()
+
+
+def kept_settings(path: Path, format: str) -> dict[str, Any]:
+    """Return the settings in the file that a run directory is opened from.
+
+    Args:
+        path: The file.
+        format: Its kind.
+
+    Raises:
+        ArtifactError: The file is damaged or of another kind. Nothing else in the directory can
+            replace it, so that nothing is made again.
+    """
+    try:
+        settings = load_artifact(path, format=format, version=1)[0].get("settings")
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}: name another folder, or remove {path}") from error
+    if not isinstance(settings, dict):
+        raise ArtifactError(f"{path}: damaged: it holds no settings; name another folder")
+    return settings
 
 
 def open_run(folder: str | Path, say: Say, check: Check | None = None) -> Run:
@@ -122,12 +165,16 @@ def open_run(folder: str | Path, say: Say, check: Check | None = None) -> Run:
 
     Raises:
         InputError: The folder holds no run, or its data cannot be read.
+        ArtifactError: Its settings are damaged.
     """
     path = Path(folder) / "run.json"
     if not path.exists():
         raise InputError(f"{folder}: holds no run (no run.json); {_how_to_make(Path(folder))}")
-    body, _ = load_artifact(path, format="cdt_lens.run", version=1)
-    return _open(Path(folder), Settings.from_dict(body["settings"]), say, check)
+    try:
+        settings = Settings.from_dict(kept_settings(path, _RUN))
+    except InputError as error:
+        raise ArtifactError(f"{path}: damaged: {error}") from error
+    return _open(Path(folder), settings, say, check)
 
 
 def _how_to_make(folder: Path) -> str:

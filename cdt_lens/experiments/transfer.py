@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import TypedDict
 
 from cdt_lens.circuits.ablation import measure_circuits
 from cdt_lens.circuits.circuit import Circuit
@@ -29,14 +30,15 @@ from cdt_lens.circuits.faithfulness import FaithfulnessCurve, f_of
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.artifacts import atomic_write, load_artifact, remove_artifact, save_artifact
 from cdt_lens.core.checked import checked_arguments
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.core.folders import check_run_folder
-from cdt_lens.core.kept import Kept, as_json
+from cdt_lens.core.kept import Cell, Kept, as_json
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import is_main, wait_for_all
+from cdt_lens.core.run_lock import locked
 from cdt_lens.experiments.discovery import discover, judged_on, load_baseline, make_curve
 from cdt_lens.experiments.inputs import check_inputs, make_task, with_train
-from cdt_lens.experiments.runs import Run, keep_settings
+from cdt_lens.experiments.runs import Run, keep_settings, kept_settings
 from cdt_lens.experiments.scope_choices import choices
 from cdt_lens.experiments.transfer_cells import Cells
 from cdt_lens.experiments.transfer_config import TransferConfig
@@ -61,6 +63,11 @@ Say = Callable[[str], None]
 _RUN, _PROXY = "cdt_lens.transfer_run", "cdt_lens.transfer_proxy"
 
 
+class _Proxy(TypedDict):
+    history: list[dict[str, Cell]]
+    options: dict[str, Any]
+
+
 @checked_arguments
 def run_transfer(
     config: TransferConfig, folder: str | Path, say: Say, *, progress: bool = True
@@ -80,14 +87,15 @@ def run_transfer(
         The measurements of every scope, target and seed.
 
     Raises:
-        InputError: The settings cannot be run, a prompt is longer than the model's context, or
-            the folder holds another experiment.
+        InputError: The settings cannot be run, a prompt is longer than the model's context, the
+            folder holds another experiment, or another process writes in it.
     """
-    experiment = Transfer(config, Path(folder), say, progress)
-    result = experiment.run()
-    if is_main():
-        _write(experiment, result)
-    wait_for_all()
+    with locked(folder):
+        experiment = Transfer(config, Path(folder), say, progress)
+        result = experiment.run()
+        if is_main():
+            _write(experiment, result)
+        wait_for_all()
     return result
 
 
@@ -157,6 +165,7 @@ class Transfer:
 
         Raises:
             InputError: The folder holds an experiment with other settings, or other files.
+            ArtifactError: The saved settings are damaged.
         """
         check_run_folder(self.folder, "transfer.json")
         path = self.folder / "transfer.json"
@@ -167,7 +176,7 @@ class Transfer:
             wanted.pop(free)
         wanted = as_json(wanted)
         if path.exists():
-            kept = load_artifact(path, format=_RUN, version=1)[0]["settings"]
+            kept = kept_settings(path, _RUN)
             if isinstance(kept.get("task"), dict):
                 kept["task"]["files"] = {}
             different = [name for name in wanted if kept.get(name) != wanted[name]]
@@ -201,8 +210,8 @@ class Transfer:
             "train": task.train.hash, "valid": task.valid.hash, "model": base,
             "options": asdict(proxy.training),
         }  # fmt: skip
-        kept = Kept(self.folder / "proxy.json", _PROXY, made_from)
-        if Path(self.proxy).exists() and kept.reuse(self.say) is not None:
+        kept = self._kept_proxy(made_from)
+        if kept.reuse(self.say) is not None:
             self.say(f"{self.proxy}: using the kept result")
             return
         if missing is not None:
@@ -222,9 +231,19 @@ class Transfer:
             path = self.folder / "proxy.json"
             if not (path.exists() and Path(self.proxy).exists()):
                 raise
+            try:
+                self._kept_proxy({}).check_beside()
+            except ArtifactError as damage:
+                raise InputError(
+                    f"{damage}; {self.proxy} has to be trained again, but: {error}"
+                ) from error
             self.say(f"{error}; {self.proxy} is not compared with it")
-            body, _ = load_artifact(path, format=_PROXY, version=1)
-            return self.model, body.get("key", {}).get("model"), error
+            key = load_artifact(path, format=_PROXY, version=1)[0].get("key")
+            return self.model, key.get("model") if isinstance(key, dict) else None, error
+
+    def _kept_proxy(self, made_from: Mapping[str, Any]) -> Kept:
+        path, folder = self.folder / "proxy.json", Path(self.proxy)
+        return Kept(path, _PROXY, made_from, holds=_Proxy, beside=folder)
 
     def _make_proxy(self, model: nn.Module, task: Task, kept: Kept) -> None:
         config = self.config
@@ -362,6 +381,10 @@ class Transfer:
                 view_of(self.model), self.source.train, options={"proxy": self.proxy}
             ),
         )
+
+
+def _key_of(curve: FaithfulnessCurve) -> dict[str, Any]:
+    return curve.provenance.key
 
 
 def _check_data(model: nn.Module, tasks: Mapping[str, Task]) -> None:

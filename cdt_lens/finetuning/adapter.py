@@ -34,7 +34,7 @@ from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.models.weights import check_fused, check_gradients, named_weights, sync_fused
 from cdt_lens.tasks.card import TaskCard
 
-_FILE = "adapter.json"
+ADAPTER_FILE = "adapter.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,7 +229,7 @@ class Adapter(Saved):
 
     @classmethod
     def _path(cls, path: str | Path) -> Path:
-        return Path(path) if Path(path).suffix == ".json" else Path(path) / _FILE
+        return Path(path) if Path(path).suffix == ".json" else Path(path) / ADAPTER_FILE
 
 
 @dataclass(eq=False)

@@ -130,7 +130,8 @@ class Trainer:
                 if len(examples):
                     self.passes.prepare(examples, self.options.eval_batch_size)
         state = None if self.checkpoint is None else self.checkpoint.load()
-        if state is not None:
+        if state is not None and self.checkpoint is not None:
+            self.checkpoint.check_tensors(state, self._values())
             self._put(state.masters)
             _load_moments(optimizer, self.trainable, state.moments)
         if self.log is not None:

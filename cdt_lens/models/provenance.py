@@ -64,7 +64,7 @@ class Provenance:
 
     model: str
     model_hash: str
-    model_shape: Mapping[str, int]
+    model_shape: Mapping[str, int | bool]
     task: str
     task_hash: str
     examples: Mapping[str, int]

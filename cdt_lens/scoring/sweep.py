@@ -20,11 +20,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from typing_extensions import TypedDict
 
 from cdt_lens.circuits.head_scores import HeadScores, label_index
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import DEFAULT_RULES, Count, Direction, Preset
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.core.kept import Kept
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import gather_items, shard
@@ -46,6 +47,12 @@ from cdt_lens.tasks.metrics import (
 from cdt_lens.tasks.task import Batch, Examples, check_examples
 
 SWEEP_FORMAT = "cdt_lens.sweep"
+
+
+class _Finished(TypedDict):
+    """The JSON of a checkpoint: the examples whose rows are finished."""
+
+    index: list[int]
 
 
 @checked_arguments
@@ -145,7 +152,7 @@ class _Sweep:
 
     def run(self, kept: Kept | None) -> dict[int, Float[Tensor, " source_and_direction"]]:
         """Compute d(rel) of each source, then d(full), of each example, in all processes."""
-        done = _read_rows(kept)
+        done = _read_rows(kept, len(self.sources) + 1)
         batches = [
             batch
             for batch in self.passes.batches(self.examples, self.view.longrope_limit)
@@ -226,13 +233,18 @@ def _kept_rows(path: str | Path | None, provenance: Provenance) -> Kept | None:
         "model": provenance.model_key, "data": provenance.task_hash,
         "options": provenance.options,
     }  # fmt: skip
-    return Kept(path, SWEEP_FORMAT, made_from)
+    return Kept(path, SWEEP_FORMAT, made_from, holds=_Finished)
 
 
-def _read_rows(kept: Kept | None) -> dict[int, Tensor]:
+def _read_rows(kept: Kept | None, columns: int) -> dict[int, Tensor]:
     """Return the rows of the examples that an interrupted call had finished, by their index."""
     kept_rows = None if kept is None else kept.read()
-    if kept_rows is None:
+    if kept is None or kept_rows is None:
         return {}
     body, tensors = kept_rows
-    return dict(zip(body["index"], tensors["rows"], strict=True))
+    rows = tensors.get("rows", torch.empty(0))
+    if rows.shape != (len(body["index"]), columns):
+        raise ArtifactError(
+            f"{kept.path}: damaged: rows of shape {tuple(rows.shape)}; remove it to begin anew"
+        )
+    return dict(zip(body["index"], rows, strict=True))
