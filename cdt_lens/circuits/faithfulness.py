@@ -378,8 +378,8 @@ def _measure(
     """Measure circuits with their complements and random controls, each different one once."""
     if draws < 1:
         raise InputError(f"draws={draws}: expected at least 1 random circuit of each kind")
-    for name in ("valid", "test") if task is not None else ():
-        if examples.name == getattr(task, name).name:
+    for name in ("valid", "test"):
+        if task is not None and examples.name == getattr(task, name).name:
             task.require_held_out(name)
     everyone = all_heads(view.n_layers, view.n_heads)
     families = [_family(heads, view, draws, seed) for heads in circuits]

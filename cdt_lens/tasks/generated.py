@@ -256,8 +256,8 @@ def _build(
     def split(part: str, size: int) -> Examples:
         labels = [recipe.labels[i % len(recipe.labels)] for i in range(size)]
         drafts = [_fresh(recipe, label, generator, prompts) for label in labels]
-        tokens = encode(tokenizer, [draft.prompt for draft in drafts])
-        tokens = [with_bos(tokenizer, own, prepend_bos) for own in tokens]
+        pieces = encode(tokenizer, [draft.prompt for draft in drafts])
+        tokens = [with_bos(tokenizer, own, prepend_bos) for own in pieces]
         items = tuple(
             Example(draft.prompt, own, label, draft.answers, draft.others, draft.fields)
             for draft, own, label in zip(drafts, tokens, labels, strict=True)

@@ -11,7 +11,9 @@ from helpers.checks import assert_close
 from helpers.tiny_tasks import examples
 from torch import Tensor
 
+from cdt_lens.core.choices import Metric
 from cdt_lens.tasks import metrics
+from cdt_lens.tasks.metrics import chance_caution
 from cdt_lens.tasks.task import Batch, Example, Examples
 
 
@@ -137,3 +139,22 @@ def test_the_direction_of_a_whole_split_is_what_its_examples_say():
         others = [float(logits[row, token]) for token in item.others]
         expected = float(logits[row, item.answers[0]]) - sum(others) / len(others)
         assert float(actual[row]) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "labels", "said"),
+    [
+        ("direction", -0.44, 4, "mean direction -0.440 logits, chance 0"),
+        ("direction", 0.0, 4, "mean direction +0.000 logits"),
+        ("direction", 0.01, 4, ""),
+        ("accuracy", 0.25, 4, "accuracy 0.250, chance 0.25"),
+        ("accuracy", 0.26, 4, ""),
+        ("balanced_accuracy", 0.5, 2, "balanced accuracy 0.500, chance 0.5"),
+        ("balanced_accuracy", 0.5, 3, ""),
+    ],
+)
+def test_a_metric_at_or_below_chance_is_said(
+    metric: Metric, value: float, labels: int, said: str
+) -> None:
+    sentence = chance_caution(metric, value, labels)
+    assert bool(sentence) == bool(said) and said in sentence
