@@ -729,6 +729,13 @@ def test_what_cannot_be_trained_is_refused_beforehand(
         finetune(model, **{"task": task(), "heads": HEADS, **QUICK, **given})
 
 
+def test_validation_on_the_training_examples_is_refused(tokenizer_folder):
+    seen, data = view("llama", "bridge", tokenizer_folder, torch.float32), task()
+    same = dataclasses.replace(data, valid=dataclasses.replace(data.train, name="tiny/valid"))
+    with pytest.raises(InputError, match="tiny/valid: all 13 examples are also in tiny/train"):
+        finetune(seen, same, heads=HEADS, **QUICK)
+
+
 @models(("gpt2", "llama"))
 def test_a_prompt_longer_than_the_context_is_refused_beforehand(
     family, backend, tokenizer_folder, monkeypatch
