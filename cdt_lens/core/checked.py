@@ -21,6 +21,7 @@ from cdt_lens.core.errors import InputError, did_you_mean
 
 Kind = TypeVar("Kind")
 
+_LONGEST = 200  # characters of a value that a message shows whole
 _KINDS = {
     "integer": "a whole number", "number": "a number", "boolean": "true or false",
     "string": "text", "null": "None", "array": "a list", "object": "a table of names and values",
@@ -61,7 +62,8 @@ def _checked(name: str, value: object, adapter: TypeAdapter) -> object:
         return adapter.validate_python(value)
     except ValidationError as error:
         expected = _expected(adapter, value, error)
-        raise InputError(f"{name}={value!r}: expected {expected}") from error
+        given = repr(value) if len(repr(value)) <= _LONGEST else _shown(value)
+        raise InputError(f"{name}={given}: expected {expected}") from error
 
 
 def _expected(adapter: TypeAdapter, value: object, error: ValidationError) -> str:

@@ -10,9 +10,18 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
+_LONGEST = 2000  # characters of a message
+
 
 class CdtLensError(Exception):
     """Base of every error that this package raises on purpose."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) <= _LONGEST:
+            return text
+        # A message may show a value of any length, from a file or a call.
+        return f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
 class InputError(CdtLensError, ValueError):

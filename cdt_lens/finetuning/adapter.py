@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.models.weights import check_fused, named_weights, sync_fused
 
 ADAPTER_FILE = "adapter.json"
+_SLICE = re.compile(r"blocks\.\d+\.attn\.[Wb]_[QKVO]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +178,11 @@ class Adapter(Saved):
 
     @classmethod
     def _from_file(cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+        for name, index in body["slices"].items():
+            if len(index) != len(tensors[f"slice/{name}"]) or min(index, default=0) < 0:
+                raise ValueError(f"slices: {name}: expected one head for each of its values")
+            if _SLICE.fullmatch(name) is None:
+                raise ValueError(f"slices: {name!r}: expected such as blocks.0.attn.W_Q")
         return cls(
             scope=body["scope"],
             heads=tuple(Head.parse(text) for text in body["heads"]),
