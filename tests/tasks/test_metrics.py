@@ -11,8 +11,8 @@ from helpers.checks import assert_close
 from helpers.tiny_tasks import examples
 from torch import Tensor
 
-from cdt_lens.core.errors import InputError
 from cdt_lens.core.choices import Metric
+from cdt_lens.core.errors import InputError
 from cdt_lens.tasks import metrics
 from cdt_lens.tasks.metrics import chance_caution
 from cdt_lens.tasks.task import Batch, Example, Examples
