@@ -21,6 +21,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from operator import sub
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,6 +116,35 @@ def _usable(
     return result
 
 
+@dataclass(frozen=True)
+class Behaviour:
+    """Numbers that a model computes, by which a checkpoint knows it.
+
+    Args:
+        values: The numbers.
+        rounding: The difference, relative to the largest value, that another machine may make.
+    """
+
+    values: tuple[float, ...]
+    rounding: float
+
+    def difference(self, kept: object) -> str | None:
+        """Compare the numbers with those in a file.
+
+        Args:
+            kept: The numbers in the file, or None.
+
+        Returns:
+            The reason why the file belongs to a model that computes something else, or None.
+        """
+        if not isinstance(kept, list) or len(kept) != len(self.values):
+            return "a model whose logits it does not hold"
+        allowed = self.rounding * max(map(abs, self.values), default=0.0)
+        off = max(map(abs, map(sub, kept, self.values)), default=0.0)
+        # A comparison with NaN is false.
+        return None if off <= allowed else "a model that gives other logits (its settings differ)"
+
+
 class Kept:
     """A file that holds values, and tensors if there are any, beside the key they were made from.
 
@@ -121,12 +152,20 @@ class Kept:
         path: The JSON file.
         format: The kind of file, such as "cdt_lens.transfer_cell".
         made_from: What the values are made from.
+        behaviour: What the model computes; None where its weights say enough.
     """
 
-    def __init__(self, path: str | Path, format: str, made_from: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        format: str,
+        made_from: Mapping[str, Any],
+        behaviour: Behaviour | None = None,
+    ) -> None:
         self.path = Path(path)
         self.format = format
         self.key = key_of(made_from)
+        self.behaviour = behaviour
 
     def reuse(self, say: Say) -> dict[str, Any] | None:
         """Return the kept values, or None where they have to be made again.
@@ -139,8 +178,14 @@ class Kept:
         """
         return reuse(self.path, lambda _: self._read()[0], lambda body: body["key"], self.key, say)
 
-    def read(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def read(
+        self, finished: Callable[[Mapping[str, Any]], bool] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Return the body and tensors of a checkpoint, or None if there is no file.
+
+        Args:
+            finished: Says whether the work in a body is finished. A finished checkpoint whose
+                behaviour differs counts as none, because no work in progress is lost.
 
         Returns:
             The body of the file and its tensors by name.
@@ -152,8 +197,11 @@ class Kept:
         if not self.path.exists():
             return None
         body, tensors = self._read()
-        reason = difference(body["key"], self.key)
+        reason = self._difference(body)
         if reason is not None:
+            same_key = difference(body["key"], self.key) is None
+            if same_key and finished is not None and finished(body):
+                return None
             raise InputError(
                 f"{self.path}: a checkpoint of another run, made with {reason}; remove it, or name "
                 "another file"
@@ -171,6 +219,8 @@ class Kept:
             InputError: The file cannot be written.
         """
         body = {"key": self.key, **values}
+        if self.behaviour is not None:
+            body["behaviour"] = list(self.behaviour.values)
         save_artifact(self.path, body, format=self.format, version=1, tensors=tensors)
 
     def keep(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -196,7 +246,7 @@ class Kept:
         Raises:
             ArtifactError: The file is damaged or of another kind.
         """
-        reason = difference(self._read()[0]["key"], self.key) if self.path.exists() else None
+        reason = self._difference(self._read()[0]) if self.path.exists() else None
         wait_for_all()  # No process removes the file before every process has read it.
         if reason is not None:
             say(f"{self.path} was made with {reason}; removed")
@@ -217,6 +267,12 @@ class Kept:
         if is_main():
             remove_artifact(self.path)
         wait_for_all()
+
+    def _difference(self, body: Mapping[str, Any]) -> str | None:
+        reason = difference(body["key"], self.key)
+        if reason is None and self.behaviour is not None:
+            return self.behaviour.difference(body.get("behaviour"))
+        return reason
 
     def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         body, tensors = load_artifact(self.path, format=self.format, version=1)
