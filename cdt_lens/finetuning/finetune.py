@@ -305,11 +305,10 @@ def check_splits(task: Task, source: Task | None, options: TrainingOptions) -> N
     """Refuse data that cannot be learnt from, or not judged as asked.
 
     Raises:
-        InputError: an empty split, one with a single label, validation on the training examples,
-            or no labels for macro-F1.
+        InputError: an empty split, one with a single label, or no labels for macro-F1.
     """
     task.train.require_some()
-    task.require_held_out()
+    task.warn_unless_held_out()
     present = [label for label, n in task.train.counts.items() if n]
     if len(present) < 2:
         raise InputError(
