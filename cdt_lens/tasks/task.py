@@ -288,6 +288,7 @@ class Examples(Sequence[Example]):
             for i in range(0, len(group), batch_size)
         )
 
+    @checked_arguments
     def one_batch(self, apart: int | None = None) -> Batch:
         """Return all examples as one batch, in their order.
 
@@ -439,6 +440,7 @@ class Task(Checked):
             }
         )
 
+    @checked_arguments
     def require_held_out(self, name: str = "valid") -> None:
         """Check that the examples to judge on are not the training examples.
 
@@ -448,6 +450,8 @@ class Task(Checked):
         Raises:
             InputError: every example of the split is also in `train`.
         """
+        if name not in ("valid", "test"):
+            raise InputError(f"require_held_out: name={name!r}: expected valid or test")
         held_out: Examples = getattr(self, name)
         train = {(item.tokens, item.label) for item in self.train}
         if len(held_out) and all((item.tokens, item.label) in train for item in held_out):
