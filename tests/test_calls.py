@@ -192,7 +192,7 @@ READS_EXAMPLES: dict[str, Callable[[Any, cdt.Examples, Any, Any], Any]] = {
     "position_relevance": lambda m, e, b, t: position_relevance(m, e, b),
     "evaluate": lambda m, e, b, t: cdt.evaluate(m, e),
     "calibrate": lambda m, e, b, t: cdt.calibrate(m, replace(t, content_free=e)),
-    "finetune": lambda m, e, b, t: cdt.finetune(m, replace(t, valid=e), heads=["L0H1"], **QUIET),
+    "finetune": lambda m, e, b, t: cdt.finetune(m, replace(t, train=e), heads=["L0H1"], **QUIET),
     "compare_methods": lambda m, e, b, t: cdt.compare_methods(m, t.train, e, b, **QUIET),
 }  # fmt: skip
 FOREIGN_IDS = {
@@ -234,7 +234,7 @@ def test_a_circuit_of_another_model_is_refused(
         data=made.data[:2], task=made.task, own=cdt.mean_activations(other, made.data, **QUIET)
     )
     with unchecked_types():
-        with pytest.raises(cdt.ArtifactError, match="this circuit was made with model"):
+        with pytest.raises(cdt.ArtifactError, match="this circuit was made with another model"):
             TAKES_HEADS[function](other, made, here, made.circuit)
         with pytest.raises(cdt.InputError, match="the model has layers 0-1 of heads 0-3"):
             TAKES_HEADS[function](other, made, here, ["L0H9"])

@@ -89,8 +89,6 @@ def make_demo_model(
         raise InputError(f"{folder}: exists and is not an empty folder; name another or empty it")
     languages = ("source", *distances)
     steps = STEPS * len(languages) if steps is None else steps
-    if steps < 1:
-        raise InputError(f"{folder}: steps={steps}: expected at least 1")
     tokenizer = demo_tokenizer(distances)
     say(f"writing reviews in {len(languages)} languages")
     plain = _encoded(tokenizer, languages, seed, plain=True)

@@ -289,6 +289,7 @@ class Examples(Sequence[Example]):
             for i in range(0, len(group), batch_size)
         )
 
+    @checked_arguments
     def one_batch(self, apart: int | None = None) -> Batch:
         """Return all examples as one batch, in their order.
 
@@ -466,6 +467,7 @@ class Task(Checked):
         if caution:
             warnings.warn(caution, CdtLensWarning, stacklevel=1)
 
+    @checked_arguments
     def require_held_out(self, name: str = "valid") -> None:
         """Refuse a split of training examples, as every command does.
 
@@ -475,6 +477,8 @@ class Task(Checked):
         Raises:
             InputError: every example of the split is also in `train`.
         """
+        if name not in ("valid", "test"):
+            raise InputError(f"require_held_out: name={name!r}: expected valid or test")
         caution = self.not_held_out(name)
         if caution:
             raise InputError(caution)

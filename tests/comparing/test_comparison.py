@@ -68,7 +68,7 @@ def test_a_refused_method_has_no_numbers():
 
 def test_names_that_do_not_exist_are_refused():
     result = sample.comparison()
-    with pytest.raises(InputError, match="measure 'f1': expected one of spearman"):
+    with pytest.raises(InputError, match="measure='f1': expected one of spearman"):
         result.best("f1")
     with pytest.raises(InputError, match="method 'cdt': expected one of exact"):
         result["cdt"]
