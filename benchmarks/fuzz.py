@@ -1,8 +1,8 @@
 """Read files that were changed at random: 10,000 by default, in some ten minutes on one core.
 
-Each is read right or refused by an error of the package in one line, within 20 CPU seconds and 2
-GB, and nothing is written outside its folder. Prints what went wrong, and how the file was
-changed.
+Each is read right or refused by an error of the package in one line, within 20 seconds of the
+processor and 2 GB, and nothing is written outside its folder. Prints what went wrong, and how the
+file was changed.
 
     python benchmarks/fuzz.py [--inputs 10000] [--seed 0]
 """

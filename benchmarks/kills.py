@@ -26,17 +26,15 @@ def main() -> None:
     draw, wrong, done = random.Random(given.seed), 0, 0
     with tempfile.TemporaryDirectory() as work:
         place = Place(Path(work) / "place")
-        expected, seconds = place.finish("whole")
+        expected, seconds = place.finish()
         print(f"a whole run takes {seconds:.0f} s", flush=True)
         while done < given.kills:
             at = moments(draw, seconds, min(draw.randrange(1, 5), given.kills - done))
             done += len(at)
-            found = complaint(place, expected, f"run{done}", at)
+            found = complaint(place, expected, at)
             wrong += bool(found)
-            print(
-                f"{done}: killed after {[round(s, 2) for s in at]} s: {found or 'as it was'}",
-                flush=True,
-            )
+            after = ", ".join(f"{moment:.2f}" for moment in at)
+            print(f"{done}: killed after {after} s: {found or 'as it was'}", flush=True)
     print(f"{done} kills, {wrong} resumed runs that are wrong")
     sys.exit(bool(wrong))
 

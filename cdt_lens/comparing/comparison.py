@@ -302,8 +302,9 @@ def _best_of(values: Sequence[float], measure: Measure) -> float:
 
 def _check_once(what: str, names: Sequence[str]) -> None:
     twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise ValueError(f"{what}: {twice[0]!r} is given twice")
+    if twice or not names:
+        how = f"{twice[0]!r} is given twice" if twice else "there is none"
+        raise ValueError(f"{what}: {how}; expected at least one, each once")
 
 
 def _without_nan(values: dict[str, Any]) -> dict[str, Any]:

@@ -349,7 +349,7 @@ def _read_tensors(path: Path, entry: object) -> dict[str, Tensor]:
         digest = file_hash(tensor_path)
     except (OSError, ValueError) as error:  # a name may hold characters that no file name has
         raise ArtifactError(
-            f"{path}: its tensors {tensor_path.name} are missing beside it"
+            f"{path}: its tensors {tensor_path.name!r:.90} are missing beside it"
         ) from error
     if digest != entry.get("sha256"):
         raise ArtifactError(

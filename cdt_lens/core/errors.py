@@ -18,10 +18,10 @@ class CdtLensError(Exception):
     """Base of every error that this package raises on purpose."""
 
     def __str__(self) -> str:
-        text = super().__str__()
+        # A message may show what a file or a call holds: any text, of any length.
+        text = " ".join(super().__str__().splitlines()).encode("utf-8", "backslashreplace").decode()
         if len(text) <= _LONGEST:
             return text
-        # A message may show a value of any length, from a file or a call.
         return f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 

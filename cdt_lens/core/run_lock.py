@@ -34,7 +34,8 @@ _guard = threading.Lock()
 def locked(folder: str | Path) -> Iterator[None]:
     """Keep every other process out of a run directory within the `with` block.
 
-    The directory is made, and what a killed process left in it is removed. A block within another
+    The directory is made (and removed again if it stays empty), and what a killed process left in
+    it is removed. A block within another
     one of the same thread changes nothing. Under a launcher the main process holds the lock.
 
     Args:
@@ -47,6 +48,7 @@ def locked(folder: str | Path) -> Iterator[None]:
     if not is_main() or _held.get(folder) == threading.get_ident():
         yield
         return
+    new = not folder.exists()
     with _guard:
         if folder in _held:
             raise InputError(_in_use(folder, "another thread of this process"))
@@ -60,6 +62,9 @@ def locked(folder: str | Path) -> Iterator[None]:
         with _guard:
             del _held[folder]
             _release(handle, folder / ".lock")
+        if new:
+            with contextlib.suppress(OSError):  # it holds files
+                folder.rmdir()
 
 
 def _take(folder: Path) -> int:

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from cdt_lens.core.artifacts import remove_artifact
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.folders import check_run_folder
 from cdt_lens.core.kept import Kept, Say
 from cdt_lens.core.processes import is_main
 from cdt_lens.core.run_lock import locked
@@ -71,9 +71,8 @@ def run_demo(
     """
     folder = Path(folder)
     config = demo_config(str(folder / "model"), seed)
+    check_run_folder(folder, "transfer.json")  # Whatever it holds is then the demo's.
     with locked(folder):
-        if (folder / "model").exists() and not (folder / "transfer.json").exists():
-            raise InputError(f"{folder}: holds a model that is not the demo's; name a new folder")
         Transfer(config, folder, say, progress).settle()
         _make_model(folder, seed, say)
         return run_transfer(config, folder, say, progress=progress)

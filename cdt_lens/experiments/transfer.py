@@ -90,8 +90,9 @@ def run_transfer(
         InputError: The settings cannot be run, a prompt is longer than the model's context, the
             folder holds another experiment, or another process writes in it.
     """
+    folder = check_run_folder(folder, "transfer.json")
     with locked(folder):
-        experiment = Transfer(config, Path(folder), say, progress)
+        experiment = Transfer(config, folder, say, progress)
         result = experiment.run()
         if is_main():
             _write(experiment, result)

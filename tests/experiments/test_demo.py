@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+from helpers.saved import save_model
+
+from cdt_lens.core.errors import InputError
 from cdt_lens.experiments import demo
 from cdt_lens.experiments.transfer_config import TransferConfig, config_of
 from cdt_lens.finetuning.options import SCOPES
@@ -49,3 +53,25 @@ def test_a_short_demo_runs_to_the_report(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(demo, "make_demo_model", refuse)
     again = demo.run_demo(tmp_path / "demo", told.append, progress=False)
     assert again.cells.equals(result.cells)
+
+
+def test_a_damaged_model_is_made_again_and_a_foreign_one_is_not_touched(
+    tmp_path: Path, monkeypatch
+):
+    """The demo takes its model from the run directory: only the one that it made, whole."""
+    told: list[str] = []
+    monkeypatch.setattr(demo, "make_demo_model", lambda folder, **_: save_model(folder))
+    folder = tmp_path / "run"
+    demo._make_model(folder, 0, told.append)
+    weights = folder / "model" / "model.safetensors"
+    whole = bytearray(weights.read_bytes())
+    whole[-1] ^= 1
+    weights.write_bytes(whole)
+    demo._make_model(folder, 0, told.append)
+    assert any("model.safetensors is damaged or was changed; making it again" in t for t in told)
+    whole[-1] ^= 1
+    assert weights.read_bytes() == whole
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    with pytest.raises(InputError, match="mine: holds other files, such as model"):
+        demo.run_demo(tmp_path / "mine", told.append)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["model"]

@@ -15,3 +15,6 @@ def test_a_killed_transfer_resumes_to_the_same_bytes(tmp_path: Path):
     assert "cells/near/decision-0.json" in expected and not place.litter()
     at = sorted(moments(random.Random(0), seconds, 2))
     assert complaint(place, expected, at) == ""
+    modes = {path: path.stat().st_mode & 0o777 for path in place.run.rglob("*")}
+    wrong = {p: mode for p, mode in modes.items() if mode != (0o750 if p.is_dir() else 0o640)}
+    assert not wrong, "every file has the mode that the umask gives"

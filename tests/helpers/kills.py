@@ -63,7 +63,7 @@ class Place:
         (folder / "transfer.toml").write_text(text)
 
     def start(self) -> subprocess.Popen[bytes]:
-        """A transfer that runs or resumes in the run directory."""
+        """A transfer that runs or resumes in the run directory, for the owner and the group."""
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary)}
         command = [
             sys.executable,
@@ -76,7 +76,7 @@ class Place:
         ]
         return subprocess.Popen(
             command, cwd=self.folder, env=environment, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.PIPE, umask=0o027,
         )  # fmt: skip
 
     def finish(self) -> tuple[dict[str, Any], float]:
