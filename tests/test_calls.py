@@ -203,6 +203,7 @@ FOREIGN_IDS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*are also in")
 @pytest.mark.parametrize("what", FOREIGN_IDS)
 @pytest.mark.parametrize("function", READS_EXAMPLES)
 def test_ids_that_the_model_does_not_have_are_refused(

@@ -198,4 +198,4 @@ def test_both_legs_of_ci_run_them():
         pytest.skip("no checkout: .ci is not part of a source archive")
     pinned, newest = script.read_text("utf-8").split("== the newest transformer-lens 4")
     assert "jupyter-execute" in pinned and "tutorials/*.ipynb" in pinned
-    assert "\ntutorials pinned\n" in pinned and "\ntutorials newest\n" in newest
+    assert "\n  tutorials pinned\n" in pinned and "\ntutorials newest >" in newest

@@ -70,13 +70,12 @@ def difference(kept: object, key: Mapping[str, Any]) -> str | None:
         The reason why the kept result cannot be used, in words, or None if it can.
     """
     old = kept if isinstance(kept, Mapping) else {}
-    names = sorted(name for name in {*old, *key} - {"version"} if old.get(name) != key.get(name))
-    # A file without a key tells nothing but that an early version wrote it.
-    reasons = [f"other settings or data ({', '.join(names)})"] if names and old else []
     if old.get("version") != key["version"]:
+        # Another version may spell the rest of a key in another way.
         by = f"cdt_lens {old['version']}" if "version" in old else "an earlier cdt_lens"
-        reasons.append(f"{by} (this is {key['version']})")
-    return " and ".join(reasons) or None
+        return f"{by} (this is {key['version']})"
+    names = sorted(name for name in {*old, *key} if old.get(name) != key.get(name))
+    return f"other settings or data ({', '.join(names)})" if names else None
 
 
 def reuse(

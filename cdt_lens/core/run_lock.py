@@ -19,6 +19,7 @@ from pathlib import Path
 
 from cdt_lens.core.artifacts import tensor_file
 from cdt_lens.core.errors import CdtLensError, InputError
+from cdt_lens.core.folders import check_writable
 from cdt_lens.core.processes import is_main
 from cdt_lens.core.scratch import is_at, take_lock
 
@@ -35,8 +36,8 @@ def locked(folder: str | Path) -> Iterator[None]:
     """Keep every other process out of a run directory within the `with` block.
 
     The directory is made (and removed again if it stays empty), and what a killed process left in
-    it is removed. A block within another
-    one of the same thread changes nothing. Under a launcher the main process holds the lock.
+    it is removed. A block within another one of the same thread changes nothing. Under a launcher
+    the main process holds the lock.
 
     Args:
         folder: The run directory.
@@ -48,6 +49,7 @@ def locked(folder: str | Path) -> Iterator[None]:
     if not is_main() or _held.get(folder) == threading.get_ident():
         yield
         return
+    check_writable(folder)
     new = not folder.exists()
     with _guard:
         if folder in _held:

@@ -157,6 +157,7 @@ class Adapter(Saved):
         return ModelHeld(model, lambda: self.apply(model, check=check).remove)
 
     @checked_arguments
+    @uses_model
     def changes(self, model: nn.Module | ModelView) -> bool:
         """Return whether any trained element has another value than the model's.
 

@@ -76,8 +76,11 @@ class Provenance:
     configuration: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain nested values."""
-        return asdict(self)
+        """Return the fields as plain nested values, without a configuration that is not known."""
+        values = asdict(self)
+        if not values["configuration"]:
+            del values["configuration"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Provenance:

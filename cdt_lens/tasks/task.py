@@ -290,6 +290,7 @@ class Examples(Sequence[Example]):
         )
 
     @checked_arguments
+    @checked_arguments
     def one_batch(self, apart: int | None = None) -> Batch:
         """Return all examples as one batch, in their order.
 
@@ -441,12 +442,15 @@ class Task(Checked):
             }
         )
 
+    @checked_arguments
     def not_held_out(self, name: str = "valid") -> str:
         """Return a sentence that says if every example of a split is also in `train`, or "".
 
         Args:
             name: the split to judge on, "valid" or "test".
         """
+        if name not in ("valid", "test"):
+            raise InputError(f"name={name!r}: expected valid or test")
         held_out: Examples = getattr(self, name)
         train = {(item.tokens, item.label) for item in self.train}
         if not len(held_out) or any((item.tokens, item.label) not in train for item in held_out):
@@ -457,6 +461,7 @@ class Task(Checked):
             "file into train and valid with split=0.2."
         )
 
+    @checked_arguments
     def warn_unless_held_out(self, name: str = "valid") -> None:
         """Warn with `CdtLensWarning` where `not_held_out` has something to say.
 
@@ -477,8 +482,6 @@ class Task(Checked):
         Raises:
             InputError: every example of the split is also in `train`.
         """
-        if name not in ("valid", "test"):
-            raise InputError(f"require_held_out: name={name!r}: expected valid or test")
         caution = self.not_held_out(name)
         if caution:
             raise InputError(caution)

@@ -23,7 +23,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = [x for label, word in VERBALIZER.items() for x in ("--verbalizer", f"{label}={word}")]
     run(
         "finetune", "--model", str(folder / "tiny"), "--out", str(folder / "tuned"), "--task",
-        "files", "--train", str(files["train"]), "--template", TEMPLATE, *words, "--scope",
+        "files", "--train", str(files["train"]), "--split", "0.2", "--template", TEMPLATE, *words, "--scope",
         "norms", "--epochs", "1", "--learning-rate", "0.01",
     )  # fmt: skip
     out = str(folder / "out")

@@ -155,6 +155,7 @@ CALLS: dict[str, Callable[[Subject], Any]] = {
     "circuit_from_graph": lambda s: circuit_from_graph(s.graph, s.model),
     "Adapter.apply": _kept,
     "Adapter.applied": _applied,
+    "Adapter.changes": lambda s: s.adapter.changes(s.model),
     "finetune": _tune("decision"),
     "finetune norms": _tune("norms"),
     "finetune full": _tune("full"),

@@ -201,6 +201,7 @@ NUMBERS: dict[str, Number] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*are also in")
 @pytest.mark.parametrize("name", NUMBERS)
 def test_no_number_depends_on_the_batches(name, mixed):
     """Longrope takes its factors by the width of the batch; a prompt must see those of its own."""
