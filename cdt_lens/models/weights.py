@@ -238,7 +238,10 @@ def check_gradients(view: ModelView) -> None:
     Raises:
         InputError: they were created under `torch.inference_mode`.
     """
-    if any(parameter.is_inference() for parameter in view.tl.parameters()):
+    # transformers makes ordinary parameters even there, but not its buffers.
+    buffers = [buffer.is_inference() for buffer in view.tl.buffers()]
+    made_there = bool(buffers) and all(buffers)
+    if made_there or any(parameter.is_inference() for parameter in view.tl.parameters()):
         raise InputError(
             f"{view.name}: its weights were created under torch.inference_mode, which allows "
             "neither a backward pass nor new values. Load the model outside of it."

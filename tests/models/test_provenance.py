@@ -97,15 +97,15 @@ def test_parameters_without_a_name_are_hashed_counted_and_trained(name, tokenize
     others = other_parameters(view)
     assert len(others) == number and all(n.startswith("blocks.") for n in others)
     before = weight_hash(view)
-    for parameter in others.values():
+    start = {n: p.detach().clone() for n, p in others.items()}
+    for name, parameter in others.items():
         with torch.no_grad():
             parameter += 1
             assert weight_hash(view) != before
-            parameter -= 1
+            parameter.copy_(start[name])
     with torch.random.fork_rng():
         plain = transformers.AutoModelForCausalLM.from_config(view.hf_config)
     assert count_parameters(view) == plain.num_parameters()
-    start = {n: p.detach().clone() for n, p in others.items()}
     result = finetune(view, task(), scope="full", **QUICK)
     assert all(torch.equal(p, start[n]) for n, p in others.items())
     assert result.trained_parameters == count_parameters(view)
@@ -186,8 +186,8 @@ def test_a_buffer_that_was_changed_makes_another_model(tokenizer_folder):
     for name, buffer in view.tl.original_model.named_buffers():
         if "original" not in name.rsplit(".", 1)[-1]:
             before = buffer.clone()
-            buffer *= 1.01
-            with pytest.raises(ArtifactError, match="buffers"):
+            buffer += 1
+            with pytest.raises(ArtifactError, match="buffers|weights"):
                 provenance.check_model(view, "this")
             buffer.copy_(before)
     provenance.check_model(view, "this")
