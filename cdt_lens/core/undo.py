@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import functools
 import signal
 import sys
@@ -141,17 +142,27 @@ class Scope:
             if failed:
                 _run(self._if_failed)
             self._leave()
-            # A handler that raises makes the call fail as well.
+            # A handler that raises makes the call fail as well. The caller's own handlers are back.
             _handle_waiting(_outside(sys._getframe()))
+            deque(self._releases, maxlen=0)
         except BaseException:
-            _run(self._if_failed)
-            raise
-        finally:
-            # The caller's handlers are back. They may raise after the first of these lines.
             try:
-                deque(self._releases, maxlen=0)
-            finally:
-                deque(self._releases, maxlen=0)
+                self._fail()
+            finally:  # a second interrupt may end the first call at its start
+                self._fail()
+            raise
+
+    def _fail(self) -> None:
+        """Take back what only a result allows, after the scope was left."""
+        main = not _MAIN_SCOPES and _is_main_thread()
+        try:
+            if main:
+                _stand_in()
+            _run(self._if_failed)
+        finally:
+            deque(self._releases, maxlen=0)
+            if main:
+                _step_aside()
 
     def _leave(self) -> None:
         if self in self._beside:
@@ -238,8 +249,8 @@ def _stand_in() -> None:
     found = {number: signal.getsignal(number) for number in signal.valid_signals()}
     theirs = {int(n): h for n, h in found.items() if callable(h) and h is not _arrived}
     _THEIRS.update(theirs)
-    # One call of C, between whose steps hardly any time passes.
-    deque(map(signal.signal, theirs, repeat(_arrived)), maxlen=0)
+    # In C, where no handler can raise between two steps; signal.signal is a function of Python.
+    deque(map(_signal.signal, theirs, repeat(_arrived)), maxlen=0)
 
 
 def _step_aside() -> None:
@@ -247,9 +258,9 @@ def _step_aside() -> None:
     theirs = [_THEIRS[number] for number in ours]
     # A handler that is back in its place may raise at once, before the others are back.
     try:
-        deque(map(signal.signal, ours, theirs), maxlen=0)
+        deque(map(_signal.signal, ours, theirs), maxlen=0)
     finally:
-        deque(map(signal.signal, ours, theirs), maxlen=0)
+        deque(map(_signal.signal, ours, theirs), maxlen=0)
 
 
 def _arrived(number: int, frame: FrameType | None) -> None:

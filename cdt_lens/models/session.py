@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -104,6 +105,8 @@ def _remember(scope: Scope, model: Any) -> None:
         if hasattr(owner, name):
             scope.at_end(partial(setattr, owner, name, getattr(owner, name)))
     scope.at_end(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+    # Other libraries replace the filters for a while, and may be interrupted in doing so.
+    scope.if_failed(partial(setattr, warnings, "filters", warnings.filters))
     if torch.is_inference_mode_enabled() and not any(p.is_inference() for p in model.parameters()):
         # Gradients need tensors that were made outside of the caller's inference mode.
         outside = torch.inference_mode(False)

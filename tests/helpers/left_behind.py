@@ -91,11 +91,9 @@ def _applied(s: Subject) -> None:
 
 def _kept(s: Subject) -> None:
     handles: list[Any] = []
-    try:
-        handles.append(s.adapter.apply(s.model))
-    finally:
-        # A caller who is interrupted in `remove` calls it again.
-        s.take_off = lambda: [handle.remove() for handle in handles]
+    # A caller who is interrupted in `remove` calls it again.
+    s.take_off = lambda: [handle.remove() for handle in handles]
+    handles.append(s.adapter.apply(s.model))
     s.take_off()
 
 
