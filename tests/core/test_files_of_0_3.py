@@ -207,15 +207,18 @@ def opened(folder: str, said: list[str]) -> Run:
 
 
 @pytest.mark.usefixtures("here")
-def test_a_discovery_run_resumes_in_the_version_that_made_it(monkeypatch):
+def test_a_discovery_run_whose_key_lacks_the_configuration_is_made_again(monkeypatch):
+    """Even in its own version: 0.3.0 knew a model by its weights alone. The numbers are the same."""
     monkeypatch.setattr(cdt_lens, "__version__", "0.3.0")
     said: list[str] = []
     run = opened("run", said)
     _, scores, _ = discover(run, said.append)
     ablate(run, said.append)
-    assert scores == HeadScores.load(FILES / "run" / "scores.json")
+    old = HeadScores.load(FILES / "run" / "scores.json")
+    torch.testing.assert_close(scores.values, old.values, rtol=1e-4, atol=1e-6)
     for name in ("baseline", "scores", "ablation"):
-        assert any(line.endswith(f"{name}.json: using the kept result") for line in said)
+        reason = f"{name}.json was made with other settings or data ("
+        assert any(reason in line and "model" in line for line in said)
 
 
 @pytest.mark.usefixtures("here")
@@ -266,16 +269,11 @@ def test_checkpoints_that_a_person_named_are_refused_with_the_reason():
 
 
 @pytest.mark.usefixtures("here")
-def test_a_comparison_resumes_in_its_version_and_is_made_again_in_a_later_one(monkeypatch):
+def test_a_comparison_is_made_again_in_a_later_version(monkeypatch):
     said: list[str] = []
     old = Comparison.load("compared/comparison.json")
     few = {"methods": old.names, "held_out": old.held_out, "draws": len(old.random)}
-    monkeypatch.setattr(cdt_lens, "__version__", "0.3.0")
-    same = compare_run(opened("compared", said), said.append, **few, progress=False)
-    assert not any("again" in line or line.startswith("scores:") for line in said)
-    assert [m.spearman for m in same.methods] == [m.spearman for m in old.methods]
     monkeypatch.setattr(cdt_lens, "__version__", "99.0")
-    said.clear()
     new = compare_run(opened("compared", said), said.append, **few, progress=False)
     reason = "cdt_lens 0.3.0 (this is 99.0); making it again"
     for name in ("baseline", "circuits", "time-exact", "time-direct", "time-cdt_stable"):
