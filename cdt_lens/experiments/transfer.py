@@ -157,8 +157,16 @@ class Transfer:
 
     def _check_inputs(self) -> None:
         """Read the data of every language before a model is loaded."""
-        # A finished run can be reported without its base model.
-        model = self.proxy if Path(self.proxy).exists() else self.config.model
+        ready = self.config.proxy.checkpoint
+        try:
+            self._read_with(ready or self.config.model)
+        except InputError:
+            # A finished run can be reported without its base model.
+            if ready or not Path(self.proxy).exists():
+                raise
+            self._read_with(self.proxy)
+
+    def _read_with(self, model: str) -> None:
         check_inputs(*(self.config.settings(name, model=model) for name in self.languages))
 
     def settle(self) -> None:

@@ -155,7 +155,7 @@ def read_table(path: str | Path, *, quoting: bool | None = None) -> Table:
     """
     path = Path(path)
     kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
-    if kind not in ("csv", "tsv", "jsonl"):
+    if kind not in ("csv", "tsv", "jsonl") or "\0" in str(path):
         raise InputError(f"{path}: expected a .csv, .tsv or .jsonl file (.gz allowed)")
     quoted = kind == "csv" if quoting is None else quoting
     try:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -217,7 +218,7 @@ def complaint(kind: str, path: Path) -> str | None:
         text = str(error)
         if "\n" in text:
             return f"{kind}: refused in several lines: {text!r:.200}"
-        if len(text) > 2000:
+        if len(text) > 2100:
             return f"{kind}: refused in {len(text)} characters: {text:.200}"
     except Exception as error:
         return f"{kind}: {type(error).__name__}: {error!s:.300}"
@@ -268,15 +269,15 @@ def _change_value(document: dict[str, Any], draw: random.Random) -> str:
         holder = holder[key]
     act, last = draw.choice(("set", "set", "delete", "repeat")), place[-1]
     if act == "set":
-        holder[last] = draw.choice(VALUES)
+        holder[last] = copy.deepcopy(draw.choice(VALUES))
         return f"{place} = {holder[last]!r:.30}"
     if act == "delete":
         if isinstance(holder, list) or last in holder:
             del holder[last]
     elif isinstance(holder, list):
-        holder.append(holder[last])
+        holder.append(copy.deepcopy(holder[last]))
     else:
-        holder[f"{last} again"] = holder.get(last)
+        holder[f"{last} again"] = copy.deepcopy(holder.get(last))
     return f"{act} {place}"
 
 
