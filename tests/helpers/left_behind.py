@@ -241,6 +241,8 @@ class Interrupts:
     """
 
     def __enter__(self) -> Interrupts:
+        # Python reports an interrupt of a destructor to this hook, where the second could arrive.
+        self._hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
         self._before = signal.signal(signal.SIGALRM, self._ring)
         self._armed, self.rung, self._second, self._steps, self._at = False, 0, 0.0, 0, 0
         return self
@@ -248,6 +250,7 @@ class Interrupts:
     def __exit__(self, *error: object) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, self._before)
+        sys.unraisablehook = self._hook
 
     def steps(self, call: Callable[[], object]) -> int:
         """Return the number of steps of an undisturbed call."""
