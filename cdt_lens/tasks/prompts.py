@@ -59,7 +59,8 @@ class PromptFormat(Checked):
         verbalizer: the answer word of each label, in Unicode's composed form. Each word must be one
             token.
         label_column: name of the column with the label.
-        prefix: text before every prompt, such as few-shot examples.
+        prefix: text before every prompt, such as few-shot examples. BOS text with which the
+            template begins is moved before it.
         prepend_bos: whether to prepend BOS to a prompt whose template does not begin with its text.
             None prepends it if the tokenizer has one.
         max_length: maximum number of tokens of a prompt. None uses the tokenizer's limit.
@@ -83,6 +84,14 @@ class PromptFormat(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "verbalizer", _composed_labels(self.verbalizer))
+        if self.prefix and self._bos_text:
+            self._put_bos_before_the_prefix()
+
+    def _put_bos_before_the_prefix(self) -> None:
+        bos = self._bos_text
+        prefix = self.prefix if self.prefix.startswith(bos) else bos + self.prefix
+        object.__setattr__(self, "prefix", prefix)
+        object.__setattr__(self, "template", self.template.removeprefix(bos))
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
@@ -111,7 +120,7 @@ class PromptFormat(Checked):
         """The labels in alphabetical order, whatever their order in the verbalizer."""
         return tuple(self.verbalizer_ids)
 
-    @cached_property
+    @property
     def _bos_text(self) -> str:
         """The BOS text with which the template begins, or "".
 
@@ -120,13 +129,6 @@ class PromptFormat(Checked):
         bos = self.tokenizer.bos_token or ""
         return bos if self.template.startswith(bos) and self.template.count(bos) == 1 else ""
 
-    @cached_property
-    def _opening(self) -> tuple[str, str]:
-        """The text before the filled-in template, and the template without its BOS text."""
-        bos = self._bos_text
-        start = self.prefix if self.prefix.startswith(bos) else bos + self.prefix
-        return start or bos, self.template.removeprefix(bos)
-
     def render(self, cells: Mapping[str, str]) -> str:
         """Fill in the template.
 
@@ -134,11 +136,9 @@ class PromptFormat(Checked):
             cells: text of each column.
 
         Returns:
-            The prefix and the filled-in template. BOS text with which the template begins stands
-            before the prefix.
+            The prefix and the filled-in template.
         """
-        start, template = self._opening
-        return start + template.format_map(cells)
+        return self.prefix + self.template.format_map(cells)
 
     def solved(self, cells: Mapping[str, str], label: str) -> str:
         """Fill in the template and add the answer word, as in a few-shot prefix.
@@ -311,8 +311,8 @@ class PromptFormat(Checked):
     @cached_property
     def _own_special(self) -> int:
         """The number of special tokens in the prefix and the template, and BOS."""
-        start, template = self._opening
-        texts = [start, *(literal for literal, *_ in string.Formatter().parse(template))]
+        literals = (literal for literal, *_ in string.Formatter().parse(self.template))
+        texts = [self.prefix, *literals]
         pieces = encode(self.tokenizer, texts)
         ids = with_bos(self.tokenizer, [id for piece in pieces for id in piece], self.prepend_bos)
         return self._n_special(ids)

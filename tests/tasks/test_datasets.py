@@ -509,7 +509,7 @@ def test_the_command_line_says_a_mistake_in_one_line(
 ) -> None:
     path = tmp_path / "train.csv"
     path.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    monkeypatch.setattr(inputs, "load_tokenizer", lambda _: tokenizer)
+    monkeypatch.setattr(inputs, "load_tokenizer", lambda *_: tokenizer)
     given = [x for label, word in words.items() for x in ("--verbalizer", f"{label}={word}")]
     command = [
         "discover",
@@ -767,7 +767,7 @@ def test_a_split_is_refused_where_it_means_nothing(
         with pytest.raises(InputError, match="divides train where there is no valid split"):
             from_files(tokenizer, paths, split=0.2)
     for share in (0, 1, 1.5, True, "0.2", float("nan")):
-        with pytest.raises(InputError, match="expected a number above 0 and below 1"):
+        with pytest.raises(InputError, match=r"split=.*: expected a number above 0 and below 1"):
             from_files(tokenizer, {"train": path}, split=share)
     with pytest.raises(InputError, match="train has only 1 rows with label 'negative'"):
         from_files(

@@ -106,6 +106,8 @@ def test_bos_stands_once_before_the_shots(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, template: str
 ) -> None:
     task = few_shot(tokenizer, tmp_path, template)
+    prompts = [task.prefix + task.template.format_map(e.fields) for e in task.train]
+    assert prompts == [e.prompt for e in task.train]
     for example in (*task.train, *task.content_free):
         assert example.tokens[0] == 1 and example.tokens.count(1) == 1
     assert [e.tokens for e in task.train] == [
