@@ -253,7 +253,7 @@ def test_every_command_sets_the_same_rows_aside(
     run("faithfulness", out, "--draws", "1", "--examples", "6")
     run("finetune", *one_file(place, *split), "--out", str(tmp_path / "f"), "--scope", "norms",
         "--epochs", "1", "--seed", "3")  # fmt: skip
-    assert len(seen) == 3 and len(set(seen)) == 1
+    assert len(seen) >= 3 and len(set(seen)) == 1
     scores = HeadScores.load(tmp_path / "run" / "scores.json")
     assert len(circuit) == 2 and ("no better than chance" in printed) == (scores.direction <= 0)
 
