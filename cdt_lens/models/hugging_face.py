@@ -95,14 +95,14 @@ def _check_complete(source: str | Path, model: Any, info: Mapping[str, Any]) -> 
         )
 
 
-def _check_configuration(source: str | Path, values: Mapping[str, Any]) -> None:
+def _check_configuration(source: str | Path, values: Mapping[Any, Any]) -> None:
     """Refuse numbers that no model can have: NaN anywhere, and a negative epsilon."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             _check_configuration(source, value)
         if not isinstance(value, float | int):
             continue
-        if math.isnan(value) or (_EPSILON.search(name) and not 0 <= value < math.inf):
+        if math.isnan(value) or (_EPSILON.search(str(name)) and not 0 <= value < math.inf):
             raise InputError(
                 f"{source}: its configuration says {name}={value}; expected a finite number of at "
                 "least 0"
