@@ -221,6 +221,6 @@ def _options(pairs: list[str]) -> dict[str, Any]:
             raise InputError(f"--option {pair!r}: {name} was given before")
         try:
             options[name] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             options[name] = text
     return options

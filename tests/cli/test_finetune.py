@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.locks import held_elsewhere
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_task
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from cdt_lens.cli import app as cli
-from cdt_lens.core.errors import CdtLensError
+from cdt_lens.core.errors import CdtLensError, InputError
 from cdt_lens.finetuning.adapter import Adapter
 
 
@@ -155,3 +156,15 @@ def test_a_transfer_from_its_file(place: Path, tmp_path: Path):
     assert "gap rule" in printed and "race rule" in printed
     shown = run("show", str(out / "result.json"))
     assert "decision" in shown and "model_hash" in shown
+
+
+def test_a_folder_in_which_another_process_writes_is_refused(tmp_path: Path):
+    """Before anything is read or loaded: the two would mix their logs."""
+    other = held_elsewhere(tmp_path / "out")
+    try:
+        with pytest.raises(InputError, match=f"out: in use by process {other.pid} "):
+            call = ["finetune", "--model", "none", "--out", str(tmp_path / "out")]
+            cli.app(call, standalone_mode=False)
+    finally:
+        other.kill()
+        other.communicate()
