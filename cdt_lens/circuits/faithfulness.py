@@ -260,7 +260,7 @@ def faithfulness_curve(
         ArtifactError: The scores belong to another model.
     """
     view = view_of(model)
-    scores.provenance.check_model(view, "these scores")
+    scores.provenance.check_model(view, "this set of scores")
     fractions = checked_fractions(fractions)
     total = view.n_layers * view.n_heads
     ranking = scores.ranking(by)

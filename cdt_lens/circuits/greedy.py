@@ -62,7 +62,7 @@ def greedy_circuit(
     if k > pool:
         raise InputError(f"greedy_circuit: k={k}, expected 1 to pool={pool}")
     view = view_of(model)
-    scores.provenance.check_model(view, "these scores")
+    scores.provenance.check_model(view, "this set of scores")
     candidates = list(scores.ranking()[:pool])
     if k > len(candidates):
         raise InputError(f"greedy_circuit: k={k}, but only {len(candidates)} heads have scores")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import unicodedata
 from collections.abc import Iterable
-from typing import Any
 
 _LONGEST = 2000  # characters of a message
 
@@ -47,26 +46,6 @@ class NonFiniteError(CdtLensError):
 
 class CdtLensWarning(UserWarning):
     """The call gives a result, but a mistake in its input is likely."""
-
-
-def expect(value: Any, kind: type, where: str, fix: str) -> Any:
-    """Return `value` if it is of the expected type.
-
-    Args:
-        value: The argument of a public function.
-        kind: The expected type.
-        where: The function or parameter, for the message.
-        fix: The advice that ends the message.
-
-    Returns:
-        `value`, unchanged.
-
-    Raises:
-        InputError: `value` is of another type.
-    """
-    if not isinstance(value, kind):
-        raise InputError(f"{where}: expected {kind.__name__}, got {type(value).__name__}; {fix}")
-    return value
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:

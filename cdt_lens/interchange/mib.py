@@ -17,7 +17,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from cdt_lens.circuits.nodes import (
     why_no_edge,
 )
 from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.core.process_wide import ignored
 from cdt_lens.interchange.mib_schema import (
     MibModel,
     field_of,
@@ -251,8 +251,7 @@ def _once(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
 def _loaded(path: Path) -> Any:
     payload = _bytes(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's advice on how to load what is damaged
+        with ignored():  # torch's advice on how to load what is damaged
             return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except Exception as error:  # damage shows in as many ways as a pickle has instructions
         why = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]

@@ -251,7 +251,9 @@ def task_from_hub(
     verbalizer: Verbalizer,
     label_column: str = "label",
     label_names: Sequence[str] | None = None,
-    splits: Mapping[str, str] | None = None,
+    splits: Annotated[
+        Mapping[str, str] | None, Fix("such as {'train': 'train', 'test': 'validation'}")
+    ] = None,
     revision: str | None = None,
     data_dir: str | None = None,
     split: Level | None = None,
