@@ -13,6 +13,7 @@ import numpy as np
 from gguf import GGUFReader, GGUFValueType
 
 from cdt_lens.core.errors import InputError
+from cdt_lens.models.positions import ropes
 
 # Entries that act on the logits, by the name that the configuration has for them.
 _ACTING = {
@@ -46,7 +47,8 @@ def check_gguf(path: Path, config: Any) -> None:
             _refuse(path, f"rotary factors ({tensor.name}), which transformers does not read")
     architecture = str(_entry(reader, "general.architecture"))
     scaling = _entry(reader, f"{architecture}.rope.scaling.type")
-    if scaling not in (None, "none") and not _scaled(config):
+    scaled = any(rope.get("rope_type", "default") != "default" for rope in ropes(config))
+    if scaling not in (None, "none") and not scaled:
         _refuse(path, f"a rotary scaling ({scaling}), which transformers does not read")
     for name, ours in _ACTING.items():
         value = _entry(reader, f"{architecture}.{name}")
@@ -63,11 +65,6 @@ def _entry(reader: GGUFReader, name: str) -> Any:
     if field.types[0] == GGUFValueType.STRING:
         return bytes(value).decode("utf-8", errors="replace")
     return value[0].item()
-
-
-def _scaled(config: Any) -> bool:
-    rope = getattr(config, "rope_parameters", None) or {}
-    return rope.get("rope_type", "default") != "default"
 
 
 def _refuse(path: Path, what: str) -> None:

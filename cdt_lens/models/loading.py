@@ -98,8 +98,6 @@ def _wrapped(
     transformer-lens ignores some options of a family without a warning, such as a rotary scaling or
     the bias of a projection. Only the numbers show it.
     """
-    if backend not in ("auto", "hooked", "bridge"):
-        raise InputError(f"backend={backend!r}: expected auto, hooked or bridge")
     family = type(hf_model).__name__
     if backend == "hooked" or (backend == "auto" and _may_be_hooked(family)):
         try:
