@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging as hf_logging
 
 from cdt_lens.core.errors import InputError
@@ -68,7 +69,7 @@ def _reason(error: Exception, is_local: bool) -> str:
             "to a family that transformers contains."
         )
     if is_local:
-        return f"the folder is damaged or incomplete ({first_line(error)})"
+        return f"the file or folder is damaged or incomplete ({first_line(error)})"
     return (
         "there is no such folder here, and the hub did not provide it; check the name and the "
         f"network, or pass a local folder ({first_line(error)})"
@@ -125,16 +126,13 @@ def load_tokenizer(source: str | Path) -> Any:
     packed = path.suffix == ".gguf"
     if packed and not path.is_file():
         raise InputError(f"{path}: no such file")
-    if not packed:
-        _is_local(source)
+    is_local = packed or _is_local(source)
     where, options = (path.parent, {"gguf_file": path.name}) if packed else (source, {})
     try:
         return AutoTokenizer.from_pretrained(str(where), trust_remote_code=False, **options)
     except Exception as error:  # the errors of the tokenizer libraries have no common class
-        raise InputError(
-            f"{source}: its tokenizer cannot be loaded ({first_line(error)}). Check the name and "
-            "the network, or save the tokenizer again."
-        ) from error
+        why = _reason(error, is_local)
+        raise InputError(f"{source}: its tokenizer cannot be loaded: {why}") from error
 
 
 def _is_local(source: str | Path) -> bool:
@@ -232,12 +230,14 @@ def third_party_noise_off() -> process_wide:
 
     def hush() -> None:
         hf_logging.set_verbosity_error()
+        hub_logging.set_verbosity_error()
         hf_logging.disable_progress_bar()
         root.setLevel(logging.ERROR)
         ignored().__enter__()  # until the scope of the block closes
 
     return process_wide(
         (hf_logging.get_verbosity, hf_logging.set_verbosity),
+        (hub_logging.get_verbosity, hub_logging.set_verbosity),
         (hf_logging.is_progress_bar_enabled, _show_bars),
         (lambda: root.level, root.setLevel),
         GENERATOR,
