@@ -17,6 +17,8 @@ _AGREEMENT = ("Spearman", "Pearson", "forward passes", "time")
 
 def show_transfer(result: Any) -> None:
     """Print the tables of a transfer result."""
+    from cdt_lens.viz.training_tables import right_of
+
     columns = ["target", "scope", "seeds", "accuracy", "macro-F1", "retention", "trained", "s"]
     runs = result.summary().to_dict("records")
     rows: list[list[str]] = []
@@ -31,8 +33,8 @@ def show_transfer(result: Any) -> None:
         "accuracy and macro-F1 on the target's test split; retention: source accuracy after / "
         "before; (none): the proxy checkpoint without training on the target"
     )
-    for rule, choices in result.auto.groupby("rule"):
-        _tell_choices(rule, choices)
+    for rule, right in right_of(result).items():
+        tell(f"scope auto, {rule} rule: chose the better of decision and near-zero in {right}")
 
 
 def _untouched(result: Any, target: str) -> list[list[str]]:
@@ -63,15 +65,6 @@ def _seeds(run: dict[str, Any]) -> str:
 def _missing(run: dict[str, Any]) -> str:
     diverged = f", {run['diverged']} diverged" if run["diverged"] else ""
     return f"{run['target']} {run['scope']} {_seeds(run)} seeds{diverged}"
-
-
-def _tell_choices(rule: str, choices: Any) -> None:
-    decided = choices[choices["better"] != "tie"]
-    ties = len(choices) - len(decided)
-    tell(
-        f"scope auto, {rule} rule: chose the better of decision and near-zero in "
-        f"{int(decided['right'].sum())} of {len(decided)}" + (f", {ties} ties" if ties else "")
-    )
 
 
 def show_curve(curve: Any) -> None:

@@ -171,12 +171,21 @@ def choices_table(result: TransferResult) -> Table:
 
 
 def right_of(result: TransferResult) -> dict[str, str]:
-    """Return how often each rule picked the better scope: {"gap": "4 of 6"}."""
+    """Return how often each rule picked the better scope: {"gap": "4 of 6 (1 tie)"}.
+
+    Where both scopes are equally good, no choice is right or wrong.
+    """
     if result.auto.empty:
         return {}
     known = result.auto[result.auto["right"].notna()]
-    answers = known["right"].astype(bool).groupby(known["rule"], sort=False)
-    return {str(rule): f"{int(right.sum())} of {len(right)}" for rule, right in answers}
+    return {str(rule): _right(own) for rule, own in known.groupby("rule", sort=False)}
+
+
+def _right(choices: pd.DataFrame) -> str:
+    decided = choices[choices["better"] != "tie"]
+    ties = len(choices) - len(decided)
+    tied = f" ({ties} tie{'s' if ties > 1 else ''})" if ties else ""
+    return f"{int(decided['right'].astype(bool).sum())} of {len(decided)}{tied}"
 
 
 def settings_table(entries: Mapping[str, Any], *, caption: str) -> Table:
@@ -207,12 +216,12 @@ def _cells(frame: pd.DataFrame, columns: Columns) -> list[list[object]]:
 def _always(auto: pd.DataFrame) -> str:
     """Return how often always the same scope would have been right, which the rules must beat."""
     known = auto[auto["right"].notna()].drop_duplicates(["target", "seed"])
+    decided = known[known["better"] != "tie"]
     shares = (
-        f"{scope} {int(known['better'].isin([scope, 'tie']).sum())} of {len(known)}"
+        f"{scope} {int((decided['better'] == scope).sum())} of {len(decided)}"
         for scope in ("decision", "near-zero")
     )
-    ties = int((known["better"] == "tie").sum())
-    return f"always taking {', always '.join(shares)}" + (f" ({ties} tied)" if ties else "")
+    return f"always taking {', always '.join(shares)}"
 
 
 def _untouched_row(result: TransferResult, target: str) -> list[object]:

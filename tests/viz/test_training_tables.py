@@ -163,10 +163,10 @@ def test_choices_count_how_often_a_rule_was_right_beside_always_taking_one_scope
         ("b", 0, "race", "near-zero", True), ("c", 0, "race", "tie", True),
     )  # fmt: skip
     result = replace(sample.transfer(), auto=auto)
-    assert tables.right_of(result) == {"gap": "2 of 3", "race": "3 of 3"}
+    assert tables.right_of(result) == {"gap": "1 of 2 (1 tie)", "race": "2 of 2 (1 tie)"}
     table = tables.choices_table(result)
-    assert "gap 2 of 3, race 3 of 3" in table.caption
-    assert "always taking decision 2 of 3, always near-zero 2 of 3 (1 tied)" in table.caption
+    assert "gap 1 of 2 (1 tie), race 2 of 2 (1 tie)" in table.caption
+    assert "always taking decision 1 of 2, always near-zero 1 of 2" in table.caption
     assert rows(table)[1] == ["b", "0", "gap", "decision", "near-zero", "no", "gap 0.3"]
 
 
