@@ -54,8 +54,28 @@ def mean_interval(
     squares = [share**2 / (count - 1) for share, count in zip(shares, counts, strict=True)]
     below = torch.stack(squares).sum(0)
     freedom = torch.where(below > 0, variance**2 / below, torch.inf)
+    return t_interval(middle, variance.sqrt(), freedom, level)
+
+
+def t_interval(
+    middle: Float[Tensor, "*rows"],
+    stderr: Float[Tensor, "*rows"],
+    freedom: Float[Tensor, "*rows"],
+    level: float = 0.95,
+) -> Interval:
+    """Compute middle -+ stderr times a t quantile.
+
+    Args:
+        middle: The estimate.
+        stderr: Its standard error.
+        freedom: Degrees of freedom of the standard error.
+        level: Confidence level, above 0 and below 1.
+
+    Returns:
+        The lower and the upper limit in the unit of `middle`.
+    """
     quantile = torch.from_numpy(np.asarray(stats.t.ppf((1 + level) / 2, freedom.cpu().numpy())))
-    margin = quantile.to(variance) * variance.sqrt()
+    margin = quantile.to(middle) * stderr
     return middle - margin, middle + margin
 
 
