@@ -53,7 +53,7 @@ def effects(
     """Return one value per example whose label-balanced mean and spread are those of theta.
 
     An example of the sample stands for N / n examples: its value is
-    g + mean(y - g) + (N / n) sqrt(n / (n - 1)) ((y - g) - mean(y - g)).
+    g + mean(y - g) + sqrt(N (N - 1) / (n (n - 1))) ((y - g) - mean(y - g)).
 
     Args:
         cheap: g of each example.
@@ -78,7 +78,8 @@ def _spread(correction: Float[Tensor, example * dims]) -> Float[Tensor, example 
     known = ~torch.isnan(correction)
     n = known.sum(0)
     mean = correction.nanmean(0)
-    weight = len(correction) / n * (n / (n - 1)).sqrt()
+    every = len(correction)
+    weight = (every * (every - 1) / (n * (n - 1))).sqrt()
     return mean + torch.where(known, weight * (correction - mean), 0.0)
 
 

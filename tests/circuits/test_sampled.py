@@ -118,8 +118,7 @@ def test_without_cheap_scores_it_is_the_sample_alone(tokenizer_folder):
     )
     error = balanced_stderr(effects(zero, (known,), labels).permute(1, 2, 0), labels)
     expected = balanced_stderr(alone.permute(1, 2, 0).double(), own)
-    # The spread over all N prompts divides by N - 1, that over the sample by n - 1.
-    torch.testing.assert_close(error, expected, rtol=0.01, atol=0)
+    torch.testing.assert_close(error, expected, rtol=1e-9, atol=0)
     freedom = degrees_of_freedom(zero, (known,), labels)
     torch.testing.assert_close(freedom, degrees_of_freedom(alone, (), own))
 
