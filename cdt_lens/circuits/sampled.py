@@ -76,7 +76,7 @@ def effects(
 def _spread(correction: Float[Tensor, example * dims]) -> Float[Tensor, example * dims]:
     """Spread the corrections of a label's sample over all of its examples."""
     known = ~torch.isnan(correction)
-    n = known.sum(0)
+    n = known.sum(0).double()
     mean = correction.nanmean(0)
     every = len(correction)
     weight = (every * (every - 1) / (n * (n - 1))).sqrt()

@@ -227,7 +227,7 @@ def test_an_estimate_selects_by_its_own_error(tmp_path: Path):
         scores(torch.ones(1, 1), cheap, labels),
         values=balanced_mean(spread, index).float(),
         stderr=balanced_stderr(spread, index).float(),
-        cheap=cheap,
+        cheap=cheap.clone(),
         corrections=(correction,),
     )
     assert float(made.values) == pytest.approx(1.0, abs=0.01)
