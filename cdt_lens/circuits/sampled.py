@@ -120,14 +120,17 @@ def degrees_of_freedom(
         labels: Number of each example's label.
 
     Returns:
-        At least the smallest n - 1 of any label; infinite where nothing varies.
+        At least the smallest n - 1 of any label; infinite where nothing varies; NaN if a label has
+        a single example or a single corrected one.
     """
-    terms = [
-        (own.var(0) / len(own), len(own) - 1)
+    groups = [
+        _known(part[labels == label].double())
         for label in labels.unique()
         for part in (cheap, *corrections)
-        for own in [_known(part[labels == label].double())]
     ]
+    if min(map(len, groups)) < 2:
+        return torch.full_like(cheap[0], torch.nan, dtype=torch.float64)
+    terms = [(own.var(0) / len(own), len(own) - 1) for own in groups]
     variance = torch.stack([term for term, _ in terms]).sum(0)
     below = torch.stack([term**2 / n for term, n in terms]).sum(0)
     return torch.where(below > 0, variance**2 / below, torch.inf)
