@@ -98,8 +98,16 @@ class FaithfulnessCurve(Saved):
     @property
     def log_area(self) -> float:
         """The mean of f over sizes on a logarithmic axis, from the first size with a head."""
+        return float(self.log_area_of(self.faithfulness))
+
+    def log_area_of(self, values: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows"]:
+        """Return `log_area` of other values by size, such as those of random circuits.
+
+        Args:
+            values: f at each size.
+        """
         first = next(i for i, size in enumerate(self.sizes) if size)
-        return float(log_area(self.fractions[first:], self.faithfulness[first:]))
+        return log_area(self.fractions[first:], values[..., first:])
 
     def interval(self, level: float = 0.95) -> Interval:
         """Return the confidence interval of f at each size, over the population of prompts.
