@@ -176,7 +176,7 @@ def __getattr__(name: str) -> Any:
     if home is None:
         home = _FORMER_HOMES.get(name)
         if home is None:
-            raise AttributeError(f"module 'cdt_lens' has no attribute {name!r}")
+            raise _unknown(name)
         warnings.warn(
             f"cdt_lens.{name} will leave the top level; use cdt_lens.{home}.{name}",
             DeprecationWarning,
@@ -186,6 +186,16 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"cdt_lens.{home}"), name)
     globals()[name] = value  # the next access needs no call
     return value
+
+
+def _unknown(name: str) -> Exception:
+    if name.startswith("_"):  # what Python and its tools ask every module for
+        return AttributeError(f"module 'cdt_lens' has no attribute {name!r}")
+    from cdt_lens.core.errors import UnknownNameError, did_you_mean
+
+    longer = [known for known in __all__ if name.lower() in known.lower()]
+    hint = f"; did you mean {longer[0]!r}?" if longer else did_you_mean(name, __all__)
+    return UnknownNameError(f"module 'cdt_lens' has no attribute {name!r}{hint}")
 
 
 def __dir__() -> list[str]:

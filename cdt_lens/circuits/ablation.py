@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -17,24 +16,27 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cdt_lens.circuits.measures import check_gap
-from cdt_lens.core.choices import Metric
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Count, Metric
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import gather_items
-from cdt_lens.decomposition.baseline import Baseline, check_baseline
+from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.decompose import irrelevant_logits
 from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import PRESETS
-from cdt_lens.models.heads import Head, all_heads, check_heads
+from cdt_lens.models.heads import Head, all_heads
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.intervals import ratio_effects
 from cdt_lens.tasks.metrics import average, correct, label_numbers, task_direction
-from cdt_lens.tasks.task import Batch, Examples, Task, require_examples
+from cdt_lens.tasks.task import Batch, Examples, Task, check_examples
 
 # Of the size of the task direction: what float32 leaves where ablation changes nothing.
 _ROUNDING = 1e-4
 
 
+@checked_arguments
+@uses_model
 def circuit_metric(
     model: nn.Module | ModelView,
     circuits: Sequence[Iterable[Head | str]],
@@ -43,15 +45,16 @@ def circuit_metric(
     *,
     metric: Metric = "direction",
     task: Task | None = None,
-    batch_size: int = 16,
-    rows: int | None = None,
+    batch_size: Count = 16,
+    rows: Count | None = None,
     progress: bool = True,
 ) -> Float[Tensor, " circuit"]:
     """Compute m(C) of each circuit: the metric with every other head mean-ablated.
 
     Args:
         model: A TransformerLens model or its `ModelView`.
-        circuits: The heads of each circuit, as `Head` or by name such as "L9H6".
+        circuits: The heads of each circuit, as `Head` or by name such as "L9H6", or a `Circuit` of
+            this model.
         examples: The examples to measure on.
         baseline: The values that ablated heads take.
         metric: "direction", the label-balanced mean task direction; "accuracy", the share of right
@@ -68,9 +71,8 @@ def circuit_metric(
 
     Raises:
         InputError: There are no examples, the metric is unknown, or a head is outside the model.
+        ArtifactError: The baseline or a circuit belongs to another model.
     """
-    if metric not in get_args(Metric):
-        raise InputError(f"metric={metric!r}: expected one of {', '.join(get_args(Metric))}")
     passes = Passes(batch_size, rows, progress)
     table, labels = _by_example(view_of(model), circuits, examples, baseline, metric, task, passes)
     return average(metric, table, labels)
@@ -86,12 +88,12 @@ def _by_example(
     passes: Passes,
 ) -> tuple[Float[Tensor, "circuit example"], Int[Tensor, " example"]]:
     """Compute the metric of each circuit on each example, and the number of each label."""
-    require_examples(examples)
-    check_baseline(baseline, view)
+    check_examples(view, examples)
+    baseline.check_model(view)
     everyone = all_heads(view.n_layers, view.n_heads)
-    kept = [set(check_heads(c, view.n_layers, view.n_heads)) for c in circuits]
+    kept = [set(view.heads(circuit)) for circuit in circuits]
     complements = [tuple(h for h in everyone if h not in inside) for inside in kept]
-    batches = passes.batches(examples)
+    batches = passes.batches(examples, view.longrope_limit)
     items: list[tuple[int, Tensor]] = []
     with passes.bar(name="circuits", total=len(batches) * len(circuits)) as bar:
         for batch in batches:

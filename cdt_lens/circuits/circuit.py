@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
@@ -17,11 +17,23 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from cdt_lens.circuits.graph import Graph
+from cdt_lens.circuits.nodes import check_size
 from cdt_lens.core import display
+from cdt_lens.core.axes import size_of
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import FromZeroCount, Seed
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.saved import Saved
-from cdt_lens.models.heads import Head, all_heads, check_heads, heads_to_mask, mask_to_heads
+from cdt_lens.models.heads import (
+    Head,
+    all_heads,
+    check_heads,
+    count_from_one,
+    heads_to_mask,
+    mask_to_heads,
+)
 from cdt_lens.models.provenance import Provenance
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 
 
@@ -45,16 +57,19 @@ class Circuit(Saved):
     """
 
     heads: tuple[Head, ...]
-    n_layers: int
-    n_heads: int
+    n_layers: Annotated[int, size_of("layer")]
+    n_heads: Annotated[int, size_of("head")]
     scores: Float[Tensor, "layer head"] | None = field(default=None, repr=False)
     stderr: Float[Tensor, "layer head"] | None = field(default=None, repr=False)
     selection: Mapping[str, Any] = field(default_factory=dict)
     provenance: Provenance | None = field(default=None, repr=False)
     graph: Graph | None = field(default=None, repr=False)
     _format, _kind = "cdt_lens.circuit", "circuit file"
+    _advice = "scores.select(...) makes one, and so does Circuit(heads, n_layers, n_heads)"
 
     def __post_init__(self) -> None:
+        count_from_one(self, "n_layers", "n_heads")
+        check_size(self.n_layers, self.n_heads, "circuit")
         object.__setattr__(self, "heads", check_heads(self.heads, self.n_layers, self.n_heads))
         for name in ("n_layers", "n_heads"):
             own = getattr(self, name)
@@ -107,6 +122,8 @@ class Circuit(Saved):
     def _repr_html_(self) -> str:
         return display.page(self)
 
+    @checked_arguments
+    @uses_model
     def check_model(self, model: nn.Module | ModelView) -> None:
         """Refuse a model other than the one that the circuit was found in.
 
@@ -157,7 +174,8 @@ class Circuit(Saved):
         )
 
 
-def random_heads(k: int, n_layers: int, n_heads: int, *, seed: int) -> tuple[Head, ...]:
+@checked_arguments
+def random_heads(k: FromZeroCount, n_layers: int, n_heads: int, *, seed: Seed) -> tuple[Head, ...]:
     """Draw `k` heads without replacement.
 
     Args:
@@ -180,8 +198,9 @@ def random_heads(k: int, n_layers: int, n_heads: int, *, seed: int) -> tuple[Hea
     return tuple(sorted(everyone[i] for i in order))
 
 
+@checked_arguments
 def random_heads_like(
-    heads: Iterable[Head], n_layers: int, n_heads: int, *, seed: int
+    heads: Iterable[Head], n_layers: int, n_heads: int, *, seed: Seed
 ) -> tuple[Head, ...]:
     """Draw heads without replacement, as many in each layer as `heads` has there.
 
@@ -203,6 +222,7 @@ def random_heads_like(
     return tuple(sorted(drawn))
 
 
+@checked_arguments
 def near_zero_heads(
     scores: Float[Tensor, "layer head"], circuit: Iterable[Head]
 ) -> tuple[Head, ...]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pandas as pd
 import torch
@@ -26,16 +26,20 @@ from cdt_lens.circuits.circuit import Circuit, random_heads, random_heads_like
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.measures import MIB_FRACTIONS, cmd, cpr, faithfulness, heads_at, log_area
 from cdt_lens.core import display
-from cdt_lens.core.choices import Metric, Ranking
+from cdt_lens.core.axes import along
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Count, Metric, Ranking, Seed
 from cdt_lens.core.equality import EqualByContent
-from cdt_lens.core.errors import InputError, expect
+from cdt_lens.core.errors import InputError
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.saved import Saved
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.intervals import Interval, mean_interval
+from cdt_lens.tasks.metrics import warn_at_chance
 from cdt_lens.tasks.task import Examples, Task
 
 if TYPE_CHECKING:
@@ -71,8 +75,8 @@ class FaithfulnessCurve(Saved):
         strata: Number of each example's label, or zeros where the metric is no mean over labels.
     """
 
-    sizes: tuple[int, ...]
-    fractions: tuple[float, ...]
+    sizes: Annotated[tuple[int, ...], along("size")]
+    fractions: Annotated[tuple[float, ...], along("size")]
     faithfulness: Float[Tensor, " size"]
     completeness: Float[Tensor, " size"]
     random: Mapping[str, Float[Tensor, "draw size"]] = field(repr=False)
@@ -308,6 +312,8 @@ class CircuitFaithfulness(EqualByContent):
         return display.html(title, self.to_dataframe())
 
 
+@checked_arguments
+@uses_model
 @hashed_once()
 def faithfulness_curve(
     model: nn.Module | ModelView,
@@ -318,11 +324,11 @@ def faithfulness_curve(
     fractions: Sequence[float] = MIB_FRACTIONS,
     by: Ranking = "signed",
     metric: Metric = "direction",
-    draws: int = 5,
-    seed: int = 0,
+    draws: Count = 5,
+    seed: Seed = 0,
     task: Task | None = None,
-    batch_size: int = 16,
-    rows: int | None = None,
+    batch_size: Count = 16,
+    rows: Count | None = None,
     progress: bool = True,
 ) -> FaithfulnessCurve:
     """Measure f of the top heads of a ranking at growing sizes, and of random circuits.
@@ -337,7 +343,8 @@ def faithfulness_curve(
         metric: "direction", "accuracy" or "balanced_accuracy"; see `circuit_metric`.
         draws: Number of random circuits of each kind and size.
         seed: Seed of the draws; draw i uses seed + i.
-        task: Supplies the prior for the accuracies, if it has one.
+        task: Supplies the prior for the accuracies, if it has one. Its valid and test splits are
+            refused where they hold only training examples.
         batch_size: Number of examples per batch.
         rows: Maximum number of (circuit x example) rows per forward pass; None chooses it by the
             length of the prompts.
@@ -351,7 +358,6 @@ def faithfulness_curve(
             every head does not change the metric.
         ArtifactError: The scores belong to another model.
     """
-    expect(scores, HeadScores, "faithfulness_curve", "for a circuit use circuit_faithfulness")
     view = view_of(model)
     scores.provenance.check_model(view, "these scores")
     fractions = checked_fractions(fractions)
@@ -389,6 +395,8 @@ def faithfulness_curve(
     )
 
 
+@checked_arguments
+@uses_model
 @hashed_once()
 def circuit_faithfulness(
     model: nn.Module | ModelView,
@@ -397,11 +405,11 @@ def circuit_faithfulness(
     baseline: Baseline,
     *,
     metric: Metric = "direction",
-    draws: int = 5,
-    seed: int = 0,
+    draws: Count = 5,
+    seed: Seed = 0,
     task: Task | None = None,
-    batch_size: int = 16,
-    rows: int | None = None,
+    batch_size: Count = 16,
+    rows: Count | None = None,
     progress: bool = True,
 ) -> CircuitFaithfulness:
     """Measure f and completeness of one circuit, and f of random circuits of its size.
@@ -414,7 +422,8 @@ def circuit_faithfulness(
         metric: "direction", "accuracy" or "balanced_accuracy"; see `circuit_metric`.
         draws: Number of random circuits of each kind.
         seed: Seed of the draws; draw i uses seed + i.
-        task: Supplies the prior for the accuracies, if it has one.
+        task: Supplies the prior for the accuracies, if it has one. Its valid and test splits are
+            refused where they hold only training examples.
         batch_size: Number of examples per batch.
         rows: Maximum number of (circuit x example) rows per forward pass; None chooses it by the
             length of the prompts.
@@ -427,8 +436,6 @@ def circuit_faithfulness(
         ArtifactError: The circuit was found in another model.
         InputError: There are no examples, or ablating every head does not change the metric.
     """
-    fix = "scores.select(...) makes one, and so does Circuit(heads, n_layers, n_heads)"
-    expect(circuit, Circuit, "circuit_faithfulness", fix)
     view = view_of(model)
     circuit.check_model(view)
     measured = _measure(
@@ -487,8 +494,9 @@ def _measure(
     passes: Passes,
 ) -> _Measured:
     """Measure circuits with their complements and random controls, each different one once."""
-    if draws < 1:
-        raise InputError(f"draws={draws}: expected at least 1 random circuit of each kind")
+    for name in ("valid", "test"):
+        if task is not None and examples.name == getattr(task, name).name:
+            task.require_held_out(name)
     everyone = all_heads(view.n_layers, view.n_heads)
     families = [_family(heads, view, draws, seed) for heads in circuits]
     wanted = [everyone, (), *(heads for family in families for heads in family)]
@@ -497,6 +505,7 @@ def _measure(
     )
     measured = measurement.means()
     full, empty = measured[everyone], measured[()]
+    warn_at_chance(examples.name, metric, full, len(examples.labels))
     # One row per member of a family: the circuit, its complement, then the draws of each control.
     own, without, *drawn = zip(
         *([f_of(measured[heads], full, empty) for heads in family] for family in families),
@@ -565,7 +574,7 @@ def checked_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
     Raises:
         InputError: The fractions are fewer, out of order or out of range.
     """
-    values = tuple(float(x) for x in fractions)
+    values = tuple(fractions)
     if (
         len(values) < 2
         or list(values) != sorted(set(values))

@@ -21,11 +21,14 @@ from cdt_lens.circuits.nodes import (
     OWN_UNIT,
     NodePlace,
     Site,
+    check_size,
     edge_name,
     parse_node,
     why_no_edge,
 )
 from cdt_lens.core import display
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Count, FromZeroCount
 from cdt_lens.core.display import INK, MUTED, NEGATIVE, POSITIVE
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
@@ -107,14 +110,14 @@ class Graph(EqualByContent):
     d_model: int | None = None
     parallel: bool = False
     unit: str = OWN_UNIT
+    _advice = "read_graph(path) or trace_circuit(...) makes one"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "nodes", dict(self.nodes))
         object.__setattr__(self, "edges", tuple(self.edges))
-        sizes = {"n_layers": self.n_layers, "n_heads": self.n_heads, "d_model": self.d_model}
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise InputError(f"graph: {name}={size}, expected at least 1")
+        check_size(self.n_layers, self.n_heads, "graph")
+        if self.d_model is not None and self.d_model < 1:
+            raise InputError(f"graph: d_model={self.d_model}, expected at least 1")
         places = {name: parse_node(name, self.n_layers, self.n_heads) for name in self.nodes}
         for name, node in self.nodes.items():
             _check_score(node.score, f"node {name}")
@@ -156,7 +159,8 @@ class Graph(EqualByContent):
             and self.nodes[edge.target].in_graph
         )
 
-    def top_edges(self, k: int, *, kept_only: bool = True) -> tuple[Edge, ...]:
+    @checked_arguments
+    def top_edges(self, k: FromZeroCount, *, kept_only: bool = True) -> tuple[Edge, ...]:
         """Return the scored edges of largest magnitude, the largest first.
 
         Args:
@@ -166,8 +170,6 @@ class Graph(EqualByContent):
         Raises:
             InputError: `k` is negative.
         """
-        if k < 0:
-            raise InputError(f"top_edges: k={k}, expected at least 0")
         edges = self.kept_edges if kept_only else self.edges
         scored = [(abs(edge.score), edge) for edge in edges if edge.score is not None]
         return tuple(edge for _, edge in sorted(scored, key=lambda pair: -pair[0])[:k])
@@ -216,6 +218,7 @@ class Graph(EqualByContent):
             made.add_edge(edge.source, edge.target, edge.site, **values)
         return made
 
+    @checked_arguments
     def to_dot(self, kept_only: bool = True) -> str:
         """Return the graph in the DOT language of Graphviz, with the input at the bottom.
 
@@ -227,7 +230,8 @@ class Graph(EqualByContent):
         """
         return dot_text(self, kept_only=kept_only)
 
-    def plot(self, max_edges: int = 40) -> Figure:
+    @checked_arguments
+    def plot(self, max_edges: Count = 40) -> Figure:
         """Drawing of the kept nodes, layers upwards, with the strongest kept edges."""
         return display.figure(self, max_edges=max_edges)
 

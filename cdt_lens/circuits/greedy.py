@@ -8,15 +8,20 @@ from cdt_lens.circuits.ablation import circuit_metric, measure_circuits
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.measures import faithfulness
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Count
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.passes import Passes
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import hashed_once
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.task import Examples
 
 
+@checked_arguments
+@uses_model
 @hashed_once()
 def greedy_circuit(
     model: nn.Module | ModelView,
@@ -24,10 +29,10 @@ def greedy_circuit(
     examples: Examples,
     baseline: Baseline,
     *,
-    k: int,
-    pool: int = 32,
-    rows: int | None = None,
-    batch_size: int = 16,
+    k: Count,
+    pool: Count = 32,
+    rows: Count | None = None,
+    batch_size: Count = 16,
     progress: bool = True,
 ) -> Circuit:
     """Build a circuit head by head, adding each time the head that brings f nearest to 1.
@@ -54,7 +59,7 @@ def greedy_circuit(
         InputError: k is larger than the pool, or fewer than k heads have scores.
     """
     passes = Passes(batch_size, rows, progress)
-    if not 1 <= k <= pool:
+    if k > pool:
         raise InputError(f"greedy_circuit: k={k}, expected 1 to pool={pool}")
     view = view_of(model)
     scores.provenance.check_model(view, "these scores")

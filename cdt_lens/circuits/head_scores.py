@@ -6,9 +6,9 @@ under resampling of the examples. Near-zero heads are a control of the same size
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pandas as pd
 import torch
@@ -19,10 +19,12 @@ from cdt_lens.circuits.circuit import Circuit, near_zero_heads
 from cdt_lens.circuits.measures import heads_at
 from cdt_lens.circuits.sampled import degrees_of_freedom, effects
 from cdt_lens.core import display
-from cdt_lens.core.choices import Ranking
+from cdt_lens.core.axes import along
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Count, Fraction, FromZeroCount, Level, Ranking
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.saved import Saved
-from cdt_lens.models.heads import Head, all_heads
+from cdt_lens.models.heads import Head, all_heads, check_heads
 from cdt_lens.models.provenance import Provenance
 from cdt_lens.tasks.intervals import t_interval
 from cdt_lens.tasks.metrics import label_numbers
@@ -55,13 +57,14 @@ class HeadScores(Saved):
     values: Float[Tensor, "layer head"]
     stderr: Float[Tensor, "layer head"] = field(repr=False)
     per_example: Float[Tensor, "example layer head"] = field(repr=False)
-    example_labels: tuple[str, ...] = field(repr=False)
+    example_labels: Annotated[tuple[str, ...], along("example")] = field(repr=False)
     direction: float
     method: str
     provenance: Provenance = field(repr=False)
     cheap: Float[Tensor, "example layer head"] | None = field(default=None, repr=False)
     corrections: tuple[Float[Tensor, "example layer head"], ...] = field(default=(), repr=False)
     _format, _kind = "cdt_lens.scores", "scores file"
+    _advice = "score_heads(model, examples, baseline) makes them"
 
     def __repr__(self) -> str:
         best = [f"{h} {float(self.values[h.layer, h.head]):+.3g}" for h in self.ranking()]
@@ -105,6 +108,7 @@ class HeadScores(Saved):
         freedom = degrees_of_freedom(first, self.corrections, labels)
         return t_interval(self.values.double(), self.stderr.double(), freedom, level)
 
+    @checked_arguments
     def ranking(self, by: Ranking = "signed") -> tuple[Head, ...]:
         """Return all scored heads, the largest first.
 
@@ -114,14 +118,13 @@ class HeadScores(Saved):
         Raises:
             InputError: `by` is neither of the two.
         """
-        if by not in get_args(Ranking):
-            raise InputError(f"by={by!r}: expected 'signed' or 'magnitude'")
         keys = (self.values.abs() if by == "magnitude" else self.values).flatten()
         order = torch.argsort(keys.nan_to_num(nan=-torch.inf), descending=True, stable=True)
         everyone = all_heads(self.n_layers, self.n_heads)
         return tuple(everyone[i] for i in order.tolist() if not torch.isnan(keys[i]))
 
-    def top(self, k: int, by: Ranking = "signed") -> tuple[Head, ...]:
+    @checked_arguments
+    def top(self, k: FromZeroCount, by: Ranking = "signed") -> tuple[Head, ...]:
         """Return the first `k` heads of the ranking, the largest first.
 
         Args:
@@ -132,11 +135,12 @@ class HeadScores(Saved):
             InputError: `k` is negative or larger than the number of scored heads.
         """
         ranking = self.ranking(by)
-        if not 0 <= k <= len(ranking):
+        if k > len(ranking):
             raise InputError(f"k={k}: expected 0 to {len(ranking)}, the number of scored heads")
         return ranking[:k]
 
-    def near_zero(self, k: int, by: Ranking = "signed") -> Circuit:
+    @checked_arguments
+    def near_zero(self, k: FromZeroCount, by: Ranking = "signed") -> Circuit:
         """Return the control of `select(k=k, by=by)`: the heads of smallest magnitude outside it.
 
         Args:
@@ -149,20 +153,22 @@ class HeadScores(Saved):
         heads = near_zero_heads(self.values, self.top(k, by))
         return self.circuit(heads, {"rule": "near-zero", "k": k, "by": by})
 
+    @checked_arguments
     def select(
         self,
         *,
-        k: int | None = None,
-        fraction: float | None = None,
+        k: FromZeroCount | None = None,
+        fraction: Fraction | None = None,
         threshold: float | None = None,
-        confidence: float | None = None,
+        confidence: Level | None = None,
         by: Ranking = "signed",
     ) -> Circuit:
         """Select a circuit by exactly one of `k`, `fraction`, `threshold` and `confidence`.
 
         Args:
             k: Number of heads.
-            fraction: Share of the scored heads, rounded down as in MIB, but at least one head.
+            fraction: Share of all heads of the model, scored or not, rounded down as in MIB, but
+                at least one head.
             threshold: Smallest score (or magnitude) in logits.
             confidence: Level of `interval`. Selects the heads whose interval lies above 0, or
                 leaves 0 out by magnitude.
@@ -172,15 +178,10 @@ class HeadScores(Saved):
             The circuit, with these scores and their provenance.
 
         Raises:
-            InputError: None or several of the four are given, or a value is out of range.
+            InputError: None or several of the four are given, a value is out of range, or fewer
+                heads have scores than the fraction asks for.
         """
-        # Plain numbers, whatever numpy or torch gave, so that they can be saved.
-        given = {
-            "k": None if k is None else int(k),
-            "fraction": None if fraction is None else float(fraction),
-            "threshold": None if threshold is None else float(threshold),
-            "confidence": None if confidence is None else float(confidence),
-        }
+        given = {"k": k, "fraction": fraction, "threshold": threshold, "confidence": confidence}
         chosen = {name: value for name, value in given.items() if value is not None}
         if len(chosen) != 1:
             raise InputError(
@@ -189,20 +190,17 @@ class HeadScores(Saved):
             )
         ranking = self.ranking(by)
         if k is not None:
-            heads = self.top(int(k), by)
+            heads = self.top(k, by)
         elif fraction is not None:
-            if not 0 < fraction <= 1:
-                raise InputError(f"select: fraction={fraction}, expected more than 0 and at most 1")
-            heads = ranking[: max(1, heads_at(fraction, len(ranking)))]
+            heads = self._largest(fraction, by)
         elif threshold is not None:
-            if threshold != threshold:
-                raise InputError("select: threshold is NaN, expected logits")
             heads = tuple(h for h in ranking if self._key(h, by) >= threshold)
         else:
-            heads = self._confident(float(confidence or 0.0), by)
+            heads = self._confident(confidence or 0.0, by)
         return self.circuit(heads, {"by": by, **chosen})
 
-    def circuit(self, heads: Sequence[Head], selection: Mapping[str, Any]) -> Circuit:
+    @checked_arguments
+    def circuit(self, heads: Iterable[Head | str], selection: Mapping[str, Any]) -> Circuit:
         """Return a circuit of these heads that carries the scores and their provenance.
 
         Args:
@@ -210,7 +208,7 @@ class HeadScores(Saved):
             selection: How they were chosen.
         """
         return Circuit(
-            heads=tuple(heads),
+            heads=check_heads(heads, self.n_layers, self.n_heads),
             n_layers=self.n_layers,
             n_heads=self.n_heads,
             scores=self.values,
@@ -218,6 +216,16 @@ class HeadScores(Saved):
             selection={"method": self.method, **selection},
             provenance=self.provenance,
         )
+
+    def _largest(self, fraction: float, by: Ranking) -> tuple[Head, ...]:
+        everyone, ranking = self.values.numel(), self.ranking(by)
+        size = max(1, heads_at(fraction, everyone))
+        if size > len(ranking):
+            raise InputError(
+                f"select: fraction={fraction} of all {everyone} heads is {size}, but only "
+                f"{len(ranking)} have scores; score more heads, or select by k"
+            )
+        return ranking[:size]
 
     def _key(self, head: Head, by: str) -> float:
         value = float(self.values[head.layer, head.head])
@@ -230,8 +238,6 @@ class HeadScores(Saved):
                 "select: confidence needs at least two examples of each label; "
                 "score more examples, or select by k or fraction"
             )
-        if not 0 < level < 1:
-            raise InputError(f"select: confidence={level}, expected between 0 and 1, such as 0.95")
         low, high = self.interval(level)
         keep = low > 0 if by == "signed" else (low > 0) | (high < 0)
         return tuple(h for h in self.ranking() if bool(keep[h.layer, h.head]))
@@ -251,11 +257,25 @@ class HeadScores(Saved):
             ]
         )
 
+    @checked_arguments
     def heatmap(self, circuit: Circuit | None = None) -> Figure:
-        """Map of the scores, layer x head, with the heads of `circuit` outlined."""
+        """Map of the scores, layer x head, with the heads of `circuit` outlined.
+
+        Args:
+            circuit: A circuit of the same model.
+
+        Raises:
+            InputError: The circuit is of a model of another shape.
+        """
+        if circuit is not None and circuit.mask.shape != self.values.shape:
+            raise InputError(
+                f"heatmap: the circuit is of {circuit.n_layers} layers of {circuit.n_heads} heads, "
+                f"the scores of {self.n_layers} of {self.n_heads}; give a circuit of the same model"
+            )
         return display.figure(self, circuit=circuit)
 
-    def bars(self, k: int = 20) -> Figure:
+    @checked_arguments
+    def bars(self, k: Count = 20) -> Figure:
         """Draw the `k` heads with the largest scores, with their standard errors."""
         return display.figure(self, kind="bars", k=k)
 

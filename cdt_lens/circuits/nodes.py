@@ -23,6 +23,8 @@ INPUT, LOGITS = "input", "logits"
 OWN_UNIT = "logits (+ = towards the gold label)"
 OTHER_UNIT = "the unit and with the sign of the tool that made them"
 
+# Several times what the largest models have.
+_MOST_HEADS, _MOST_EDGES = 100_000, 100_000_000
 # No leading zeros: a node has one name.
 _NAME = re.compile(r"L(0|[1-9][0-9]*)H(0|[1-9][0-9]*)|M(0|[1-9][0-9]*)")
 
@@ -79,6 +81,26 @@ def parse_node(name: str, n_layers: int, n_heads: int) -> NodePlace:
     return place
 
 
+def check_size(n_layers: int, n_heads: int, what: str) -> None:
+    """Refuse numbers of layers and heads that no model has, before anything of that size is made.
+
+    Args:
+        n_layers: Number of layers of the model.
+        n_heads: Number of heads per layer.
+        what: What names these numbers, for the message.
+
+    Raises:
+        InputError: A number is below 1, or their product is beyond any model.
+    """
+    for name, size in (("n_layers", n_layers), ("n_heads", n_heads)):
+        if not 1 <= size <= _MOST_HEADS:
+            raise InputError(f"{what}: {name}={size}, expected at least 1, at most {_MOST_HEADS}")
+    if n_layers * n_heads > _MOST_HEADS:
+        raise InputError(
+            f"{what}: {n_layers} layers of {n_heads} heads, expected at most {_MOST_HEADS} heads"
+        )
+
+
 def node_names(n_layers: int, n_heads: int) -> tuple[str, ...]:
     """Return the names of all nodes of a model, in the order of the residual stream."""
     names = [INPUT]
@@ -100,7 +122,16 @@ def possible_edges(
 
     Returns:
         Source, target and site of each edge.
+
+    Raises:
+        InputError: There are too many for the memory of a computer.
     """
+    # Three sites of each head read about half of all heads.
+    if (n_layers * n_heads) ** 2 * 3 / 2 > _MOST_EDGES:
+        raise InputError(
+            f"{n_layers} layers of {n_heads} heads: expected at most {_MOST_EDGES} edges; write "
+            ".graphml or .dot, which hold the edges of the graph alone"
+        )
     written = [INPUT]
     for layer in range(n_layers):
         heads = [str(Head(layer, head)) for head in range(n_heads)]

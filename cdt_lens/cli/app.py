@@ -1,40 +1,79 @@
 """The `cdt-lens` command: each sub-command is one call of the functions that a notebook uses.
 
 Exit codes: 0, done. 1, an error that the user can correct (one line on standard error, with the
-fix). 2, unusable options. 130, interrupted; finished work is kept and the same command resumes.
+fix). 2, unusable options. 130 and 143, interrupted by Ctrl-C or SIGTERM; finished work is kept and
+the same command resumes.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand
 
 from cdt_lens.cli.compare import compare
 from cdt_lens.cli.console import err
 from cdt_lens.cli.convert import convert, fetch
 from cdt_lens.cli.discover import discover, faithfulness, report, trace
 from cdt_lens.cli.finetune import demo, export, finetune, transfer
+from cdt_lens.cli.interrupts import reported_interrupts
+from cdt_lens.cli.predict import predict
 from cdt_lens.cli.show import show
-from cdt_lens.core.errors import CdtLensError
+from cdt_lens.core.errors import CdtLensError, CdtLensWarning
 
 
-class Commands(TyperGroup):
-    """The commands; typer itself would end an interrupted one without a word on resuming."""
+class Command(TyperCommand):
+    """A command that refuses an option given twice, and shows warnings in one line."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments of the command.
+
+        Args:
+            ctx: The context of the command.
+            args: The arguments.
+
+        Returns:
+            The arguments that are left over.
+
+        Raises:
+            typer.BadParameter: An option that takes one value was given twice.
+        """
+        given: list[Any] = list(self.make_parser(ctx).parse_args(list(args))[-1])
+        for option in given:
+            single = option.param_type_name == "option" and not option.multiple
+            if single and given.count(option) > 1:
+                raise typer.BadParameter("it takes one value but was given twice", ctx, option)
+        rest: list[str] = super().parse_args(ctx, args)
+        return rest
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; an interrupt ends it with exit code 130."""
-        try:
+        """Run the command, with the warnings of this package in one line each.
+
+        Args:
+            ctx: The context of the command.
+        """
+        with warnings.catch_warnings():
+            _show_warnings_in_one_line()
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            err.print("cdt-lens: interrupted; give the same command again to resume")
-            raise typer.Exit(130) from None
+
+
+def _show_warnings_in_one_line() -> None:
+    """Show warnings of this package without the place in its code."""
+    show = warnings.showwarning
+
+    def in_one_line(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, CdtLensWarning):
+            show(message, category, *where, **more)
+            return
+        err.print(f"cdt-lens: warning: {message}", markup=False, soft_wrap=True)
+
+    warnings.showwarning = in_one_line
 
 
 app = typer.Typer(
-    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -48,16 +87,17 @@ app = typer.Typer(
 )
 
 for _command in (
-    demo, discover, faithfulness, trace, report, show, compare, finetune, transfer, export, convert,
-    fetch,
+    demo, discover, faithfulness, trace, report, show, compare, finetune, transfer, export, predict,
+    convert, fetch,
 ):  # fmt: skip
-    app.command()(_command)
+    app.command(cls=Command)(_command)
 
 
 def main() -> None:
     """Run the command line; an error that the user can correct is one line and exit code 1."""
-    try:
-        app()
-    except CdtLensError as error:
-        err.print(f"cdt-lens: {error}", markup=False, soft_wrap=True)
-        sys.exit(1)
+    with reported_interrupts():
+        try:
+            app()
+        except CdtLensError as error:
+            err.print(f"cdt-lens: {error}", markup=False, soft_wrap=True)
+            sys.exit(1)

@@ -66,6 +66,19 @@ def with_options(**taken: tuple[type, tuple[str, ...]]) -> Callable[[Command], C
     return decorate
 
 
+def alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a command: no other process may write into the folder `out` until it ends."""
+
+    @wraps(function)
+    def in_locked_folder(*, out: Path, **kwargs: Any) -> Any:
+        from cdt_lens.core.run_lock import locked
+
+        with locked(out):
+            return function(out=out, **kwargs)
+
+    return in_locked_folder
+
+
 def _option(kind: type, name: str) -> inspect.Parameter:
     """Return the option of one field."""
     value, described = get_args(get_type_hints(kind, include_extras=True)[name])[:2]

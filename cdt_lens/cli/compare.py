@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ from cdt_lens.core.errors import InputError
 from cdt_lens.experiments.settings import Settings
 
 _OPTIONS = (
-    "task", "language", "data", "template", "label_column", "shots", "examples",
+    "task", "language", "data", "template", "label_column", "split", "shots", "examples",
     "baseline_examples", "positions", "backend", "device", "dtype", "batch_size", "rows", "seed",
 )  # fmt: skip
 
@@ -33,16 +34,17 @@ def compare(
         str | None, typer.Option(help="Hub name, Hugging Face folder or .gguf file.")
     ] = None,
     planted: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Compare on planted circuits instead of a model: their names, separated by "
-            "commas, or all."
+            help="Compare on planted circuits instead of a model: their names, or all. Repeat the "
+            "option or separate the names by commas."
         ),
     ] = None,
     methods: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Methods separated by commas, such as exact,cdt:stable,one-pass; default: all."
+            help="Methods, such as exact,cdt:stable,one-pass; default: all. Repeat the option or "
+            "separate the names by commas."
         ),
     ] = None,
     train: TrainFile = None,
@@ -71,17 +73,17 @@ def compare(
     from cdt_lens.experiments import compare as experiments, runs
     from cdt_lens.scoring.methods import DEFAULT_METHODS
 
-    if (model is None) == (planted is None):
+    if (model is None) == (not planted):
         raise InputError("compare: expected either --model or --planted")
-    names = checked_methods(DEFAULT_METHODS if methods is None else _split(methods))
-    if planted is not None:
+    names = checked_methods(_split(methods) if methods else DEFAULT_METHODS)
+    if planted:
         _compare_planted(planted, names, out, draws, given)
         return
     files = {"train": train, "valid": valid}
     settings = settings_of({"model": model, **given}, files, verbalizer)
-    if settings.files and valid is None:
-        raise InputError("compare: expected --valid, the file that held-out prompts are drawn from")
-    run = runs.start_run(settings, out, say)
+    settings.require_valid("compare")
+    check = partial(experiments.check_compare, held_out=held_out)
+    run = runs.start_run(settings, out, say, check)
     show_comparison(
         experiments.compare_run(run, say, methods=names, held_out=held_out, draws=draws)
     )
@@ -89,16 +91,18 @@ def compare(
 
 
 def _compare_planted(
-    planted: str, methods: tuple[str, ...], out: Path, draws: int, given: dict[str, Any]
+    planted: list[str], methods: tuple[str, ...], out: Path, draws: int, given: dict[str, Any]
 ) -> None:
     from cdt_lens.experiments.compare import compare_planted
     from cdt_lens.planted.catalogue import PLANTED
 
-    circuits = list(PLANTED) if planted.strip() == "all" else _split(planted)
+    names = _split(planted)
+    circuits = list(PLANTED) if names == ["all"] else names
     options = {name: given[name] for name in ("seed", "backend", "batch_size", "rows")}
     show_planted(compare_planted(circuits, methods, folder=out, draws=draws, say=say, **options))
     tell(str(out / "report.html"))
 
 
-def _split(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",") if name.strip()]
+def _split(given: list[str]) -> list[str]:
+    """Return the names of a repeated option, each of which may hold several between commas."""
+    return [name.strip() for names in given for name in names.split(",") if name.strip()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -22,7 +23,7 @@ from cdt_lens.core.choices import Metric
 from cdt_lens.experiments.settings import Settings
 
 _OPTIONS = (
-    "model", "task", "language", "data", "template", "label_column", "shots", "calibrate",
+    "model", "task", "language", "data", "template", "label_column", "split", "shots", "calibrate",
     "examples", "baseline_examples", "rules", "positions", "direction", "k", "fraction", "by",
     "backend", "device", "dtype", "batch_size", "rows", "seed",
 )  # fmt: skip
@@ -48,6 +49,8 @@ def discover(
     from cdt_lens.experiments import discovery as experiment, runs
 
     settings = settings_of(given, {"train": train, "valid": valid, "test": test}, verbalizer)
+    if test is None:  # faithfulness needs rows that are not scored
+        settings.require_valid("discover")
     run = runs.start_run(settings, out, say)
     circuit, scores, _ = experiment.discover(run, say)
     show_heads(scores, circuit)
@@ -81,10 +84,11 @@ def faithfulness(
     """
     from cdt_lens.experiments import discovery as experiment, runs
 
-    opened = runs.open_run(run, say)
-    curve = experiment.measure(
-        opened, say, split=split, examples=examples, metric=metric, draws=draws
-    )
+    wanted: dict[str, Any] = {
+        "split": split, "examples": examples, "metric": metric, "draws": draws,
+    }  # fmt: skip
+    opened = runs.open_run(run, say, partial(experiment.check_measure, **wanted))
+    curve = experiment.measure(opened, say, **wanted)
     show_curve(curve)
     tell(str(opened.path("faithfulness.json")))
 
@@ -111,8 +115,9 @@ def trace(
     """
     from cdt_lens.experiments import discovery as experiment, runs
 
-    opened = runs.open_run(run, say)
-    circuit = experiment.trace(opened, say, examples=examples, width=width, fan_in=fan_in)
+    wanted: dict[str, Any] = {"examples": examples, "width": width, "fan_in": fan_in}
+    opened = runs.open_run(run, say, partial(experiment.check_trace, **wanted))
+    circuit = experiment.trace(opened, say, **wanted)
     if circuit.graph is not None:
         tell_graph(circuit.graph)
     tell(f"graph of {len(circuit)} heads: {opened.path('graph.json')}")
@@ -131,4 +136,5 @@ def report(
     """
     from cdt_lens.experiments import discovery as experiment, runs
 
-    tell(str(experiment.report(runs.open_run(run, say), say, prompts=prompts, heads=heads)))
+    opened = runs.open_run(run, say, experiment.check_report)
+    tell(str(experiment.report(opened, say, prompts=prompts, heads=heads)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -14,6 +14,7 @@ from cdt_lens.cli.arguments import (
     TrainFile,
     ValidFile,
     Verbalizer,
+    alone,
     settings_of,
     with_options,
 )
@@ -24,12 +25,13 @@ from cdt_lens.experiments.settings import ModelSettings, Settings
 from cdt_lens.finetuning.options import SCOPES, TrainingOptions
 
 _OPTIONS = (
-    "task", "language", "data", "template", "label_column", "backend", "device", "dtype",
+    "task", "language", "data", "template", "label_column", "split", "backend", "device", "dtype",
 )  # fmt: skip
 _TRAINING = ("epochs", "batch_size", "learning_rate", "patience", "seed")
 
 
 @with_options(given=(Settings, _OPTIONS), training=(TrainingOptions, _TRAINING))
+@alone
 def finetune(
     model: Annotated[str, typer.Option(help="Checkpoint that solves the task in the source.")],
     out: Annotated[Path, typer.Option(help="Folder for the adapter, the log and the report.")],
@@ -53,7 +55,10 @@ def finetune(
     verbalizer: Verbalizer = None,
     option: Annotated[
         list[str] | None,
-        typer.Option(help="Any other training option as name=value, such as norms=circuit."),
+        typer.Option(
+            help="Any other training option as name=value, such as norms=circuit; repeat the "
+            "option for each."
+        ),
     ] = None,
 ) -> None:
     """Train the heads of a circuit (or a control) on a target language.
@@ -63,21 +68,29 @@ def finetune(
     makes a checkpoint of the adapter.
     """
     from cdt_lens.circuits.circuit import Circuit
-    from cdt_lens.experiments.inputs import load_for, make_task
-    from cdt_lens.finetuning.finetune import finetune as train_on
+    from cdt_lens.core.folders import check_run_folder
+    from cdt_lens.experiments.inputs import check_inputs, load_for, make_task
+    from cdt_lens.finetuning.finetune import check_splits, finetune as train_on
+    from cdt_lens.finetuning.scopes import scope_heads
 
     if (out / "adapter.json").exists() and not (out / "checkpoint.json").exists():
         raise InputError(
             f"{out}: holds a finished adapter; name another folder, or remove that one"
         )
+    check_run_folder(out, "checkpoint.json", "log.jsonl")
     options = TrainingOptions().changed(**{**training, **_options(option or [])})
     chosen = {"model": model, "seed": training["seed"], **given}
     settings = settings_of(chosen, {"train": train, "valid": valid}, verbalizer)
+    settings.require_valid("finetune")
+    of_source = _source_settings(settings, source, source_valid)
+    heads = None if circuit is None else Circuit.load(circuit)
+    scope_heads("decision" if scope == "auto" else scope, heads, seed=options.seed)
+    tasks = check_inputs(settings, *([] if of_source is None else [of_source]))
+    check_splits(tasks[0], None if of_source is None else tasks[1], options)
     loaded = load_for(settings, say)
     target = make_task(settings, loaded.tokenizer)
-    of_source = _source_settings(settings, source, source_valid)
     result = train_on(
-        loaded, target, heads=None if circuit is None else Circuit.load(circuit), scope=scope,
+        loaded, target, heads=heads, scope=cast(Any, scope),
         source=None if of_source is None else make_task(of_source, loaded.tokenizer),
         options=options, checkpoint=out / "checkpoint.json", keep_checkpoint=True,
         log=out / "log.jsonl",
@@ -108,6 +121,8 @@ def _show(result: Any, out: Path) -> None:
         f"({result.share:.2%}): {_trained(result)}; "
         f"best epoch {result.best_epoch}: {out / 'adapter.json'}"
     )
+    if result.nothing_learnt:
+        tell(result.nothing_learnt)
 
 
 def _trained(result: Any) -> str:
@@ -132,7 +147,7 @@ def _source_settings(
     if not own and valid is not None:
         raise InputError(f"--source-valid {valid}: for your own files only; use --source LANGUAGE")
     if own:
-        return None if valid is None else replace(settings, files={"valid": str(valid)})
+        return None if valid is None else replace(settings, files={"valid": str(valid)}, split=None)
     return None if language is None else replace(settings, language=language)
 
 
@@ -140,15 +155,22 @@ def export(
     adapter: Annotated[Path, typer.Argument(help="Folder or file of an adapter.")],
     base: Annotated[str, typer.Option(help="Model that the adapter was trained on.")],
     to: Annotated[Path, typer.Option(help="New folder for the Hugging Face checkpoint.")],
+    allow_unchanged: Annotated[
+        bool,
+        typer.Option(
+            help="Export an adapter that changes no weight, of a training that learnt nothing.",
+        ),
+    ] = False,
 ) -> None:
     """Write a Hugging Face checkpoint of the base model with the adapter applied.
 
-    Every weight that the adapter does not hold stays bit-identical.
+    Every weight that the adapter does not hold stays bit-identical. The folder's tokenizer gives
+    the tokens of the training, and its README.md says how to ask the model.
     """
     from cdt_lens.finetuning.adapter import Adapter
     from cdt_lens.finetuning.export import export as write
 
-    tell(str(write(Adapter.load(adapter), base, to)))
+    tell(str(write(Adapter.load(adapter), base, to, allow_unchanged=allow_unchanged)))
 
 
 @with_options(given=(ModelSettings, ("device",)))
@@ -189,8 +211,13 @@ def _options(pairs: list[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
-        if not equals:
-            raise InputError(f"--option {pair!r}: expected name=value, such as norms=circuit")
+        if not equals or "=" in text:
+            raise InputError(
+                f"--option {pair!r}: expected name=value, such as norms=circuit, the option again "
+                "for each"
+            )
+        if name in options:
+            raise InputError(f"--option {pair!r}: {name} was given before")
         try:
             options[name] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

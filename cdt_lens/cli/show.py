@@ -8,7 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from cdt_lens.cli.console import tell, tell_table
+from cdt_lens.core.errors import InputError
 
+# The files that show a folder's result, the most of it first.
+_RESULTS = ("adapter.json", "result.json", "comparison.json", "circuit.json")
 _AGREEMENT = ("Spearman", "Pearson", "forward passes", "time")
 
 
@@ -138,20 +141,25 @@ def _tell_frame(table: Any) -> None:
 def show(
     file: Annotated[
         Path,
-        typer.Argument(help="Circuit, adapter, comparison or transfer result."),
+        typer.Argument(help="Circuit, adapter, comparison or transfer result, or its folder."),
     ],
 ) -> None:
     """Print the contents of a file and its provenance."""
     from cdt_lens.core.artifacts import artifact_format
 
-    path = file / "adapter.json" if file.is_dir() else file
+    inside = [file / name for name in _RESULTS if (file / name).is_file()]
+    path = inside[0] if inside else file
     kind = artifact_format(path)
     show_it = {
-        "cdt_lens.adapter": _show_adapter, "cdt_lens.transfer": _show_transfer_file,
-        "cdt_lens.comparison": _show_comparison_file,
+        "cdt_lens.circuit": _show_circuit, "cdt_lens.adapter": _show_adapter,
+        "cdt_lens.transfer": _show_transfer_file, "cdt_lens.comparison": _show_comparison_file,
         "cdt_lens.planted_comparison": _show_planted_file,
-    }.get(kind, _show_circuit)  # fmt: skip
-    provenance = show_it(path)
+    }  # fmt: skip
+    if kind not in show_it:
+        raise InputError(
+            f"{path}: expected a circuit, an adapter, a comparison or a transfer result, got {kind}"
+        )
+    provenance = show_it[kind](path)
     if provenance is not None:
         for name, value in provenance.to_dict().items():
             tell(f"{name}: {value}")

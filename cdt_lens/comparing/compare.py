@@ -33,21 +33,26 @@ from cdt_lens.comparing.comparison import (
 )
 from cdt_lens.comparing.measured_circuits import MeasuredCircuits
 from cdt_lens.comparing.timed_scores import TimedScorer, TimedScores
-from cdt_lens.core.errors import InputError, NonFiniteError, expect
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Count, Seed
+from cdt_lens.core.errors import InputError, NonFiniteError
 from cdt_lens.core.kept import Say
-from cdt_lens.decomposition.baseline import Baseline, check_baseline
+from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.caller_hooks import caller_hooks
 from cdt_lens.models.provenance import provenance_of
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.support import check_supported
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.scoring.agreement import auroc, average_precision, compare_scores
 from cdt_lens.scoring.methods import DEFAULT_METHODS, METHODS, method_of
-from cdt_lens.tasks.task import Examples, require_examples
+from cdt_lens.tasks.task import Examples, check_examples
 
 # A share of the task direction: scores below it do not tell heads apart.
 _NOTHING = 1e-4
 
 
+@checked_arguments
+@uses_model
 def compare_methods(
     model: nn.Module | ModelView,
     train: Examples,
@@ -57,11 +62,11 @@ def compare_methods(
     *,
     truth: Any = None,
     fractions: Sequence[float] = MIB_FRACTIONS,
-    draws: int = 5,
-    seed: int = 0,
+    draws: Count = 5,
+    seed: Seed = 0,
     folder: str | Path | None = None,
-    batch_size: int = 16,
-    rows: int | None = None,
+    batch_size: Count = 16,
+    rows: Count | None = None,
     progress: bool = True,
     say: Say | None = None,
 ) -> Comparison:
@@ -103,7 +108,7 @@ def compare_methods(
     fractions = checked_fractions(fractions)
     view = view_of(model)
     say = say or (lambda _: None)
-    shared = _check(view, train, valid, baseline, draws, say)
+    shared = _check(view, train, valid, baseline, say)
     mask = None if truth is None else _mask(truth, (view.n_layers, view.n_heads))
     check_supported(view)
     place = None if folder is None else Path(folder)
@@ -167,18 +172,15 @@ def _check(
     train: Examples,
     valid: Examples,
     baseline: Baseline,
-    draws: int,
     say: Say,
 ) -> int:
     """Refuse inputs that cannot be compared; return the held-out prompts that are also scored."""
-    if draws < 1:
-        raise InputError(f"draws={draws}: expected at least 1 random ranking")
-    require_examples(train)
-    expect(valid, Examples, "valid", "give a split, such as task.valid")
+    check_examples(view, train)
     if not len(valid):
         raise InputError(
             f"{valid.name}: no held-out examples to judge the rankings on; give a validation split"
         )
+    check_examples(view, valid)
     seen = {(example.tokens, example.label) for example in train}
     shared = sum((example.tokens, example.label) in seen for example in valid)
     if shared == len(valid):
@@ -188,7 +190,7 @@ def _check(
         )
     if shared:
         say(f"{shared} of the {len(valid)} held-out prompts are among the scored ones too")
-    check_baseline(baseline, view)
+    baseline.check_model(view)
     return shared
 
 

@@ -14,7 +14,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pandas as pd
 import torch
@@ -22,8 +22,10 @@ from torch import Tensor
 
 from cdt_lens.circuits.measures import cmd, cpr
 from cdt_lens.core import display
+from cdt_lens.core.axes import along, own_axes
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.equality import EqualByContent
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.provenance import Provenance
 
@@ -33,7 +35,10 @@ if TYPE_CHECKING:
 YARDSTICK = "exact"  # the method that the others' scores are compared with
 RANKINGS: tuple[Literal["signed", "magnitude"], ...] = ("signed", "magnitude")
 # Whether a measure is better when large (+1) or small (-1).
-_BETTER = {
+Measure = Literal[
+    "spearman", "pearson", "cpr", "cmd", "auroc", "average_precision", "seconds", "forward_passes"
+]
+_BETTER: Mapping[Measure, int] = {
     "spearman": 1, "pearson": 1, "cpr": 1, "cmd": -1, "auroc": 1, "average_precision": 1,
     "seconds": -1, "forward_passes": -1,
 }  # fmt: skip
@@ -50,7 +55,7 @@ class RankingCurve(EqualByContent):
         cmd: Area under |1 - f|.
     """
 
-    f: tuple[float, ...] = field(repr=False)
+    f: Annotated[tuple[float, ...], along("size")] = field(repr=False)
     cpr: float
     cmd: float
 
@@ -92,7 +97,9 @@ class MethodResult(EqualByContent):
     refused: str | None = None
 
     def __repr__(self) -> str:
-        measures = ("spearman", "cpr", "cmd", "average_precision", "seconds")
+        measures: tuple[Measure, ...] = (
+            "spearman", "cpr", "cmd", "average_precision", "seconds",
+        )  # fmt: skip
         known = {name: self.value(name) for name in measures}
         facts = [f"{name} {value:.3g}" for name, value in known.items() if not math.isnan(value)]
         return display.line(self, self.method, *facts, self.refused or "")
@@ -104,6 +111,7 @@ class MethodResult(EqualByContent):
     def _repr_html_(self) -> str:
         return display.html(f"{self.method}: {self.description}", self.to_dataframe())
 
+    @checked_arguments
     def curve(self, by: Literal["signed", "magnitude"]) -> RankingCurve | None:
         """Return the curve of one ranking, or None if the method was refused.
 
@@ -113,11 +121,10 @@ class MethodResult(EqualByContent):
         Raises:
             InputError: The ranking is unknown.
         """
-        if by not in RANKINGS:
-            raise InputError(f"by={by!r}: expected 'signed' or 'magnitude'")
         return self.signed if by == "signed" else self.magnitude
 
-    def value(self, measure: str, by: Literal["signed", "magnitude"] | None = None) -> float:
+    @checked_arguments
+    def value(self, measure: Measure, by: Literal["signed", "magnitude"] | None = None) -> float:
         """Return one number by name.
 
         Args:
@@ -127,8 +134,6 @@ class MethodResult(EqualByContent):
         Raises:
             InputError: The measure or the ranking is unknown.
         """
-        if measure not in _BETTER:
-            raise InputError(f"measure {measure!r}: expected one of {', '.join(_BETTER)}")
         if measure not in ("cpr", "cmd"):
             return float(getattr(self, measure))
         curves = [self.curve(each) for each in (RANKINGS if by is None else (by,))]
@@ -155,8 +160,8 @@ class Comparison(Saved):
     """
 
     methods: tuple[MethodResult, ...]
-    fractions: tuple[float, ...]
-    sizes: tuple[int, ...]
+    fractions: Annotated[tuple[float, ...], along("size")]
+    sizes: Annotated[tuple[int, ...], along("size")]
     random: tuple[RankingCurve, ...] = field(repr=False)
     scored: int
     held_out: int
@@ -190,8 +195,9 @@ class Comparison(Saved):
             raise InputError(f"method {method!r}: expected one of {', '.join(self.names)}")
         return result
 
+    @checked_arguments
     def best(
-        self, measure: str, by: Literal["signed", "magnitude"] | None = None
+        self, measure: Measure, by: Literal["signed", "magnitude"] | None = None
     ) -> MethodResult | None:
         """Return the method with the best value, or None if nothing was measured.
 
@@ -289,7 +295,7 @@ def _row(result: MethodResult) -> dict[str, Any]:
     return row | {"refused": result.refused}
 
 
-def _best_of(values: Sequence[float], measure: str) -> float:
+def _best_of(values: Sequence[float], measure: Measure) -> float:
     return max(values) if _BETTER[measure] > 0 else min(values)
 
 
@@ -320,7 +326,7 @@ class PlantedComparison(Saved):
         why: What is planted in each circuit, in words.
     """
 
-    circuits: Mapping[str, Comparison]
+    circuits: Mapping[str, Annotated[Comparison, own_axes]]
     why: Mapping[str, str] = field(default_factory=dict, repr=False)
     _format, _kind = "cdt_lens.planted_comparison", "comparison"
 
@@ -332,12 +338,26 @@ class PlantedComparison(Saved):
         """Names of the methods of all circuits, in order."""
         return tuple(dict.fromkeys(name for each in self.circuits.values() for name in each.names))
 
+    @checked_arguments
     def matrix(self, measure: str = "average_precision") -> pd.DataFrame:
-        """Return a measure by method (rows) and circuit (columns), NaN where it was refused."""
-        columns = {
-            name: each.to_dataframe().set_index("method")[measure]
-            for name, each in self.circuits.items()
+        """Return a measure by method (rows) and circuit (columns), NaN where it was refused.
+
+        Args:
+            measure: A column of `to_dataframe`.
+
+        Raises:
+            InputError: There is no such column.
+        """
+        frames = {
+            name: each.to_dataframe().set_index("method") for name, each in self.circuits.items()
         }
+        for frame in frames.values():
+            if measure not in frame.columns:
+                raise InputError(
+                    f"measure {measure!r}: unknown{did_you_mean(measure, frame.columns)}; expected "
+                    f"one of {', '.join(frame.columns)}"
+                )
+        columns = {name: frame[measure] for name, frame in frames.items()}
         return pd.DataFrame(columns, dtype=float).reindex(list(self.methods))
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -347,6 +367,7 @@ class PlantedComparison(Saved):
         names = [c for c in (parts[0].columns if parts else ()) if c != "circuit"]
         return pd.DataFrame(rows, columns=["circuit", *names])
 
+    @checked_arguments
     def table(self, measure: str = "average_precision") -> pd.DataFrame:
         """Return a measure as text, with `*` at the best of a circuit, and the mean over all."""
         return display.table(self, measure=measure).to_dataframe()

@@ -10,18 +10,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from typing_extensions import TypedDict
+
 from cdt_lens.circuits.ablation import measure_circuits
 from cdt_lens.circuits.faithfulness import f_of
 from cdt_lens.core.kept import Kept, Say
 from cdt_lens.core.passes import Passes
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.heads import Head, all_heads
-from cdt_lens.models.provenance import weight_hash
+from cdt_lens.models.provenance import model_key
 from cdt_lens.models.view import ModelView
 from cdt_lens.tasks.task import Examples
 
 Heads = tuple[Head, ...]
 _FORMAT = "cdt_lens.measured_circuits"
+
+
+class _Measured(TypedDict):
+    metric: dict[str, float]
 
 
 @dataclass
@@ -57,10 +63,12 @@ class MeasuredCircuits:
 
     def __post_init__(self) -> None:
         made_from = {
-            "model": weight_hash(self.view), "data": self.examples.hash,
+            "model": model_key(self.view), "data": self.examples.hash,
             "baseline": self.baseline.hash,
         }  # fmt: skip
-        self._kept = None if self.path is None else Kept(self.path, _FORMAT, made_from)
+        self._kept = (
+            None if self.path is None else Kept(self.path, _FORMAT, made_from, holds=_Measured)
+        )
         kept = None if self._kept is None else self._kept.reuse(self.say)
         self.metric = {} if kept is None else dict(kept["metric"])
         everyone = all_heads(self.view.n_layers, self.view.n_heads)

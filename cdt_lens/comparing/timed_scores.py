@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -18,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import TypedDict
 
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.artifacts import remove_artifact
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError, NonFiniteError, UnsupportedModelError
-from cdt_lens.core.kept import Kept, Say, drop_other_versions, file_name, reuse
+from cdt_lens.core.kept import Kept, Say, drop_other_versions, reuse
 from cdt_lens.core.processes import gather_items, is_main, shard, wait_for_all
 from cdt_lens.decomposition.baseline import Baseline
-from cdt_lens.models.provenance import hashed_once, weight_hash
+from cdt_lens.models.provenance import hashed_once, model_key
 from cdt_lens.models.view import ModelView
 from cdt_lens.scoring.methods import score_by
 from cdt_lens.scoring.sweep import SWEEP_FORMAT
@@ -36,6 +38,13 @@ _FORMAT = "cdt_lens.timed_scores"
 _PASSES = 3
 _SHORT, _REPEATS = 20, 5
 Run = Callable[[Path | None], HeadScores]
+
+
+class _Time(TypedDict):
+    refused: str | None
+    clock: dict[str, Any]
+    seconds: float | None
+    passes: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +95,7 @@ class TimedScorer:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        self._hash = weight_hash(self.view)
+        self._hash = model_key(self.view)
 
     def score(self, method: str) -> TimedScores:
         """Return the scores of a method: kept ones of the same model, data and seed, or new ones.
@@ -119,7 +128,9 @@ class TimedScorer:
     def _path(self, kind: str, method: str) -> Path:
         if self.folder is None:
             raise InputError("TimedScorer: no folder was given, so nothing is kept in files")
-        return self.folder / f"{kind}-{file_name(method)}.json"
+        # Should two methods have one file name, the key tells them apart.
+        name = re.sub(r"[^\w.-]+", "_", method)
+        return self.folder / f"{kind}-{name}.json"
 
     def _made_from(self) -> dict[str, Any]:
         return {
@@ -129,7 +140,7 @@ class TimedScorer:
 
     def _kept_time(self, method: str) -> Kept:
         made_from = {"method": method, **self._made_from()}
-        return Kept(self._path("time", method), _FORMAT, made_from)
+        return Kept(self._path("time", method), _FORMAT, made_from, holds=_Time)
 
     def _clock(self) -> dict[str, Any]:
         """Return the settings that change the time and not the scores."""
@@ -204,7 +215,7 @@ class TimedScorer:
                 self.say(f"{method} resumes where it was interrupted; its time will not be known")
                 return TimedScores(method, run(path))
             with hashed_once():
-                weight_hash(self.view)  # before the clock starts
+                model_key(self.view)  # before the clock starts
                 return TimedScores(method, *self._clocked(run, path))
         except (NonFiniteError, UnsupportedModelError) as error:
             self.say(f"{method} is refused: {error}")
@@ -237,7 +248,8 @@ class TimedScorer:
     def _pass(self) -> float:
         """Return the seconds of one forward pass of the examples, without the unembedding."""
         start = time.perf_counter()
-        for batch in self.examples.batches(self.batch_size, shard=shard()):
+        apart = self.view.longrope_limit
+        for batch in self.examples.batches(self.batch_size, shard=shard(), apart=apart):
             resid = self.view.run(batch.tokens).resid[-1]
             float(resid[0, 0, 0])  # wait for the device
         return time.perf_counter() - start

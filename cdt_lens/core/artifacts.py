@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +24,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.core.errors import ArtifactError, CdtLensError, InputError
+from cdt_lens.core.scratch import scratch_folder
 
 
 def atomic_write(path: str | Path, content: str | bytes) -> Path:
@@ -68,19 +68,16 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         InputError: The folder cannot be written, or the disk is full. Nothing is then changed.
     """
     path = Path(path)
-    temporary = _name_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        _modes_from_umask(temporary)
-        if path.exists():
-            path.rmdir()
-        os.replace(temporary, path)
+        with scratch_folder(path.parent, f".{path.name}.") as temporary:
+            yield temporary
+            _modes_from_umask(temporary)
+            if path.exists():
+                path.rmdir()
+            os.replace(temporary, path)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(_cannot_write(path, error)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -194,7 +191,7 @@ def save_artifact(
     document: dict[str, Any] = json.loads(
         json.dumps({"format": format, "version": version, **body})
     )
-    old = _tensor_file(path)
+    old = _own_tensors(path)
     new = None
     if tensors:
         # Straight to the disk: a checkpoint of a whole model should not be in memory twice.
@@ -221,19 +218,35 @@ def remove_artifact(path: str | Path) -> None:
         path: The JSON file.
     """
     path = Path(path)
-    tensors = _tensor_file(path)
+    tensors = _own_tensors(path)
     path.unlink(missing_ok=True)
     _remove(tensors, but=None)
 
 
-def _tensor_file(path: Path) -> Path | None:
-    """Return the tensor file that the artefact at `path` names, or None if it names none."""
-    try:
-        entry = json.loads(path.read_text("utf-8"))["tensors"]["file"]
-    except (OSError, ValueError, KeyError, TypeError):
+def tensor_file(path: Path) -> Path | None:
+    """Return the tensor file that a JSON file names, or None if there is no file or no name.
+
+    Args:
+        path: The JSON file.
+
+    Raises:
+        CdtLensError: The file cannot be read, or is no JSON object.
+    """
+    if not path.exists():
         return None
-    name = Path(str(entry)).name
-    return path.with_name(name) if name.startswith(f"{path.name}.") else None
+    entry = _read_json(path).get("tensors")
+    name = entry.get("file") if isinstance(entry, Mapping) else None
+    # Only the bare name counts, so that a crafted file cannot point outside its folder.
+    return path.parent / Path(name).name if isinstance(name, str) else None
+
+
+def _own_tensors(path: Path) -> Path | None:
+    """Return the tensor file of the artefact at `path`, which is removed with it."""
+    try:
+        named = tensor_file(path)
+    except CdtLensError:
+        return None
+    return named if named is not None and named.name.startswith(f"{path.name}.") else None
 
 
 def _remove(path: Path | None, *, but: Path | None) -> None:
@@ -269,7 +282,7 @@ def load_artifact(
             f"{version}; update cdt_lens"
         )
     checksum = document.pop("sha256", None)
-    if checksum != content_hash(document):
+    if checksum != _hash_of(document):
         raise ArtifactError(
             f"{path}: damaged: its contents do not match its checksum; make it again"
         )
@@ -292,33 +305,58 @@ def artifact_format(path: str | Path) -> str:
     return str(_read_json(Path(path)).get("format"))
 
 
+def _hash_of(document: Mapping[str, Any]) -> str | None:
+    """Return the checksum of a document; None if it holds what no artefact of ours holds."""
+    try:
+        return content_hash(document)
+    except (ValueError, RecursionError):  # half a character, or too many levels
+        return None
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        inside = ", ".join(sorted(item.name for item in path.glob("*.json"))) or "no JSON file"
+        raise InputError(
+            f"{path}: is a folder. Name the JSON file of a result; it holds {inside}."
+        ) from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        if path.suffix != ".json":
+            raise InputError(
+                f"{path}: is not a JSON file. Name the .json file of a result of cdt-lens."
+            ) from error
         raise ArtifactError(f"{path}: damaged: not whole JSON ({error}); make it again") from error
     if not isinstance(document, dict):
         raise ArtifactError(f"{path}: expected a JSON object, got {type(document).__name__}")
     return document
 
 
-def _read_tensors(path: Path, entry: Mapping[str, str] | None) -> dict[str, Tensor]:
+def _read_tensors(path: Path, entry: object) -> dict[str, Tensor]:
     if entry is None:
         return {}
-    # Only the bare name counts, so that a crafted file cannot point outside its folder.
-    tensor_path = path.parent / Path(entry["file"]).name
-    if not tensor_path.exists():
-        raise ArtifactError(f"{path}: its tensors {tensor_path.name} are missing beside it")
-    if file_hash(tensor_path) != entry["sha256"]:
+    tensor_path = tensor_file(path)
+    if tensor_path is None or not isinstance(entry, Mapping):
+        raise ArtifactError(
+            f"{path}: tensors: expected the name of a file and its checksum, got {entry!r:.80}; "
+            "make it again"
+        )
+    try:
+        digest = file_hash(tensor_path)
+    except (OSError, ValueError) as error:  # a name may hold characters that no file name has
+        raise ArtifactError(
+            f"{path}: its tensors {tensor_path.name} are missing beside it"
+        ) from error
+    if digest != entry.get("sha256"):
         raise ArtifactError(
             f"{tensor_path}: damaged or from another save: its checksum is not the one in "
             f"{path.name}; make both again"
         )
     try:
         return safetensors.torch.load_file(tensor_path)
-    except safetensors.SafetensorError as error:
+    except Exception as error:  # damage shows in as many ways as a header has fields
         raise ArtifactError(f"{tensor_path}: damaged: {error}; make it again") from error

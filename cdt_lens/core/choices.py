@@ -1,4 +1,4 @@
-"""The choices that users make by name, as types.
+"""The choices that users make by name, and the numbers that many functions take, as types.
 
 The functions, the settings files and the command line all take them from here. The module imports
 nothing heavy, so that the command line starts at once.
@@ -6,7 +6,9 @@ nothing heavy, so that the command line starts at once.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 Backend = Literal["auto", "hooked", "bridge"]
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -21,3 +23,12 @@ Metric = Literal["direction", "accuracy", "balanced_accuracy"]
 KeyValue = Literal["shared", "skip", "groups"]
 Norms = Literal["all", "circuit", "none"]
 Scope = Literal["decision", "near-zero", "random", "random-per-layer", "norms", "full", "lora"]
+
+Count = Annotated[int, Field(ge=1)]
+FromZeroCount = Annotated[int, Field(ge=0)]
+# The range of torch's generators.
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+FromZero = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Level = Annotated[float, Field(gt=0, lt=1)]

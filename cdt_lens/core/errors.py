@@ -7,8 +7,9 @@ it as one line without a traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
 
 
 class CdtLensError(Exception):
@@ -17,6 +18,10 @@ class CdtLensError(Exception):
 
 class InputError(CdtLensError, ValueError):
     """A value, file or option that the caller gave cannot be used."""
+
+
+class UnknownNameError(InputError, AttributeError):
+    """The package has no such name at its top level."""
 
 
 class ArtifactError(CdtLensError):
@@ -29,6 +34,10 @@ class UnsupportedModelError(CdtLensError):
 
 class NonFiniteError(CdtLensError):
     """A number is not finite; the message names the place and the rule to change."""
+
+
+class CdtLensWarning(UserWarning):
+    """The call gives a result, but a mistake in its input is likely."""
 
 
 def expect(value: Any, kind: type, where: str, fix: str) -> Any:
@@ -52,34 +61,32 @@ def expect(value: Any, kind: type, where: str, fix: str) -> Any:
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """Suggest the option that is closest to a misspelt word.
+    """Suggest the option that is closest to a misspelt word, and name its look-alike letters.
 
     Args:
         word: The unknown word.
         options: The known words.
 
     Returns:
-        "; did you mean 'x'?", or "" where no option is close.
+        "; did you mean 'x'?", or "" where no option is close. Letters by which only one of the two
+        leaves ASCII follow with their code points, because they may look the same.
     """
+    if len(word) > 100:
+        return ""
     names = {option.strip().lower(): option for option in options}
     close = difflib.get_close_matches(word.strip().lower(), list(names), n=1)
-    return f"; did you mean {names[close[0]]!r}?" if close else ""
+    if not close:
+        return _code_points(word, names.values())
+    suggested = names[close[0]]
+    return f"; did you mean {suggested!r}?{_code_points(word, [suggested], [suggested])}"
 
 
-def check_choices(what: str, options: object, kinds: Mapping[str, Any]) -> None:
-    """Check the fields of an object that have a fixed set of values.
-
-    Args:
-        what: The name of the object, for the message.
-        options: The object.
-        kinds: The `Literal` type of each field, by its name.
-
-    Raises:
-        InputError: A field has a value that its `Literal` does not list.
-    """
-    for name, kind in kinds.items():
-        value = getattr(options, name)
-        if value not in get_args(kind):
-            raise InputError(
-                f"{what}: {name}={value!r}: expected one of {', '.join(get_args(kind))}"
-            )
+def _code_points(word: str, known: Iterable[str], also: Iterable[str] = ()) -> str:
+    """Name the letters outside ASCII that `word` has and `known` has not, or the reverse."""
+    own, others = set(word), set("".join(known))
+    odd = (own - others) | (set("".join(also)) - own)
+    letters = sorted(letter for letter in odd if not letter.isascii())
+    if not letters or len(letters) > 2:
+        return ""
+    shown = (f"{x!r} is U+{ord(x):04X} {unicodedata.name(x, '')}".rstrip() for x in letters)
+    return f" ({', '.join(shown)})"

@@ -1,14 +1,16 @@
 """Results that are made once and kept on disk under the key of what they were made from.
 
 A key is a mapping of names to JSON values: the hashes of the model, the data and the baseline, and
-every option that changes a number. This module adds the version of `cdt_lens` to every key. Three
+every option that changes a number. This module adds the version of `cdt_lens` to every key. Four
 rules hold for every kept result:
 
 1. A kept result is used again only under an equal key. Otherwise it is made again, and `say`
    receives the reason: the names that differ, or the version that made it.
 2. A checkpoint of work in progress is refused under another key, with the reason. It may be hours
    of work, so only its owner removes it; `Kept.drop_stale` does so in a run directory.
-3. The whole version of the package counts. Nobody can tell which change of a release changes no
+3. A damaged result is made again, with the reason. Files that another library wrote beside a
+   result, such as the weights of a checkpoint, are recorded in it by their checksums.
+4. The whole version of the package counts. Nobody can tell which change of a release changes no
    number, and a result that is made again needlessly is only late. The versions of torch,
    transformers and TransformerLens do not count: they move the last bits of a number and not its
    meaning, and the provenance of a result records them.
@@ -18,8 +20,10 @@ A result that a person loads, such as `Circuit.load`, is no kept result; any ver
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,12 +31,16 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 import cdt_lens
-from cdt_lens.core.artifacts import load_artifact, remove_artifact, save_artifact
+from cdt_lens.core.artifacts import file_hash, load_artifact, remove_artifact, save_artifact
+from cdt_lens.core.axes import adapter_of, check_value
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.core.processes import is_main, wait_for_all
 
 Say = Callable[[str], None]
 Result = TypeVar("Result")
+_LONGEST_NAME = 120  # bytes of a name that becomes part of a file name
+# What the cells of a table hold in a file.
+Cell = str | int | float | bool | None
 
 
 def key_of(made_from: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,12 +129,19 @@ class Kept:
         path: The JSON file.
         format: The kind of file, such as "cdt_lens.transfer_cell".
         made_from: What the values are made from.
+        holds: A `TypedDict` of the values; None does not check them.
+        beside: A folder that is made with the values and recorded by the checksums of its files.
     """
 
-    def __init__(self, path: str | Path, format: str, made_from: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: str | Path, format: str, made_from: Mapping[str, Any], *,
+        holds: Any = None, beside: Path | None = None,
+    ) -> None:  # fmt: skip
         self.path = Path(path)
         self.format = format
         self.key = key_of(made_from)
+        self.holds = holds
+        self.beside = beside
 
     def reuse(self, say: Say) -> dict[str, Any] | None:
         """Return the kept values, or None where they have to be made again.
@@ -137,7 +152,7 @@ class Kept:
         Returns:
             The body of the file, or None.
         """
-        return reuse(self.path, lambda _: self._read()[0], lambda body: body["key"], self.key, say)
+        return reuse(self.path, lambda _: self._whole(), lambda body: body["key"], self.key, say)
 
     def read(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Return the body and tensors of a checkpoint, or None if there is no file.
@@ -151,7 +166,10 @@ class Kept:
         """
         if not self.path.exists():
             return None
-        body, tensors = self._read()
+        try:
+            body, tensors = self._read()
+        except ArtifactError as error:
+            raise ArtifactError(f"{error}, or remove {self.path} to begin anew") from error
         reason = difference(body["key"], self.key)
         if reason is not None:
             raise InputError(
@@ -171,6 +189,8 @@ class Kept:
             InputError: The file cannot be written.
         """
         body = {"key": self.key, **values}
+        if self.beside is not None:
+            body["files"] = folder_hashes(self.beside)
         save_artifact(self.path, body, format=self.format, version=1, tensors=tensors)
 
     def keep(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -188,28 +208,29 @@ class Kept:
         wait_for_all()
 
     def drop_stale(self, say: Say) -> None:
-        """Remove a checkpoint that `read` would refuse for its key.
+        """Remove a checkpoint that `read` would refuse.
 
         Args:
             say: Receives the reason.
-
-        Raises:
-            ArtifactError: The file is damaged or of another kind.
         """
-        reason = difference(self._read()[0]["key"], self.key) if self.path.exists() else None
-        wait_for_all()  # No process removes the file before every process has read it.
-        if reason is not None:
-            say(f"{self.path} was made with {reason}; removed")
-            self.remove()
+        drop_checkpoints({self.path: self._why_stale()} if self.path.exists() else {}, say)
 
-    def is_of_this_version(self) -> bool:
-        """Return whether this version of `cdt_lens` wrote the file.
+    def _why_stale(self) -> str | None:
+        try:
+            reason = difference(self._read()[0]["key"], self.key)
+        except ArtifactError as error:
+            return str(error)
+        return None if reason is None else f"{self.path} was made with {reason}"
 
-        Raises:
-            ArtifactError: The file is damaged or of another kind.
-        """
-        key = self._read()[0]["key"]
-        return isinstance(key, dict) and key.get("version") == self.key["version"]
+    def why_not_of_this_version(self) -> str | None:
+        """Return why this version of `cdt_lens` cannot read the file, or None if it can."""
+        try:
+            key = self._read()[0]["key"]
+        except ArtifactError as error:
+            return str(error)
+        if isinstance(key, dict) and key.get("version") == self.key["version"]:
+            return None
+        return f"{self.path} was made with another version of cdt_lens"
 
     def remove(self) -> None:
         """Remove the file and its tensors; every process returns when they are gone."""
@@ -221,28 +242,80 @@ class Kept:
     def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         body, tensors = load_artifact(self.path, format=self.format, version=1)
         # Files that an early version wrote may hold no key.
-        return {"key": None, **body}, tensors
+        body = {"key": None, **body}
+        # Those of other versions hold other values.
+        if self.holds is not None and difference(body["key"], self.key) is None:
+            try:
+                check_value("", body, adapter_of(self.holds))
+            except ValueError as error:
+                raise ArtifactError(f"{self.path}: damaged: {error}; make it again") from error
+        return body, tensors
+
+    def _whole(self) -> dict[str, Any]:
+        """Read the values; the folder beside them must be as it was when they were kept."""
+        body, _ = self._read()
+        if self.beside is not None and difference(body["key"], self.key) is None:
+            self._check_folder(self.beside, body.get("files"))
+        return body
+
+    def check_beside(self) -> None:
+        """Check the folder beside the values, whatever they were made from.
+
+        Raises:
+            ArtifactError: It is not as it was when the values were kept.
+        """
+        if self.beside is not None:
+            self._check_folder(self.beside, self._read()[0].get("files"))
+
+    def _check_folder(self, folder: Path, recorded: object) -> None:
+        if not isinstance(recorded, Mapping):
+            raise ArtifactError(f"{self.path} records no checksums of {folder}")
+        found = folder_hashes(folder)
+        for name in sorted({*recorded, *found}):
+            if recorded.get(name) != found.get(name):
+                what = "is missing" if name not in found else "is damaged or was changed"
+                raise ArtifactError(f"{folder / name} {what}")
 
 
 def drop_other_versions(checkpoints: Iterable[Path], format: str, say: Say) -> None:
-    """Remove the checkpoints in a run directory that another version of `cdt_lens` wrote.
+    """Remove the checkpoints in a run directory that this version of `cdt_lens` cannot read.
 
     Args:
         checkpoints: The JSON files.
         format: Their kind.
         say: Receives a line for every removed file.
-
-    Raises:
-        ArtifactError: A file is damaged or of another kind.
     """
     versionless = {path: Kept(path, format, {}) for path in checkpoints}
-    old = [path for path, kept in versionless.items() if not kept.is_of_this_version()]
+    reasons = {path: kept.why_not_of_this_version() for path, kept in versionless.items()}
+    drop_checkpoints(reasons, say)
+
+
+def drop_checkpoints(reasons: Mapping[Path, str | None], say: Say) -> None:
+    """Remove checkpoints that cannot be used.
+
+    Args:
+        reasons: By JSON file the reason to remove it, or None to leave it.
+        say: Receives the reasons.
+    """
     wait_for_all()  # No process removes a file before every process has read it.
-    for path in old:
-        say(f"{path} was made with another version of cdt_lens; removed")
-        if is_main():
-            remove_artifact(path)
+    for path, reason in reasons.items():
+        if reason is not None:
+            say(f"{reason}; removed")
+            if is_main():
+                remove_artifact(path)
     wait_for_all()
+
+
+def folder_hashes(folder: Path) -> dict[str, str]:
+    """Return the checksums of the files below a folder, by their paths in it.
+
+    Args:
+        folder: The folder; one that is missing has no files. Hidden files do not count: they are
+            notes of a file manager or of an editor.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    return {name: file_hash(path) for name, path in names.items() if path.name[0] != "."}
 
 
 def as_json(value: Any) -> Any:
@@ -258,12 +331,17 @@ def as_json(value: Any) -> Any:
 
 
 def file_name(text: str) -> str:
-    """Return `text` with every run of other characters than letters, digits, `_.-` as one `_`.
+    """Return a name that is safe as part of a file name, another one for every text.
 
     Args:
-        text: Any name, such as "cdt:stable".
+        text: Any name, such as "my language".
 
     Returns:
-        A name that is safe as part of a file name.
+        `text` itself if it consists of letters, digits and `_.-`. Otherwise these characters of it
+        and a few digits of its checksum.
     """
-    return re.sub(r"[^\w.-]+", "_", text)
+    plain = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", text))
+    if plain == text and text.strip(".") and len(text.encode()) <= _LONGEST_NAME:
+        return text
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{plain.strip('.')[: _LONGEST_NAME // 4]}-{digest[:8]}"

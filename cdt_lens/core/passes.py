@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from tqdm.auto import tqdm
 
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.checked import Checked
+from cdt_lens.core.choices import Count
 from cdt_lens.core.processes import is_main, shard
 
 _Batch = TypeVar("_Batch", covariant=True)
@@ -19,11 +19,13 @@ _Batch = TypeVar("_Batch", covariant=True)
 class _Batched(Protocol[_Batch]):
     """Examples that come in batches, such as `tasks.task.Examples`."""
 
-    def batches(self, batch_size: int, *, shard: tuple[int, int]) -> Iterator[_Batch]: ...
+    def batches(
+        self, batch_size: int, *, shard: tuple[int, int], apart: int | None
+    ) -> Iterator[_Batch]: ...
 
 
 @dataclass(frozen=True)
-class Passes:
+class Passes(Checked):
     """Sizes of the forward passes and the progress bar. Numbers depend on them by rounding only.
 
     Args:
@@ -37,20 +39,18 @@ class Passes:
             not a bool.
     """
 
-    batch_size: int = 16
-    rows: int | None = None
+    batch_size: Count = 16
+    rows: Count | None = None
     progress: bool = True
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "batch_size", _whole("batch_size", self.batch_size))
-        if self.rows is not None:
-            object.__setattr__(self, "rows", _whole("rows", self.rows))
-        if not isinstance(self.progress, bool):
-            raise InputError(f"progress={self.progress!r}: expected True or False")
+    def batches(self, examples: _Batched[_Batch], apart: int | None = None) -> list[_Batch]:
+        """Return the batches of `examples` that belong to this process.
 
-    def batches(self, examples: _Batched[_Batch]) -> list[_Batch]:
-        """Return the batches of `examples` that belong to this process."""
-        return list(examples.batches(self.batch_size, shard=shard()))
+        Args:
+            examples: The examples.
+            apart: The model's `longrope_limit`, see `tasks.task.Examples.batches`.
+        """
+        return list(examples.batches(self.batch_size, shard=shard(), apart=apart))
 
     def bar(
         self,
@@ -72,10 +72,3 @@ class Passes:
         """
         hidden = not (self.progress and is_main())
         return tqdm(items, desc=name, total=total, unit=unit, leave=leave, disable=hidden)
-
-
-def _whole(name: str, value: Any) -> int:
-    """Return `value` as an int, whichever library's integer it is."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise InputError(f"{name}={value!r}: expected a whole number of at least 1")
-    return int(value)

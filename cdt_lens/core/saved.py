@@ -14,10 +14,13 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from cdt_lens.core.artifacts import load_artifact, save_artifact
+from cdt_lens.core.axes import check_result
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import ArtifactError
 
 Result = TypeVar("Result", bound="Saved")
+_LONGEST = 300  # characters of the reason why a file is not whole
 
 
 class Saved(EqualByContent, ABC):
@@ -27,6 +30,7 @@ class Saved(EqualByContent, ABC):
     _kind: ClassVar[str]
     _version: ClassVar[int] = 1
 
+    @checked_arguments
     def save(self, path: str | Path) -> Path:
         """Save as JSON, with the tensors beside it as safetensors; whole or not at all.
 
@@ -46,6 +50,7 @@ class Saved(EqualByContent, ABC):
         )
 
     @classmethod
+    @checked_arguments
     def load(cls: type[Result], path: str | Path) -> Result:
         """Read a file that `save` wrote, of this version of `cdt_lens` or an earlier one.
 
@@ -63,9 +68,12 @@ class Saved(EqualByContent, ABC):
         body, tensors = load_artifact(path, format=cls._format, version=cls._version)
         try:
             result: Result = cls._from_file(body, tensors)
-            return result
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"{path}: not a whole {cls._kind} ({error})") from error
+            check_result(result)
+        except Exception as error:  # a wrong body may fail anywhere; the reader is not to blame
+            reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error
+            one_line = " ".join(str(reason).split())[:_LONGEST]
+            raise ArtifactError(f"{path}: not a whole {cls._kind} ({one_line})") from error
+        return result
 
     @abstractmethod
     def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:

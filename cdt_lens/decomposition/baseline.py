@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import pandas as pd
 import torch
@@ -29,15 +29,17 @@ from torch import Tensor, nn
 
 from cdt_lens.core import display
 from cdt_lens.core.artifacts import content_hash
-from cdt_lens.core.choices import Slots
-from cdt_lens.core.errors import InputError, expect
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Count, Slots
+from cdt_lens.core.errors import InputError
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import sum_over_processes
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.provenance import Provenance, provenance_of
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.support import check_supported
 from cdt_lens.models.view import ModelView, view_of
-from cdt_lens.tasks.task import Batch, Examples, require_examples
+from cdt_lens.tasks.task import Batch, Examples, check_examples
 
 # Reference values at a layer, [batch, pos, head, d_head] or broadcastable to it.
 BaselineAt = Callable[[int], Tensor]
@@ -62,6 +64,7 @@ class Baseline(Saved):
     pairs: Mapping[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False)
     mlp_means: Float[Tensor, "layer slot d_model"] | None = field(default=None, repr=False)
     _format, _kind = "cdt_lens.baseline", "baseline file"
+    _advice = "mean_activations(model, task.train) makes one"
 
     def __repr__(self) -> str:
         shape = "layers {}, slots {}, heads {}".format(*self.means.shape[:3])
@@ -97,6 +100,8 @@ class Baseline(Saved):
         parts = [self.kind, origin.model_hash, origin.task_hash, _digest(self.means), pairs]
         return content_hash(parts + ([] if self.mlp_means is None else [_digest(self.mlp_means)]))
 
+    @checked_arguments
+    @uses_model
     def check_model(self, model: nn.Module | ModelView) -> None:
         """Check that a model has the weights that this baseline was computed with.
 
@@ -239,13 +244,15 @@ def _slot_of(kind: str, lengths: Int[Tensor, " batch"], n_pos: int) -> Int[Tenso
     return torch.zeros(len(lengths), n_pos, dtype=torch.long, device=lengths.device)
 
 
+@checked_arguments
+@uses_model
 def mean_activations(
     model: nn.Module | ModelView,
     examples: Examples,
     *,
     positions: Slots = "answer",
     mlps: bool = False,
-    batch_size: int = 16,
+    batch_size: Count = 16,
     progress: bool = True,
 ) -> Baseline:
     """Compute the label-balanced mean of every head's z over `examples`, in one pass.
@@ -270,11 +277,9 @@ def mean_activations(
             finite.
         UnsupportedModelError: a component of the model has no rule.
     """
-    if positions not in get_args(Slots):
-        raise InputError(f"positions={positions!r}: expected one of {', '.join(get_args(Slots))}")
-    require_examples(examples)
     passes = Passes(batch_size, progress=progress)
     view = view_of(model)
+    check_examples(view, examples)
     check_supported(view)
     sums, mlp_sums, counts = _streaming_sums(view, examples, positions, mlps, passes)
     if positions == "answer" and not bool(counts[:, 0].any()):
@@ -336,7 +341,8 @@ def _streaming_sums(
     mlp_sums = torch.zeros(n_labels, view.n_layers, n_slots, mlp_width, dtype=torch.float64)
     sites = [("z", layer) for layer in range(view.n_layers)]
     mlp_sites = [s for s in view.sites if s[0] == "mlp_out"] if mlps else []
-    for batch in passes.bar(passes.batches(examples), name="baseline", leave=False):
+    batches = passes.batches(examples, view.longrope_limit)
+    for batch in passes.bar(batches, name="baseline", leave=False):
         trace = view.run(batch.tokens, [*sites, *mlp_sites])
         n_pos = batch.tokens.shape[1]
         slots = _slot_of(positions, batch.lengths, n_pos)
@@ -358,21 +364,8 @@ def _streaming_sums(
     return sum_over_processes(sums), summed, sum_over_processes(counts)
 
 
-def check_baseline(baseline: object, view: ModelView) -> None:
-    """Check that `baseline` is a `Baseline` of this model.
-
-    Args:
-        baseline: the value to check.
-        view: the model.
-
-    Raises:
-        InputError: the value is not a `Baseline`.
-        ArtifactError: the baseline was computed with another model.
-    """
-    fix = "mean_activations(model, task.train) makes one"
-    expect(baseline, Baseline, "baseline", fix).check_model(view)
-
-
+@checked_arguments
+@uses_model
 def zero_baseline(model: nn.Module | ModelView, examples: Examples) -> Baseline:
     """Return the reference value 0 for every head, so that its whole z counts as relevant.
 
@@ -386,11 +379,13 @@ def zero_baseline(model: nn.Module | ModelView, examples: Examples) -> Baseline:
     Raises:
         InputError: there are no examples.
     """
-    require_examples(examples)
     view = view_of(model)
+    check_examples(view, examples)
     return Baseline("zero", torch.zeros(0, 0, 0, 0), _named(view, examples, "zero"))
 
 
+@checked_arguments
+@uses_model
 def counterfactual_baseline(
     model: nn.Module | ModelView, examples: Examples, pairs: Examples
 ) -> Baseline:
@@ -410,8 +405,9 @@ def counterfactual_baseline(
         InputError: there are no examples, the numbers of examples or tokens differ, or one prompt
             has two different counterfactual prompts.
     """
-    require_examples(examples)
     view = view_of(model)
+    check_examples(view, examples)
+    check_examples(view, pairs)
     if len(examples) != len(pairs):
         raise InputError(
             f"counterfactual_baseline: got {len(examples)} examples and {len(pairs)} "

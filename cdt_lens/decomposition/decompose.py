@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import pandas as pd
 import torch
@@ -26,21 +27,22 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cdt_lens.core import display
-from cdt_lens.core.choices import DEFAULT_RULES
+from cdt_lens.core.checked import checked_arguments, whole_number
+from cdt_lens.core.choices import DEFAULT_RULES, Count, Preset
 from cdt_lens.core.display import few
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError, NonFiniteError
-from cdt_lens.core.passes import Passes
-from cdt_lens.decomposition.baseline import Baseline, check_baseline, no_mlp_baseline
+from cdt_lens.decomposition.baseline import Baseline, no_mlp_baseline
 from cdt_lens.decomposition.empty_model import EmptyModel
 from cdt_lens.decomposition.hooks import MlpResets, Resets
 from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import Rules, resolve_rules
 from cdt_lens.decomposition.targets import TargetParts, Targets
-from cdt_lens.models.heads import Head, Mlp, check_heads
+from cdt_lens.models.heads import Head, Mlp, check_heads, count_from_zero
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, Site, view_of
 from cdt_lens.tasks.metrics import task_direction
-from cdt_lens.tasks.task import Batch, Examples, require_examples
+from cdt_lens.tasks.task import Batch, Examples, check_examples
 
 # Tokens in a chunk of rows. Larger chunks are no faster on a CPU.
 TOKENS_PER_CHUNK = {"cpu": 4096, "cuda": 65536}
@@ -55,11 +57,21 @@ class Node:
         head: head in its layer, counted from 0.
         position: token position. Negative positions count back from the answer, so -1 is the
             answer.
+
+    Raises:
+        InputError: a field is no whole number, or layer or head is negative.
     """
 
     layer: int
     head: int
     position: int
+
+    def __post_init__(self) -> None:
+        count_from_zero(self, "layer", "head")
+        position = whole_number(self.position)
+        if position is None:
+            raise InputError(f"Node: position={self.position!r}: expected a whole number")
+        object.__setattr__(self, "position", position)
 
 
 Source = Head | Node | Mlp
@@ -119,23 +131,26 @@ class Decomposition(EqualByContent):
         return task_direction(self.relevant, self.direction)
 
 
+@checked_arguments
+@uses_model
 def decompose(
     model: nn.Module | ModelView,
     examples: Examples,
     sources: Sequence[Source | str | Iterable[Source | str]],
     baseline: Baseline,
     *,
-    rules: str | Rules = DEFAULT_RULES,
-    targets: Sequence[Head | str] = (),
-    rows: int | None = None,
+    rules: Preset | Rules = DEFAULT_RULES,
+    targets: Iterable[Head | str] = (),
+    rows: Count | None = None,
 ) -> Decomposition:
     """Split the logits of `examples`, and the activations at `targets`, for each source set.
 
     Args:
         model: the model.
         examples: a few examples. All of them run in one batch.
-        sources: sets of `Head` (or its name), `Node` or `Mlp`. A single source is a set of one. The
-            empty set has a relevant part of exactly 0. MLPs need a baseline with `mlps=True`.
+        sources: sets of `Head` (or its name), `Node` or `Mlp`. A single source is a set of one, and
+            a circuit of this model is the set of its heads. The empty set has a relevant part of
+            exactly 0. MLPs need a baseline with `mlps=True`.
         baseline: the reference values of z, see `mean_activations`.
         rules: a preset's name or a `Rules`.
         targets: heads at whose q, k, v and z both parts are recorded.
@@ -151,18 +166,12 @@ def decompose(
         NonFiniteError: a source set left the finite range. The message names the layer and the rule
             to change.
     """
-    require_examples(examples)
-    rows = Passes(rows=rows).rows
     view = view_of(model)
-    check_baseline(baseline, view)
-    batch = next(examples.batches(len(examples), sort_by_length=False)).to(view.device)
-    sets = tuple(
-        tuple(_source(s) for s in ((item,) if isinstance(item, Head | Node | Mlp | str) else item))
-        for item in sources
-    )
-    for source in sets:
-        check_sources(view, source)
-    target_heads = check_heads(targets, view.n_layers, view.n_heads)
+    check_examples(view, examples)
+    baseline.check_model(view)
+    batch = examples.one_batch(view.longrope_limit).to(view.device)
+    sets = tuple(_source_set(view, item) for item in sources)
+    target_heads = view.heads(targets)
     record = [(site, head.layer) for head in target_heads for site in ("q", "k", "v", "z")]
     has_mlp = any(isinstance(s, Mlp) for source in sets for s in source)
     propagator = Propagator(
@@ -174,6 +183,16 @@ def decompose(
     full = propagator.full_logits(batch.candidates)
     irrel = irrelevant_logits(propagator, sets, batch, rows=rows, taps=taps)
     return Decomposition(sets, batch.candidates, batch.direction, full, full - irrel, taps.parts())
+
+
+def _source_set(view: ModelView, item: Any) -> tuple[Source, ...]:
+    """Return one source set, all of whose members the model has."""
+    if hasattr(item, "check_model"):
+        item.check_model(view)
+    members = (item,) if isinstance(item, Head | Node | Mlp | str) else item
+    sources = tuple(_source(member) for member in members)
+    check_sources(view, sources)
+    return sources
 
 
 def _source(source: object) -> Source:

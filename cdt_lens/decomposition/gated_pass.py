@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cdt_lens.core import display
-from cdt_lens.core.choices import Direction
+from cdt_lens.core.choices import Count, Direction
 from cdt_lens.core.errors import InputError, NonFiniteError, UnsupportedModelError
 from cdt_lens.decomposition import rules as rule
 from cdt_lens.decomposition.baseline import BaselineAt
@@ -31,11 +31,12 @@ from cdt_lens.models.heads import Head
 from cdt_lens.models.sites import Hook, Site
 from cdt_lens.models.support import Support, check_caller_hooks, check_supported
 from cdt_lens.models.view import ModelView, at_answer, at_least_float32
+from cdt_lens.models.weights import check_gradients
 from cdt_lens.tasks.metrics import strongest_competitor, task_direction
 from cdt_lens.tasks.task import Batch
 
 # How many points of the path, or which: see `points_of`.
-Steps = int | Literal["ends"] | None
+Steps = Count | Literal["ends"] | None
 
 
 def points_of(steps: Steps) -> list[float]:
@@ -69,11 +70,7 @@ class GatedPass:
 
     def __init__(self, view: ModelView, slopes: Slopes) -> None:
         self.view, self.slopes = view, slopes
-        if any(parameter.is_inference() for parameter in view.tl.parameters()):
-            raise InputError(
-                f"{view.name}: its weights were created under torch.inference_mode, which allows "
-                "no backward pass. Load the model outside of it."
-            )
+        check_gradients(view)
         self.support: Support = check_supported(view)
         has_mlp = {layer for site, layer in view.sites if site == "mlp_out"}
         if slopes.touches_mlp and has_mlp - self.support.plain_mlp:
@@ -113,8 +110,7 @@ class GatedPass:
         full = torch.zeros(len(batch.index))
         for point in points:
             gates: dict[int, Tensor] = {}
-            # The caller may be in inference mode or without gradients.
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.enable_grad():
                 d = task_direction(
                     self._logits(batch, self._gate_hooks(baseline, point, gates)), weights
                 )
@@ -174,7 +170,7 @@ class GatedPass:
 
             return hook
 
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             logits = self._logits(batch, {site: probe_at(site) for site in sites})
             d = task_direction(logits, batch.direction)
             gradients = self._gradient(d, [probes[site] for site in sites])

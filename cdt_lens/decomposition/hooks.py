@@ -139,7 +139,10 @@ class RuleHooks:
         for site in self.taps:
             if site not in self.hooks:
                 self._put(site, lambda value, site: value)
-        return self.hooks
+        # The hooks refer to this object. A reference back would keep every activation that they
+        # hold until Python's cycle collector runs.
+        hooks, self.hooks, self._steps, self._shared = self.hooks, {}, {}, {}
+        return hooks
 
     def _put(self, site: Site, step: Step, handed_over: bool = False) -> None:
         """Hook `site`: apply the rule to the rows as [source, batch, ...], then feed the tap once.

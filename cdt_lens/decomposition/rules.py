@@ -21,7 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cdt_lens.core.errors import InputError, check_choices
+from cdt_lens.core.checked import Checked, checked_arguments
+from cdt_lens.core.choices import FromZero, Preset
 
 Norm = Literal["frozen", "through"]
 Attention = Literal["decomposed", "frozen", "half", "through"]
@@ -32,7 +33,7 @@ Context = Literal["full", "empty", "both"]
 
 
 @dataclass(frozen=True)
-class Rules:
+class Rules(Checked):
     """The choice of a propagation rule for each kind of step.
 
     Attributes:
@@ -57,6 +58,9 @@ class Rules:
             `empty_model`); the other rules do not matter there. "both" is the mean of the two.
             "empty" and "both" apply to the logits and not to target heads.
         eps: added to the denominator of the proportional bias share.
+
+    Raises:
+        InputError: a rule is unknown, `sign` is no truth value, or `eps` is negative or not finite.
     """
 
     norm: Norm = "through"
@@ -66,14 +70,7 @@ class Rules:
     bias: Bias = "irrelevant"
     sign: bool = False
     context: Context = "full"
-    eps: float = 0.0
-
-    def __post_init__(self) -> None:
-        kinds = {
-            "norm": Norm, "attention": Attention, "activation": Activation, "product": Product,
-            "bias": Bias, "context": Context,
-        }  # fmt: skip
-        check_choices("rules", self, kinds)
+    eps: FromZero = 0.0
 
     @property
     def mlp_by_formula(self) -> bool:
@@ -105,7 +102,8 @@ PRESETS: dict[str, Rules] = {
 }
 
 
-def resolve_rules(rules: str | Rules) -> Rules:
+@checked_arguments
+def resolve_rules(rules: Preset | Rules) -> Rules:
     """Return the rules of a preset.
 
     Args:
@@ -117,11 +115,7 @@ def resolve_rules(rules: str | Rules) -> Rules:
     Raises:
         InputError: no preset has that name.
     """
-    if isinstance(rules, Rules):
-        return rules
-    if rules not in PRESETS:
-        raise InputError(f"rules={rules!r}: expected one of {', '.join(PRESETS)}, or a Rules")
-    return PRESETS[rules]
+    return rules if isinstance(rules, Rules) else PRESETS[rules]
 
 
 def take_back_bias(

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cdt_lens.core.errors import InputError, UnsupportedModelError
+from cdt_lens.core.checked import Checked, checked_arguments
+from cdt_lens.core.errors import InputError, UnsupportedModelError, did_you_mean
 from cdt_lens.decomposition import rules as rule
 from cdt_lens.models.sites import Hook, Site
 from cdt_lens.models.view import ModelView, at_least_float32
@@ -26,7 +27,7 @@ Paths = Literal["all", "direct"]
 
 
 @dataclass(frozen=True)
-class Slopes:
+class Slopes(Checked):
     """The linear stand-in of each nonlinearity.
 
     Attributes:
@@ -39,6 +40,9 @@ class Slopes:
             of the product. "gate" treats the gate as a constant. "tangent" is the derivative.
         paths: "all" counts every path to the logits. "direct" counts only what a head writes
             straight to the logits, past every later block.
+
+    Raises:
+        InputError: a slope is unknown.
     """
 
     norm: Slope = "frozen"
@@ -46,13 +50,6 @@ class Slopes:
     activation: Slope = "frozen"
     product: Share = "half"
     paths: Paths = "all"
-
-    def __post_init__(self) -> None:
-        kinds = {
-            "norm": Slope, "attention": Attention, "activation": Slope, "product": Share,
-            "paths": Paths,
-        }  # fmt: skip
-        rule.check_choices("slopes", self, kinds)
 
     @property
     def touches_mlp(self) -> bool:
@@ -74,6 +71,7 @@ SLOPES: dict[str, Slopes] = {
 }
 
 
+@checked_arguments
 def resolve_slopes(slopes: str | Slopes) -> Slopes:
     """Return the slopes of a preset.
 
@@ -89,7 +87,10 @@ def resolve_slopes(slopes: str | Slopes) -> Slopes:
     if isinstance(slopes, Slopes):
         return slopes
     if slopes not in SLOPES:
-        raise InputError(f"slopes={slopes!r}: expected one of {', '.join(SLOPES)}, or a Slopes")
+        raise InputError(
+            f"slopes={slopes!r}: expected one of {', '.join(SLOPES)}, or a Slopes"
+            f"{did_you_mean(slopes, SLOPES)}"
+        )
     return SLOPES[slopes]
 
 

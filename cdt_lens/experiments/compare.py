@@ -9,19 +9,23 @@ from pathlib import Path
 from cdt_lens.comparing.compare import checked_methods, compare_methods
 from cdt_lens.comparing.comparison import Comparison, PlantedComparison
 from cdt_lens.core.artifacts import atomic_write
-from cdt_lens.core.choices import Backend
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Backend, Count, Seed
 from cdt_lens.core.errors import InputError, did_you_mean
+from cdt_lens.core.folders import check_run_folder
 from cdt_lens.core.kept import Say, file_name
 from cdt_lens.core.processes import is_main, wait_for_all
 from cdt_lens.decomposition.baseline import mean_activations
-from cdt_lens.experiments.discovery import make_baseline, split_of
-from cdt_lens.experiments.runs import Run
+from cdt_lens.experiments.discovery import judged_on, make_baseline
+from cdt_lens.experiments.runs import Run, kept_at, refuse_other_settings, writes
+from cdt_lens.experiments.settings import Settings
 from cdt_lens.planted.catalogue import PLANTED, planted_circuit
 from cdt_lens.scoring.methods import DEFAULT_METHODS
-from cdt_lens.tasks.task import most_balanced
+from cdt_lens.tasks.task import Task
 from cdt_lens.viz.report.report import render_report
 
 
+@writes
 def compare_run(
     run: Run,
     say: Say,
@@ -46,8 +50,8 @@ def compare_run(
     """
     names = checked_methods(methods)
     settings = run.settings
-    valid = split_of(run.task, "valid")
-    valid = valid.balanced(min(held_out, most_balanced(valid)), seed=settings.seed)
+    check_compare(run.folder, settings, run.task, held_out=held_out)
+    valid = judged_on(run.task, "valid", held_out, settings.seed)
     train = run.scored()
     say(f"{len(names)} methods on {len(train)} examples of {train.name}, {len(valid)} held out")
     result = compare_methods(
@@ -59,16 +63,38 @@ def compare_run(
     return result
 
 
+def check_compare(folder: Path, settings: Settings, task: Task, *, held_out: int) -> None:
+    """Check before the model is loaded that a comparison of other examples is not written over.
+
+    Methods may be added to a comparison, and draws: what is measured is kept.
+
+    Args:
+        folder: The run directory.
+        settings: The settings of the run.
+        task: The task of the run.
+        held_out: Number of validation examples to judge on.
+
+    Raises:
+        InputError: No validation split, or the run holds a comparison on other examples.
+    """
+    valid = judged_on(task, "valid", held_out, settings.seed)
+    path = folder / "comparison.json"
+    kept = kept_at(path, Comparison.load)
+    if kept is not None:
+        refuse_other_settings(path, {"held_out": kept.held_out}, {"held_out": len(valid)})
+
+
+@checked_arguments
 def compare_planted(
     circuits: Iterable[str] = tuple(PLANTED),
     methods: Iterable[str] = DEFAULT_METHODS,
     *,
     folder: str | Path | None = None,
-    draws: int = 5,
-    seed: int = 0,
+    draws: Count = 5,
+    seed: Seed = 0,
     backend: Backend = "auto",
-    batch_size: int = 16,
-    rows: int | None = None,
+    batch_size: Count = 16,
+    rows: Count | None = None,
     progress: bool = True,
     say: Say | None = None,
 ) -> PlantedComparison:
@@ -93,6 +119,8 @@ def compare_planted(
         InputError: An unknown planted circuit or method.
     """
     names, methods = checked_circuits(circuits), checked_methods(methods)
+    if folder is not None:
+        check_run_folder(folder, "comparison.json", *map(file_name, PLANTED))
     say = say or (lambda _: None)
     comparisons: dict[str, Comparison] = {}
     why: dict[str, str] = {}

@@ -6,12 +6,16 @@ source language. Its circuit is found and adapted to two invented languages, a n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
-from cdt_lens.core.processes import is_main, wait_for_all
+from cdt_lens.core.artifacts import remove_artifact
+from cdt_lens.core.errors import InputError
+from cdt_lens.core.kept import Kept, Say
+from cdt_lens.core.processes import is_main
+from cdt_lens.core.run_lock import locked
 from cdt_lens.experiments.demo_model import make_demo_model
-from cdt_lens.experiments.transfer import run_transfer
+from cdt_lens.experiments.transfer import Transfer, run_transfer
 from cdt_lens.experiments.transfer_config import TransferConfig, config_of
 from cdt_lens.finetuning.transfer_result import TransferResult
 
@@ -49,7 +53,7 @@ def demo_config(model: str, seed: int = 0) -> TransferConfig:
 
 
 def run_demo(
-    folder: str | Path, say: Callable[[str], None], *, seed: int = 0, progress: bool = True
+    folder: str | Path, say: Say, *, seed: int = 0, progress: bool = True
 ) -> TransferResult:
     """Pre-train the model, unless it exists, and run the experiment.
 
@@ -61,11 +65,29 @@ def run_demo(
 
     Returns:
         The result of the transfer.
+
+    Raises:
+        InputError: The folder holds something else, or another process writes in it.
     """
     folder = Path(folder)
-    model = folder / "model"
-    if not model.exists() and is_main():
-        distances = (float(NEAR), float(FAR))
+    config = demo_config(str(folder / "model"), seed)
+    with locked(folder):
+        if (folder / "model").exists() and not (folder / "transfer.json").exists():
+            raise InputError(f"{folder}: holds a model that is not the demo's; name a new folder")
+        Transfer(config, folder, say, progress).settle()
+        _make_model(folder, seed, say)
+        return run_transfer(config, folder, say, progress=progress)
+
+
+def _make_model(folder: Path, seed: int, say: Say) -> None:
+    """Pre-train the model, unless it is there as it was made."""
+    model, distances = folder / "model", (float(NEAR), float(FAR))
+    made_from = {"distances": distances, "seed": seed}
+    kept = Kept(folder / "model.json", "cdt_lens.demo_model", made_from, beside=model)
+    if kept.reuse(say) is not None:
+        return
+    if is_main():
+        remove_artifact(kept.path)
+        shutil.rmtree(model, ignore_errors=True)
         make_demo_model(model, distances=distances, seed=seed, say=say)
-    wait_for_all()
-    return run_transfer(demo_config(str(model), seed), folder, say, progress=progress)
+    kept.keep({})

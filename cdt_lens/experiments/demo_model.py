@@ -35,7 +35,10 @@ from transformers import (
 )
 
 from cdt_lens.core.artifacts import new_folder
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Count, Seed
 from cdt_lens.core.errors import InputError
+from cdt_lens.core.process_wide import seeded
 from cdt_lens.models.hugging_face import third_party_noise_off
 from cdt_lens.tasks.pseudo_languages import (
     TEMPLATE,
@@ -54,12 +57,13 @@ REVIEWS = 2000  # of each language and kind
 PLAIN_SENTENCES, SENTENCES = 5, 3  # in a review of each kind
 
 
+@checked_arguments
 def make_demo_model(
     folder: str | Path,
     *,
     distances: Sequence[float | int | str],
-    seed: int = 0,
-    steps: int | None = None,
+    seed: Seed = 0,
+    steps: Count | None = None,
     say: Callable[[str], None] = lambda _text: None,
 ) -> Path:
     """Pre-train a tiny model on English and on the languages at some distances from it.
@@ -127,8 +131,7 @@ def _new_model(d_vocab: int, seed: int) -> LlamaForCausalLM:
         # A model as small as this learns slowly from the usual 0.02.
         initializer_range=0.08,
     )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         return LlamaForCausalLM(config)
 
 

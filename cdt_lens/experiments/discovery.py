@@ -14,11 +14,19 @@ from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve, faithfulness_curve
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.choices import Metric
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.core.kept import Say
 from cdt_lens.core.processes import is_main, wait_for_all
 from cdt_lens.decomposition.baseline import Baseline, mean_activations
-from cdt_lens.experiments.runs import Run, check_run_model, stage
+from cdt_lens.experiments.runs import (
+    Run,
+    check_run_model,
+    kept_at,
+    refuse_other_settings,
+    scored,
+    stage,
+    writes,
+)
 from cdt_lens.experiments.settings import Settings
 from cdt_lens.scoring.agreement import MethodAgreement, compare_scores
 from cdt_lens.scoring.iterative import trace_circuit
@@ -26,10 +34,12 @@ from cdt_lens.scoring.methods import exact_ablation
 from cdt_lens.scoring.prompt_views import attention_view, token_relevance
 from cdt_lens.scoring.sweep import score_heads
 from cdt_lens.tasks.evaluate import Evaluation, evaluate
+from cdt_lens.tasks.metrics import warn_at_chance
 from cdt_lens.tasks.task import Examples, Task, most_balanced
 from cdt_lens.viz.report.report import render_report
 
 
+@writes
 def discover(run: Run, say: Say) -> tuple[Circuit, HeadScores, Evaluation]:
     """Compute baseline, scores and circuit; each is saved when done and reused by later calls."""
     settings = run.settings
@@ -42,6 +52,9 @@ def discover(run: Run, say: Say) -> tuple[Circuit, HeadScores, Evaluation]:
         f"{run.task.name}: accuracy {evaluation.accuracy:.3f}{f1} ({prior}), mean direction "
         f"{evaluation.direction:+.3f} logits on the {evaluation.examples} examples to be scored"
     )
+    n_labels = len(run.task.labels)
+    warn_at_chance(evaluation.split, "accuracy", evaluation.accuracy, n_labels)
+    warn_at_chance(evaluation.split, "direction", evaluation.direction, n_labels)
     baseline = make_baseline(run, say)
     scores = stage(
         run, "scores.json", HeadScores.load, lambda: _scores(run, baseline), say,
@@ -54,6 +67,7 @@ def discover(run: Run, say: Say) -> tuple[Circuit, HeadScores, Evaluation]:
     return circuit, scores, evaluation
 
 
+@writes
 def make_baseline(run: Run, say: Say) -> Baseline:
     """Return the baseline of the run, averaged now or by an earlier call."""
     baseline: Baseline = stage(
@@ -72,6 +86,7 @@ def made_from(result: HeadScores | FaithfulnessCurve, data: Examples, baseline: 
     )
 
 
+@writes
 def ablate(run: Run, say: Say) -> MethodAgreement:
     """Ablate every head exactly, and compute how well the scores predict the effects."""
     baseline, scores = load_baseline(run), load_scores(run)
@@ -90,29 +105,92 @@ def ablate(run: Run, say: Say) -> MethodAgreement:
     return compare_scores(scores, reference)
 
 
+@writes
 def measure(
     run: Run, say: Say, *, split: str = "valid", examples: int = 48, metric: Metric = "direction",
     draws: int = 5,
 ) -> FaithfulnessCurve:  # fmt: skip
-    """Measure the faithfulness curve on a split that was not scored."""
-    data = judged_on(run, split, examples)
-    baseline, scores = load_baseline(run), load_scores(run)
-    say(f"faithfulness on {len(data)} examples of {data.name}")
-    curve = faithfulness_curve(
-        run.model, scores, data, baseline, by=run.settings.by, metric=metric, draws=draws,
-        seed=run.settings.seed, task=run.task, batch_size=run.settings.batch_size,
-        rows=run.settings.rows,
+    """Measure the faithfulness curve on a split that was not scored, or return the kept one.
+
+    Raises:
+        InputError: The run holds a curve of other settings.
+    """
+    check_measure(
+        run.folder, run.settings, run.task, split=split, examples=examples, metric=metric,
+        draws=draws,
     )  # fmt: skip
-    if is_main():
-        curve.save(run.path("faithfulness.json"))
-    wait_for_all()
+    data = judged_on(run.task, split, examples, run.settings.seed)
+    return make_curve(run, say, data, metric=metric, draws=draws)
+
+
+def make_curve(
+    run: Run, say: Say, data: Examples, *, metric: Metric = "direction", draws: int = 5
+) -> FaithfulnessCurve:
+    """Return the faithfulness curve of the run on `data`, measured now or by an earlier call."""
+    settings, baseline, scores = run.settings, load_baseline(run), load_scores(run)
+
+    def load(path: Path) -> FaithfulnessCurve:
+        curve = FaithfulnessCurve.load(path)
+        options = curve.provenance.options
+        same = curve.metric == metric and options.get("draws") == draws
+        same = same and options.get("by") == settings.by
+        if not (same and curve_fits(curve, scores, baseline, data)):
+            raise ArtifactError(f"{path} was measured for other scores or examples")
+        return curve
+
+    def compute() -> FaithfulnessCurve:
+        say(f"faithfulness on {len(data)} examples of {data.name}")
+        return faithfulness_curve(
+            run.model, scores, data, baseline, by=settings.by, metric=metric, draws=draws,
+            seed=settings.seed, task=run.task, batch_size=settings.batch_size, rows=settings.rows,
+        )  # fmt: skip
+
+    curve: FaithfulnessCurve = stage(
+        run, "faithfulness.json", load, compute, say,
+        made_from={"data": data.hash, "baseline": baseline.hash},
+    )  # fmt: skip
     return curve
 
 
-def judged_on(run: Run, split: str, examples: int) -> Examples:
+def check_measure(
+    folder: Path, settings: Settings, task: Task, *, split: str, examples: int, metric: Metric,
+    draws: int,
+) -> None:  # fmt: skip
+    """Check before the model is loaded that a run can be measured with these settings.
+
+    Args:
+        folder: The run directory.
+        settings: The settings of the run.
+        task: The task of the run.
+        split: The split to measure on.
+        examples: The number of examples.
+        metric: The metric of the curve.
+        draws: The number of random circuits of each kind and size.
+
+    Raises:
+        InputError: No such split, no scores, or a curve of other settings.
+    """
+    data = judged_on(task, split, examples, settings.seed)
+    HeadScores.load(folder / "scores.json")
+    path = folder / "faithfulness.json"
+    curve = kept_at(path, FaithfulnessCurve.load)
+    if curve is None:
+        return
+    kept = curve.provenance
+    refuse_other_settings(
+        path,
+        {
+            "split": kept.task, "examples": sum(kept.examples.values()), "metric": curve.metric,
+            "draws": kept.options.get("draws"),
+        },
+        {"split": data.name, "examples": len(data), "metric": metric, "draws": draws},
+    )  # fmt: skip
+
+
+def judged_on(task: Task, split: str, examples: int, seed: int) -> Examples:
     """Return the examples that faithfulness is measured on, balanced over the labels."""
-    data = split_of(run.task, split)
-    return data.balanced(min(examples, most_balanced(data)), seed=run.settings.seed)
+    data = split_of(task, split)
+    return data.balanced(min(examples, most_balanced(data)), seed=seed)
 
 
 def curve_fits(
@@ -134,14 +212,16 @@ def _data_of(curve: FaithfulnessCurve, run: Run) -> Examples | None:
     for split in ("train", "valid", "test"):
         data = getattr(run.task, split)
         if data.name == provenance.task and most_balanced(data):
-            return judged_on(run, split, sum(provenance.examples.values()))
+            n = sum(provenance.examples.values())
+            return judged_on(run.task, split, n, run.settings.seed)
     return None
 
 
+@writes
 def trace(
     run: Run, say: Say, *, examples: int | None = None, width: int = 8, fan_in: int = 3
 ) -> Circuit:
-    """Trace which heads and MLPs feed which, from the logits down, and save `graph.json`.
+    """Trace which heads and MLPs feed which, from the logits down, or return the kept graph.
 
     Args:
         run: The opened run directory.
@@ -152,25 +232,91 @@ def trace(
 
     Returns:
         The circuit with its graph.
+
+    Raises:
+        InputError: The run holds a graph of other settings.
     """
-    data = run.scored()
-    if examples is not None:
-        data = data.balanced(min(examples, most_balanced(data)), seed=run.settings.seed)
+    check_trace(
+        run.folder, run.settings, run.task, examples=examples, width=width, fan_in=fan_in
+    )  # fmt: skip
+    data = _traced(run.settings, run.task, examples)
     say(f"edges on {len(data)} examples of {data.name}")
     baseline = mean_activations(
         run.model, run.averaged(), positions=run.settings.positions, mlps=True,
         batch_size=run.settings.batch_size,
     )  # fmt: skip
-    circuit = trace_circuit(
-        run.model, data, baseline, width=width, fan_in=fan_in,
-        batch_size=run.settings.batch_size, rows=run.settings.rows,
+
+    def compute() -> Circuit:
+        return trace_circuit(
+            run.model, data, baseline, width=width, fan_in=fan_in,
+            batch_size=run.settings.batch_size, rows=run.settings.rows,
+        )  # fmt: skip
+
+    circuit: Circuit = stage(
+        run, "graph.json", _with_origin, compute, say,
+        made_from={"data": data.hash, "baseline": baseline.hash},
     )  # fmt: skip
-    if is_main():
-        circuit.save(run.path("graph.json"))
-    wait_for_all()
     return circuit
 
 
+def check_trace(
+    folder: Path, settings: Settings, task: Task, *, examples: int | None, width: int, fan_in: int
+) -> None:
+    """Check before the model is loaded that a graph of other settings is not written over.
+
+    Args:
+        folder: The run directory.
+        settings: The settings of the run.
+        task: The task of the run.
+        examples: Number of training examples; None takes the scored examples.
+        width: Number of heads and MLPs selected at the logits.
+        fan_in: Number of edges kept into each selected one.
+
+    Raises:
+        InputError: The run holds a graph of other settings.
+    """
+    path = folder / "graph.json"
+    kept = getattr(kept_at(path, Circuit.load), "provenance", None)
+    if kept is not None:
+        names = ("width", "fan_in")
+        refuse_other_settings(
+            path,
+            {"examples": sum(kept.examples.values()), **{n: kept.options.get(n) for n in names}},
+            {"examples": len(_traced(settings, task, examples)), "width": width, "fan_in": fan_in},
+        )
+
+
+def _traced(settings: Settings, task: Task, examples: int | None) -> Examples:
+    """Return the examples whose edges are scored."""
+    data = scored(settings, task)
+    if examples is None:
+        return data
+    return data.balanced(min(examples, most_balanced(data)), seed=settings.seed)
+
+
+def _with_origin(path: Path) -> Circuit:
+    circuit = Circuit.load(path)
+    if circuit.provenance is None:
+        raise ArtifactError(f"{path} does not say what it was made from")
+    return circuit
+
+
+def check_report(folder: Path, settings: Settings, task: Task) -> None:
+    """Check before the model is loaded that a run holds the results that a report needs.
+
+    Args:
+        folder: The run directory.
+        settings: The settings of the run.
+        task: The task of the run.
+
+    Raises:
+        InputError: There is no circuit, or there are no scores.
+    """
+    Circuit.load(folder / "circuit.json")
+    HeadScores.load(folder / "scores.json")
+
+
+@writes
 def report(run: Run, say: Say, *, prompts: int = 3, heads: int = 8) -> Path:
     """Write one HTML file of all results in the run directory, with views of a few prompts."""
     circuit, scores = Circuit.load(run.path("circuit.json")), load_scores(run)
@@ -239,9 +385,18 @@ def split_of(task: Task, name: str) -> Examples:
         InputError: an unknown split, or one without examples.
     """
     if name not in ("train", "valid", "test"):
-        raise InputError(f"split {name!r}: expected train, valid or test")
+        raise InputError(
+            f"split {name!r}: expected train, valid or test (discover sets rows aside: --split 0.2)"
+        )
     examples: Examples = getattr(task, name)
-    examples.require_some()
+    if not len(examples):
+        given = [part for part in ("train", "valid", "test") if len(getattr(task, part))]
+        raise InputError(
+            f"{examples.name}: no examples; this task has {', '.join(given)}. Run discover again "
+            "with a file for this split, or with --split 0.2 to set aside validation rows."
+        )
+    if name != "train":
+        task.require_held_out(name)
     return examples
 
 

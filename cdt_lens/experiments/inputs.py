@@ -10,6 +10,7 @@ import torch
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.kept import Say
 from cdt_lens.experiments.settings import Settings
+from cdt_lens.models.hugging_face import load_tokenizer, third_party_noise_off
 from cdt_lens.models.loading import load_model
 from cdt_lens.tasks.datasets import load_task, task_from_files
 from cdt_lens.tasks.task import Task, drawn
@@ -50,6 +51,25 @@ def make_task(settings: Settings, tokenizer: Any) -> Task:
     )  # fmt: skip
 
 
+def check_inputs(settings: Settings, *others: Settings) -> list[Task]:
+    """Make the tasks of settings with the tokenizer alone, before the model is loaded.
+
+    Args:
+        settings: The settings, which name the model.
+        others: Settings of other tasks for the same model.
+
+    Returns:
+        The task of each of the settings.
+
+    Raises:
+        InputError: A file, column, label, template or verbalizer word that cannot be used, or no
+            model at that place.
+    """
+    with third_party_noise_off():
+        tokenizer = load_tokenizer(settings.model)
+    return [make_task(each, tokenizer) for each in (settings, *others)]
+
+
 def _task_of_files(settings: Settings, tokenizer: Any) -> Task:
     if not settings.files or settings.template is None or not settings.verbalizer:
         raise InputError(
@@ -60,7 +80,7 @@ def _task_of_files(settings: Settings, tokenizer: Any) -> Task:
     return task_from_files(
         settings.files, tokenizer=tokenizer, template=settings.template,
         verbalizer=settings.verbalizer, label_column=settings.label_column, name=name,
-        shots=settings.shots, seed=settings.seed,
+        split=settings.split, shots=settings.shots, seed=settings.seed,
     )  # fmt: skip
 
 

@@ -8,28 +8,39 @@ stage is not run again if its file was made from the same model and data by the 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import nn
 
 from cdt_lens.core.artifacts import load_artifact, remove_artifact, save_artifact
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.core.folders import check_run_folder
 from cdt_lens.core.kept import Say, drop_other_versions, reuse
 from cdt_lens.core.processes import is_main, wait_for_all
-from cdt_lens.experiments.inputs import load_for, make_task
+from cdt_lens.core.run_lock import locked
+from cdt_lens.experiments.inputs import check_inputs, load_for, make_task
 from cdt_lens.experiments.settings import Settings
-from cdt_lens.models.provenance import weight_hash
+from cdt_lens.models.provenance import model_key
 from cdt_lens.models.view import view_of
 from cdt_lens.scoring.sweep import SWEEP_FORMAT
 from cdt_lens.tasks.evaluate import calibrate
 from cdt_lens.tasks.task import Examples, Task, most_balanced
 
+Result = TypeVar("Result")
+# Called with the folder, the settings and the task of a run before its model is loaded.
+Check = Callable[[Path, Settings, Task], None]
+_RUN = "cdt_lens.run"
 # Settings that may change when a run resumes: they change no score.
 _FREE_SETTINGS = ("batch_size", "rows", "device", "k", "fraction", "by")
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -46,10 +57,7 @@ class Run:
 
     def scored(self) -> Examples:
         """Return the training examples to score."""
-        train = self.task.train
-        return train.balanced(
-            min(self.settings.examples, most_balanced(train)), seed=self.settings.seed
-        )
+        return scored(self.settings, self.task)
 
     def averaged(self) -> Examples:
         """Return the training examples that the baseline averages."""
@@ -61,29 +69,60 @@ class Run:
         )
 
 
-def start_run(settings: Settings, folder: str | Path, say: Say) -> Run:
+def scored(settings: Settings, task: Task) -> Examples:
+    """Return the training examples of `task` to score."""
+    n = min(settings.examples, most_balanced(task.train))
+    return task.train.balanced(n, seed=settings.seed)
+
+
+def writes(function: Callable[Concatenate[Run, P], R]) -> Callable[Concatenate[Run, P], R]:
+    """Decorate a stage of a run: its directory is locked until it ends."""
+
+    @functools.wraps(function)
+    def alone(run: Run, *args: P.args, **kwargs: P.kwargs) -> R:
+        with locked(run.folder):
+            return function(run, *args, **kwargs)
+
+    return alone
+
+
+def start_run(settings: Settings, folder: str | Path, say: Say, check: Check | None = None) -> Run:
     """Open a run directory for `settings`, a new one or that of an earlier call.
 
+    Args:
+        settings: The settings of the run.
+        folder: The run directory.
+        say: Takes one line of progress.
+        check: Called with the folder, the settings and the task before the model is loaded.
+
     Raises:
-        InputError: The folder holds a run with other settings.
+        InputError: The folder holds a run with other settings, or other files, the data cannot be
+            read, or another process writes in it.
     """
-    folder = Path(folder)
+    folder = check_run_folder(folder, "run.json")
+    with locked(folder):
+        return _start(settings, folder, say, check)
+
+
+def _start(settings: Settings, folder: Path, say: Say, check: Check | None) -> Run:
     path = folder / "run.json"
     wanted = json.loads(json.dumps(asdict(settings)))
     if path.exists():
-        body, _ = load_artifact(path, format="cdt_lens.run", version=1)
+        kept = kept_settings(path, _RUN)
         different = [
             name
             for name, value in wanted.items()
-            if name not in _FREE_SETTINGS and body["settings"].get(name) != value
+            if name not in _FREE_SETTINGS and kept.get(name) != value
         ]
         if different:
             raise InputError(
                 f"{folder}: holds a run with other settings ({', '.join(different)}); "
                 "name another folder, or remove it"
             )
-    run = _open(folder, settings, say)
+    run = _open(folder, settings, say, check)
     _check_size(run)
+    run.task.require_held_out("valid")
+    run.task.require_held_out("test")
     keep_settings(run)
     return run
 
@@ -92,25 +131,50 @@ def keep_settings(run: Run) -> None:
     """Write `run.json`, from which a run directory is opened, in one process."""
     if is_main():
         settings = {"settings": asdict(run.settings)}
-        save_artifact(run.path("run.json"), settings, format="cdt_lens.run", version=1)
+        save_artifact(run.path("run.json"), settings, format=_RUN, version=1)
     wait_for_all()
 
 
-def open_run(folder: str | Path, say: Say) -> Run:
+def kept_settings(path: Path, format: str) -> dict[str, Any]:
+    """Return the settings in the file that a run directory is opened from.
+
+    Args:
+        path: The file.
+        format: Its kind.
+
+    Raises:
+        ArtifactError: The file is damaged or of another kind. Nothing else in the directory can
+            replace it, so that nothing is made again.
+    """
+    try:
+        settings = load_artifact(path, format=format, version=1)[0].get("settings")
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}: name another folder, or remove {path}") from error
+    if not isinstance(settings, dict):
+        raise ArtifactError(f"{path}: damaged: it holds no settings; name another folder")
+    return settings
+
+
+def open_run(folder: str | Path, say: Say, check: Check | None = None) -> Run:
     """Open a run directory that `discover`, `compare` or the discovery of a transfer has made.
 
     Args:
         folder: The run directory.
         say: Takes one line of progress.
+        check: Called with the folder, the settings and the task before the model is loaded.
 
     Raises:
-        InputError: The folder holds no run.
+        InputError: The folder holds no run, or its data cannot be read.
+        ArtifactError: Its settings are damaged.
     """
     path = Path(folder) / "run.json"
     if not path.exists():
         raise InputError(f"{folder}: holds no run (no run.json); {_how_to_make(Path(folder))}")
-    body, _ = load_artifact(path, format="cdt_lens.run", version=1)
-    return _open(Path(folder), Settings.from_dict(body["settings"]), say)
+    try:
+        settings = Settings.from_dict(kept_settings(path, _RUN))
+    except InputError as error:
+        raise ArtifactError(f"{path}: damaged: {error}") from error
+    return _open(Path(folder), settings, say, check)
 
 
 def _how_to_make(folder: Path) -> str:
@@ -122,7 +186,11 @@ def _how_to_make(folder: Path) -> str:
     return "make one with cdt-lens discover"
 
 
-def _open(folder: Path, settings: Settings, say: Say) -> Run:
+def _open(folder: Path, settings: Settings, say: Say, check: Check | None) -> Run:
+    (task,) = check_inputs(settings)
+    scored(settings, task)
+    if check is not None:
+        check(folder, settings, task)
     model = load_for(settings, say)
     task = make_task(settings, model.tokenizer)
     if settings.calibrate:
@@ -136,6 +204,33 @@ def _check_size(run: Run) -> None:
     heads = view.n_layers * view.n_heads
     if k is not None and k > heads:
         raise InputError(f"k={k}: the model has {heads} heads; choose at most as many")
+
+
+def kept_at(path: Path, load: Callable[[Path], Result]) -> Result | None:
+    """Load a kept result; None if there is none, or if it is damaged and will be made again."""
+    try:
+        return load(path) if path.exists() else None
+    except ArtifactError:
+        return None
+
+
+def refuse_other_settings(path: Path, kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse to write a result over one that was computed with other settings.
+
+    Args:
+        path: The file of the kept result.
+        kept: The settings of the kept result by name.
+        wanted: The settings of this call by name.
+
+    Raises:
+        InputError: A setting differs.
+    """
+    different = [f"{name} {kept[name]}" for name in wanted if kept[name] != wanted[name]]
+    if different:
+        raise InputError(
+            f"{path}: holds a result with other settings ({', '.join(different)}). Give these "
+            "again, move the file away, or use another run directory."
+        )
 
 
 def check_run_model(run: Run, provenance: Any, name: str) -> None:
@@ -166,7 +261,7 @@ def stage(
         The result.
     """
     path = run.path(name)
-    made_from = {"model": weight_hash(view_of(run.model)), **made_from}
+    made_from = {"model": model_key(view_of(run.model)), **made_from}
     kept = reuse(path, load, lambda result: result.provenance.key, made_from, say)
     if kept is not None:
         say(f"{path}: using the kept result")

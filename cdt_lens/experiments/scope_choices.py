@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cdt_lens.core.choices import Scope
 from cdt_lens.experiments.transfer_config import TransferConfig
 from cdt_lens.finetuning.scopes import choose_by_gap, choose_by_race
 from cdt_lens.tasks.task import Task
 
-_RACERS = ("decision", "near-zero")
+_RACERS: tuple[Scope, Scope] = ("decision", "near-zero")
 
 
 def choices(
@@ -48,7 +49,7 @@ def choices(
     return rows
 
 
-def _raced(racers: Mapping[str, Any], epochs: int) -> dict[str, Mapping[str, Any]]:
+def _raced(racers: Mapping[Scope, Any], epochs: int) -> dict[Scope, Mapping[str, Any]]:
     """Return the first evaluation of each scope from this epoch on."""
     return {
         scope: next((row for row in cell["history"] if row["epoch"] >= epochs), cell["history"][-1])
@@ -56,10 +57,10 @@ def _raced(racers: Mapping[str, Any], epochs: int) -> dict[str, Mapping[str, Any
     }
 
 
-def _judged(choice: Any, racers: Mapping[str, Any]) -> dict[str, Any]:
+def _judged(choice: Any, racers: Mapping[Scope, Any]) -> dict[str, Any]:
     accuracy = {scope: cell["row"]["accuracy"] for scope, cell in racers.items()}
     tie = len(set(accuracy.values())) == 1
-    better = "tie" if tie else max(accuracy, key=lambda scope: accuracy[scope])
+    better: str = "tie" if tie else max(accuracy, key=lambda scope: accuracy[scope])
     return {
         "rule": choice.rule, "chosen": choice.scope, "better": better,
         "right": tie or better == choice.scope,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -120,6 +121,13 @@ class Settings(ModelSettings, DataSettings, CircuitSettings):
     files: Annotated[
         dict[str, str], Field(description="Path of the file of each split, for the task files.")
     ] = field(default_factory=dict)
+    split: Annotated[
+        float | None,
+        Field(
+            gt=0, lt=1, description="Share of the training file to set aside for validation, for "
+            "the task files; the same rows in every command.",
+        ),
+    ] = None  # fmt: skip
     shots: Annotated[
         int, Field(ge=0, description="Number of solved examples before every prompt.")
     ] = 0
@@ -130,6 +138,35 @@ class Settings(ModelSettings, DataSettings, CircuitSettings):
         Direction,
         Field(description="Contrast the answer with the mean or the strongest of other labels."),
     ] = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        files = {name: Path(path).resolve() for name, path in self.files.items()}
+        train = files.pop("train", None)
+        same = [name for name, path in files.items() if path == train]
+        if same:
+            raise InputError(
+                f"{train}: train and {same[0]} are the same file. Give another one, or divide it "
+                "into train and valid with --split 0.2"
+            )
+        if self.split is not None and (not self.files or "valid" in self.files):
+            given = f"the file {self.files['valid']}" if self.files else f"the task {self.task}"
+            raise InputError(f"split={self.split}: {given} has validation examples; omit --split")
+
+    def require_valid(self, command: str) -> None:
+        """Check before anything is loaded that files of your own have validation examples.
+
+        Args:
+            command: The command that needs them.
+
+        Raises:
+            InputError: There is neither a file for valid nor a split.
+        """
+        if self.files and "valid" not in self.files and self.split is None:
+            raise InputError(
+                f"{command}: expected --valid, the file of rows to judge on, or --split 0.2, which "
+                "sets aside a fifth of the training file for it"
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Settings:

@@ -22,19 +22,23 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import TypedDict
 
 from cdt_lens.circuits.ablation import measure_circuits
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve, f_of
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.artifacts import atomic_write, load_artifact, remove_artifact, save_artifact
-from cdt_lens.core.errors import InputError
-from cdt_lens.core.kept import Kept, as_json, difference, key_of
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.core.folders import check_run_folder
+from cdt_lens.core.kept import Cell, Kept, as_json
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import is_main, wait_for_all
-from cdt_lens.experiments.discovery import curve_fits, discover, judged_on, load_baseline, measure
-from cdt_lens.experiments.inputs import make_task, with_train
-from cdt_lens.experiments.runs import Run, keep_settings
+from cdt_lens.core.run_lock import locked
+from cdt_lens.experiments.discovery import discover, judged_on, load_baseline, make_curve
+from cdt_lens.experiments.inputs import check_inputs, make_task, with_train
+from cdt_lens.experiments.runs import Run, keep_settings, kept_settings
 from cdt_lens.experiments.scope_choices import choices
 from cdt_lens.experiments.transfer_cells import Cells
 from cdt_lens.experiments.transfer_config import TransferConfig
@@ -50,7 +54,7 @@ from cdt_lens.finetuning.transfer_result import (
 )
 from cdt_lens.models.heads import all_heads
 from cdt_lens.models.loading import load_model
-from cdt_lens.models.provenance import provenance_of, weight_hash
+from cdt_lens.models.provenance import model_key, provenance_of
 from cdt_lens.models.view import view_of
 from cdt_lens.tasks.task import Task, most_balanced
 from cdt_lens.viz.report.report import render_report
@@ -59,6 +63,12 @@ Say = Callable[[str], None]
 _RUN, _PROXY = "cdt_lens.transfer_run", "cdt_lens.transfer_proxy"
 
 
+class _Proxy(TypedDict):
+    history: list[dict[str, Cell]]
+    options: dict[str, Any]
+
+
+@checked_arguments
 def run_transfer(
     config: TransferConfig, folder: str | Path, say: Say, *, progress: bool = True
 ) -> TransferResult:
@@ -77,14 +87,15 @@ def run_transfer(
         The measurements of every scope, target and seed.
 
     Raises:
-        InputError: The settings cannot be run, a prompt is longer than the model's context, or
-            the folder holds another experiment.
+        InputError: The settings cannot be run, a prompt is longer than the model's context, the
+            folder holds another experiment, or another process writes in it.
     """
-    experiment = Transfer(config, Path(folder), say, progress)
-    result = experiment.run()
-    if is_main():
-        _write(experiment, result)
-    wait_for_all()
+    with locked(folder):
+        experiment = Transfer(config, Path(folder), say, progress)
+        result = experiment.run()
+        if is_main():
+            _write(experiment, result)
+        wait_for_all()
     return result
 
 
@@ -124,7 +135,8 @@ class Transfer:
         Raises:
             InputError: The folder holds an experiment with another model, task or proxy.
         """
-        self._settle()
+        self.settle()
+        self._check_inputs()
         self._train_proxy()
         self._discover()
         before = [self.cells.before(language) for language in self.languages]
@@ -142,8 +154,20 @@ class Transfer:
         """The source language and the target languages."""
         return (self.config.task.source, *self.config.task.targets)
 
-    def _settle(self) -> None:
-        """Save the settings in the folder, or compare them with the saved ones."""
+    def _check_inputs(self) -> None:
+        """Read the data of every language before a model is loaded."""
+        # A finished run can be reported without its base model.
+        model = self.proxy if Path(self.proxy).exists() else self.config.model
+        check_inputs(*(self.config.settings(name, model=model) for name in self.languages))
+
+    def settle(self) -> None:
+        """Save the settings in the folder, or compare them with the saved ones.
+
+        Raises:
+            InputError: The folder holds an experiment with other settings, or other files.
+            ArtifactError: The saved settings are damaged.
+        """
+        check_run_folder(self.folder, "transfer.json")
         path = self.folder / "transfer.json"
         wanted = self.config.to_dict()
         # Cells know their own data, so that targets, and their files, may be added later.
@@ -152,7 +176,7 @@ class Transfer:
             wanted.pop(free)
         wanted = as_json(wanted)
         if path.exists():
-            kept = load_artifact(path, format=_RUN, version=1)[0]["settings"]
+            kept = kept_settings(path, _RUN)
             if isinstance(kept.get("task"), dict):
                 kept["task"]["files"] = {}
             different = [name for name in wanted if kept.get(name) != wanted[name]]
@@ -186,8 +210,8 @@ class Transfer:
             "train": task.train.hash, "valid": task.valid.hash, "model": base,
             "options": asdict(proxy.training),
         }  # fmt: skip
-        kept = Kept(self.folder / "proxy.json", _PROXY, made_from)
-        if Path(self.proxy).exists() and kept.reuse(self.say) is not None:
+        kept = self._kept_proxy(made_from)
+        if kept.reuse(self.say) is not None:
             self.say(f"{self.proxy}: using the kept result")
             return
         if missing is not None:
@@ -202,14 +226,24 @@ class Transfer:
         """
         try:
             model = self._load(self.config.model)
-            return model, weight_hash(view_of(model)), None
+            return model, model_key(view_of(model)), None
         except InputError as error:
             path = self.folder / "proxy.json"
             if not (path.exists() and Path(self.proxy).exists()):
                 raise
+            try:
+                self._kept_proxy({}).check_beside()
+            except ArtifactError as damage:
+                raise InputError(
+                    f"{damage}; {self.proxy} has to be trained again, but: {error}"
+                ) from error
             self.say(f"{error}; {self.proxy} is not compared with it")
-            body, _ = load_artifact(path, format=_PROXY, version=1)
-            return self.model, body.get("key", {}).get("model"), error
+            key = load_artifact(path, format=_PROXY, version=1)[0].get("key")
+            return self.model, key.get("model") if isinstance(key, dict) else None, error
+
+    def _kept_proxy(self, made_from: Mapping[str, Any]) -> Kept:
+        path, folder = self.folder / "proxy.json", Path(self.proxy)
+        return Kept(path, _PROXY, made_from, holds=_Proxy, beside=folder)
 
     def _make_proxy(self, model: nn.Module, task: Task, kept: Kept) -> None:
         config = self.config
@@ -228,11 +262,14 @@ class Transfer:
             f"{task.name}: validation accuracy {tuned.before['target_accuracy']:.3f} before, "
             f"{last['target_accuracy']:.3f} after {tuned.best_epoch} epochs"
         )
+        if tuned.nothing_learnt:
+            self.say(tuned.nothing_learnt)
         if is_main():
             # A kill between the two must not leave a new proxy under an old key.
             remove_artifact(kept.path)
             shutil.rmtree(self.proxy, ignore_errors=True)
-            export(tuned.adapter, config.model, self.proxy)
+            # A base model that the proxy stage cannot improve is a proxy as it is.
+            export(tuned.adapter, config.model, self.proxy, allow_unchanged=True)
         kept.keep({"history": tuned.history.to_dict("records"), "options": dict(tuned.options)})
         if is_main():
             remove_artifact(checkpoint)
@@ -276,15 +313,10 @@ class Transfer:
     def _discover(self) -> None:
         """Make baseline, scores, circuit and faithfulness, or keep existing ones."""
         keep_settings(self.discovery)
-        _, scores, _ = discover(self.discovery, self.say)
-        d, curve = self.config.discovery, self.curve()
-        data = judged_on(self.discovery, "valid", d.faithfulness_examples)
-        if curve is not None and curve_fits(curve, scores, load_baseline(self.discovery), data):
-            reason = difference(curve.provenance.key, key_of(curve.provenance.key))
-            if reason is None:
-                return
-            self.say(f"the faithfulness curve was made with {reason}; making it again")
-        measure(self.discovery, self.say, examples=d.faithfulness_examples, draws=d.draws)
+        discover(self.discovery, self.say)
+        d, run = self.config.discovery, self.discovery
+        data = judged_on(run.task, "valid", d.faithfulness_examples, run.settings.seed)
+        make_curve(run, self.say, data, draws=d.draws)
 
     def curve(self) -> FaithfulnessCurve | None:
         """Return the faithfulness curve on the source's validation split, if it was measured."""
@@ -349,6 +381,10 @@ class Transfer:
                 view_of(self.model), self.source.train, options={"proxy": self.proxy}
             ),
         )
+
+
+def _key_of(curve: FaithfulnessCurve) -> dict[str, Any]:
+    return curve.provenance.key
 
 
 def _check_data(model: nn.Module, tasks: Mapping[str, Task]) -> None:

@@ -13,27 +13,38 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.core.artifacts import remove_artifact
 from cdt_lens.core.errors import NonFiniteError
-from cdt_lens.core.kept import Kept, file_name
+from cdt_lens.core.kept import Cell, Kept, file_name
 from cdt_lens.core.processes import is_main
 from cdt_lens.experiments.inputs import with_train
 from cdt_lens.experiments.transfer_config import TransferConfig
+from cdt_lens.finetuning.adapter import ADAPTER_FILE
 from cdt_lens.finetuning.answer_pass import AnswerPass
 from cdt_lens.finetuning.finetune import drop_stale_checkpoint, finetune
 from cdt_lens.finetuning.options import DEFAULT_RATES, TrainingOptions
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.scopes import scope_heads
 from cdt_lens.finetuning.transfer_result import CELL_COLUMNS
-from cdt_lens.models.provenance import weight_hash
+from cdt_lens.models.provenance import model_key
 from cdt_lens.models.view import view_of
 from cdt_lens.tasks.evaluate import Evaluation, evaluate
 from cdt_lens.tasks.task import Batch, Examples, Task, drawn
 
 Say = Callable[[str], None]
 _CELL, _BEFORE = "cdt_lens.transfer_cell", "cdt_lens.transfer_before"
+
+
+class _Finished(TypedDict):
+    row: dict[str, Cell]
+    history: list[dict[str, Cell]]
+
+
+class _Before(TypedDict):
+    row: dict[str, Cell]
 
 
 @dataclass
@@ -64,7 +75,7 @@ class Cells:
 
     @cached_property
     def _hash(self) -> str:
-        return weight_hash(view_of(self.model))
+        return model_key(view_of(self.model))
 
     @property
     def _source(self) -> Task:
@@ -77,7 +88,8 @@ class Cells:
             "model": self._hash, "task": task.hash, "baseline": self.baseline_hash,
             "circuit": [str(head) for head in self.circuit.heads],
         }  # fmt: skip
-        kept = Kept(self.folder / "before" / f"{file_name(language)}.json", _BEFORE, made_from)
+        path = self.folder / "before" / f"{file_name(language)}.json"
+        kept = Kept(path, _BEFORE, made_from, holds=_Before)
         finished = kept.reuse(self.say)
         if finished is not None:
             return dict(finished["row"])
@@ -102,13 +114,19 @@ class Cells:
             "model": self._hash, "task": task.hash, "source": self._source.hash,
             "heads": [str(head) for head in heads], "options": asdict(options),
         }  # fmt: skip
-        kept = Kept(place.with_name(f"{place.name}.json"), _CELL, made_from)
+        adapter = self.folder / "adapters" / file_name(target) / place.name
+        kept = Kept(
+            place.with_name(f"{place.name}.json"), _CELL, made_from, holds=_Finished,
+            beside=adapter if self._keeps_adapter(scope) else None,
+        )  # fmt: skip
         finished = kept.reuse(self.say)
         if finished is not None:
             return finished
         training: dict[str, Any] = {
             "heads": self.circuit, "scope": scope, "source": self._source, "options": options,
         }  # fmt: skip
+        if is_main():
+            remove_artifact(adapter / ADAPTER_FILE)  # that of another call
         drop_stale_checkpoint(checkpoint, self.model, task, self.say, **training)
         self.say(f"{target}, {scope}, seed {seed}")
         cell: dict[str, Any] = {"history": []}
@@ -127,7 +145,8 @@ class Cells:
         else:
             cell["row"] = common | self._judged(result, target)
             cell["history"] = result.history.to_dict("records")
-            self._save_adapter(result, target, seed)
+            if self._keeps_adapter(scope) and is_main():
+                result.adapter.save(adapter)
         kept.keep(cell)
         if is_main():
             remove_artifact(checkpoint)
@@ -147,6 +166,8 @@ class Cells:
             f"  test accuracy {on_target.accuracy:.3f}, source {on_source.accuracy:.3f} "
             f"(was {before:.3f}), {result.seconds:.0f} s"
         )
+        if result.nothing_learnt:
+            self.say(f"  {result.nothing_learnt}")
         return {
             "accuracy": on_target.accuracy, "macro_f1": on_target.macro_f1,
             "source_accuracy": on_source.accuracy, "source_macro_f1": on_source.macro_f1,
@@ -173,8 +194,5 @@ class Cells:
 
         return evaluate(view, test, task, logits_of=logits)
 
-    def _save_adapter(self, result: FineTuneResult, target: str, seed: int) -> None:
-        small = result.scope not in ("full", "lora")
-        if self.config.transfer.save_adapters and small and is_main():
-            name = f"{result.scope}-{seed}"
-            result.adapter.save(self.folder / "adapters" / file_name(target) / name)
+    def _keeps_adapter(self, scope: str) -> bool:
+        return self.config.transfer.save_adapters and scope not in ("full", "lora")

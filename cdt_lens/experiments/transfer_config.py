@@ -23,9 +23,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from cdt_lens.core.checked import Checked, check_names, from_values
+from cdt_lens.core.checked import Checked, check_names, checked_arguments, from_values
 from cdt_lens.core.choices import Backend, Preset, Ranking
 from cdt_lens.core.errors import InputError, did_you_mean
+from cdt_lens.core.kept import file_name
 from cdt_lens.experiments.settings import (
     CircuitSettings,
     DataSettings,
@@ -64,6 +65,13 @@ class TaskSettings(DataSettings):
         _check_once("targets", self.targets)
         if self.source in self.targets:
             raise InputError(f"targets: {self.source!r} is the source; name other languages")
+        names = [file_name(name).casefold() for name in (self.source, *self.targets)]
+        for name in self.targets:
+            if names.count(file_name(name).casefold()) > 1:
+                raise InputError(
+                    f"targets: {name!r} differs from another language in upper and lower case "
+                    "alone, which not every disk tells apart; rename one of them"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +190,7 @@ class TransferConfig(ModelSettings):
         return Settings(task=task.name, language=language, files=files, **values)
 
 
+@checked_arguments
 def read_config(path: str | Path) -> TransferConfig:
     """Read the configuration in a TOML file.
 
@@ -197,10 +206,10 @@ def read_config(path: str | Path) -> TransferConfig:
     """
     path = Path(path)
     try:
-        values = tomllib.loads(path.read_text("utf-8"))
+        values = tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a TOML file: {error}") from error
     return config_of(values, where=str(path))
 

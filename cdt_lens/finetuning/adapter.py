@@ -10,8 +10,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,20 @@ import torch
 from torch import Tensor, nn
 
 from cdt_lens.core import display
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.saved import Saved
+from cdt_lens.core.undo import take_back_if_failed, unbroken
 from cdt_lens.finetuning.slices import HeadSlice
 from cdt_lens.finetuning.trainable import Slices
 from cdt_lens.models.heads import Head
 from cdt_lens.models.provenance import Provenance
+from cdt_lens.models.session import ModelHeld, uses_model
 from cdt_lens.models.view import ModelView, view_of
-from cdt_lens.models.weights import check_fused, named_weights, sync_fused
+from cdt_lens.models.weights import check_fused, check_gradients, named_weights, sync_fused
+from cdt_lens.tasks.card import TaskCard
 
-_FILE = "adapter.json"
+ADAPTER_FILE = "adapter.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +48,8 @@ class Adapter(Saved):
             their values `[head, ...]`.
         whole: the weights that were trained whole, by name.
         provenance: origin of the adapter, with the base model's hash.
+        task: how the prompts of the training were made of text. None for prompts that were made by
+            hand, and in files of cdt_lens 0.3.
     """
 
     scope: str
@@ -51,7 +57,9 @@ class Adapter(Saved):
     slices: Slices = field(repr=False)
     whole: Mapping[str, Tensor] = field(repr=False)
     provenance: Provenance = field(repr=False)
+    task: TaskCard | None = field(default=None, repr=False)
     _format, _kind = "cdt_lens.adapter", "adapter"
+    _advice = "finetune(...).adapter is one"
 
     def __repr__(self) -> str:
         sizes = f"{self.elements:,} elements of {len(self.slices) + len(self.whole)} weights"
@@ -88,6 +96,8 @@ class Adapter(Saved):
 
     # ------------------------------------------------------------------ on and off
 
+    @checked_arguments
+    @uses_model
     def apply(self, model: nn.Module | ModelView, *, check: bool = True) -> Applied:
         """Write the trained elements into a model.
 
@@ -100,42 +110,66 @@ class Adapter(Saved):
 
         Raises:
             ArtifactError: the model has other weights. The message shows both hashes.
-            InputError: the model lacks a weight, or has one of another shape. Nothing is written.
+            InputError: the model lacks a weight, has one of another shape, or was created under
+                `torch.inference_mode`. Nothing is written.
             UnsupportedModelError: a fused projection has an order that cannot be written back.
         """
         view = view_of(model)
         if check:
             self.provenance.check_model(view, "this adapter")
+        check_gradients(view)
         check_fused(view)
         parts, whole = self._places(view)
         before = {name: part.read() for name, part in parts.items()}
         before_whole = {name: value.clone() for name, value in whole.items()}
+        applied = Applied(view, parts, before, whole, before_whole)
+        take_back_if_failed(applied._write_back)
         with torch.no_grad():
             for name, part in parts.items():
                 part.write(self.slices[name][1].to(part.whole.device))
             for name, value in whole.items():
                 value.copy_(self.whole[name])
         sync_fused(view)
-        return Applied(view, parts, before, whole, before_whole)
+        return applied
 
-    @contextmanager
-    def applied(self, model: nn.Module | ModelView, *, check: bool = True) -> Iterator[None]:
+    @checked_arguments
+    def applied(
+        self, model: nn.Module | ModelView, *, check: bool = True
+    ) -> AbstractContextManager[None]:
         """Apply the adapter within the `with` block, and restore the model afterwards.
+
+        Within the block other threads do not use the model: their calls raise an error.
 
         Args:
             model: a model that holds the base weights.
             check: whether to compare the hash of its weights with the base model's.
+
+        Returns:
+            The context. Entering it raises the errors below.
 
         Raises:
             ArtifactError: the model has other weights.
             InputError: the model lacks a weight, or has one of another shape.
             UnsupportedModelError: a fused projection has an order that cannot be written back.
         """
-        handle = self.apply(model, check=check)
-        try:
-            yield
-        finally:
-            handle.remove()
+        return ModelHeld(model, lambda: self.apply(model, check=check).remove)
+
+    def changes(self, model: nn.Module | ModelView) -> bool:
+        """Return whether any trained element has another value than the model's.
+
+        Args:
+            model: a model that holds the base weights.
+
+        Returns:
+            False for an adapter of a training that learnt nothing.
+
+        Raises:
+            InputError: the model lacks a weight, or has one of another shape.
+        """
+        parts, whole = self._places(view_of(model))
+        trained = {name: values for name, (_, values) in self.slices.items()} | dict(self.whole)
+        held = {name: part.read() for name, part in parts.items()} | whole
+        return any(not torch.equal(held[name], trained[name].to(held[name])) for name in trained)
 
     def _places(self, view: ModelView) -> tuple[dict[str, HeadSlice], dict[str, Tensor]]:
         weights = named_weights(view)
@@ -170,6 +204,7 @@ class Adapter(Saved):
             "heads": [str(head) for head in self.heads],
             "slices": {name: list(index) for name, (index, _) in self.slices.items()},
             "provenance": self.provenance.to_dict(),
+            **({} if self.task is None else {"task": self.task.to_dict()}),
         }
         tensors = {f"slice/{name}": value for name, (_, value) in self.slices.items()}
         return body, tensors | {f"whole/{name}": value for name, value in self.whole.items()}
@@ -189,11 +224,12 @@ class Adapter(Saved):
                 if name.startswith("whole/")
             },
             provenance=Provenance.from_dict(body["provenance"]),
+            task=TaskCard.from_dict(body["task"]) if "task" in body else None,
         )
 
     @classmethod
     def _path(cls, path: str | Path) -> Path:
-        return Path(path) if Path(path).suffix == ".json" else Path(path) / _FILE
+        return Path(path) if Path(path).suffix == ".json" else Path(path) / ADAPTER_FILE
 
 
 @dataclass(eq=False)
@@ -218,12 +254,20 @@ class Applied:
 
     def remove(self) -> None:
         """Restore the base model's elements bit for bit. A second call changes nothing."""
-        if self.removed:
-            return
-        self.removed = True
+        if not self.removed:
+            _remove(self.view, self)
+
+    def _write_back(self) -> None:
         for name, part in self.parts.items():
             part.write(self.before[name])
         with torch.no_grad():
             for name, value in self.whole.items():
                 value.copy_(self.before_whole[name])
         sync_fused(self.view)
+
+
+@uses_model
+@unbroken
+def _remove(model: ModelView, applied: Applied) -> None:
+    applied._write_back()
+    applied.removed = True

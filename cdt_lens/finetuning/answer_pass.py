@@ -76,7 +76,7 @@ class AnswerPass:
             batch_size: number of examples in one forward pass.
         """
         if self.first_layer:
-            for batch in examples.batches(batch_size):
+            for batch in examples.batches(batch_size, apart=self.view.longrope_limit):
                 self._entering(batch)
 
     def _entering(self, batch: Batch) -> Float[Tensor, "batch pos d_model"]:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from cdt_lens.core.artifacts import atomic_write
 from cdt_lens.core.errors import ArtifactError, InputError
-from cdt_lens.core.kept import Kept, Say
+from cdt_lens.core.kept import Cell, Kept, Say
 from cdt_lens.core.processes import is_main
 
 
@@ -51,6 +52,19 @@ class State:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
+class _Progress(TypedDict):
+    """The JSON of a checkpoint: the fields of `State` without the tensors."""
+
+    epoch: int
+    step: int
+    best_epoch: int
+    loss_sum: float
+    loss_count: int
+    seconds: float
+    stopped: str | None
+    history: list[dict[str, Cell]]
+
+
 class Checkpoint:
     """The checkpoint of one training run.
 
@@ -61,7 +75,7 @@ class Checkpoint:
 
     def __init__(self, path: str | Path, made_from: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self._kept = Kept(path, "cdt_lens.checkpoint", made_from)
+        self._kept = Kept(path, "cdt_lens.checkpoint", made_from, holds=_Progress)
 
     def save(self, state: State) -> None:
         """Replace the checkpoint, whole or not at all.
@@ -75,11 +89,7 @@ class Checkpoint:
         tensors = {f"masters/{name}": value for name, value in state.masters.items()}
         tensors |= {f"best/{name}": value for name, value in state.best.items()}
         tensors |= {f"moments/{name}": value for name, value in state.moments.items()}
-        values = {
-            "epoch": state.epoch, "step": state.step, "best_epoch": state.best_epoch,
-            "loss_sum": state.loss_sum, "loss_count": state.loss_count, "seconds": state.seconds,
-            "stopped": state.stopped, "history": state.history,
-        }  # fmt: skip
+        values = {name: getattr(state, name) for name in _Progress.__annotations__}
         self._kept.keep(values, tensors)
 
     def load(self) -> State | None:
@@ -94,31 +104,48 @@ class Checkpoint:
         if kept is None:
             return None
         body, tensors = kept
-        try:
-            return State(
-                masters=_under("masters/", tensors), best=_under("best/", tensors),
-                moments=_under("moments/", tensors), epoch=body["epoch"], step=body["step"],
-                best_epoch=body["best_epoch"], loss_sum=body["loss_sum"],
-                loss_count=body["loss_count"], seconds=body["seconds"],
-                stopped=body["stopped"], history=body["history"],
-            )  # fmt: skip
-        except KeyError as error:
-            raise ArtifactError(f"{self.path}: not a whole checkpoint ({error})") from error
+        return State(
+            masters=_under("masters/", tensors), best=_under("best/", tensors),
+            moments=_under("moments/", tensors),
+            **{name: body[name] for name in _Progress.__annotations__},
+        )  # fmt: skip
+
+    def check_tensors(self, state: State, values: Mapping[str, Tensor]) -> None:
+        """Refuse a state whose tensors do not fit what is trained.
+
+        Args:
+            state: The loaded state.
+            values: The values to train, by weight name.
+
+        Raises:
+            ArtifactError: A tensor is missing or has another shape.
+        """
+        wanted = _shapes(values)
+        fits = [_shapes(held) == wanted for held in (state.masters, state.best)]
+        for name, shape in _shapes(state.moments).items():
+            weight = name.rpartition("|")[0]
+            fits.append(weight in wanted and shape in (wanted[weight], ()))  # a step is a number
+        if not all(fits):
+            raise ArtifactError(
+                f"{self.path}: damaged: its tensors do not fit what is trained; remove it to "
+                "begin anew"
+            )
 
     def drop_stale(self, say: Say) -> None:
         """Remove the checkpoint if `load` would refuse it as another run's.
 
         Args:
             say: Receives the reason.
-
-        Raises:
-            ArtifactError: The file is damaged or of another kind.
         """
         self._kept.drop_stale(say)
 
     def remove(self) -> None:
         """Remove the checkpoint of a run that has its result."""
         self._kept.remove()
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in tensors.items()}
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -130,10 +157,16 @@ class Log:
 
     Args:
         path: The file, to which lines are appended.
+
+    Raises:
+        InputError: `path` is a folder.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.is_dir():
+            file = self.path / "log.jsonl"
+            raise InputError(f"log: {path} is a folder; name a file, such as {file}")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a line, from the main process.
@@ -172,7 +205,7 @@ class Log:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = {} if number == len(lines) else None
             ours = isinstance(row, dict) and (not row or isinstance(row.get("step"), int))
             if not ours:

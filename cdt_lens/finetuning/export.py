@@ -4,8 +4,9 @@
    TransformerBridge then wraps.
 2. Apply the adapter to the bridge. This writes the trained elements into the checkpoint's own
    tensors, fused projections included.
-3. Load the state dict into a fresh model of the same class and save it with the tokenizer. Read the
-   saved folder back and compare its logits with those of the trained model.
+3. Load the state dict into a fresh model of the same class and save it with the tokenizer and the
+   task (`export_task`). Read the saved folder back and compare its logits with those of the trained
+   model.
 """
 
 from __future__ import annotations
@@ -18,39 +19,52 @@ import torch
 from torch import Tensor
 
 from cdt_lens.core.artifacts import new_folder
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import InputError
+from cdt_lens.core.folders import check_writable
 from cdt_lens.finetuning.adapter import Adapter
+from cdt_lens.finetuning.export_task import write_task
 from cdt_lens.models.hugging_face import load_hugging_face, third_party_noise_off
 from cdt_lens.models.loading import bridge_of
 from cdt_lens.models.view import ModelView
 
 
-def export(adapter: Adapter, base: str | Path, folder: str | Path) -> Path:
+@checked_arguments
+def export(
+    adapter: Adapter, base: str | Path, folder: str | Path, *, allow_unchanged: bool = False
+) -> Path:
     """Write the base model with an adapter in it to a folder that transformers can load.
 
     Every element that was not trained is bit-identical to the base model's, in the floating point
-    type of the training. The folder is written whole or not at all.
+    type of the training. The tokenizer of the folder gives the tokens of the training for the text
+    of a prompt, and `cdt_task.json` and `README.md` say how to ask the model. The folder is written
+    whole or not at all.
 
     Args:
         adapter: the adapter.
         base: hub name, Hugging Face folder or `.gguf` file of the model that the adapter was
             trained on.
         folder: a new or empty folder.
+        allow_unchanged: whether to export an adapter that changes no weight, of a training that
+            learnt nothing.
 
     Returns:
         The folder.
 
     Raises:
         ArtifactError: `base` has other weights. The message shows both hashes.
-        InputError: the base cannot be loaded, `folder` is not empty or cannot be written, or the
-            exported checkpoint gives other logits.
+        InputError: the base cannot be loaded or holds a LoRA adapter of its own, the adapter
+            changes nothing, `folder` is not empty or cannot be written, or the exported checkpoint
+            gives other logits or tokens.
         UnsupportedModelError: the bridge cannot represent the base model.
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not empty. Name a new folder.")
+    check_writable(folder)
     with third_party_noise_off():
         hf_model, tokenizer = load_hugging_face(base, dtype=adapter.dtype)
+        _refuse_peft(hf_model, base)
         config = copy.deepcopy(hf_model.config)
         generation = copy.deepcopy(hf_model.generation_config)
         kind = type(hf_model)
@@ -58,17 +72,36 @@ def export(adapter: Adapter, base: str | Path, folder: str | Path) -> Path:
         state = hf_model.state_dict()
         view = ModelView(bridge_of(hf_model, tokenizer, dtype=adapter.dtype))
         view.tl.cfg.model_name = str(base)
-        with adapter.applied(view):
+        adapter.provenance.check_model(view, "this adapter")
+        if not (allow_unchanged or adapter.changes(view)):
+            raise InputError(
+                "this adapter changes no weight: its training learnt nothing. Train again with "
+                "another learning rate or more epochs, or export it with allow_unchanged=True "
+                "(--allow-unchanged)."
+            )
+        with adapter.applied(view, check=False):
             logits = view.logits(_tokens(view))
             fresh = _fresh(kind, config, state)
         fresh.generation_config = generation
-        return _save(fresh, tokenizer, folder, logits, _tokens(view))
+        with new_folder(folder) as temporary:
+            fresh.save_pretrained(temporary)
+            write_task(adapter, tokenizer, str(base), temporary)
+            _check(fresh, temporary, logits, _tokens(view))
+    return folder
+
+
+def _refuse_peft(hf_model: Any, base: str | Path) -> None:
+    """Refuse a base whose folder holds a LoRA adapter, which transformers attaches by itself."""
+    if getattr(hf_model, "_hf_peft_config_loaded", False):
+        raise InputError(
+            f"{base}: holds a LoRA adapter (adapter_config.json) beside its weights. Merge it with "
+            "merge_and_unload of peft and save the model again, or remove its files."
+        )
 
 
 def _fresh(kind: Any, config: Any, state: dict[str, Tensor]) -> Any:
-    # The random weights are overwritten. Drawing them must not advance the global generator.
-    with torch.random.fork_rng():
-        model = kind(config)
+    # `third_party_noise_off` puts the global generator back, from which `kind` draws weights.
+    model = kind(config)
     model = model.to(next(iter(state.values())).dtype)
     model.load_state_dict(state)
     model.tie_weights()
@@ -81,17 +114,14 @@ def _tokens(view: ModelView) -> Tensor:
     return torch.randint(size, (2, length), generator=torch.Generator().manual_seed(0))
 
 
-def _save(model: Any, tokenizer: Any, folder: Path, logits: Tensor, tokens: Tensor) -> Path:
-    with new_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        again, _ = load_hugging_face(temporary, dtype=model.dtype)
-        with torch.no_grad():
-            actual = again(tokens).logits
-        tolerance = 1e-3 if model.dtype.itemsize >= 4 else 5e-2
-        if bool((actual - logits.to(actual)).norm() > tolerance * logits.norm()):
-            raise InputError(
-                f"{folder}: the exported checkpoint does not give the trained model's logits. "
-                "Nothing was written. Please report the model's family."
-            )
-    return folder
+def _check(model: Any, folder: Path, logits: Tensor, tokens: Tensor) -> None:
+    """Compare the logits of the saved checkpoint with those of the trained model."""
+    again, _ = load_hugging_face(folder, dtype=model.dtype)
+    with torch.no_grad():
+        actual = again(tokens).logits
+    tolerance = 1e-3 if model.dtype.itemsize >= 4 else 5e-2
+    if bool((actual - logits.to(actual)).norm() > tolerance * logits.norm()):
+        raise InputError(
+            "The exported checkpoint does not give the trained model's logits. "
+            "Nothing was written. Please report the model's family."
+        )

@@ -9,19 +9,20 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal
 
 import pandas as pd
-import torch
 from torch import nn
 
 from cdt_lens.circuits.circuit import Circuit
-from cdt_lens.core.errors import InputError, expect
+from cdt_lens.core.checked import Fix, checked_arguments
+from cdt_lens.core.choices import Scope
+from cdt_lens.core.errors import InputError
 from cdt_lens.core.kept import Say
+from cdt_lens.core.undo import take_back_if_failed, unbroken, undoing
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.finetuning.answer_pass import AnswerPass
 from cdt_lens.finetuning.checkpoints import Checkpoint, Log
@@ -45,40 +46,27 @@ from cdt_lens.finetuning.slices import (
 )
 from cdt_lens.finetuning.trainable import SlicesAndWholes, Trainable
 from cdt_lens.finetuning.trainer import Trained, Trainer
-from cdt_lens.models.heads import Head, check_heads
-from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of, weight_hash
+from cdt_lens.models.heads import Head
+from cdt_lens.models.provenance import Provenance, hashed_once, model_key, provenance_of
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.support import check_caller_hooks, check_supported
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.models.weights import check_trainable, own_weights, place
+from cdt_lens.tasks.card import TaskCard
 from cdt_lens.tasks.evaluate import evaluate
-from cdt_lens.tasks.task import Task
-
-P = ParamSpec("P")
-R = TypeVar("R")
+from cdt_lens.tasks.task import Task, check_examples
 
 
-def _with_gradients(function: Callable[P, R]) -> Callable[P, R]:
-    """Leave the caller's `torch.inference_mode`, in which no tensor has a gradient."""
-
-    @functools.wraps(function)
-    def outside(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.is_inference_mode_enabled():
-            return function(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
-            return function(*args, **kwargs)
-
-    return outside
-
-
-@_with_gradients
+@checked_arguments
+@uses_model
 def finetune(
     model: nn.Module | ModelView,
     task: Task,
     *,
     heads: Circuit | Iterable[Head | str] | None = None,
-    scope: str | None = None,
+    scope: Scope | Literal["auto"] | None = None,
     source: Task | None = None,
-    options: TrainingOptions | None = None,
+    options: Annotated[TrainingOptions | None, Fix("or give them by name: epochs=5")] = None,
     rule: Literal["gap", "race"] = "gap",
     checkpoint: str | Path | None = None,
     keep_checkpoint: bool = False,
@@ -99,7 +87,7 @@ def finetune(
             `near-zero` needs a circuit with scores; `norms`, `full` and `lora` need no heads.
         scope: One of `options.SCOPES`, or "auto", which chooses `decision` or `near-zero` by `rule`
             from validation data before training; the result records the choice. The default is
-            `decision` if heads are given, else `full`.
+            `decision` if heads are given; without heads a scope must be named.
         source: The task in the source language. Its validation split measures forgetting; it is
             never trained on.
         options: Training options.
@@ -126,8 +114,8 @@ def finetune(
         NonFiniteError: A loss or gradient became NaN or infinite; the message names the step.
     """
     view = view_of(model)
-    _check_call(task, source, options, rule)
-    scope = scope or ("decision" if heads is not None else "full")
+    if scope is None:
+        scope = _default_scope(heads)
     options = (options or TrainingOptions()).changed(**changes)
     if scope == "auto":
         choice = _choose(view, task, heads, source, options, rule, progress)
@@ -159,14 +147,13 @@ class _Plan:
     provenance: Provenance
 
 
-def _check_call(task: object, source: object, options: object, rule: str) -> None:
-    expect(task, Task, "finetune", "give the task, whose train and valid splits are used")
-    if source is not None:
-        expect(source, Task, "finetune: source", "give the source task, not one of its splits")
-    if options is not None:
-        expect(options, TrainingOptions, "finetune: options", "or give them by name: epochs=5")
-    if rule not in ("gap", "race"):
-        raise InputError(f"rule={rule!r}: expected gap or race")
+def _default_scope(heads: object) -> Scope:
+    if heads is None:
+        raise InputError(
+            "finetune: expected heads= (a circuit or a list of heads to train) or scope=, such as "
+            'scope="full", which trains all weights'
+        )
+    return "decision"
 
 
 @hashed_once()
@@ -182,7 +169,7 @@ def _plan(
     chosen = _chosen(view, scope, heads, options)
     check_trainable(view)
     check_supported(view)
-    batch = next(task.train.batches(options.batch_size))
+    batch = next(task.train.batches(options.batch_size, apart=view.longrope_limit))
     check_caller_hooks(view, batch.tokens, batch.lengths)
     made_from = _made_from(view, scope, chosen, options, task, source)
     recorded = {"scope": scope, **asdict(options)}
@@ -198,8 +185,7 @@ def _run(
     view, options = plan.view, plan.options
     trainable = make_trainable(view, plan.scope, plan.heads, options)
     first = _lowest_trained(view, trainable) if options.keep_frozen else 0
-    done = False
-    try:
+    with undoing(trainable.restore):
         with trainable.attached():
             trained = Trainer(
                 AnswerPass(view, first_layer=first), trainable, plan.task, options, plan.source,
@@ -207,17 +193,18 @@ def _run(
             ).run()  # fmt: skip
             judged = None if judge is None else judge()
         learnt = trainable.learnt()
-        adapter = Adapter(plan.scope, plan.heads, learnt.slices, learnt.whole, plan.provenance)
-        done = True
-    finally:
-        if not (keep and done):
-            trainable.restore()
+        card = TaskCard.of(plan.task, getattr(view.tl, "tokenizer", None))
+        adapter = Adapter(
+            plan.scope, plan.heads, learnt.slices, learnt.whole, plan.provenance, card
+        )  # fmt: skip
+    changed = adapter.changes(view)
     if keep:
-        _keep(view, trainable, adapter)
+        _keep(view, adapter)
     result = _result(view, plan.scope, plan.heads, options, trainable, trained, adapter)
-    return replace(result, judged=judged)
+    return replace(result, judged=judged, changed=changed)
 
 
+@uses_model
 def drop_stale_checkpoint(
     checkpoint: Path,
     model: nn.Module | ModelView,
@@ -259,7 +246,7 @@ def _made_from(
     """Return everything that changes a number of a training run: the key of its checkpoint."""
     return {
         "scope": scope, "heads": [str(head) for head in chosen], "options": asdict(options),
-        "model": weight_hash(view), "task": task.hash,
+        "model": model_key(view), "task": task.hash,
         "source": None if source is None else source.hash,
     }  # fmt: skip
 
@@ -296,8 +283,9 @@ def _choose(
         now = evaluate(view, task.valid, task).accuracy
         return choose_by_gap(before, now, task.valid.chance)
     short = options.changed(epochs=1, patience=None, evaluate_every=1)
-    raced: dict[str, dict[str, Any]] = {}
-    for scope in ("decision", "near-zero"):
+    raced: dict[Scope, dict[str, Any]] = {}
+    scopes: tuple[Scope, Scope] = ("decision", "near-zero")
+    for scope in scopes:
         result = finetune(view, task, heads=heads, scope=scope, options=short, progress=progress)
         raced[scope] = result.to_dataframe().to_dict("records")[-1]  # type: ignore[assignment]
     return choose_by_race(raced)
@@ -307,9 +295,11 @@ def check_splits(task: Task, source: Task | None, options: TrainingOptions) -> N
     """Refuse data that cannot be learnt from, or not judged as asked.
 
     Raises:
-        InputError: an empty split, one with a single label, or no labels for macro-F1.
+        InputError: an empty split, one with a single label, validation on the training examples,
+            or no labels for macro-F1.
     """
     task.train.require_some()
+    task.require_held_out()
     present = [label for label, n in task.train.counts.items() if n]
     if len(present) < 2:
         raise InputError(
@@ -328,7 +318,9 @@ def check_splits(task: Task, source: Task | None, options: TrainingOptions) -> N
 
 def _check_lengths(view: ModelView, task: Task, source: Task | None) -> None:
     """Refuse before training what would fail in the middle, or read past the learned positions."""
-    for examples in (task.train, task.valid, *(() if source is None else (source.valid,))):
+    splits = (task.train, task.valid, *(() if source is None else (source.valid,)))
+    for examples in filter(len, splits):
+        check_examples(view, examples)
         longest = max((len(example.tokens) for example in examples), default=0)
         view.check_length(longest, f"{examples.name}: ")
 
@@ -358,13 +350,7 @@ def _circuit(view: ModelView, heads: Circuit | Iterable[Head | str] | None) -> C
     if isinstance(heads, Circuit):
         heads.check_model(view)
         return heads
-    if isinstance(heads, Head | str) or not isinstance(heads, Iterable):
-        raise InputError(
-            f"heads: expected a circuit or several heads, got {type(heads).__name__}; "
-            "scores.select(...) makes a circuit, and [Head(9, 6)] is a list of one"
-        )
-    shape = (view.n_layers, view.n_heads)
-    return Circuit(check_heads(heads, *shape), *shape)
+    return Circuit(view.heads(heads), view.n_layers, view.n_heads)
 
 
 def _lowest_trained(view: ModelView, trainable: Trainable) -> int:
@@ -379,10 +365,10 @@ def _lowest_trained(view: ModelView, trainable: Trainable) -> int:
     return min(layers, default=0)
 
 
-def _keep(view: ModelView, trainable: Trainable, adapter: Adapter) -> None:
-    """Leave the learnt values in the model, without anything of the training around them."""
-    trainable.restore()
-    adapter.apply(view, check=False)
+@unbroken
+def _keep(view: ModelView, adapter: Adapter) -> None:
+    """Leave the learnt values in the model, unless the call fails after all."""
+    take_back_if_failed(adapter.apply(view, check=False).remove)
 
 
 def _result(

@@ -8,16 +8,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cdt_lens.core.errors import InputError, UnsupportedModelError
-from cdt_lens.finetuning.trainable import Learnt, Master
+from cdt_lens.core.process_wide import ignored, seeded
+from cdt_lens.core.undo import take_back_at_end, undoing
+from cdt_lens.finetuning.trainable import Learnt, Master, flags_kept
 from cdt_lens.models.view import ModelView, at_least_float32
 from cdt_lens.models.weights import own_weights
 
@@ -52,6 +54,7 @@ class LowRank:
             from peft import LoraConfig
         except ImportError as error:
             raise InputError("scope 'lora' needs the peft library: pip install peft") from error
+        _refuse_peft(view)
         self.view = view
         self.names = tuple(
             f"blocks.{layer}.attn.W_{role}" for layer in range(view.n_layers) for role in "QKVO"
@@ -63,6 +66,10 @@ class LowRank:
         self._seed = seed
         self._layers: dict[str, Any] = {}
         self.masters: Sequence[Master] = ()
+        self._projections = [_place(self._root, name) for name in names]
+        before = vars(self._root)
+        self._config_before = {n: before[n] for n in ("peft_config",) if n in before}
+        take_back_at_end(self.restore)
         self._inject(names)
 
     @property
@@ -72,14 +79,9 @@ class LowRank:
     def _inject(self, names: list[str]) -> None:
         from peft import inject_adapter_in_model
 
-        flags = {p: p.requires_grad for p in self._root.parameters()}
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            # GPT-2's projections are stored transposed. peft corrects its flag and warns.
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")
-            torch.manual_seed(self._seed)
+        # GPT-2's projections are stored transposed. peft corrects its flag and warns.
+        with flags_kept(self._root.parameters()), seeded(self._seed), ignored("fan_in_fan_out"):
             inject_adapter_in_model(self._config, self._root)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
         self._layers = {name: self._root.get_submodule(name) for name in names}
         masters = []
         for name, layer in self._layers.items():
@@ -93,27 +95,23 @@ class LowRank:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Give gradients to A and B only, within the `with` block."""
-        flags = {p: p.requires_grad for p in self.view.tl.parameters()}
-        try:
-            for parameter in flags:
+        with flags_kept(self.view.tl.parameters()):
+            for parameter in self.view.tl.parameters():
                 parameter.requires_grad_(False)
             for master in self.masters:
                 master.value.requires_grad_(True)
             yield
-        finally:
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
 
     def write(self) -> None:
         """Do nothing, because the model runs with peft's layers."""
 
     def restore(self) -> None:
         """Remove peft's layers. The projections below them were never changed."""
-        for name, layer in self._layers.items():
-            parent, _, child = name.rpartition(".")
-            setattr(self._root.get_submodule(parent), child, layer.base_layer)
-        if self._layers:  # peft also leaves its configuration in the model
-            del self._root.peft_config
+        for parent, child, projection in self._projections:
+            setattr(parent, child, projection)
+        # peft also leaves its configuration in the model.
+        vars(self._root).pop("peft_config", None)
+        vars(self._root).update(self._config_before)
         self._layers = {}
 
     def learnt(self) -> Learnt:
@@ -123,17 +121,41 @@ class LowRank:
                 name: (layer.base_layer.weight, layer.get_delta_weight("default"))
                 for name, layer in self._layers.items()
             }
-            kept = [weight.clone() for weight, _ in merged.values()]
+            kept = [(weight, weight.clone()) for weight, _ in merged.values()]
             # Restore first, because the bridge reads its weights through the present modules.
             self.restore()
-            try:
+            with undoing(partial(_write_back, kept)):
                 for weight, delta in merged.values():
                     weight.copy_(at_least_float32(weight) + delta)
                 own = own_weights(self.view)
                 return Learnt({}, {name: own[name].clone().cpu() for name in self.names})
-            finally:
-                for (weight, _), before in zip(merged.values(), kept, strict=True):
-                    weight.copy_(before)
+
+
+def _place(root: nn.Module, name: str) -> tuple[nn.Module, str, nn.Module]:
+    """Return a module with its parent and its name there."""
+    parent, _, child = name.rpartition(".")
+    return root.get_submodule(parent), child, root.get_submodule(name)
+
+
+@torch.no_grad()
+def _write_back(kept: list[tuple[Tensor, Tensor]]) -> None:
+    for weight, before in kept:
+        weight.copy_(before)
+
+
+def _refuse_peft(view: ModelView) -> None:
+    """Refuse a model with peft layers, which those of the training would nest with."""
+    names = [
+        name
+        for name, module in view.tl.original_model.named_modules()
+        if hasattr(module, "base_layer")
+    ]
+    if names:
+        raise InputError(
+            f"{view.name}: scope 'lora': the model has peft layers of your own ({names[0]}). Merge "
+            "them into the weights (merge_and_unload of peft) and load the model again, or use "
+            "another scope"
+        )
 
 
 def _module_names(view: ModelView) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from cdt_lens.core.checked import Checked
-from cdt_lens.core.choices import KeyValue, Norms, Scope
+from cdt_lens.core.choices import Count, FromZero, KeyValue, Norms, Scope, Seed
 from cdt_lens.core.errors import InputError, did_you_mean
 
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -22,8 +22,6 @@ DEFAULT_RATES: Mapping[str, float] = MappingProxyType(
 
 # Those of transformers' schedules that need no more than warm-up and the number of steps.
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
-Count = Annotated[int, Field(ge=1)]
-FromZero = Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ class TrainingOptions(Checked):
     lora_rank: Count = 8
     lora_alpha: Count = 16
     checkpoint_every: Count | None = None
-    seed: Annotated[int, Field(ge=0, description="Seed of every random draw.")] = 0
+    seed: Annotated[Seed, Field(description="Seed of every random draw.")] = 0
 
     def changed(self, **changes: Any) -> TrainingOptions:
         """Return these options with some of another value.

@@ -40,6 +40,7 @@ class FineTuneResult(EqualByContent):
         provenance: origin of the result.
         adapter: the trained elements.
         judged: the measurement of the trained model that `judge` of `finetune` returned, or None.
+        changed: whether the adapter changes any weight.
     """
 
     scope: str
@@ -57,6 +58,7 @@ class FineTuneResult(EqualByContent):
     provenance: Provenance = field(repr=False)
     adapter: Adapter = field(repr=False)
     judged: Any = field(default=None, repr=False)
+    changed: bool = field(default=True, repr=False)
 
     def __repr__(self) -> str:
         sizes = f"{self.trained_parameters:,} parameters ({self.share:.2%})"
@@ -64,7 +66,23 @@ class FineTuneResult(EqualByContent):
         return display.line(
             self, self.scope, display.few(self.heads), sizes,
             f"target accuracy {' to '.join(accuracy)}", f"best epoch {self.best_epoch}",
+            *(["nothing was learnt"] if self.nothing_learnt else []),
         )  # fmt: skip
+
+    @property
+    def nothing_learnt(self) -> str:
+        """A sentence that says why nothing was learnt, or "" where something was."""
+        if self.best_epoch == 0:
+            return (
+                "Nothing was learnt: no epoch was better on the validation data than the untrained "
+                "model, so the adapter holds the base model's values."
+            )
+        if not self.changed:
+            return (
+                "Nothing was learnt: the training changed no weight. The learning rate may be too "
+                "small."
+            )
+        return ""
 
     @property
     def before(self) -> pd.Series:
@@ -100,4 +118,4 @@ class FineTuneResult(EqualByContent):
             f"Scope {self.scope}: {self.trained_parameters:,} of {self.total_parameters:,} "
             f"parameters trained ({self.share:.2%}); best epoch {self.best_epoch}"
         )
-        return display.html(title, self.history)
+        return display.html(f"{title}. {self.nothing_learnt}".rstrip(". "), self.history)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cdt_lens.circuits.circuit import Circuit, near_zero_heads, random_heads, random_heads_like
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Scope, Seed
 from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.finetuning.options import SCOPES
 from cdt_lens.models.heads import Head
@@ -33,7 +35,7 @@ class ScopeChoice:
     """
 
     rule: str
-    scope: str
+    scope: Scope
     inputs: Mapping[str, float]
 
 
@@ -51,7 +53,8 @@ def check_scope(scope: str) -> str:
     return scope
 
 
-def scope_heads(scope: str, circuit: Circuit | None, *, seed: int = 0) -> tuple[Head, ...]:
+@checked_arguments
+def scope_heads(scope: str, circuit: Circuit | None, *, seed: Seed = 0) -> tuple[Head, ...]:
     """Return the heads that `scope` trains; none for norms, full and lora.
 
     Args:
@@ -87,6 +90,7 @@ def _near_zero(circuit: Circuit) -> tuple[Head, ...]:
     return near_zero_heads(circuit.scores, circuit.heads)
 
 
+@checked_arguments
 def choose_by_gap(source: float, target: float, chance: float) -> ScopeChoice:
     """Choose by the `gap` rule.
 
@@ -103,7 +107,7 @@ def choose_by_gap(source: float, target: float, chance: float) -> ScopeChoice:
     )
 
 
-def choose_by_race(rows: Mapping[str, Mapping[str, Any]]) -> ScopeChoice:
+def choose_by_race(rows: Mapping[Scope, Mapping[str, Any]]) -> ScopeChoice:
     """Choose by the `race` rule: the scope with the better validation accuracy after a short run.
 
     Args:

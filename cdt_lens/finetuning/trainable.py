@@ -15,7 +15,7 @@ See docs/method/training.md, "Frozen by construction" (CT-SFT, arXiv 2601.08146,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cdt_lens.core.errors import UnsupportedModelError
+from cdt_lens.core.undo import unbroken, undoing
 from cdt_lens.finetuning.slices import HeadSlice
 from cdt_lens.models.sites import Hook, Site
 from cdt_lens.models.support import output_site
@@ -167,7 +168,7 @@ class SlicesAndWholes:
             Master(n, v, n.rsplit(".", 1)[-1].startswith("W")) for n, v in self._parts.items()
         ]
         masters += [
-            Master(name, value, not is_norm(name) and not is_bias(name))
+            Master(name, value, value.ndim > 1 and not is_norm(name) and not is_bias(name))
             for name, value in self._own_masters.items()
         ]
         self.masters: Sequence[Master] = tuple(masters)
@@ -177,34 +178,36 @@ class SlicesAndWholes:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Attach hooks and set gradient flags within the `with` block; restore both afterwards."""
-        flags = {p: p.requires_grad for p in self.view.tl.parameters()}
         grads = {p: p.grad for p in self.view.tl.parameters() if p.grad is not None}
-        handles = []
-        try:
-            for parameter in flags:
-                parameter.requires_grad_(False)
-                parameter.grad = None
-            for name, leaf in self._leaves.items():
-                leaf.requires_grad_(True)
-                master = self._own_masters[name]
-                if master is not leaf:
-                    handles.append(leaf.register_post_accumulate_grad_hook(_hand_over(master)))
-            if self._tied is not None:
-                source, copy = self._tied
-                copy.requires_grad_(True)
-                handles.append(
-                    copy.register_post_accumulate_grad_hook(
-                        _hand_over(self._own_masters[source], transpose=True)
-                    )
-                )
-            with self.view.hooked(self._hooks()):
-                yield
-        finally:
+        handles: list[Any] = []
+
+        def put_back() -> None:
             for handle in handles:
                 handle.remove()
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
+            for parameter in self.view.tl.parameters():
                 parameter.grad = grads.get(parameter)
+
+        with flags_kept(self.view.tl.parameters()), undoing(put_back):
+            self._prepare(handles)
+            with self.view.hooked(self._hooks()):
+                yield
+
+    @unbroken
+    def _prepare(self, handles: list[Any]) -> None:
+        """Let gradients reach the leaves only, and the masters from there."""
+        for parameter in self.view.tl.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for name, leaf in self._leaves.items():
+            leaf.requires_grad_(True)
+            master = self._own_masters[name]
+            if master is not leaf:
+                handles.append(leaf.register_post_accumulate_grad_hook(_hand_over(master)))
+        if self._tied is not None:
+            source, copy = self._tied
+            copy.requires_grad_(True)
+            hook = _hand_over(self._own_masters[source], transpose=True)
+            handles.append(copy.register_post_accumulate_grad_hook(hook))
 
     def _hooks(self) -> dict[Site, Hook]:
         hooks: dict[Site, Hook] = {}
@@ -282,6 +285,24 @@ class SlicesAndWholes:
             {part.name: (part.index, part.read().cpu()) for part in self.slices},
             {name: own[name].clone().cpu() for name in dict.fromkeys(names)},
         )
+
+
+def flags_kept(parameters: Iterable[nn.Parameter]) -> undoing:
+    """Put gradient flags back at the end of a `with` block.
+
+    Args:
+        parameters: the parameters.
+
+    Returns:
+        The context.
+    """
+    flags = {p: p.requires_grad for p in parameters}
+
+    def put_back() -> None:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+    return undoing(put_back)
 
 
 def _copy(value: Tensor) -> nn.Parameter:

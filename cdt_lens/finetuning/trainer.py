@@ -130,7 +130,8 @@ class Trainer:
                 if len(examples):
                     self.passes.prepare(examples, self.options.eval_batch_size)
         state = None if self.checkpoint is None else self.checkpoint.load()
-        if state is not None:
+        if state is not None and self.checkpoint is not None:
+            self.checkpoint.check_tensors(state, self._values())
             self._put(state.masters)
             _load_moments(optimizer, self.trainable, state.moments)
         if self.log is not None:
@@ -208,7 +209,8 @@ class Trainer:
             return iter(())
         examples = self.task.train
         chosen = Examples(tuple(examples[i] for i in own), examples.labels, examples.name)
-        return chosen.batches(self.options.micro_batch or len(own))
+        size = self.options.micro_batch or len(own)
+        return chosen.batches(size, apart=self.passes.view.longrope_limit)
 
     def _loss(self, batch: Batch) -> Tensor:
         """Compute the sum of the batch's losses, in nats."""

@@ -9,23 +9,32 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from cdt_lens.core import display
+from cdt_lens.core.axes import adapter_of, check_value
+from cdt_lens.core.kept import Cell
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.provenance import Provenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_TABLES = ("cells", "before", "auto")
 CELL_COLUMNS = (
     "target", "scope", "seed", "accuracy", "macro_f1", "source_accuracy", "source_macro_f1",
     "retention", "valid_accuracy", "valid_loss", "best_epoch", "heads", "trained_parameters",
     "share", "seconds", "learning_rate", "stopped",
 )  # fmt: skip
 BEFORE_COLUMNS = ("language", "accuracy", "macro_f1", "valid_accuracy", "examples")
-_TEXT = {"target", "scope", "stopped", "language", "rule", "chosen", "better", "right", "inputs"}
+_WORDS = {"target", "scope", "language", "rule", "chosen", "better", "inputs"}
+_TEXT = {*_WORDS, "stopped", "right"}
 AUTO_COLUMNS = ("target", "seed", "rule", "chosen", "better", "right", "inputs")
+_TABLES = {"cells": CELL_COLUMNS, "before": BEFORE_COLUMNS, "auto": AUTO_COLUMNS}
+
+
+class _Table(TypedDict):
+    columns: list[str]
+    rows: list[list[Cell]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +139,7 @@ class TransferResult(Saved):
             scopes=tuple(body["scopes"]), chance=_chance(body),
             discovery=body["discovery"], settings=body["settings"],
             provenance=None if provenance is None else Provenance.from_dict(provenance),
-            **{name: _from_json(body[name]) for name in _TABLES},
+            **{name: _from_json(name, body[name]) for name in _TABLES},
         )  # fmt: skip
 
 
@@ -151,11 +160,17 @@ def _plain(cell: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _from_json(table: Mapping[str, Any]) -> pd.DataFrame:
+def _from_json(name: str, table: Mapping[str, Any]) -> pd.DataFrame:
     """As it was: a target called "0.3" stays text, a missing number is NaN again."""
-    frame = pd.DataFrame(table["rows"], columns=table["columns"])
-    for name in set(frame) - _TEXT:
-        frame[name] = pd.to_numeric(frame[name])
+    check_value(name, table, adapter_of(_Table))
+    columns = table["columns"]
+    if not {*_TABLES[name]} <= {*columns} or len({*columns}) < len(columns):
+        raise ValueError(f"{name}: expected the columns {', '.join(_TABLES[name])}")
+    frame = pd.DataFrame(table["rows"], columns=columns)
+    for column in set(frame) - _TEXT:
+        frame[column] = pd.to_numeric(frame[column])
+    for column in set(frame) & _WORDS:
+        check_value(f"{name}.{column}", frame[column].tolist(), adapter_of(list[str | None]))
     return frame
 
 

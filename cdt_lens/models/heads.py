@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from cdt_lens.core.checked import checked_arguments, whole_number
 from cdt_lens.core.errors import InputError
 
 _PATTERN = re.compile(r"\s*[Ll](\d+)\s*[Hh](\d+)\s*|\s*(\d+)\.(\d+)\s*")
@@ -23,23 +24,23 @@ class Head:
         layer: layer, counted from 0.
         head: head in its layer, counted from 0.
 
+    Whole numbers of numpy and torch become Python's, so that equal heads are equal in a set too.
+
     Raises:
-        InputError: a number is negative.
+        InputError: a number is negative or no whole number.
     """
 
     layer: int
     head: int
 
     def __post_init__(self) -> None:
-        if self.layer < 0 or self.head < 0:
-            raise InputError(
-                f"Head({self.layer}, {self.head}): layer and head are counted from 0 upwards"
-            )
+        count_from_zero(self, "layer", "head")
 
     def __str__(self) -> str:
         return f"L{self.layer}H{self.head}"
 
     @classmethod
+    @checked_arguments
     def parse(cls, text: str) -> Head:
         """Parse a head's name.
 
@@ -67,17 +68,58 @@ class Mlp:
         layer: layer, counted from 0.
 
     Raises:
-        InputError: the layer is negative.
+        InputError: the layer is negative or no whole number.
     """
 
     layer: int
 
     def __post_init__(self) -> None:
-        if self.layer < 0:
-            raise InputError(f"Mlp({self.layer}): layers are counted from 0 upwards")
+        count_from_zero(self, "layer")
 
     def __str__(self) -> str:
         return f"M{self.layer}"
+
+
+def count_from_zero(place: object, *names: str) -> None:
+    """Make whole numbers of the fields that say where a part of the model is.
+
+    Args:
+        place: a frozen dataclass, whose fields are replaced.
+        names: names of the fields.
+
+    Raises:
+        InputError: a field is negative or no whole number.
+    """
+    for name in names:
+        value = getattr(place, name)
+        number = whole_number(value)
+        if number is None or number < 0:
+            values = ", ".join(str(getattr(place, n)) for n in names)
+            raise InputError(
+                f"{type(place).__name__}({values}): {' and '.join(names)} are whole numbers, "
+                "counted from 0 upwards"
+            )
+        object.__setattr__(place, name, number)
+
+
+def count_from_one(place: object, *names: str) -> None:
+    """Make whole numbers of the fields that say how many parts there are.
+
+    Args:
+        place: a frozen dataclass, whose fields are replaced.
+        names: names of the fields.
+
+    Raises:
+        InputError: a field is below 1 or no whole number.
+    """
+    for name in names:
+        number = whole_number(getattr(place, name))
+        if number is None or number < 1:
+            raise InputError(
+                f"{type(place).__name__}: {name}={getattr(place, name)!r}: expected a whole number "
+                "of at least 1"
+            )
+        object.__setattr__(place, name, number)
 
 
 def check_heads(heads: Iterable[Head | str], n_layers: int, n_heads: int) -> tuple[Head, ...]:
@@ -97,7 +139,8 @@ def check_heads(heads: Iterable[Head | str], n_layers: int, n_heads: int) -> tup
     read = [Head.parse(head) if isinstance(head, str) else head for head in heads]
     for head in read:
         if not isinstance(head, Head):
-            raise InputError(f"head {head!r}: expected Head(9, 6) or 'L9H6'")
+            given = " ".join(repr(head).split())[:60]
+            raise InputError(f"head {given}: expected Head(9, 6) or 'L9H6'")
     ordered = tuple(sorted(set(read)))
     for head in ordered:
         if head.layer >= n_layers or head.head >= n_heads:

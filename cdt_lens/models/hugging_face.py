@@ -1,15 +1,15 @@
 """Load a Hugging Face model and its tokenizer from a hub name, a folder or a GGUF file.
 
-Missing, damaged or randomly initialised weights raise an error. The loaded weights are plain
-floats.
+Weights that are missing, damaged, left over or randomly initialised raise an error, and code that a
+folder brings along is never run. The loaded weights are plain floats.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import warnings
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging as hf_logging
 
 from cdt_lens.core.errors import InputError
+from cdt_lens.core.process_wide import GENERATOR, ignored, process_wide
+from cdt_lens.models.gguf import check_gguf
+
+_EPSILON = re.compile(r"(^|_)eps(ilon)?$")
+# Buffers that old checkpoints hold and that transformers computes.
+_COMPUTED = re.compile(r"(^|\.)(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 
 
 def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -30,40 +36,129 @@ def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32)
         The model and the tokenizer.
 
     Raises:
-        InputError: there is no such folder or file, it is damaged or incomplete, or the hub cannot
-            be reached.
+        InputError: there is no such folder or file, it is damaged or incomplete, it needs code of
+            its own, its configuration names other weights than it holds, or the hub cannot be
+            reached.
     """
     path = Path(source)
     if path.suffix == ".gguf":
         return _from_gguf(path, dtype)
-    is_local = path.exists() or path.is_absolute() or str(source).startswith(".")
-    if is_local and not (path / "config.json").is_file():
-        raise InputError(
-            f"{source}: expected a Hugging Face folder with a config.json, or a .gguf file"
-        )
+    is_local = _is_local(source)
     try:
-        # Eager attention: the bridge reads and edits its pattern.
+        # Eager attention: the bridge reads and edits its pattern. Without an answer about its code,
+        # transformers asks for one on the terminal.
         model, loading_info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation="eager", output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+            source, dtype=dtype, attn_implementation="eager", output_loading_info=True,
+            trust_remote_code=False,
+        )  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the errors of transformers and safetensors have no common class
-        reason = (
-            "the folder is damaged or incomplete"
-            if is_local
-            else (
-                "there is no such folder here, and the hub did not provide it; check the name and "
-                "the network, or pass a local folder"
-            )
+        raise InputError(f"{source}: cannot be loaded: {_reason(error, is_local)}") from error
+    _check_complete(source, model, loading_info)
+    _check_configuration(source, model.config.to_dict())
+    _check_words(source, tokenizer)
+    return model, tokenizer
+
+
+def _reason(error: Exception, is_local: bool) -> str:
+    """Return why a folder or a hub name cannot be loaded."""
+    if "trust_remote_code" in str(error) or "custom code" in str(error):
+        return (
+            "the model or its tokenizer needs code of its own, which is never run here. Convert it "
+            "to a family that transformers contains."
         )
-        raise InputError(f"{source}: cannot be loaded: {reason} ({first_line(error)})") from error
-    missing = [*loading_info["missing_keys"], *(key[0] for key in loading_info["mismatched_keys"])]
+    if is_local:
+        return f"the folder is damaged or incomplete ({first_line(error)})"
+    return (
+        "there is no such folder here, and the hub did not provide it; check the name and the "
+        f"network, or pass a local folder ({first_line(error)})"
+    )
+
+
+def _check_complete(source: str | Path, model: Any, info: Mapping[str, Any]) -> None:
+    """Refuse weights that would be random, and weights of the model that nothing would read."""
+    missing = [*sorted(info["missing_keys"]), *(key[0] for key in info["mismatched_keys"])]
     if missing:
         raise InputError(
             f"{source}: {len(missing)} weights are missing or of another shape; the first is "
             f"{missing[0]}. They would be random. Save the model again."
         )
-    return model, tokenizer
+    # Weights beside the language model, such as those of a value head, do not act on its logits.
+    parts = {name for root in (model, model.base_model) for name, _ in root.named_children()}
+    unread = [key for key in sorted(info["unexpected_keys"]) if key.split(".")[0] in parts]
+    unread = [key for key in unread if not _COMPUTED.search(key)]
+    if unread:
+        raise InputError(
+            f"{source}: {len(unread)} weights have no place in the model that its configuration "
+            f"describes; the first is {unread[0]}. They would not be read. Use the configuration "
+            "that belongs to the weights."
+        )
+
+
+def _check_configuration(source: str | Path, values: Mapping[str, Any]) -> None:
+    """Refuse numbers that no model can have: NaN anywhere, and a negative epsilon."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            _check_configuration(source, value)
+        if not isinstance(value, float | int):
+            continue
+        if math.isnan(value) or (_EPSILON.search(name) and not 0 <= value < math.inf):
+            raise InputError(
+                f"{source}: its configuration says {name}={value}; expected a finite number of at "
+                "least 0"
+            )
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """Load the tokenizer of a model without the model, to check data before a long load.
+
+    Args:
+        source: a hub name, a folder or a `.gguf` file.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        InputError: there is no such folder or file, or it holds no tokenizer that can be read.
+    """
+    path = Path(source)
+    packed = path.suffix == ".gguf"
+    if packed and not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if not packed:
+        _is_local(source)
+    where, options = (path.parent, {"gguf_file": path.name}) if packed else (source, {})
+    try:
+        return AutoTokenizer.from_pretrained(str(where), trust_remote_code=False, **options)
+    except Exception as error:  # the errors of the tokenizer libraries have no common class
+        raise InputError(
+            f"{source}: its tokenizer cannot be loaded ({first_line(error)}). Check the name and "
+            "the network, or save the tokenizer again."
+        ) from error
+
+
+def _is_local(source: str | Path) -> bool:
+    """Return whether `source` is a folder here, which must then hold a model."""
+    path = Path(source)
+    is_local = path.exists() or path.is_absolute() or str(source).startswith(".")
+    if is_local and not (path / "config.json").is_file():
+        raise InputError(
+            f"{source}: expected a Hugging Face folder with a config.json, or a .gguf file"
+        )
+    return is_local
+
+
+def _check_words(source: str | Path, tokenizer: Any) -> None:
+    """Refuse a vocabulary in which two words share an id: each save would lose another one."""
+    words: dict[int, str] = {}
+    for word, number in tokenizer.get_vocab().items():
+        other = words.setdefault(number, word)
+        if other != word:
+            first, second = sorted((other, word))
+            raise InputError(
+                f"{source}: its tokenizer gives the id {number} to {first!r} and to {second!r}. "
+                "The file is damaged. Fetch it again."
+            )
 
 
 def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -71,16 +166,28 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         raise InputError(f"{path}: no such file")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), gguf_file=path.name, dtype=dtype
+        loaded, loading_info = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=dtype, output_loading_info=True
         )
     except Exception as error:  # the gguf reader's errors have no common class
         raise InputError(
             f"{path}: cannot be read as GGUF ({first_line(error)}). It may be cut short. Fetch it "
             "again."
         ) from error
-    # transformers marks the model as quantised and then refuses to save or wrap it. Its weights
-    # are plain floats by now, so they are copied into a fresh model of the same class.
+    _check_complete(path, loaded, loading_info)
+    check_gguf(path, loaded.config)
+    clean = _unquantised(loaded, dtype)
+    _check_configuration(path, clean.config.to_dict())
+    _check_words(path, tokenizer)
+    return clean, tokenizer
+
+
+def _unquantised(loaded: Any, dtype: torch.dtype) -> Any:
+    """Return a fresh model with the weights of one that was read from a GGUF file.
+
+    transformers marks such a model as quantised and then refuses to save or wrap it. Its weights
+    are plain floats by now.
+    """
     config = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         config.pop(key, None)
@@ -96,7 +203,7 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     clean.load_state_dict(loaded.state_dict())
     clean.tie_weights()
     clean.generation_config = loaded.generation_config
-    return clean.eval(), tokenizer
+    return clean.eval()
 
 
 def first_line(error: Exception) -> str:
@@ -112,21 +219,31 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
 
 
-@contextlib.contextmanager
-def third_party_noise_off() -> Iterator[None]:
-    """Hide progress bars and warnings of the loading libraries within the `with` block."""
-    verbosity = hf_logging.get_verbosity()
-    bars = hf_logging.is_progress_bar_enabled()
-    root = logging.getLogger().level
-    try:
+def third_party_noise_off() -> process_wide:
+    """Hide progress bars and warnings of the loading libraries within the `with` block.
+
+    The block leaves torch's generator as it was: a model that is created before its weights are
+    read draws random ones.
+
+    Returns:
+        The context.
+    """
+    root = logging.getLogger()
+
+    def hush() -> None:
         hf_logging.set_verbosity_error()
         hf_logging.disable_progress_bar()
-        logging.getLogger().setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        logging.getLogger().setLevel(root)
-        if bars:
-            hf_logging.enable_progress_bar()
+        root.setLevel(logging.ERROR)
+        ignored().__enter__()  # until the scope of the block closes
+
+    return process_wide(
+        (hf_logging.get_verbosity, hf_logging.set_verbosity),
+        (hf_logging.is_progress_bar_enabled, _show_bars),
+        (lambda: root.level, root.setLevel),
+        GENERATOR,
+        change=hush,
+    )
+
+
+def _show_bars(shown: bool) -> None:
+    (hf_logging.enable_progress_bar if shown else hf_logging.disable_progress_bar)()

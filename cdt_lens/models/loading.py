@@ -7,9 +7,10 @@ and not for every family. Otherwise `TransformerBridge` is used.
 
 from __future__ import annotations
 
+import copy
 import os
-import tempfile
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Backend
-from cdt_lens.core.errors import InputError, UnsupportedModelError
+from cdt_lens.core.errors import CdtLensError, InputError, UnsupportedModelError
+from cdt_lens.core.scratch import temporary_folder
 from cdt_lens.models.hugging_face import first_line, load_hugging_face, third_party_noise_off
+from cdt_lens.models.positions import difference, sample_lengths
 from cdt_lens.models.support import check_supported
 from cdt_lens.models.view import is_model, view_of
 
@@ -31,19 +35,16 @@ _HOOKED_FAMILIES = frozenset(
     }
 )  # fmt: skip
 
-
-# The errors of transformer-lens on an unexpected configuration have no common class.
-_READING_FAILED = (
-    AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError,
-)  # fmt: skip
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@checked_arguments
 def load_model(
     source: str | Path | nn.Module,
     *,
     backend: Backend = "auto",
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     n_ctx: int | None = None,
 ) -> Any:
     """Load a model for every function of this package and check it against the rules.
@@ -54,9 +55,9 @@ def load_model(
         backend: "hooked" for `HookedTransformer` (transformer-lens 3.x), "bridge" for
             `TransformerBridge`, or "auto", which uses the first where it is available and correct.
         device: the device. None uses the GPU of this process if there is one, otherwise the CPU.
-        dtype: floating point type of the weights.
-        n_ctx: context length for `HookedTransformer`, which allocates masks of that size. None uses
-            the model's own, at most 2048.
+        dtype: floating point type of the weights, such as `torch.bfloat16` or "bfloat16".
+        n_ctx: context length: longer prompts are refused. None uses the model's own. A
+            `HookedTransformer`, which allocates tables of that size, then has at most 2048.
 
     Returns:
         The TransformerLens model, in evaluation mode. Its logits equal those of Hugging Face.
@@ -74,12 +75,15 @@ def load_model(
             )
         check_supported(view_of(source))
         return source
+    dtype, n_ctx = _checked_dtype(dtype), _checked_length(n_ctx)
     where = _checked_device(device) if device is not None else default_device()
     with third_party_noise_off():
         hf_model, tokenizer = load_hugging_face(source, dtype=dtype)
-        name = _name_of(source)
+        _check_fits(hf_model, n_ctx)
         model = _wrapped(hf_model, tokenizer, backend, where, dtype, n_ctx)
-    model.cfg.model_name = name
+    model.cfg.model_name = _name_of(source)
+    if n_ctx is not None:
+        model.cfg.n_ctx = n_ctx
     model.eval()
     check_supported(view_of(model))
     return model
@@ -94,17 +98,50 @@ def _wrapped(
     transformer-lens ignores some options of a family without a warning, such as a rotary scaling or
     the bias of a projection. Only the numbers show it.
     """
+    if backend not in ("auto", "hooked", "bridge"):
+        raise InputError(f"backend={backend!r}: expected auto, hooked or bridge")
     family = type(hf_model).__name__
-    if _use_hooked(backend, family):
+    if backend == "hooked" or (backend == "auto" and _may_be_hooked(family)):
         try:
-            return _agreeing(
-                hf_model, "HookedTransformer", dtype,
-                lambda: _hooked(hf_model, tokenizer, device, dtype, n_ctx),
-            )  # fmt: skip
-        except UnsupportedModelError as error:
+            return _hooked_of(hf_model, tokenizer, device, dtype, n_ctx)
+        except (InputError, UnsupportedModelError) as error:
             if backend == "hooked":
-                raise UnsupportedModelError(f"{error}; use backend='bridge'") from error
+                advice = _advice(hf_model, tokenizer, device, dtype)
+                raise type(error)(f"{error}{advice}") from error
     return bridge_of(hf_model, tokenizer, device=device, dtype=dtype)
+
+
+def _may_be_hooked(family: str) -> bool:
+    return has_hooked_transformer() and family in _HOOKED_FAMILIES
+
+
+def _hooked_of(
+    hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype, n_ctx: int | None
+) -> Any:
+    """Make a `HookedTransformer` whose logits equal those of Hugging Face, or refuse."""
+    family = type(hf_model).__name__
+    if not has_hooked_transformer():
+        raise InputError(
+            "backend='hooked': this transformer-lens has no HookedTransformer; install "
+            "'transformer-lens<4'"
+        )
+    if family not in _HOOKED_FAMILIES:
+        raise UnsupportedModelError(
+            f"{family}: HookedTransformer does not read this family correctly"
+        )
+    return _agreeing(
+        hf_model, "HookedTransformer", dtype,
+        lambda model, dtype: _hooked(model, tokenizer, device, dtype, n_ctx),
+    )  # fmt: skip
+
+
+def _advice(hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype) -> str:
+    """Return the advice to use the bridge, if the bridge supports the model."""
+    try:
+        check_supported(view_of(bridge_of(hf_model, tokenizer, device=device, dtype=dtype)))
+    except CdtLensError as error:
+        return f". TransformerBridge refuses it too: {error}"
+    return "; use backend='bridge'"
 
 
 def bridge_of(
@@ -125,20 +162,39 @@ def bridge_of(
         UnsupportedModelError: the bridge's logits differ from the model's.
     """
     return _agreeing(
-        hf_model, "TransformerBridge", dtype, lambda: _bridge(hf_model, tokenizer, device, dtype)
-    )
+        hf_model, "TransformerBridge", dtype,
+        lambda model, dtype: _bridge(model, tokenizer, device, dtype),
+    )  # fmt: skip
 
 
-def _agreeing(hf_model: Any, kind: str, dtype: torch.dtype, make: Callable[[], Any]) -> Any:
-    """Wrap `hf_model` with `make` and check that the logits equal those of Hugging Face."""
+# Wraps a Hugging Face model in a class of TransformerLens.
+_Make = Callable[[Any, torch.dtype], Any]
+
+
+def _agreeing(hf_model: Any, kind: str, dtype: torch.dtype, make: _Make) -> Any:
+    """Wrap `hf_model` with `make` and check that the logits equal those of Hugging Face.
+
+    In half precision the logits of a correct model differ by some percent, which would hide a wrong
+    one. So its first layers are compared in float32 before.
+    """
+    if dtype.itemsize < 4:
+        start = _first_layers(hf_model)
+        check_supported(view_of(_compared(start, kind, torch.float32, make)))
+    return _compared(hf_model, kind, dtype, make)
+
+
+def _compared(hf_model: Any, kind: str, dtype: torch.dtype, make: _Make) -> Any:
     # Before wrapping: the bridge takes the model's modules apart.
-    tokens, expected = _sample(hf_model)
+    samples = [_sample(hf_model, length) for length in sample_lengths(hf_model.config)]
     try:
-        model = make()
-        if _agrees(model, tokens, expected, dtype):
+        model = make(hf_model, dtype)
+        reason = None if kind == "TransformerBridge" else difference(hf_model, model)
+        if reason is None and all(_agrees(model, *sample, dtype) for sample in samples):
             return model.eval()
-        reason = "its logits differ from Hugging Face's"
-    except _READING_FAILED as error:
+        reason = reason or "its logits differ from Hugging Face's"
+    except (CdtLensError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformer-lens' errors have no common class
         reason = first_line(error)
     raise UnsupportedModelError(
         f"{type(hf_model).__name__}: {kind} does not read this configuration correctly ({reason}), "
@@ -146,12 +202,37 @@ def _agreeing(hf_model: Any, kind: str, dtype: torch.dtype, make: Callable[[], A
     )
 
 
-def _sample(hf_model: Any) -> tuple[Tensor, Tensor]:
+def _first_layers(hf_model: Any) -> Any:
+    """Return a float32 copy of the first layers, with one of each kind, and of both ends."""
+    config = hf_model.config.get_text_config()
+    layers = config.num_hidden_layers
+    kinds = list(getattr(config, "layer_types", None) or ())
+    kept = min(layers, max([2, *(kinds.index(kind) + 1 for kind in set(kinds))]))
+    stacks = [
+        (module, name, child)
+        for module in hf_model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == layers
+    ]
+    try:
+        for module, name, stack in stacks:
+            setattr(module, name, stack[:kept])
+        copied = copy.deepcopy(hf_model)
+    finally:
+        for module, name, stack in stacks:
+            setattr(module, name, stack)
+    shorter = copied.config.get_text_config()
+    if kinds:
+        shorter.layer_types = kinds[:kept]
+    shorter.num_hidden_layers = kept
+    return copied.float()
+
+
+def _sample(hf_model: Any, length: int) -> tuple[Tensor, Tensor]:
     """Return a few random tokens and the logits of Hugging Face's own model for them."""
-    config = hf_model.config
-    limit = getattr(config, "max_position_embeddings", None) or 64
+    vocabulary = hf_model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (2, min(64, limit)), generator=generator)
+    tokens = torch.randint(vocabulary, (2, length), generator=generator)
     with torch.no_grad():
         return tokens, hf_model.eval()(tokens).logits.float()
 
@@ -162,10 +243,42 @@ def _agrees(model: Any, tokens: Tensor, expected: Tensor, dtype: torch.dtype) ->
     actual = view.logits(tokens).float().cpu()
     expected = expected[:, : view.n_ctx]
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
-    # `check_supported` runs later and names the weights that are not finite.
     if not bool(torch.isfinite(expected).all()):
-        return True
+        # `check_supported` runs later and names the weights that are not finite.
+        return not all(bool(torch.isfinite(weight).all()) for weight in view.tl.parameters())
     return bool((actual - expected).norm() <= tolerance * expected.norm())
+
+
+def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return a floating point type, which may be given by its name."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or found not in _DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+        raise InputError(f"dtype={dtype!r}: expected one of {names}, or torch's type")
+    return found
+
+
+def _checked_length(n_ctx: Any) -> int | None:
+    if n_ctx is None:
+        return None
+    if isinstance(n_ctx, bool) or not isinstance(n_ctx, Integral) or n_ctx < 1:
+        raise InputError(f"n_ctx={n_ctx!r}: expected a whole number of at least 1, or None")
+    return int(n_ctx)
+
+
+def _check_fits(hf_model: Any, n_ctx: int | None) -> None:
+    limit = _own_context(hf_model.config)
+    if n_ctx is not None and limit is not None and n_ctx > limit:
+        raise InputError(f"n_ctx={n_ctx}: this model reads at most {limit} tokens")
+
+
+def _own_context(config: Any) -> int | None:
+    """Return the number of tokens that a model reads, or None where the configuration is silent."""
+    config = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    return None
 
 
 def _checked_device(device: str | torch.device) -> str:
@@ -185,26 +298,6 @@ def default_device() -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
 
 
-def _use_hooked(backend: Backend, family: str) -> bool:
-    if backend == "bridge":
-        return False
-    if backend not in ("auto", "hooked"):
-        raise InputError(f"backend={backend!r}: expected auto, hooked or bridge")
-    possible = has_hooked_transformer()
-    if backend == "auto":
-        return possible and family in _HOOKED_FAMILIES
-    if not possible:
-        raise InputError(
-            "backend='hooked': this transformer-lens has no HookedTransformer; install "
-            "'transformer-lens<4' or use backend='bridge'"
-        )
-    if family not in _HOOKED_FAMILIES:
-        raise UnsupportedModelError(
-            f"{family}: HookedTransformer does not read this family correctly; use backend='bridge'"
-        )
-    return True
-
-
 def has_hooked_transformer() -> bool:
     """Return whether the installed transformer-lens has `HookedTransformer` (3.x)."""
     try:
@@ -221,12 +314,12 @@ def _hooked(
     from transformer_lens.weight_processing import ProcessWeights
 
     config = hf_model.config
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 2048)
-    length = min(n_ctx or 2048, int(limit or 2048))
-    with tempfile.TemporaryDirectory(prefix="cdt-lens-") as folder:
+    limit = _own_context(config) or 2048
+    length = min(n_ctx or 2048, limit)
+    with temporary_folder() as folder:
         # transformer-lens recognises known models by substrings of the path, so it gets the
         # configuration under a neutral path.
-        shown = Path(folder) / "model"
+        shown = folder / "model"
         if not hasattr(config, "n_ctx"):
             config.n_ctx = limit
         config.architectures = [type(hf_model).__name__]
@@ -239,9 +332,9 @@ def _hooked(
             str(shown), cfg, hf_model, dtype=dtype
         )
         # It also reads the tokenizer again from its path. The path of a GGUF file holds none.
-        tokenizer.save_pretrained(shown)
-        model = HookedTransformer(cfg, AutoTokenizer.from_pretrained(shown), move_to_device=False)
+        model = HookedTransformer(cfg, _saved_and_read(tokenizer, shown), move_to_device=False)
     model.tokenizer.name_or_path = tokenizer.name_or_path
+    model.hugging_face_config = config  # for `models.configuration`
     state = model.fill_missing_keys({k: v.detach() for k, v in state.items()})
     state = ProcessWeights.process_weights(
         state, cfg, fold_ln=False, center_writing_weights=False, center_unembed=False,
@@ -257,6 +350,17 @@ def _hooked(
     return model
 
 
+def _saved_and_read(tokenizer: Any, folder: str | Path) -> Any:
+    try:
+        tokenizer.save_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises a bare Exception
+        raise InputError(
+            f"tokenizer: it cannot be saved and read again ({first_line(error)}). Use the "
+            "tokenizer that belongs to the model."
+        ) from error
+
+
 def _fixed_positions(hf_model: Any) -> tuple[str, ...]:
     # A learned position table has its length in the weights; it cannot be cut.
     return ("n_ctx",) if type(hf_model).__name__ == "GPT2LMHeadModel" else ()
@@ -266,11 +370,10 @@ def _bridge(hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype) -> A
     from transformer_lens.model_bridge import TransformerBridge
 
     hf_model.config.architectures = [type(hf_model).__name__]
-    with tempfile.TemporaryDirectory(prefix="cdt-lens-") as folder:
+    with temporary_folder() as folder:
         # As above: the tokenizer may be read again from its path.
-        tokenizer.save_pretrained(folder)
         model = TransformerBridge.boot_transformers(
-            "model", hf_model=hf_model.to(device), tokenizer=AutoTokenizer.from_pretrained(folder),
+            "model", hf_model=hf_model.to(device), tokenizer=_saved_and_read(tokenizer, folder),
             device=device, dtype=dtype,
         )  # fmt: skip
     model.tokenizer.name_or_path = tokenizer.name_or_path

@@ -18,9 +18,23 @@ import torch
 
 import cdt_lens
 from cdt_lens.core.errors import ArtifactError
+from cdt_lens.core.undo import undoing
 from cdt_lens.models.caller_hooks import caller_hooks
+from cdt_lens.models.configuration import (
+    configuration,
+    digest as digest_of,
+    first_difference,
+)
 from cdt_lens.models.view import ModelView
-from cdt_lens.models.weights import BLOCK_WEIGHTS, END_WEIGHTS, canonical, first_tensor, is_bias
+from cdt_lens.models.weights import (
+    BLOCK_WEIGHTS,
+    END_WEIGHTS,
+    adapter_layers,
+    canonical,
+    first_tensor,
+    is_bias,
+    other_parameters,
+)
 
 # The hashes of the models within `hashed_once`.
 _HASHES: ContextVar[dict[Any, str] | None] = ContextVar("weight hashes", default=None)
@@ -44,11 +58,13 @@ class Provenance:
         versions: versions of Python and of the packages.
         command: the command line, or "python".
         created: time in UTC, in ISO format.
+        configuration: the values besides the weights that change the model's logits, see
+            `models.configuration`. Empty in files of 0.3.0.
     """
 
     model: str
     model_hash: str
-    model_shape: Mapping[str, int]
+    model_shape: Mapping[str, int | bool]
     task: str
     task_hash: str
     examples: Mapping[str, int]
@@ -57,6 +73,7 @@ class Provenance:
     versions: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
     created: str = ""
+    configuration: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain nested values."""
@@ -77,30 +94,48 @@ class Provenance:
     @property
     def key(self) -> dict[str, Any]:
         """What the result was made from, by the names of a kept result's key (`core.kept`)."""
-        key: dict[str, Any] = {"model": self.model_hash, "data": self.task_hash}
+        key: dict[str, Any] = {"model": self.model_key, "data": self.task_hash}
         if "baseline_hash" in self.options:
             key["baseline"] = self.options["baseline_hash"]
         if "cdt_lens" in self.versions:
             key["version"] = self.versions["cdt_lens"]
         return key
 
+    @property
+    def model_key(self) -> str:
+        """The model in the key of a kept result, see `model_key`."""
+        return _model_key(self.model_hash, self.configuration)
+
+    def difference(self, model_hash: str, values: Mapping[str, Any]) -> str | None:
+        """Compare the model of this provenance with another one.
+
+        Args:
+            model_hash: the weight hash of the other model.
+            values: its configuration. What one of the two does not record is not compared.
+
+        Returns:
+            What differs, in words, or None.
+        """
+        if model_hash != self.model_hash:
+            return f"weights {self.model_hash[:12]}, and here {model_hash[:12]}"
+        return first_difference(self.configuration, values)
+
     def check_model(self, view: ModelView, what: str) -> None:
-        """Check that a model has the weights of this provenance.
+        """Check that a model has the weights and the configuration of this provenance.
 
         Args:
             view: the model.
             what: name of the result in the error message, such as "this baseline".
 
         Raises:
-            ArtifactError: the weight hashes differ. The message shows both.
+            ArtifactError: the model is another one. The message shows what differs.
         """
-        actual = weight_hash(view)
-        if actual != self.model_hash:
+        different = self.difference(weight_hash(view), configuration(view))
+        if different is not None:
             raise ArtifactError(
-                f"{what} was made with model {self.model} (weights {self.model_hash[:12]}), "
-                f"this model is {view.name} (weights {actual[:12]}, in {str(view.dtype)[6:]}). "
-                "Load that model in the type that it had then, or compute the result again with "
-                "this model."
+                f"{what} was made with another model than {view.name} in {str(view.dtype)[6:]}: "
+                f"model {self.model} ({different}). Load that model in the type that it had then, "
+                "or compute the result again with this model."
             )
 
 
@@ -136,6 +171,7 @@ def provenance_of(
         task_hash=examples.hash,
         examples=dict(examples.counts),
         options={**options, **(named_hooks if hooks else {})},
+        configuration=configuration(view),
         seed=seed,
         versions=versions(),
         command=command_line(),
@@ -173,19 +209,18 @@ def hashed_once() -> Iterator[None]:
     if _HASHES.get() is not None:
         yield
         return
-    token = _HASHES.set({})
-    try:
+    with undoing(lambda: _HASHES.set(None)):
+        _HASHES.set({})
         yield
-    finally:
-        _HASHES.reset(token)
 
 
 def weight_hash(view: ModelView) -> str:
     """Compute the sha256 over the weights in TransformerLens layout, in a fixed order.
 
     The same weights in a `HookedTransformer` and in a `TransformerBridge` have the same hash.
-    Weights that TransformerLens has folded or centred have another one. Biases of zero do not
-    count, and neither does the configuration (such as a rotary base).
+    Weights that TransformerLens has folded or centred have another one. Weights without a name in
+    TransformerLens and peft's active adapters count, biases of zero do not. The configuration is
+    not in the hash, see `models.configuration`.
 
     Args:
         view: the model.
@@ -208,10 +243,33 @@ def _hashed(view: ModelView) -> str:
         parts += [(block, f"{layer}.", name) for name in BLOCK_WEIGHTS]
     for module, prefix, names in parts:
         tensor = first_tensor(module, names)
-        if tensor is None or (is_bias(names) and not bool(tensor.any())):
-            continue
-        shape = f"{tuple(tensor.shape)}:{tensor.dtype}"
-        digest.update(f"{prefix}{canonical(names)}:{shape}\n".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().data)
+        if tensor is not None and not (is_bias(names) and not bool(tensor.any())):
+            _add(digest, f"{prefix}{canonical(names)}", tensor)
+    for name, parameter in sorted(other_parameters(view).items()):
+        _add(digest, name, parameter)
+    for adapted, added in adapter_layers(view).items():
+        for name, parameter in added.items():
+            _add(digest, f"{adapted}.{name}", parameter)
     return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}\n".encode())
+    flat = tensor.detach().cpu().contiguous().flatten()
+    digest.update(flat.view(torch.uint8).numpy().data)
+
+
+def model_key(view: ModelView) -> str:
+    """Return the model in the key of a kept result: its weights and its configuration.
+
+    Args:
+        view: the model.
+
+    Returns:
+        The weight hash and a hash of the configuration.
+    """
+    return _model_key(weight_hash(view), configuration(view))
+
+
+def _model_key(model_hash: str, values: Mapping[str, Any]) -> str:
+    return f"{model_hash}.{digest_of(values)}"

@@ -60,23 +60,27 @@ def _shared_calls(calls: list[BlockCall], batch: int) -> tuple[BlockCall, ...]:
     Right-padded prompts share masks and positions. A model whose rows differ cannot be replayed,
     and `UnsupportedModelError` is raised.
     """
-    rows: dict[int, Any] = {}
-
-    def one_row(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(one_row(item) for item in value)
-        if not isinstance(value, Tensor) or batch == 1 or value.shape[:1] != (batch,):
-            return value
-        if id(value) not in rows:
-            if not bool((value == value[:1]).all()):
-                raise UnsupportedModelError(
-                    "the model passes its blocks a mask or positions that differ between prompts "
-                    "padded on the right; no rule exists for that"
-                )
-            rows[id(value)] = value[:1]
-        return rows[id(value)]
-
+    rows: dict[int, Tensor] = {}
     return tuple(
-        BlockCall(one_row(call.args), {k: one_row(v) for k, v in call.kwargs.items()})
+        BlockCall(
+            _one_row(call.args, batch, rows),
+            {name: _one_row(value, batch, rows) for name, value in call.kwargs.items()},
+        )
         for call in calls
     )
+
+
+def _one_row(value: Any, batch: int, rows: dict[int, Tensor]) -> Any:
+    """Return the first row of a tensor whose rows are equal; `rows` holds those that were made."""
+    if isinstance(value, tuple):
+        return tuple(_one_row(item, batch, rows) for item in value)
+    if not isinstance(value, Tensor) or batch == 1 or value.shape[:1] != (batch,):
+        return value
+    if id(value) not in rows:
+        if not bool((value == value[:1]).all()):
+            raise UnsupportedModelError(
+                "the model passes its blocks a mask or positions that differ between prompts "
+                "padded on the right; no rule exists for that"
+            )
+        rows[id(value)] = value[:1]
+    return rows[id(value)]

@@ -16,9 +16,9 @@ reach, so that padding cannot change a number.
 
 from __future__ import annotations
 
-import warnings
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -28,7 +28,11 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from cdt_lens.core.errors import InputError, UnsupportedModelError
+from cdt_lens.core.process_wide import ignored
+from cdt_lens.core.undo import unbroken, undoing
 from cdt_lens.models.caller_hooks import caller_hooks
+from cdt_lens.models.heads import Head, check_heads
+from cdt_lens.models.positions import longrope_limit
 from cdt_lens.models.sites import NORMS, Hook, Site, find_sites
 from cdt_lens.models.trace import BlockCall, Trace, _recorder, _shared_calls
 
@@ -63,6 +67,8 @@ class ModelView:
         InputError: `tl` is of another class.
     """
 
+    _advice = "load_model(name) loads a HookedTransformer or TransformerBridge"
+
     def __init__(self, tl: nn.Module) -> None:
         if not is_model(tl):
             raise InputError(
@@ -77,6 +83,7 @@ class ModelView:
         self.d_head: int = int(cfg.d_head)
         self.d_model: int = int(cfg.d_model)
         self.n_ctx: int = int(cfg.n_ctx)
+        self.d_vocab: int = int(cfg.d_vocab)
         self.is_bridge = isinstance(tl, TransformerBridge)
         self.name: str = str(getattr(cfg, "model_name", None) or type(tl).__name__)
         self._places = find_sites(tl, self.n_layers)
@@ -90,8 +97,15 @@ class ModelView:
 
     @property
     def hf_config(self) -> Any:
-        """The Hugging Face configuration of a bridge, or None."""
-        return getattr(self.tl.original_model, "config", None) if self.is_bridge else None
+        """The Hugging Face configuration that the model was loaded with, or None."""
+        if self.is_bridge:
+            return getattr(self.tl.original_model, "config", None)
+        return getattr(self.tl, "hugging_face_config", None)
+
+    @property
+    def longrope_limit(self) -> int | None:
+        """The number of tokens beyond which a batch is read with longrope's long factors."""
+        return longrope_limit(self.hf_config)
 
     @property
     def device(self) -> torch.device:
@@ -145,6 +159,24 @@ class ModelView:
         bias = getattr(inner, "bias", None) if bias is None else bias
         return bias.detach() if isinstance(bias, Tensor) else None
 
+    def heads(self, heads: Iterable[Head | str]) -> tuple[Head, ...]:
+        """Return heads of this model, in order and without repeats.
+
+        Args:
+            heads: heads, their names, or a circuit, which must be of this model.
+
+        Returns:
+            The heads, ordered by layer and head.
+
+        Raises:
+            InputError: an item is not a head, or a head is outside the model.
+            ArtifactError: the circuit was found in another model.
+        """
+        check_model = getattr(heads, "check_model", None)
+        if check_model is not None:
+            check_model(self)
+        return check_heads(heads, self.n_layers, self.n_heads)
+
     # ------------------------------------------------------------------ hooks
 
     @contextmanager
@@ -158,19 +190,20 @@ class ModelView:
         Raises:
             UnsupportedModelError: the model has no such site.
         """
-        handles = []
-        try:
-            for site, hook in hooks.items():
-                if site not in self._places:
-                    raise UnsupportedModelError(
-                        f"{self.name}: layer {site[1]} has no activation {site[0]!r} to hook; "
-                        "choose rules that do not need it"
-                    )
-                handles.append(self._places[site].attach(hook))
+        handles: list[Any] = []
+        with undoing(functools.partial(_remove, handles)):
+            self._attach(hooks, handles)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    @unbroken
+    def _attach(self, hooks: Mapping[Site, Hook], handles: list[Any]) -> None:
+        for site, hook in hooks.items():
+            if site not in self._places:
+                raise UnsupportedModelError(
+                    f"{self.name}: layer {site[1]} has no activation {site[0]!r} to hook; "
+                    "choose rules that do not need it"
+                )
+            handles.append(self._places[site].attach(hook))
 
     @contextmanager
     def quiet(self, *, gradients: bool = False) -> Iterator[None]:
@@ -182,17 +215,19 @@ class ModelView:
         # The bridge's modules do not include all of the Hugging Face model's, such as dropout.
         roots = [self.tl, self.tl.original_model] if self.is_bridge else [self.tl]
         training = list({m: None for root in roots for m in root.modules() if m.training})
-        try:
-            for module in training:
-                module.training = False
-            with warnings.catch_warnings():
-                # The bridge warns each time a norm's scale is edited, which some rules do.
-                warnings.filterwarnings("ignore", message="A forward hook edited hook_scale")
-                with torch.set_grad_enabled(gradients):
-                    yield
-        finally:
+        before = torch.is_grad_enabled()
+
+        def put_back() -> None:
+            torch.set_grad_enabled(before)
             for module in training:
                 module.training = True
+
+        # The bridge warns each time a norm's scale is edited, which some rules do.
+        with ignored("A forward hook edited hook_scale"), undoing(put_back):
+            for module in training:
+                module.training = False
+            torch.set_grad_enabled(gradients)
+            yield
 
     # ------------------------------------------------------------------ running it
 
@@ -250,19 +285,21 @@ class ModelView:
             raise _StopBeforeUnembedding
 
         ends = [m for m in (getattr(self.tl, "ln_final", None), self.tl.unembed) if m is not None]
-        # Record before the caller's hooks, which act again when a stream is replayed.
-        handles = [
-            block.register_forward_pre_hook(note_call, with_kwargs=True, prepend=True)
-            for block in self.blocks
-        ]
-        handles += [module.register_forward_pre_hook(end, prepend=True) for module in ends]
-        try:
+        handles: list[Any] = []
+
+        @unbroken
+        def attach() -> None:
+            # Record before the caller's hooks, which act again when a stream is replayed.
+            for block in self.blocks:
+                handles.append(
+                    block.register_forward_pre_hook(note_call, with_kwargs=True, prepend=True)
+                )
+            for module in ends:
+                handles.append(module.register_forward_pre_hook(end, prepend=True))
+
+        with undoing(functools.partial(_remove, handles)), suppress(_StopBeforeUnembedding):
+            attach()
             self._forward(tokens.to(self.device))
-        except _StopBeforeUnembedding:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
         return tuple(resid), _shared_calls(calls, tokens.shape[0])
 
     def logits(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
@@ -480,6 +517,11 @@ def view_of(model: nn.Module | ModelView) -> ModelView:
         InputError: `model` is of another class.
     """
     return model if isinstance(model, ModelView) else ModelView(model)
+
+
+def _remove(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def at_least_float32(value: Tensor) -> Tensor:

@@ -5,13 +5,17 @@
 2. `own_weights` leaves out the weights that a class adds to a family: the zero biases of a Llama as
    `HookedTransformer`, and the output bias of the bridge. No checkpoint can store them, so they
    must not be trained.
-3. The bridge runs some fused projections (GPT-NeoX) from split copies. `sync_fused` writes the
+3. Weights that TransformerLens has no name for, such as StableLM's norms of each head, come last
+   under their name in Hugging Face. Those of peft's adapters are apart, see `adapter_layers`.
+4. The bridge runs some fused projections (GPT-NeoX) from split copies. `sync_fused` writes the
    copies back into the fused parameter, which would otherwise keep the old weights. `check_fused`
    refuses a model before training if that would give wrong weights.
 """
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +23,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from cdt_lens.core.errors import UnsupportedModelError
+from cdt_lens.core.errors import InputError, UnsupportedModelError
 from cdt_lens.models.view import ModelView
 
 # HookedTransformer keeps grouped keys and values under _W_K; W_K is then an expanded copy.
@@ -85,7 +89,7 @@ def is_norm(name: str) -> bool:
     Returns:
         True for a weight or bias of a norm.
     """
-    return name.rsplit(".", 2)[-2] in _NORMS
+    return name.rpartition(".")[0].rpartition(".")[2] in _NORMS
 
 
 def named_weights(view: ModelView) -> dict[str, Tensor]:
@@ -95,15 +99,81 @@ def named_weights(view: ModelView) -> dict[str, Tensor]:
         view: the model.
 
     Returns:
-        Views into the parameters by canonical name, from the embedding to the unembedding,
-        detached.
+        Views into the parameters by canonical name, from the embedding to the unembedding, and
+        then `other_parameters`, detached.
     """
+    others = {name: value.detach() for name, value in other_parameters(view).items()}
+    return _canonical_weights(view) | others
+
+
+def _canonical_weights(view: ModelView) -> dict[str, Tensor]:
     weights = {name: first_tensor(view.tl, name) for name in END_WEIGHTS[:2]}
     for layer, block in enumerate(view.blocks):
         for names in BLOCK_WEIGHTS:
             weights[f"blocks.{layer}.{canonical(names)}"] = first_tensor(block, names)
     weights |= {name: first_tensor(view.tl, name) for name in END_WEIGHTS[2:]}
     return {name: value.detach() for name, value in weights.items() if value is not None}
+
+
+def other_parameters(view: ModelView) -> dict[str, nn.Parameter]:
+    """Return the parameters without a name in TransformerLens, except those of adapters.
+
+    Args:
+        view: the model.
+
+    Returns:
+        The parameters by name, such as "blocks.0.self_attn.q_layernorm.norms.0.weight".
+    """
+    known = {place(value)[0] for value in _canonical_weights(view).values()}
+    known |= {place(parameter)[0] for parameter in _fused_parameters(view)}
+    known |= {place(p)[0] for layer in _peft_layers(view) for p in layer.parameters()}
+    return {
+        _name_in_block(name): parameter
+        for name, parameter in view.tl.named_parameters()
+        if place(parameter)[0] not in known
+    }
+
+
+def _name_in_block(name: str) -> str:
+    """Return "blocks.<layer>.<rest>" for a parameter of a layer in a Hugging Face model."""
+    name = name.replace("_original_component.", "")
+    found = re.match(r".*?\.(\d+)\.(.*)", name)
+    return name if found is None else f"blocks.{found[1]}.{found[2]}"
+
+
+def _fused_parameters(view: ModelView) -> Iterator[nn.Parameter]:
+    """Yield the fused projections that a bridge runs as split q, k and v."""
+    for block in view.blocks if view.is_bridge else ():
+        fused = getattr(getattr(block, "attn", None), "qkv", None)
+        yield from getattr(fused, "original_component", nn.Module()).parameters()
+
+
+def _peft_layers(view: ModelView) -> list[Any]:
+    """Return peft's layers in the model. There are none unless somebody has imported peft."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    root = view.tl.original_model if view.is_bridge else view.tl
+    return [] if peft is None else [m for m in root.modules() if isinstance(m, peft.BaseTunerLayer)]
+
+
+def adapter_layers(view: ModelView) -> dict[str, dict[str, nn.Parameter]]:
+    """Return what peft's active adapters add to the model.
+
+    Args:
+        view: the model.
+
+    Returns:
+        The parameters of each layer, by their names. The key has the number of the layer, the names
+        of its active adapters and their scalings.
+    """
+    found = {}
+    for number, layer in enumerate(_peft_layers(view)):
+        if layer.disable_adapters or not layer.active_adapters:
+            continue
+        base = {id(parameter) for parameter in layer.get_base_layer().parameters()}
+        added = {n: p for n, p in layer.named_parameters() if id(p) not in base}
+        scalings = dict(getattr(layer, "scaling", {}))
+        found[f"{number}: {list(layer.active_adapters)} {scalings}"] = added
+    return found
 
 
 def own_weights(view: ModelView) -> dict[str, Tensor]:
@@ -159,6 +229,22 @@ def holders(view: ModelView) -> dict[int, nn.Parameter]:
     return parameters
 
 
+def check_gradients(view: ModelView) -> None:
+    """Check that the weights allow a backward pass and new values.
+
+    Args:
+        view: the model.
+
+    Raises:
+        InputError: they were created under `torch.inference_mode`.
+    """
+    if any(parameter.is_inference() for parameter in view.tl.parameters()):
+        raise InputError(
+            f"{view.name}: its weights were created under torch.inference_mode, which allows "
+            "neither a backward pass nor new values. Load the model outside of it."
+        )
+
+
 def check_trainable(view: ModelView) -> None:
     """Check that the model's weights can be trained and exported.
 
@@ -166,9 +252,11 @@ def check_trainable(view: ModelView) -> None:
         view: the model.
 
     Raises:
+        InputError: the weights were created under `torch.inference_mode`.
         UnsupportedModelError: the norms are folded, a switch splits attention's input by head, or a
             fused projection cannot take trained heads.
     """
+    check_gradients(view)
     for flag in ("use_split_qkv_input", "use_attn_in"):
         if getattr(view.tl.cfg, flag, False):
             raise UnsupportedModelError(

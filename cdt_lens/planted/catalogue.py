@@ -8,10 +8,8 @@ which heads share the work: they cancel, duplicate, back up or need one another.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pandas as pd
 from jaxtyping import Bool
@@ -22,7 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from cdt_lens.core import display
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import FromZero, Seed
 from cdt_lens.core.errors import InputError
+from cdt_lens.core.scratch import temporary_folder
 from cdt_lens.models.heads import all_heads, heads_to_mask, mask_to_heads
 from cdt_lens.models.hugging_face import third_party_noise_off
 from cdt_lens.models.loading import Backend, load_model
@@ -71,8 +72,9 @@ class PlantedCircuit:
         return display.html(f"{self.name}: {self.why}", self.to_dataframe())
 
 
+@checked_arguments
 def planted_circuit(
-    name: str, *, seed: int = 0, backend: Backend = "auto", noise: float | None = None
+    name: str, *, seed: Seed = 0, backend: Backend = "auto", noise: FromZero | None = None
 ) -> PlantedCircuit:
     """Create a planted circuit. Its model is ready for `score_heads`.
 
@@ -118,8 +120,8 @@ def _wrapped(planting: Planting, name: str, backend: Backend) -> nn.Module:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token=pad, unk_token=pad, bos_token=begin, eos_token=end
     )
-    with tempfile.TemporaryDirectory(prefix="cdt-lens-") as work:
-        folder = Path(work) / name
+    with temporary_folder() as work:
+        folder = work / name
         with third_party_noise_off():
             planting.hf_model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

@@ -25,6 +25,7 @@ import transformers
 from jaxtyping import Float
 from torch import Tensor
 
+from cdt_lens.core.process_wide import seeded
 from cdt_lens.models.heads import Head
 
 N_LAYERS, N_HEADS, D_HEAD, N_CTX = 2, 8, 8, 16
@@ -100,7 +101,7 @@ def build(blueprint: Blueprint) -> Any:
     Returns:
         The model, in evaluation mode and without gradients.
     """
-    with torch.random.fork_rng(devices=[]):
+    with seeded(0):  # the weights are overwritten
         model = _llama(blueprint) if blueprint.gated else _gpt2(blueprint)
     model.eval().requires_grad_(False)
     for parameter in model.parameters():

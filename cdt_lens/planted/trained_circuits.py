@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cdt_lens.core.errors import InputError
+from cdt_lens.core.process_wide import one_thread, seeded
 from cdt_lens.models.heads import Head
 from cdt_lens.planted.planting import SPECIAL, Planting, spelt
 from cdt_lens.tasks.task import Examples
@@ -65,8 +66,7 @@ def plant_by_training(name: str, *, seed: int = 0, noise: float = 0.5) -> Planti
         InputError: no attempt with this seed learnt the task.
     """
     double = name == "two-circuits"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         if double:
             model, heads = _both(_trained("llama", seed), _trained("llama", seed + 1))
         else:
@@ -143,10 +143,10 @@ def accuracy(model: Any) -> float:
 @functools.cache
 def _trained(family: str, seed: int) -> dict[str, Tensor]:
     """Return weights with which the pair solves the task; attempts that fail are stopped early."""
-    with _one_thread(), torch.random.fork_rng(devices=[]):
+    with one_thread():
         for attempt in range(ATTEMPTS):
-            torch.manual_seed(seed + 1000 * attempt)
-            model = _new_model(family)
+            with seeded(seed + 1000 * attempt):
+                model = _new_model(family)
             with _only(model, PAIR), torch.enable_grad():
                 learnt = _learn(model, torch.Generator().manual_seed(seed + 1000 * attempt))
             if learnt:
@@ -180,17 +180,6 @@ def _only(model: Any, heads: tuple[Head, ...]) -> Iterator[None]:
             hook = functools.partial(lambda kept, _module, args: (args[0] * kept,), kept)
             stack.callback(output.register_forward_pre_hook(hook).remove)
         yield
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Use one thread within the `with` block, for equal sums everywhere and for speed."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # The models ---------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core import display
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _FEWEST = 3
 
 
+@checked_arguments
 def spearman(a: Tensor, b: Tensor) -> float:
     """Compute Spearman's rank correlation over all entries; equal entries share their mean rank.
 
@@ -37,6 +39,7 @@ def spearman(a: Tensor, b: Tensor) -> float:
     return _correlation(scipy.stats.spearmanr, a, b)
 
 
+@checked_arguments
 def pearson(a: Tensor, b: Tensor) -> float:
     """Compute Pearson's linear correlation over all entries.
 
@@ -50,6 +53,7 @@ def pearson(a: Tensor, b: Tensor) -> float:
     return _correlation(scipy.stats.pearsonr, a, b)
 
 
+@checked_arguments
 def auroc(scores: Tensor, truth: Shaped[Tensor, "*dims"]) -> float:
     """Compute the area under the ROC curve: P(a true entry scores above a false one).
 
@@ -71,6 +75,7 @@ def auroc(scores: Tensor, truth: Shaped[Tensor, "*dims"]) -> float:
     return float(test.statistic / (true.sum() * (~true).sum()))
 
 
+@checked_arguments
 def average_precision(scores: Tensor, truth: Shaped[Tensor, "*dims"]) -> float:
     """Compute the area under precision over recall: sum of precision * gain in recall.
 
@@ -155,6 +160,7 @@ class MethodAgreement(EqualByContent):
         return display.page(self)
 
 
+@checked_arguments
 def compare_scores(scores: HeadScores, reference: HeadScores) -> MethodAgreement:
     """Compute the rank and linear correlation of two sets of scores over the heads in both.
 
@@ -178,11 +184,10 @@ def compare_scores(scores: HeadScores, reference: HeadScores) -> MethodAgreement
         raise InputError(
             "compare_scores: the two were computed on different examples; score the same ones"
         )
-    if scores.provenance.model_hash != reference.provenance.model_hash:
-        raise InputError(
-            f"compare_scores: scores of two models ({scores.provenance.model_hash[:12]} and "
-            f"{reference.provenance.model_hash[:12]}); score the same one"
-        )
+    other = reference.provenance
+    different = scores.provenance.difference(other.model_hash, other.configuration)
+    if different is not None:
+        raise InputError(f"compare_scores: scores of two models ({different}); score the same one")
     one, other = (s.provenance.options.get("direction", "mean") for s in (scores, reference))
     if one != other:
         raise InputError(f"compare_scores: directions {one!r} and {other!r}; use one of them")

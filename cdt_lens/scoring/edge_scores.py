@@ -28,11 +28,13 @@ from torch import Tensor, nn
 
 from cdt_lens.circuits.nodes import Site
 from cdt_lens.core import display
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Count, Preset
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError, NonFiniteError
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import gather_items
-from cdt_lens.decomposition.baseline import Baseline, check_baseline, no_mlp_baseline
+from cdt_lens.decomposition.baseline import Baseline, no_mlp_baseline
 from cdt_lens.decomposition.decompose import (
     build_mlp_resets,
     build_resets,
@@ -45,10 +47,11 @@ from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import Rules, resolve_rules
 from cdt_lens.decomposition.slopes import SLOPES
 from cdt_lens.models.heads import Head, Mlp, all_heads
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.sites import Hook
 from cdt_lens.models.view import ModelView, at_least_float32, view_of
 from cdt_lens.tasks.metrics import balanced_mean, label_numbers, task_direction
-from cdt_lens.tasks.task import Batch, Examples, require_examples
+from cdt_lens.tasks.task import Batch, Examples, check_examples
 
 Unit = Head | Mlp
 _SITES: tuple[Site, Site, Site] = ("q", "k", "v")
@@ -83,6 +86,7 @@ class EdgeScores(EqualByContent):
     def _count(self) -> int:
         return sum(int(v.count_nonzero()) for v in (self.to_logits, self.to_heads, self.to_mlps))
 
+    @checked_arguments
     def into(self, target: Unit | str) -> Iterator[tuple[Unit, Site, float]]:
         """Iterate over the edges that end in a head or MLP, the strongest first.
 
@@ -110,16 +114,16 @@ class EdgeScores(EqualByContent):
         return iter(sorted(kept, key=lambda edge: -abs(edge[2])))
 
 
-# The gradients need tensors made outside of the caller's inference mode.
-@torch.inference_mode(False)
+@checked_arguments
+@uses_model
 def score_edges(
     model: nn.Module | ModelView,
     examples: Examples,
     baseline: Baseline,
     *,
-    rules: str | Rules = "shared",
-    batch_size: int = 16,
-    rows: int | None = None,
+    rules: Preset | Rules = "shared",
+    batch_size: Count = 16,
+    rows: Count | None = None,
     progress: bool = True,
 ) -> EdgeScores:
     """Score all edges between heads, MLPs and the logits, in about the time of four sweeps.
@@ -143,19 +147,19 @@ def score_edges(
         UnsupportedModelError: A component of the model has no rule.
         NonFiniteError: A source left the finite range under these rules.
     """
-    require_examples(examples)
     passes = Passes(batch_size, rows, progress)
     view = view_of(model)
+    check_examples(view, examples)
     rules = resolve_rules(rules)
     if rules.context != "full":
         raise InputError(
             "score_edges: context='both' is defined for logits only, not inside the model; use "
             "rules with context='full', such as the preset 'shared'"
         )
-    check_baseline(baseline, view)
+    baseline.check_model(view)
     sources = _units(view)
     items: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
-    batches = passes.batches(examples)
+    batches = passes.batches(examples, view.longrope_limit)
     with passes.bar(name="edges", total=len(batches) * len(sources), unit="unit") as bar:
         for batch in batches:
             sweep = _EdgeSweep(view, batch.to(view.device), baseline, rules, sources)

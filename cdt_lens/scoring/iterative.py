@@ -19,27 +19,31 @@ from torch import nn
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.graph import Edge, Graph, GraphNode
 from cdt_lens.circuits.nodes import LOGITS
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Count, Preset
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.rules import Rules, resolve_rules
 from cdt_lens.models.heads import Head
 from cdt_lens.models.provenance import hashed_once, provenance_of
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.scoring.edge_scores import EdgeScores, Unit, depth, score_edges
 from cdt_lens.tasks.task import Examples
 
 
+@checked_arguments
+@uses_model
 @hashed_once()
 def trace_circuit(
     model: nn.Module | ModelView,
     examples: Examples,
     baseline: Baseline,
     *,
-    width: int = 8,
-    fan_in: int = 3,
-    rules: str | Rules = "shared",
-    batch_size: int = 16,
-    rows: int | None = None,
+    width: Count = 8,
+    fan_in: Count = 3,
+    rules: Preset | Rules = "shared",
+    batch_size: Count = 16,
+    rows: Count | None = None,
     progress: bool = True,
 ) -> Circuit:
     """Find a circuit and its graph backwards from the logits (arXiv 2407.00886, §3.3).
@@ -63,7 +67,6 @@ def trace_circuit(
         InputError: `width` or `fan_in` is below 1, or as `score_edges`.
         UnsupportedModelError, NonFiniteError: As `score_edges`.
     """
-    _check_widths(width, fan_in)
     view = view_of(model)
     rules = resolve_rules(rules)
     scores = score_edges(
@@ -80,7 +83,8 @@ def trace_circuit(
     return _circuit(view, scores, edges, provenance_of(view, examples, options=options))
 
 
-def select_edges(scores: EdgeScores, *, width: int, fan_in: int) -> tuple[Edge, ...]:
+@checked_arguments
+def select_edges(scores: EdgeScores, *, width: Count, fan_in: Count) -> tuple[Edge, ...]:
     """Select the edges into the logits, then into each selected unit, from the last layer down.
 
     Args:
@@ -94,7 +98,6 @@ def select_edges(scores: EdgeScores, *, width: int, fan_in: int) -> tuple[Edge, 
     Raises:
         InputError: `width` or `fan_in` is below 1.
     """
-    _check_widths(width, fan_in)
     order = scores.to_logits.abs().argsort(descending=True, stable=True)[:width].tolist()
     edges = [Edge(str(scores.sources[i]), LOGITS, "", float(scores.to_logits[i])) for i in order]
     taken: set[Unit] = {scores.sources[i] for i in order}
@@ -106,11 +109,6 @@ def select_edges(scores: EdgeScores, *, width: int, fan_in: int) -> tuple[Edge, 
             edges.append(Edge(str(source), str(target), site, value))
             taken.add(source)
     return tuple(edges)
-
-
-def _check_widths(width: int, fan_in: int) -> None:
-    if width < 1 or fan_in < 1:
-        raise InputError(f"width={width}, fan_in={fan_in}: expected at least 1 of each")
 
 
 def _circuit(

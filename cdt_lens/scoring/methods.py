@@ -16,7 +16,7 @@ random                 scores from a seed, the floor
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -26,35 +26,38 @@ import torch
 from torch import Tensor, nn
 
 from cdt_lens.circuits.head_scores import HeadScores
-from cdt_lens.core.choices import Direction
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Count, Direction, Seed
 from cdt_lens.core.errors import InputError, did_you_mean
-from cdt_lens.core.passes import Passes
-from cdt_lens.decomposition.baseline import Baseline, check_baseline
+from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.decompose import check_finite
 from cdt_lens.decomposition.gated_pass import Steps
 from cdt_lens.decomposition.propagate import Propagator
-from cdt_lens.decomposition.rules import PRESETS, Rules, resolve_rules
+from cdt_lens.decomposition.rules import PRESETS, Rules
 from cdt_lens.decomposition.slopes import SLOPES, Slopes
 from cdt_lens.models.heads import Head
 from cdt_lens.models.provenance import hashed_once, provenance_of
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.scoring.one_pass import one_pass
 from cdt_lens.scoring.sweep import collect_scores, score_heads
 from cdt_lens.tasks.metrics import task_direction
-from cdt_lens.tasks.task import Examples, require_examples
+from cdt_lens.tasks.task import Examples, check_examples
 
 IG_STEPS = 5
 
 
+@checked_arguments
+@uses_model
 def exact_ablation(
     model: nn.Module | ModelView,
     examples: Examples,
     baseline: Baseline,
     *,
-    heads: Sequence[Head | str] | None = None,
+    heads: Iterable[Head | str] | None = None,
     direction: Direction = "mean",
-    batch_size: int = 16,
-    rows: int | None = None,
+    batch_size: Count = 16,
+    rows: Count | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> HeadScores:
@@ -97,13 +100,15 @@ def exact_ablation(
     )
 
 
+@checked_arguments
+@uses_model
 def attribution_patching(
     model: nn.Module | ModelView,
     examples: Examples,
     baseline: Baseline,
     *,
     direction: Direction = "mean",
-    batch_size: int = 16,
+    batch_size: Count = 16,
     progress: bool = True,
 ) -> HeadScores:
     """Estimate `exact_ablation` to first order, as in attribution patching.
@@ -131,14 +136,16 @@ def attribution_patching(
     )  # fmt: skip
 
 
+@checked_arguments
+@uses_model
 def integrated_gradients(
     model: nn.Module | ModelView,
     examples: Examples,
     baseline: Baseline,
     *,
-    steps: int = IG_STEPS,
+    steps: Count = IG_STEPS,
     direction: Direction = "mean",
-    batch_size: int = 16,
+    batch_size: Count = 16,
     progress: bool = True,
 ) -> HeadScores:
     """Average the gradients by each head's gate over the path from ablated to plain.
@@ -168,13 +175,15 @@ def integrated_gradients(
     )  # fmt: skip
 
 
+@checked_arguments
+@uses_model
 def direct_attribution(
     model: nn.Module | ModelView,
     examples: Examples,
     baseline: Baseline,
     *,
     direction: Direction = "mean",
-    batch_size: int = 16,
+    batch_size: Count = 16,
     progress: bool = True,
 ) -> HeadScores:
     """Attribute logits directly: (z - baseline) W_O through the final norm's scale.
@@ -202,14 +211,16 @@ def direct_attribution(
     )  # fmt: skip
 
 
+@checked_arguments
+@uses_model
 @hashed_once()
 def random_scores(
     model: nn.Module | ModelView,
     examples: Examples,
     baseline: Baseline,
     *,
-    seed: int = 0,
-    batch_size: int = 16,
+    seed: Seed = 0,
+    batch_size: Count = 16,
 ) -> HeadScores:
     """Draw normal scores, the same for every example, as the floor of a comparison.
 
@@ -226,13 +237,13 @@ def random_scores(
     Raises:
         InputError: There are no examples, or the baseline belongs to another model.
     """
-    require_examples(examples)
     view = view_of(model)
-    check_baseline(baseline, view)
+    check_examples(view, examples)
+    baseline.check_model(view)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(view.n_layers * view.n_heads, generator=generator)
     done: dict[int, Tensor] = {}
-    for batch in examples.batches(Passes(batch_size).batch_size):
+    for batch in examples.batches(batch_size, apart=view.longrope_limit):
         batch = batch.to(view.device)
         run = Propagator(
             view, batch.tokens, batch.lengths, baseline.for_batch(view, batch), PRESETS["ablation"]
@@ -266,8 +277,8 @@ class Method:
     takes: tuple[str, ...] = _BACKWARD
 
 
-def _decomposed(name: str, rules: str | Rules) -> Method:
-    passes = "two forward passes" if resolve_rules(rules).context == "both" else "one forward pass"
+def _decomposed(name: str, rules: Rules) -> Method:
+    passes = "two forward passes" if rules.context == "both" else "one forward pass"
     words = f"contextual decomposition, {passes} a head"
     return Method(name, words, partial(score_heads, rules=rules, method=name), _SWEEP)
 
@@ -278,7 +289,7 @@ def _backward(name: str, description: str, slopes: str | Slopes, steps: Steps = 
 
 _ALL = (
     Method("exact", "mean-ablation of each head, the yardstick", exact_ablation, _SWEEP),
-    *(_decomposed(f"cdt:{name}", name) for name in PRESETS if name != "ablation"),
+    *(_decomposed(f"cdt:{name}", rules) for name, rules in PRESETS.items() if name != "ablation"),
     _backward("one-pass", "the stable rules to first order, one backward pass", "stable"),
     _backward(
         "one-pass:two-ended", "the two-ended rules to first order, two backward passes",
@@ -301,6 +312,7 @@ METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method
 DEFAULT_METHODS: tuple[str, ...] = tuple(name for name in METHODS if name != "cdt:linear")
 
 
+@checked_arguments
 def method_of(name: str) -> Method:
     """Return the method of a name.
 
@@ -315,7 +327,7 @@ def method_of(name: str) -> Method:
         return METHODS[name]
     kind, _, spelt = name.partition(":")
     if kind == "cdt" and spelt in PRESETS:
-        return _decomposed(name, spelt)
+        return _decomposed(name, PRESETS[spelt])
     if kind == "one-pass" and spelt in SLOPES:
         return _backward(name, f"the {spelt} slopes, one backward pass", spelt)
     if kind == "cdt" and "=" in spelt:
@@ -350,16 +362,18 @@ def _spelt(method: str, spelt: str, kind: type[Rules] | type[Slopes]) -> dict[st
     return values
 
 
+@checked_arguments
+@uses_model
 def score_by(
     method: str,
     model: nn.Module | ModelView,
     examples: Examples,
     baseline: Baseline,
     *,
-    batch_size: int = 16,
-    rows: int | None = None,
+    batch_size: Count = 16,
+    rows: Count | None = None,
     checkpoint: str | Path | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     progress: bool = True,
 ) -> HeadScores:
     """Score all heads by the method of a name.

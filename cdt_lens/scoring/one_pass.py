@@ -25,21 +25,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cdt_lens.circuits.head_scores import HeadScores
-from cdt_lens.core.choices import Direction
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Count, Direction
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import gather_items
-from cdt_lens.decomposition.baseline import Baseline, check_baseline
+from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.gated_pass import GatedPass, Steps, points_of
 from cdt_lens.decomposition.slopes import Slopes, resolve_slopes
 from cdt_lens.models.provenance import hashed_once, provenance_of
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.scoring.sweep import collect_scores, recorded_options
-from cdt_lens.tasks.task import Examples, require_examples
+from cdt_lens.tasks.task import Examples, check_examples
 
 
 # Tensors made in the caller's inference mode may take no part in a backward pass.
-@torch.inference_mode(False)
+@checked_arguments
+@uses_model
 @hashed_once()
 def one_pass(
     model: nn.Module | ModelView,
@@ -49,7 +51,7 @@ def one_pass(
     slopes: str | Slopes = "stable",
     steps: Steps = None,
     direction: Direction = "mean",
-    batch_size: int = 16,
+    batch_size: Count = 16,
     method: str = "one-pass",
     progress: bool = True,
 ) -> HeadScores:
@@ -78,13 +80,11 @@ def one_pass(
         UnsupportedModelError: An MLP lacks the hook points that its slopes need.
         NonFiniteError: A score left the finite range, as half precision may.
     """
-    require_examples(examples)
     passes = Passes(batch_size, progress=progress)
     view = view_of(model)
+    check_examples(view, examples)
     slopes = resolve_slopes(slopes)
-    if not (steps in (None, "ends") or (isinstance(steps, int) and steps >= 1)):
-        raise InputError(f"one_pass: steps={steps!r}: expected at least 1, 'ends' or None")
-    check_baseline(baseline, view)
+    baseline.check_model(view)
     options = {
         "method": method,
         "slopes": asdict(slopes),
@@ -94,7 +94,7 @@ def one_pass(
     }
     gated = GatedPass(view, slopes)
     items: list[tuple[int, Tensor]] = []
-    for batch in passes.bar(passes.batches(examples), name=method):
+    for batch in passes.bar(passes.batches(examples, view.longrope_limit), name=method):
         batch = batch.to(view.device)
         at = baseline.for_batch(view, batch)
         by_position, full = gated.scores(batch, at, points_of(steps), direction)
@@ -106,14 +106,15 @@ def one_pass(
     return collect_scores(view, examples, done, None, method, provenance)
 
 
-@torch.inference_mode(False)
+@checked_arguments
+@uses_model
 def position_relevance(
     model: nn.Module | ModelView,
     examples: Examples,
     baseline: Baseline,
     *,
     slopes: str | Slopes = "stable",
-    batch_size: int = 16,
+    batch_size: Count = 16,
 ) -> Float[Tensor, "example layer head pos"]:
     """Split each head's score of `one_pass` by the position of its z.
 
@@ -131,13 +132,13 @@ def position_relevance(
     Raises:
         InputError, UnsupportedModelError, NonFiniteError: As `one_pass`.
     """
-    require_examples(examples)
     view = view_of(model)
-    check_baseline(baseline, view)
+    check_examples(view, examples)
+    baseline.check_model(view)
     gated = GatedPass(view, resolve_slopes(slopes))
     longest = max(len(example.tokens) for example in examples)
     out = torch.full((len(examples), view.n_layers, view.n_heads, longest), torch.nan)
-    for batch in examples.batches(Passes(batch_size).batch_size):
+    for batch in examples.batches(batch_size, apart=view.longrope_limit):
         batch = batch.to(view.device)
         values, _ = gated.scores(batch, baseline.for_batch(view, batch), [1.0], "mean")
         for row, index in enumerate(batch.index):

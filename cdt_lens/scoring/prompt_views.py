@@ -5,7 +5,7 @@ Both are plain results, so that notebooks and the report can show them without a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -15,16 +15,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cdt_lens.core import display
-from cdt_lens.core.choices import DEFAULT_RULES
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import DEFAULT_RULES, Count, FromZeroCount, Preset
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.decompose import Node, decompose
 from cdt_lens.decomposition.rules import Rules
-from cdt_lens.models.heads import Head, check_heads
+from cdt_lens.models.heads import Head
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.metrics import task_direction
-from cdt_lens.tasks.task import Examples, require_examples
+from cdt_lens.tasks.task import Examples, check_examples
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +59,8 @@ class AttentionView(EqualByContent):
         ]
         return display.flat_frame(["prompt", "head", "query", "key", "weight"], rows)
 
-    def widget(self, prompt: int = 0) -> display.Widget:
+    @checked_arguments
+    def widget(self, prompt: FromZeroCount = 0) -> display.Widget:
         """circuitsvis' view of one prompt's patterns, to show in a notebook; works offline."""
         return display.figure(self, prompt=prompt)
 
@@ -101,7 +104,8 @@ class TokenRelevance(EqualByContent):
         ]
         return display.flat_frame(["prompt", "position", "token", "relevance"], rows)
 
-    def widget(self, prompt: int = 0) -> display.Widget:
+    @checked_arguments
+    def widget(self, prompt: FromZeroCount = 0) -> display.Widget:
         """circuitsvis' view of one prompt's coloured tokens, to show in a notebook; offline."""
         return display.figure(self, prompt=prompt)
 
@@ -109,15 +113,17 @@ class TokenRelevance(EqualByContent):
         return display.page(self)
 
 
+@checked_arguments
+@uses_model
 def attention_view(
-    model: nn.Module | ModelView, examples: Examples, heads: Sequence[Head]
+    model: nn.Module | ModelView, examples: Examples, heads: Iterable[Head | str]
 ) -> AttentionView:
     """Record the attention patterns of heads on a few examples.
 
     Args:
         model: A TransformerLens model or its `ModelView`.
         examples: A few examples; all patterns are kept in memory.
-        heads: The heads.
+        heads: The heads, as `Head` or by name, or a circuit of this model.
 
     Returns:
         The patterns of each example, with its tokens.
@@ -136,14 +142,16 @@ def attention_view(
     return AttentionView(prompts, tuple(patterns), chosen, tuple(e.label for e in examples))
 
 
+@checked_arguments
+@uses_model
 def token_relevance(
     model: nn.Module | ModelView,
     examples: Examples,
-    heads: Sequence[Head],
+    heads: Iterable[Head | str],
     baseline: Baseline,
     *,
-    rules: str | Rules = DEFAULT_RULES,
-    rows: int | None = None,
+    rules: Preset | Rules = DEFAULT_RULES,
+    rows: Count | None = None,
 ) -> TokenRelevance:
     """Decompose the contribution of heads by position.
 
@@ -152,7 +160,7 @@ def token_relevance(
     Args:
         model: A TransformerLens model or its `ModelView`.
         examples: A few examples.
-        heads: The heads.
+        heads: The heads, as `Head` or by name, or a circuit of this model.
         baseline: The values that ablated heads take.
         rules: Name of a preset, or `Rules`.
         rows: Maximum number of (position x example) rows per forward pass; None chooses it by the
@@ -180,11 +188,11 @@ def token_relevance(
 
 
 def _checked(
-    model: nn.Module | ModelView, examples: Examples, heads: Sequence[Head], where: str
+    model: nn.Module | ModelView, examples: Examples, heads: Iterable[Head | str], where: str
 ) -> tuple[ModelView, tuple[Head, ...]]:
-    require_examples(examples)
     view = view_of(model)
-    chosen = check_heads(heads, view.n_layers, view.n_heads)
+    check_examples(view, examples)
+    chosen = view.heads(heads)
     if not chosen:
         raise InputError(f"{where}: expected at least one head")
     return view, chosen

@@ -11,30 +11,33 @@ With `rules="ablation"` the same sweep computes the exact effect of mean-ablatin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from typing_extensions import TypedDict
 
 from cdt_lens.circuits.head_scores import HeadScores, label_index
 from cdt_lens.circuits.measures import heads_at
 from cdt_lens.circuits.sampled import effects, filled
-from cdt_lens.core.choices import DEFAULT_RULES, Direction
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import DEFAULT_RULES, Count, Direction, Positive, Preset, Seed
+from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.core.kept import Kept
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import gather_items, shard
-from cdt_lens.decomposition.baseline import Baseline, check_baseline
+from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.decompose import irrelevant_logits
 from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import Rules, resolve_rules
-from cdt_lens.models.heads import Head, all_heads, check_heads
+from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.scoring.estimate import EXACT, Budget, Estimator, Part, Rows, parts_of
 from cdt_lens.tasks.metrics import (
@@ -42,27 +45,36 @@ from cdt_lens.tasks.metrics import (
     balanced_stderr,
     strongest_competitor,
     task_direction,
+    warn_at_chance,
 )
-from cdt_lens.tasks.task import Batch, Examples, require_examples
+from cdt_lens.tasks.task import Batch, Examples, check_examples
 
 SWEEP_FORMAT = "cdt_lens.sweep"
 
 
+class _Finished(TypedDict):
+    """The JSON of a checkpoint: the examples whose rows are finished."""
+
+    index: list[int]
+
+
+@checked_arguments
+@uses_model
 @hashed_once()
 def score_heads(
     model: nn.Module | ModelView,
     examples: Examples,
     baseline: Baseline,
     *,
-    rules: str | Rules = DEFAULT_RULES,
-    heads: Sequence[Head | str] | None = None,
+    rules: Preset | Rules = DEFAULT_RULES,
+    heads: Iterable[Head | str] | None = None,
     direction: Direction = "mean",
-    exact: int | Literal["all"] | None = None,
-    precision: float | None = None,
-    minutes: float | None = None,
-    seed: int = 0,
-    batch_size: int = 16,
-    rows: int | None = None,
+    exact: Count | Literal["all"] | None = None,
+    precision: Positive | None = None,
+    minutes: Positive | None = None,
+    seed: Seed = 0,
+    batch_size: Count = 16,
+    rows: Count | None = None,
     checkpoint: str | Path | None = None,
     method: str = "cdt",
     progress: bool = True,
@@ -80,7 +92,8 @@ def score_heads(
         examples: The examples to score.
         baseline: The values that ablated heads take.
         rules: Name of a preset, or `Rules`.
-        heads: The heads to score, as `Head` or by name; None scores all.
+        heads: The heads to score, as `Head` or by name, or a circuit of this model; None scores
+            all.
         direction: "mean" of the competing answers, or "strongest" for the one that the full model
             rates highest.
         exact: Number of examples that get the exact sweep, drawn equally from the labels, or
@@ -98,7 +111,8 @@ def score_heads(
         progress: Whether to show a progress bar.
 
     Returns:
-        Signed scores in logits (positive = pushes towards the gold label) with standard errors.
+        Signed scores in logits (positive = pushes towards the gold label) with standard errors. A
+        `CdtLensWarning` says if the model's own mean direction is not above 0.
 
     Raises:
         InputError: There are no examples, or a head is outside the model.
@@ -106,12 +120,12 @@ def score_heads(
         NonFiniteError: A head left the finite range; the message names the head, the layer and the
             rule to change.
     """
-    require_examples(examples)
     passes = Passes(batch_size, rows, progress)
     view = view_of(model)
+    check_examples(view, examples)
     rules = resolve_rules(rules)
-    check_baseline(baseline, view)
-    chosen = None if heads is None else check_heads(heads, view.n_layers, view.n_heads)
+    baseline.check_model(view)
+    chosen = None if heads is None else view.heads(heads)
     if chosen == ():
         raise InputError("score_heads: heads=[]: expected at least one head, or None for all")
     sources = all_heads(view.n_layers, view.n_heads) if chosen is None else chosen
@@ -251,12 +265,7 @@ def recorded_options(baseline: Baseline, direction: Direction) -> dict[str, Any]
     Args:
         baseline: The baseline of the scores.
         direction: Their direction.
-
-    Raises:
-        InputError: The direction is unknown.
     """
-    if direction not in get_args(Direction):
-        raise InputError(f"direction={direction!r}: expected {' or '.join(get_args(Direction))}")
     return {
         "direction": direction,
         "baseline": baseline.kind,
@@ -279,10 +288,10 @@ class _Sweep:
 
     def run(self, kept: Kept | None) -> dict[int, Float[Tensor, " source_and_direction"]]:
         """Compute d(rel) of each source, then d(full), of each example, in all processes."""
-        done = _read_rows(kept)
+        done = _read_rows(kept, len(self.sources) + 1)
         batches = [
             batch
-            for batch in self.passes.batches(self.examples)
+            for batch in self.passes.batches(self.examples, self.view.longrope_limit)
             if not set(batch.index) <= done.keys()
         ]
         total = len(batches) * len(self.sources)
@@ -337,12 +346,14 @@ def collect_scores(
     for column, head in enumerate(sources):
         per_example[:, head.layer, head.head] = table[:, column]
     by_head = per_example.double().permute(1, 2, 0)
+    direction = float(balanced_mean(table[:, -1].double(), index))
+    warn_at_chance(examples.name, "direction", direction, len(examples.labels))
     return HeadScores(
         values=balanced_mean(by_head, index).float(),
         stderr=balanced_stderr(by_head, index).float(),
         per_example=per_example,
         example_labels=labels,
-        direction=float(balanced_mean(table[:, -1].double(), index)),
+        direction=direction,
         method=method,
         provenance=provenance,
     )
@@ -355,16 +366,21 @@ def _kept_rows(path: str | Path | None, provenance: Provenance) -> Kept | None:
     rank, world = shard()
     path = Path(path) if world == 1 else Path(path).with_suffix(f".{rank}of{world}.json")
     made_from = {
-        "model": provenance.model_hash, "data": provenance.task_hash,
+        "model": provenance.model_key, "data": provenance.task_hash,
         "options": provenance.options,
     }  # fmt: skip
-    return Kept(path, SWEEP_FORMAT, made_from)
+    return Kept(path, SWEEP_FORMAT, made_from, holds=_Finished)
 
 
-def _read_rows(kept: Kept | None) -> dict[int, Tensor]:
+def _read_rows(kept: Kept | None, columns: int) -> dict[int, Tensor]:
     """Return the rows of the examples that an interrupted call had finished, by their index."""
     kept_rows = None if kept is None else kept.read()
-    if kept_rows is None:
+    if kept is None or kept_rows is None:
         return {}
     body, tensors = kept_rows
-    return dict(zip(body["index"], tensors["rows"], strict=True))
+    rows = tensors.get("rows", torch.empty(0))
+    if rows.shape != (len(body["index"]), columns):
+        raise ArtifactError(
+            f"{kept.path}: damaged: rows of shape {tuple(rows.shape)}; remove it to begin anew"
+        )
+    return dict(zip(body["index"], rows, strict=True))

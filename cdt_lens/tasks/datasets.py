@@ -3,7 +3,8 @@
 1. Read a source into one `Table` for each split, with the place of each row for error messages.
 2. Convert labels to words. Integers are refused unless their names are known. Compare the number of
    rows with the published one, so that merged or truncated data are refused.
-3. Draw few-shot examples from train and remove them there. Then draw `limit` rows of each split.
+3. Divide train into train and valid (`split`). Draw few-shot examples from train and remove them
+   there. Then draw `limit` rows of each split.
 4. Build the prompts with `PromptFormat`, and the `Task` from them.
 
 NusaX-Senti is described in arXiv 2205.15960 and XNLI in arXiv 1809.05053. The dev split of XNLI is
@@ -18,15 +19,21 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
-from transformers import PreTrainedTokenizerBase
-
+from cdt_lens.core.checked import Fix, checked_arguments
+from cdt_lens.core.choices import Count, FromZeroCount, Level, Seed
 from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.tasks import pseudo_languages as pseudo
 from cdt_lens.tasks.generated import DEFAULT_SIZES, GENERATORS
-from cdt_lens.tasks.prompts import PromptFormat, check_tokenizer
-from cdt_lens.tasks.rows import SPLITS, Table, hub_tables, read_table
+from cdt_lens.tasks.prompts import PromptFormat, Tokenizer, Verbalizer
+from cdt_lens.tasks.rows import (
+    SPLITS,
+    Table,
+    check_paths,
+    hub_tables,
+    read_table,
+)
 from cdt_lens.tasks.task import Examples, Task
 
 
@@ -88,21 +95,25 @@ KNOWN: Mapping[str, KnownDataset] = MappingProxyType(
 TASK_NAMES = (*KNOWN, *GENERATORS, pseudo.PSEUDO_TASK)
 
 
+@checked_arguments
 def load_task(
-    name: str,
+    name: Annotated[str, Fix("task_from_files makes a task of texts of your own")],
     config: str | None = None,
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     folder: str | Path | None = None,
     template: str | None = None,
-    verbalizer: Mapping[str, str] | None = None,
-    shots: int = 0,
-    seed: int = 0,
+    verbalizer: Verbalizer | None = None,
+    shots: FromZeroCount = 0,
+    seed: Seed = 0,
     prepend_bos: bool | None = None,
-    max_length: int | None = None,
+    max_length: Count | None = None,
     truncate: bool = False,
-    limit: int | None = None,
-    n: Sequence[int] | None = None,
+    limit: Count | None = None,
+    n: Annotated[
+        Sequence[FromZeroCount] | None,
+        Fix("give the sizes of train, valid and test, such as (48, 24, 24)"),
+    ] = None,
     check_counts: bool = True,
     revision: str | None = None,
 ) -> Task:
@@ -141,14 +152,13 @@ def load_task(
             f"task {name!r}: unknown{did_you_mean(name, TASK_NAMES)}; expected one of "
             f"{', '.join(TASK_NAMES)} (or use task_from_files, task_from_hub)"
         )
-    check_tokenizer(tokenizer)
-    if n is not None and (not isinstance(n, Sequence) or len(n) != 3):
+    if n is not None and len(n) != 3:
         raise InputError(f"task {name!r}: n={n!r}: expected the sizes of train, valid and test")
     if name in GENERATORS:
         given: dict[str, Any] = {"config": config, "folder": folder, "template": template}
         given |= {"shots": shots or None, "verbalizer": verbalizer, "revision": revision}
         _refuse(name, "is generated", given)
-        sizes = [_at_most(name, limit, size) for size in n or DEFAULT_SIZES]
+        sizes = [_at_most(limit, size) for size in n or DEFAULT_SIZES]
         return GENERATORS[name](tokenizer, n=sizes, seed=seed, prepend_bos=prepend_bos)
     known = KNOWN.get(name)
     format = PromptFormat(
@@ -176,21 +186,25 @@ def load_task(
     return _build(f"{name}/{language}", tables, format, shots=shots, seed=seed, limit=limit)
 
 
+@checked_arguments
 def task_from_files(
-    paths: Mapping[str, str | Path],
+    paths: Annotated[
+        Mapping[str, str | Path], Fix("such as {'train': 'train.csv', 'test': 'test.csv'}")
+    ],
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     template: str,
-    verbalizer: Mapping[str, str],
+    verbalizer: Verbalizer,
     label_column: str = "label",
     name: str = "files",
     quoting: bool | None = None,
-    shots: int = 0,
-    seed: int = 0,
+    split: Level | None = None,
+    shots: FromZeroCount = 0,
+    seed: Seed = 0,
     prepend_bos: bool | None = None,
-    max_length: int | None = None,
+    max_length: Count | None = None,
     truncate: bool = False,
-    limit: int | None = None,
+    limit: Count | None = None,
 ) -> Task:
     """Load a task from one CSV, TSV or JSONL file for each split, plain or gzipped.
 
@@ -202,6 +216,8 @@ def task_from_files(
         label_column: name of the column with the label.
         name: name of the task.
         quoting: whether quotation marks enclose cells. None means yes in CSV and no in TSV.
+        split: share of the train rows of each label to set aside as valid, for data without valid.
+            The draw is the same whatever `seed` is, so that every call has the same rows.
         shots: number of label-balanced train examples before every prompt. They leave train.
         seed: seed of every draw.
         prepend_bos: whether to prepend BOS. None prepends it if the tokenizer has one.
@@ -216,35 +232,35 @@ def task_from_files(
         InputError: there is a mistake in a file. The message names its line (the header is line 1)
             and column.
     """
-    unknown = [split for split in paths if split not in SPLITS]
-    if unknown or not paths:
-        raise InputError(f"paths: expected splits among {', '.join(SPLITS)}, got {list(paths)}")
+    check_paths(paths)
     format = PromptFormat(
         tokenizer, template, verbalizer, label_column, prepend_bos=prepend_bos,
         max_length=max_length, truncate=truncate,
     )  # fmt: skip
     tables = {split: read_table(path, quoting=quoting) for split, path in paths.items()}
-    return _build(name, tables, format, shots=shots, seed=seed, limit=limit)
+    return _build(name, tables, format, split=split, shots=shots, seed=seed, limit=limit)
 
 
+@checked_arguments
 def task_from_hub(
     repo: str,
     config: str | None = None,
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     template: str,
-    verbalizer: Mapping[str, str],
+    verbalizer: Verbalizer,
     label_column: str = "label",
     label_names: Sequence[str] | None = None,
     splits: Mapping[str, str] | None = None,
     revision: str | None = None,
     data_dir: str | None = None,
-    shots: int = 0,
-    seed: int = 0,
+    split: Level | None = None,
+    shots: FromZeroCount = 0,
+    seed: Seed = 0,
     prepend_bos: bool | None = None,
-    max_length: int | None = None,
+    max_length: Count | None = None,
     truncate: bool = False,
-    limit: int | None = None,
+    limit: Count | None = None,
 ) -> Task:
     """Load a task from a data set of the Hugging Face hub, or from a local folder.
 
@@ -261,6 +277,8 @@ def task_from_hub(
             names.
         revision: revision of the data set on the hub.
         data_dir: folder in the data set, see `datasets.load_dataset`.
+        split: share of the train rows of each label to set aside as valid, for data without valid.
+            The draw is the same whatever `seed` is, so that every call has the same rows.
         shots: number of label-balanced train examples before every prompt. They leave train.
         seed: seed of every draw.
         prepend_bos: whether to prepend BOS. None prepends it if the tokenizer has one.
@@ -289,7 +307,7 @@ def task_from_hub(
         data_dir=data_dir,
     )
     name = repo if config is None else f"{repo}/{config}"
-    return _build(name, tables, format, shots=shots, seed=seed, limit=limit)
+    return _build(name, tables, format, split=split, shots=shots, seed=seed, limit=limit)
 
 
 def _refuse(name: str, reason: str, options: Mapping[str, object]) -> None:
@@ -368,6 +386,7 @@ def _build(
     tables: Mapping[str, Table],
     format: PromptFormat,
     *,
+    split: float | None = None,
     shots: int,
     seed: int,
     limit: int | None,
@@ -375,14 +394,16 @@ def _build(
     tables = dict(tables)
     for table in tables.values():
         table.check_columns((*format.columns, format.label_column), format.labels)
+    if split is not None:
+        tables |= _set_aside(name, tables, format, split)
     if shots:
         format, tables["train"] = _few_shot(name, tables.get("train"), format, shots, seed=seed)
-    splits = {split: Examples((), format.labels, f"{name}/{split}") for split in SPLITS}
-    for split, table in tables.items():
+    splits = {part: Examples((), format.labels, f"{name}/{part}") for part in SPLITS}
+    for part, table in tables.items():
         size = len(table.rows)
-        index = random.Random(seed).sample(range(size), _at_most(name, limit, size))
+        index = random.Random(seed).sample(range(size), _at_most(limit, size))
         table = table.pick(sorted(index))
-        splits[split] = format.examples(table.rows, name=f"{name}/{split}", places=table.places)
+        splits[part] = format.examples(table.rows, name=f"{name}/{part}", places=table.places)
     return Task(
         name=name,
         labels=format.labels,
@@ -391,15 +412,42 @@ def _build(
         template=format.template,
         content_free=format.content_free(f"{name}/content-free"),
         prefix=format.prefix,
+        max_length=format.max_length,
+        truncate=format.truncate,
         train=splits["train"],
         valid=splits["valid"],
         test=splits["test"],
     )
 
 
-def _at_most(name: str, limit: int | None, size: int) -> int:
-    if limit is not None and limit < 1:
-        raise InputError(f"{name}: limit={limit}: expected at least 1")
+def _set_aside(
+    name: str, tables: Mapping[str, Table], format: PromptFormat, share: float
+) -> dict[str, Table]:
+    """Divide train into train and valid, with the share of the rows of each label in valid."""
+    if "valid" in tables or "train" not in tables:
+        raise InputError(
+            f"{name}: split={share}: it divides train where there is no valid split; the data have "
+            f"{', '.join(tables)}"
+        )
+    table = tables["train"]
+    pairs = zip(table.rows, table.places, strict=True)
+    labels = [format.check_row(row, place)[1] for row, place in pairs]
+    generator = random.Random(0)
+    valid: set[int] = set()
+    for label in format.labels:
+        positions = [i for i, own in enumerate(labels) if own == label]
+        if len(positions) < 2:
+            raise InputError(
+                f"{name}: split={share}: train has only {len(positions)} rows with label "
+                f"{label!r}. Each label needs one in train and one in valid."
+            )
+        n = min(max(1, round(share * len(positions))), len(positions) - 1)
+        valid |= set(generator.sample(positions, n))
+    train = [i for i in range(len(labels)) if i not in valid]
+    return {"train": table.pick(train), "valid": table.pick(sorted(valid))}
+
+
+def _at_most(limit: int | None, size: int) -> int:
     return size if limit is None else min(size, limit)
 
 
@@ -408,7 +456,7 @@ def _few_shot(
 ) -> tuple[PromptFormat, Table]:
     """Return the format with a prefix of `shots` label-balanced rows, and the remaining rows."""
     n_labels = len(format.labels)
-    if shots < 0 or shots % n_labels:
+    if shots % n_labels:
         raise InputError(
             f"{name}: shots={shots}: expected a multiple of {n_labels}, the number of labels"
         )
@@ -427,7 +475,7 @@ def _few_shot(
             )
         chosen += generator.sample(positions, shots // n_labels)
     generator.shuffle(chosen)
-    shown = [format.render(checked[i][0]) + format.verbalizer[checked[i][1]] for i in chosen]
+    shown = [format.solved(*checked[i]) for i in chosen]
     prefix = "".join(f"{example}\n\n" for example in shown)
     rest = [i for i in range(len(checked)) if i not in set(chosen)]
     return replace(format, prefix=prefix), table.pick(rest)

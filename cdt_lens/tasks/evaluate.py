@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from cdt_lens.core import display
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Count
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import gather_items
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.support import check_caller_hooks, check_supported
 from cdt_lens.models.view import ModelView, at_answer, view_of
 from cdt_lens.tasks.metrics import (
@@ -30,7 +33,7 @@ from cdt_lens.tasks.metrics import (
     macro_f1,
     task_direction,
 )
-from cdt_lens.tasks.task import Batch, Examples, Task, require_examples
+from cdt_lens.tasks.task import Batch, Examples, Task, check_examples
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +76,14 @@ class Evaluation(EqualByContent):
         return display.html(f"Evaluation on {self.split}", *parts)
 
 
+@checked_arguments
+@uses_model
 def evaluate(
     model: nn.Module | ModelView,
     examples: Examples,
     task: Task | None = None,
     *,
-    batch_size: int = 32,
+    batch_size: Count = 32,
     logits_of: Callable[[Batch], Tensor] | None = None,
 ) -> Evaluation:
     """Evaluate `model` on `examples`.
@@ -98,12 +103,12 @@ def evaluate(
     Raises:
         InputError: There are no examples, or the labels of `task` have other tokens than theirs.
     """
-    require_examples(examples)
+    view = view_of(model)
+    check_examples(view, examples)
     if task is not None:
         _check_words(examples, task)
-    view = view_of(model)
     items: list[tuple[int, tuple[bool, float, float, int]]] = []
-    for batch in Passes(batch_size).batches(examples):
+    for batch in Passes(batch_size).batches(examples, view.longrope_limit):
         logits = candidate_logits(view, batch) if logits_of is None else logits_of(batch)
         direction = task_direction(logits, batch.direction)
         losses = answer_loss(logits, batch.is_answer, batch.is_candidate)
@@ -153,6 +158,8 @@ def candidate_logits(view: ModelView, batch: Batch) -> Tensor:
     return logits.float().cpu()
 
 
+@checked_arguments
+@uses_model
 def label_prior(model: nn.Module | ModelView, task: Task) -> dict[str, float]:
     """Compute the mean logit of each label on content-free prompts.
 
@@ -169,7 +176,8 @@ def label_prior(model: nn.Module | ModelView, task: Task) -> dict[str, float]:
     if not len(task.content_free):
         raise InputError(f"task {task.name}: no content-free prompts, so no label prior")
     view = view_of(model)
-    batch = next(task.content_free.batches(len(task.content_free), sort_by_length=False))
+    check_examples(view, task.content_free)
+    batch = task.content_free.one_batch(view.longrope_limit)
     logits = candidate_logits(view, batch)
     by_token = {int(t): logits[batch.candidates == t].mean() for t in batch.candidates.unique()}
     values = {label: float(by_token[id]) for label, id in task.verbalizer_ids.items()}
@@ -177,6 +185,8 @@ def label_prior(model: nn.Module | ModelView, task: Task) -> dict[str, float]:
     return {label: value - mean for label, value in values.items()}
 
 
+@checked_arguments
+@uses_model
 def calibrate(model: nn.Module | ModelView, task: Task) -> Task:
     """Return `task` with the model's label prior, which both accuracies then subtract.
 

@@ -18,11 +18,21 @@ from types import MappingProxyType
 
 from transformers import PreTrainedTokenizerBase
 
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import FromZeroCount, Seed
 from cdt_lens.core.errors import InputError
-from cdt_lens.tasks.prompts import bos_ids, check_boundary, encode, verbalizer_token_ids
+from cdt_lens.tasks.prompts import (
+    check_boundary,
+    encode,
+    verbalizer_token_ids,
+    with_bos,
+    word_ids,
+)
 from cdt_lens.tasks.task import Example, Examples, Task
 
 DEFAULT_SIZES = (128, 64, 64)
+# The text before a word while its tokens are read: every prompt ends in a word.
+_CONTEXT = "The"
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -91,11 +101,12 @@ class _Recipe:
     verbalizer: Mapping[str, str] = field(default_factory=dict)
 
 
+@checked_arguments
 def ioi(
     tokenizer: PreTrainedTokenizerBase,
     *,
-    n: Sequence[int] = DEFAULT_SIZES,
-    seed: int = 0,
+    n: Sequence[FromZeroCount] = DEFAULT_SIZES,
+    seed: Seed = 0,
     prepend_bos: bool | None = None,
 ) -> Task:
     """Generate indirect object identification (arXiv 2211.00593).
@@ -132,11 +143,12 @@ def ioi(
     return _build(recipe, tokenizer, n=n, seed=seed, prepend_bos=prepend_bos)
 
 
+@checked_arguments
 def greater_than(
     tokenizer: PreTrainedTokenizerBase,
     *,
-    n: Sequence[int] = DEFAULT_SIZES,
-    seed: int = 0,
+    n: Sequence[FromZeroCount] = DEFAULT_SIZES,
+    seed: Seed = 0,
     prepend_bos: bool | None = None,
 ) -> Task:
     """Generate years of which the end must be later than the start (arXiv 2305.00586).
@@ -180,11 +192,12 @@ def greater_than(
     return _build(recipe, tokenizer, n=n, seed=seed, prepend_bos=prepend_bos)
 
 
+@checked_arguments
 def gendered_pronoun(
     tokenizer: PreTrainedTokenizerBase,
     *,
-    n: Sequence[int] = DEFAULT_SIZES,
-    seed: int = 0,
+    n: Sequence[FromZeroCount] = DEFAULT_SIZES,
+    seed: Seed = 0,
     prepend_bos: bool | None = None,
 ) -> Task:
     """Generate prompts for the pronoun that follows a name.
@@ -210,7 +223,7 @@ def gendered_pronoun(
     }
     roles = list(_single_tokens(tokenizer, name, "roles", ROLES, minimum=3))
     verbalizer = {"he": " he", "she": " she"}
-    ids = verbalizer_token_ids(tokenizer, verbalizer)
+    ids = verbalizer_token_ids(tokenizer, verbalizer, _CONTEXT)
 
     def draw(label: str, generator: random.Random) -> _Draft:
         words = {"name": generator.choice(people[label]), "role": generator.choice(roles)}
@@ -241,21 +254,22 @@ def _build(
             f"at least {len(recipe.labels)} (one prompt a label)"
         )
     generator = random.Random(seed)
-    bos = bos_ids(tokenizer, prepend_bos)
-    ids = verbalizer_token_ids(tokenizer, recipe.verbalizer) if recipe.verbalizer else {}
+    words = recipe.verbalizer
+    ids = verbalizer_token_ids(tokenizer, words, _CONTEXT) if words else {}
     prompts: set[str] = set()
 
     def split(part: str, size: int) -> Examples:
         labels = [recipe.labels[i % len(recipe.labels)] for i in range(size)]
         drafts = [_fresh(recipe, label, generator, prompts) for label in labels]
-        tokens = encode(tokenizer, [draft.prompt for draft in drafts])
+        encoded = encode(tokenizer, [draft.prompt for draft in drafts])
+        tokens = [with_bos(tokenizer, own, prepend_bos) for own in encoded]
         items = tuple(
-            Example(draft.prompt, (*bos, *own), label, draft.answers, draft.others, draft.fields)
+            Example(draft.prompt, own, label, draft.answers, draft.others, draft.fields)
             for draft, own, label in zip(drafts, tokens, labels, strict=True)
         )
         places = [f"{recipe.name}, prompt {item.prompt!r}" for item in items]
         words = [draft.word for draft in drafts]
-        check_boundary(tokenizer, items, words, places, n_bos=len(bos))
+        check_boundary(tokenizer, items, words, places, prepend_bos=prepend_bos)
         return Examples(items, recipe.labels, f"{recipe.name}/{part}")
 
     train, valid, test = (
@@ -296,7 +310,7 @@ def _single_tokens(
     minimum: int,
 ) -> dict[str, int]:
     """Return the words that are one token with a leading space, with their ids."""
-    pieces = encode(tokenizer, [f" {word}" for word in words])
+    pieces = word_ids(tokenizer, [f" {word}" for word in words], _CONTEXT)
     single: dict[str, int] = {}
     for word, ids in zip(words, pieces, strict=True):
         if len(ids) == 1 and ids[0] != tokenizer.unk_token_id and ids[0] not in single.values():

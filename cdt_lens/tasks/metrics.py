@@ -12,13 +12,16 @@ Functions of logits take the logits of the candidates, `[..., batch, k]`, and th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Metric
+from cdt_lens.core.errors import CdtLensWarning, InputError
 
 
 def task_direction(
@@ -104,6 +107,7 @@ def correct(
     return answer > other
 
 
+@checked_arguments
 def average(
     metric: Metric, values: Float[Tensor, "*rows example"], labels: Int[Tensor, " example"]
 ) -> Float[Tensor, "*rows"]:
@@ -117,8 +121,50 @@ def average(
 
     Returns:
         The metric, in logits for "direction" and a share from 0 to 1 for the two accuracies.
+
+    Raises:
+        InputError: There are no examples, or the metric is unknown.
     """
+    _require_some(labels)
     return values.mean(-1) if metric == "accuracy" else balanced_mean(values, labels)
+
+
+def chance_caution(metric: Metric, value: float, n_labels: int) -> str:
+    """Say that a model solves a task no better than chance, so that its circuit means little.
+
+    Args:
+        metric: "direction", "accuracy" or "balanced_accuracy".
+        value: the metric of the full model.
+        n_labels: number of labels.
+
+    Returns:
+        One sentence, or "" if the metric is above chance: 0 logits for the direction, 1 / n_labels
+        for an accuracy.
+    """
+    chance = 0.0 if metric == "direction" else 1 / n_labels
+    if not value <= chance:
+        return ""
+    name = "mean direction" if metric == "direction" else metric.replace("_", " ")
+    unit = f"{value:+.3f} logits" if metric == "direction" else f"{value:.3f}"
+    return (
+        f"the full model solves the task no better than chance ({name} {unit}, chance "
+        f"{chance:.3g}), so neither a circuit nor its faithfulness says how it solves it"
+    )
+
+
+def warn_at_chance(name: str, metric: Metric, value: float, n_labels: int) -> None:
+    """Warn with `CdtLensWarning` where `chance_caution` has something to say.
+
+    Args:
+        name: name of the split.
+        metric: "direction", "accuracy" or "balanced_accuracy".
+        value: the metric of the full model.
+        n_labels: number of labels.
+    """
+    caution = chance_caution(metric, value, n_labels)
+    if caution:
+        # Without a stack level the same words are shown once, whichever function says them.
+        warnings.warn(f"{name}: {caution}", CdtLensWarning, stacklevel=1)
 
 
 def label_numbers(labels: Sequence[str], order: Sequence[str]) -> Int[Tensor, " example"]:
@@ -137,7 +183,11 @@ def balanced_mean(
 
     Returns:
         The label-balanced mean, in the unit of `values`.
+
+    Raises:
+        InputError: There are no examples.
     """
+    _require_some(labels)
     present = labels.unique()
     return torch.stack([values[..., labels == label].mean(-1) for label in present]).mean(0)
 
@@ -153,7 +203,11 @@ def balanced_stderr(
 
     Returns:
         The standard error in the unit of `values`, NaN if a label has a single example.
+
+    Raises:
+        InputError: There are no examples.
     """
+    _require_some(labels)
     present = labels.unique()
     terms = []
     for label in present:
@@ -164,6 +218,12 @@ def balanced_stderr(
     return torch.stack(terms).sum(0).sqrt() / len(present)
 
 
+def _require_some(labels: Int[Tensor, " example"]) -> None:
+    if not labels.numel():
+        raise InputError("no examples to average over")
+
+
+@checked_arguments
 def macro_f1(predicted: Sequence[str], gold: Sequence[str], labels: Sequence[str]) -> float:
     """Compute the mean over labels of F1 = 2TP / (2TP + FP + FN).
 
@@ -174,7 +234,15 @@ def macro_f1(predicted: Sequence[str], gold: Sequence[str], labels: Sequence[str
 
     Returns:
         Macro-F1 from 0 to 1.
+
+    Raises:
+        InputError: There are no labels, or the numbers of predicted and gold labels differ.
     """
+    if not labels or len(predicted) != len(gold):
+        raise InputError(
+            f"macro_f1: {len(labels)} labels, {len(predicted)} predicted and {len(gold)} gold; "
+            "expected at least one label, and a prediction for each example"
+        )
     scores = []
     for label in labels:
         hits = sum(p == g == label for p, g in zip(predicted, gold, strict=True))

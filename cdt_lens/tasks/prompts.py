@@ -2,11 +2,14 @@
 
 1. Put the row's text into a template that ends in an answer cue, after the few-shot prefix, which
    is the same for every prompt.
-2. Tokenise the prompt without special tokens and prepend BOS explicitly, so that every model class
-   sees the same ids.
-3. Look up the verbalizer token of each label, such as " positive". The gold label's token is the
-   answer, and the tokens of the other labels compete with it (single-token labels as in CT-SFT,
-   arXiv 2601.08146).
+2. Tokenise the prompt as one string and prepend BOS explicitly (`with_bos`), so that every model
+   class sees the same ids. BOS stands there once, also if the template begins with its text, as a
+   chat template does. Special tokens that the template or the prefix spells are meant. Text of the
+   data that spells one is refused, because the tokenizer would turn it into that token.
+3. Look up the verbalizer token of each label, such as " positive", as it continues a prompt. The
+   gold label's token is the answer, and the tokens of the other labels compete with it
+   (single-token labels as in CT-SFT, arXiv 2601.08146). Labels and names of columns are compared in
+   Unicode's composed form (NFC).
 4. Refuse rows that would give a silently wrong number: a label word of several tokens, a tokenizer
    that merges across the cue, an unknown label, an empty cell, a prompt longer than the context.
 """
@@ -16,51 +19,70 @@ from __future__ import annotations
 import bisect
 import math
 import string
+import unicodedata
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
+from typing import Annotated
 
 from transformers import PreTrainedTokenizerBase
 
-from cdt_lens.core.errors import InputError, did_you_mean
+from cdt_lens.core import display
+from cdt_lens.core.checked import Checked, Fix, checked_arguments
+from cdt_lens.core.choices import Count
+from cdt_lens.core.errors import CdtLensWarning, InputError, did_you_mean
+from cdt_lens.tasks.rows import column_of, composed, no_column
 from cdt_lens.tasks.task import Example, Examples
 
 # Inputs without content. Their label logits show the model's bias (arXiv 2102.09690, section 5).
 CONTENT_FREE_TEXTS = ("N/A", "", "[MASK]")
 
 
+Tokenizer = Annotated[
+    PreTrainedTokenizerBase,
+    Fix("transformers.AutoTokenizer.from_pretrained(name) loads one; a loaded model's may be None"),
+]
+Verbalizer = Annotated[
+    Mapping[str, str], Fix("a label and its word are text, such as {'positive': ' positive'}")
+]
+
+
 @dataclass(frozen=True)
-class PromptFormat:
+class PromptFormat(Checked):
     """How rows of text become examples.
 
     Attributes:
         tokenizer: the model's tokenizer.
         template: text with column names in braces. It ends where the answer begins.
-        verbalizer: the answer word of each label. Each word must be one token.
+        verbalizer: the answer word of each label, in Unicode's composed form. Each word must be one
+            token.
         label_column: name of the column with the label.
         prefix: text before every prompt, such as few-shot examples.
-        prepend_bos: whether to prepend BOS. None prepends it if the tokenizer has one.
+        prepend_bos: whether to prepend BOS to a prompt whose template does not begin with its text.
+            None prepends it if the tokenizer has one.
         max_length: maximum number of tokens of a prompt. None uses the tokenizer's limit.
         truncate: whether to shorten a prompt that is too long. The longest text column is cut at
             its end, and the prefix and the answer cue stay whole.
 
     Raises:
-        InputError: there is no tokenizer. A mistake in the template or the verbalizer raises the
-            same error at its first use.
+        InputError: an option is of another type or out of range. A mistake in the template or the
+            verbalizer raises the same error at its first use.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     template: str
-    verbalizer: Mapping[str, str]
+    verbalizer: Verbalizer
     label_column: str = "label"
     prefix: str = ""
     prepend_bos: bool | None = None
-    max_length: int | None = None
+    max_length: Count | None = None
     truncate: bool = False
 
     def __post_init__(self) -> None:
-        check_tokenizer(self.tokenizer)
+        super().__post_init__()
+        object.__setattr__(self, "verbalizer", _composed_labels(self.verbalizer))
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
@@ -75,13 +97,35 @@ class PromptFormat:
 
     @cached_property
     def verbalizer_ids(self) -> dict[str, int]:
-        """The token id of each label's word, with the labels in alphabetical order."""
-        return verbalizer_token_ids(self.tokenizer, self.verbalizer)
+        """The token id of each label's word, with the labels in alphabetical order.
+
+        A `CdtLensWarning` names words whose leading space does not fit the end of the template.
+        """
+        context = self.render(dict.fromkeys(self.columns, CONTENT_FREE_TEXTS[0]))
+        ids = verbalizer_token_ids(self.tokenizer, self.verbalizer, context)
+        warn_of_spaces(self.tokenizer, self.verbalizer, context)
+        return ids
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The labels in alphabetical order, whatever their order in the verbalizer."""
         return tuple(self.verbalizer_ids)
+
+    @cached_property
+    def _bos_text(self) -> str:
+        """The BOS text with which the template begins, or "".
+
+        Where it occurs again, as in ChatML, it marks the turns and belongs to every example.
+        """
+        bos = self.tokenizer.bos_token or ""
+        return bos if self.template.startswith(bos) and self.template.count(bos) == 1 else ""
+
+    @cached_property
+    def _opening(self) -> tuple[str, str]:
+        """The text before the filled-in template, and the template without its BOS text."""
+        bos = self._bos_text
+        start = self.prefix if self.prefix.startswith(bos) else bos + self.prefix
+        return start or bos, self.template.removeprefix(bos)
 
     def render(self, cells: Mapping[str, str]) -> str:
         """Fill in the template.
@@ -90,9 +134,24 @@ class PromptFormat:
             cells: text of each column.
 
         Returns:
-            The prefix and the filled-in template.
+            The prefix and the filled-in template. BOS text with which the template begins stands
+            before the prefix.
         """
-        return self.prefix + self.template.format_map(cells)
+        start, template = self._opening
+        return start + template.format_map(cells)
+
+    def solved(self, cells: Mapping[str, str], label: str) -> str:
+        """Fill in the template and add the answer word, as in a few-shot prefix.
+
+        Args:
+            cells: text of each column.
+            label: the label.
+
+        Returns:
+            The text, without the BOS text with which the template begins.
+        """
+        text = self.render(cells) + self.verbalizer[label]
+        return text.removeprefix(self._bos_text)
 
     def check_row(self, row: Mapping[str, object], place: str) -> tuple[dict[str, str], str]:
         """Check a row and return what the prompt needs of it.
@@ -105,13 +164,22 @@ class PromptFormat:
             The text of the template's columns, and the label.
 
         Raises:
-            InputError: a column is missing, a cell is empty or not text, or the label is unknown.
+            InputError: a column is missing, a cell is empty, is not text or spells a special token
+                of the tokenizer, or the label is unknown.
         """
         cells = {column: _cell(row, column, place) for column in self.columns}
-        label = _cell(row, self.label_column, place)
+        for column, text in cells.items():
+            spelled = [token for token in self._special if token in text]
+            if spelled:
+                raise InputError(
+                    f"{place}, column {column!r}: the text holds {spelled[0]!r}, which the "
+                    "tokenizer reads as its special token. Write it in another way, or remove the "
+                    "row."
+                )
+        label = composed(_cell(row, self.label_column, place))
         if label not in self.verbalizer_ids:
             raise InputError(
-                f"{place}, column {self.label_column!r}: unknown label {label!r}"
+                f"{place}, column {self.label_column!r}: unknown label {display.short(label)}"
                 f"{did_you_mean(label, self.labels)}; expected one of {', '.join(self.labels)}"
                 f"{_number_hint(label)}"
             )
@@ -154,7 +222,8 @@ class PromptFormat:
     def content_free(self, name: str) -> Examples:
         """Build the prompts of `Task.content_free`.
 
-        Their text columns hold "N/A", nothing and "[MASK]".
+        Their text columns hold "N/A", nothing and "[MASK]". A text that leaves the prompt without
+        tokens, or that is a special token of the tokenizer, is left out.
 
         Args:
             name: name of the split.
@@ -166,10 +235,50 @@ class PromptFormat:
             InputError: a prompt is longer than the limit, or the tokenizer merges its end with the
                 answer.
         """
-        checked = [(dict.fromkeys(self.columns, t), self.labels[0]) for t in CONTENT_FREE_TEXTS]
-        where = [f"{name}, text {text!r}" for text in CONTENT_FREE_TEXTS]
+        filled = {text: dict.fromkeys(self.columns, text) for text in CONTENT_FREE_TEXTS}
+        texts = [
+            text
+            for text, cells in filled.items()
+            if text not in self._special and self._ids([self.render(cells)])[0]
+        ]
+        checked = [(filled[text], self.labels[0]) for text in texts]
+        where = [f"{name}, text {text!r}" for text in texts]
         columns = [cells for cells, _ in checked]
         return Examples(self._encode(checked, columns, where), self.labels, name)
+
+    def unlabelled(
+        self, rows: Sequence[Mapping[str, object]], places: Sequence[str]
+    ) -> list[tuple[int, ...]]:
+        """Return the tokens of the prompts of rows whose label is not known.
+
+        Args:
+            rows: cells by column.
+            places: name of each row in error messages.
+
+        Returns:
+            The token ids of each prompt, BOS included.
+
+        Raises:
+            InputError: a column is missing, a cell is empty or not text, or a prompt is too long.
+        """
+        cells = [
+            {column: _cell(row, column, place) for column in self.columns}
+            for row, place in zip(rows, places, strict=True)
+        ]
+        return self._tokenised(cells, places)[1]
+
+    def _tokenised(
+        self, cells: Sequence[Mapping[str, str]], places: Sequence[str]
+    ) -> tuple[list[str], list[tuple[int, ...]]]:
+        """Return the prompts, shortened where that is allowed and needed, and their tokens."""
+        limit = context_limit(self.tokenizer, self.max_length)
+        prompts = [self.render(texts) for texts in cells]
+        ids = self._ids(prompts)
+        for i, place in enumerate(places):
+            if len(ids[i]) > limit:
+                prompts[i] = self._shorten(cells[i], place, length=len(ids[i]), limit=limit)
+                ids[i] = self._ids([prompts[i]])[0]
+        return prompts, ids
 
     def _encode(
         self,
@@ -177,26 +286,50 @@ class PromptFormat:
         columns: Sequence[Mapping[str, str]],
         places: Sequence[str],
     ) -> tuple[Example, ...]:
-        limit = context_limit(self.tokenizer, self.max_length)
-        prompts = [self.render(cells) for cells, _ in checked]
-        ids = self._ids(prompts)
-        for i, place in enumerate(places):
-            if len(ids[i]) > limit:
-                prompts[i] = self._shorten(checked[i][0], place, length=len(ids[i]), limit=limit)
-                ids[i] = self._ids([prompts[i]])[0]
+        prompts, ids = self._tokenised([cells for cells, _ in checked], places)
         items = []
         for i, (_, label) in enumerate(checked):
+            self._check_special(ids[i], places[i])
             answer = self.verbalizer_ids[label]
             others = tuple(other for other in self.verbalizer_ids.values() if other != answer)
             items.append(Example(prompts[i], ids[i], label, (answer,), others, columns[i]))
         words = [self.verbalizer[item.label] for item in items]
-        n_bos = len(bos_ids(self.tokenizer, self.prepend_bos))
-        check_boundary(self.tokenizer, items, words, places, n_bos=n_bos)
+        check_boundary(self.tokenizer, items, words, places, prepend_bos=self.prepend_bos)
         return tuple(items)
 
     def _ids(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
-        bos = bos_ids(self.tokenizer, self.prepend_bos)
-        return [(*bos, *ids) for ids in encode(self.tokenizer, prompts)]
+        pieces = encode(self.tokenizer, prompts)
+        return [with_bos(self.tokenizer, ids, self.prepend_bos) for ids in pieces]
+
+    @cached_property
+    def _special(self) -> dict[str, int]:
+        """The special tokens of the tokenizer with their ids."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        named = zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True)
+        return {token.content: id for id, token in added if token.special} | dict(named)
+
+    @cached_property
+    def _own_special(self) -> int:
+        """The number of special tokens in the prefix and the template, and BOS."""
+        start, template = self._opening
+        texts = [start, *(literal for literal, *_ in string.Formatter().parse(template))]
+        pieces = encode(self.tokenizer, texts)
+        ids = with_bos(self.tokenizer, [id for piece in pieces for id in piece], self.prepend_bos)
+        return self._n_special(ids)
+
+    def _n_special(self, ids: Sequence[int]) -> int:
+        # Unknown words of the data become the unknown token without being spelled like it.
+        special = set(self._special.values()) - {self.tokenizer.unk_token_id}
+        return sum(id in special for id in ids)
+
+    def _check_special(self, ids: Sequence[int], place: str) -> None:
+        """Refuse text that becomes a special token together with the template around it."""
+        if self._n_special(ids) != self._own_special:
+            raise InputError(
+                f"{place}: the text and the template together spell a special token of the "
+                f"tokenizer: {self.tokenizer.convert_ids_to_tokens(list(ids))[:60]}. Change the "
+                "template or the text."
+            )
 
     def _shorten(self, cells: Mapping[str, str], place: str, *, length: int, limit: int) -> str:
         """Cut the longest column at the last character with which the prompt keeps the limit."""
@@ -223,18 +356,19 @@ class PromptFormat:
         return prompt(size)
 
 
+@checked_arguments
 def build_examples(
     rows: Iterable[Mapping[str, object]],
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     template: str,
-    verbalizer: Mapping[str, str],
+    verbalizer: Verbalizer,
     label_column: str = "label",
     name: str = "examples",
     places: Sequence[str] | None = None,
     prefix: str = "",
     prepend_bos: bool | None = None,
-    max_length: int | None = None,
+    max_length: Count | None = None,
     truncate: bool = False,
 ) -> Examples:
     """Build one split from rows with a template and a verbalizer.
@@ -306,6 +440,51 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool | None) -> tup
     return (tokenizer.bos_token_id,)
 
 
+def with_bos(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], prepend_bos: bool | None
+) -> tuple[int, ...]:
+    """Prepend BOS to the token ids of a prompt, unless they begin with it.
+
+    Args:
+        tokenizer: the tokenizer.
+        ids: the token ids of the whole prompt.
+        prepend_bos: whether to prepend BOS, as for `bos_ids`.
+
+    Returns:
+        The token ids with BOS at most once at their start.
+
+    Raises:
+        InputError: BOS is requested and the tokenizer has none.
+    """
+    bos = bos_ids(tokenizer, prepend_bos)
+    return tuple(ids) if tuple(ids[: len(bos)]) == bos else (*bos, *ids)
+
+
+def word_ids(
+    tokenizer: PreTrainedTokenizerBase, words: Sequence[str], context: str
+) -> list[list[int]]:
+    """Tokenise words as they continue a text.
+
+    Some tokenizers write a space before every text (Llama 2's), so that a word alone has other
+    tokens than behind a prompt.
+
+    Args:
+        tokenizer: the tokenizer.
+        words: the words, with their leading spaces.
+        context: the text before them.
+
+    Returns:
+        The tokens of each word: those that follow the tokens of `context`, or those of the word
+        alone if the tokenizer merges the two.
+    """
+    before, *texts = encode(tokenizer, [context, *(context + word for word in words)])
+    alone = encode(tokenizer, words)
+    return [
+        whole[len(before) :] if whole[: len(before)] == before else own
+        for whole, own in zip(texts, alone, strict=True)
+    ]
+
+
 def context_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> int:
     """Return the maximum number of tokens of a prompt, BOS included.
 
@@ -315,12 +494,7 @@ def context_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None) ->
 
     Returns:
         The limit, in tokens.
-
-    Raises:
-        InputError: `max_length` is below 1.
     """
-    if max_length is not None and max_length < 1:
-        raise InputError(f"max_length {max_length}: expected at least 1")
     return tokenizer.model_max_length if max_length is None else max_length
 
 
@@ -352,13 +526,14 @@ def template_columns(template: str) -> tuple[str, ...]:
 
 
 def verbalizer_token_ids(
-    tokenizer: PreTrainedTokenizerBase, verbalizer: Mapping[str, str]
+    tokenizer: PreTrainedTokenizerBase, verbalizer: Mapping[str, str], context: str
 ) -> dict[str, int]:
     """Look up the token of each label's word.
 
     Args:
         tokenizer: the tokenizer.
         verbalizer: the answer word of each label.
+        context: a prompt, whose end decides how the words are read.
 
     Returns:
         The token ids, with the labels in alphabetical order.
@@ -370,8 +545,10 @@ def verbalizer_token_ids(
     if len(verbalizer) < 2:
         raise InputError(f"verbalizer {dict(verbalizer)}: expected at least two labels")
     ids: dict[str, int] = {}
-    for label, word in sorted(verbalizer.items()):
-        pieces = encode(tokenizer, [word])[0]
+    labels = sorted(verbalizer)
+    read = word_ids(tokenizer, [verbalizer[label] for label in labels], context)
+    for label, pieces in zip(labels, read, strict=True):
+        word = verbalizer[label]
         shown = tokenizer.convert_ids_to_tokens(pieces)
         if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id:
             got = "the unknown token" if pieces == [tokenizer.unk_token_id] else str(len(pieces))
@@ -395,7 +572,7 @@ def check_boundary(
     words: Sequence[str],
     places: Sequence[str],
     *,
-    n_bos: int,
+    prepend_bos: bool | None,
 ) -> None:
     """Check that prompt + word has the prompt's tokens and then the word's, for every example.
 
@@ -404,19 +581,79 @@ def check_boundary(
         examples: the examples.
         words: answer word of each example.
         places: name of each example in error messages.
-        n_bos: number of BOS tokens at the start of the examples.
+        prepend_bos: whether BOS was prepended to the examples.
 
     Raises:
         InputError: the tokenizer merges the end of a prompt with its answer.
     """
     whole = encode(tokenizer, [e.prompt + word for e, word in zip(examples, words, strict=True)])
     for example, word, ids, place in zip(examples, words, whole, places, strict=True):
-        if ids != [*example.tokens[n_bos:], example.answers[0]]:
+        if with_bos(tokenizer, ids, prepend_bos) != (*example.tokens, example.answers[0]):
             raise InputError(
                 f"{place}: the tokenizer merges the end of the prompt with the answer {word!r}: "
                 f"together they end in {tokenizer.convert_ids_to_tokens(ids[-3:])}. End the "
                 "template in another character, without a space, or change the word."
             )
+
+
+def warn_of_spaces(
+    tokenizer: PreTrainedTokenizerBase, verbalizer: Mapping[str, str], context: str
+) -> None:
+    """Warn of words whose leading space does not fit the end of the prompt.
+
+    A model that has read "Sentiment:" expects " good", and "good" is another token. After a prompt
+    that ends in a space or a line break it is the reverse.
+
+    Args:
+        tokenizer: the tokenizer.
+        verbalizer: the answer word of each label.
+        context: a prompt.
+    """
+    for word in verbalizer.values():
+        prompt, usual = _usual_spelling(context, word)
+        (read,), (expected,) = (
+            word_ids(tokenizer, [word], context), word_ids(tokenizer, [usual], prompt)
+        )  # fmt: skip
+        before, shorter = encode(tokenizer, [context, prompt])
+        same = [*before, *read] == [*shorter, *expected]
+        if same or len(expected) != 1 or expected[0] == tokenizer.unk_token_id:
+            continue
+        warnings.warn(
+            f"verbalizer: {context[-20:] + word!r} ends in the tokens {[*before[-1:], *read]}, but "
+            f"{prompt[-20:] + usual!r}, as text is usually written, in "
+            f"{[*shorter[-1:], *expected]}. Check the space between the template and the words: a "
+            "model that expects the other token scores worse.",
+            CdtLensWarning,
+            stacklevel=2,
+        )
+        return
+
+
+def _usual_spelling(context: str, word: str) -> tuple[str, str]:
+    """Return the prompt and the word with exactly one space or line break between them."""
+    spaced = word[0].isspace()
+    if spaced and context.endswith(" "):
+        return context.rstrip(" "), word
+    if spaced and context[-1:].isspace():
+        return context, word.lstrip()
+    end = context[-1]
+    opens = unicodedata.category(end) in ("Ps", "Pi") or end in "\"'<>/_-=#@$*`|"
+    opens = opens and not context.endswith(("->", "=>"))
+    # Chinese and Japanese are written without spaces.
+    wide = unicodedata.east_asian_width(word[0]) in "WF"
+    return context, word if spaced or end.isspace() or opens or wide else f" {word}"
+
+
+def _composed_labels(verbalizer: Mapping[str, str]) -> dict[str, str]:
+    # Labels of other types are refused where they are used.
+    names = [composed(label) if isinstance(label, str) else label for label in verbalizer]
+    labels = dict(zip(names, verbalizer.values(), strict=True))
+    if len(labels) < len(verbalizer):
+        raise InputError(
+            f"verbalizer: {list(verbalizer)}: two labels are the same in Unicode's composed form "
+            "(NFC). Remove one of them."
+        )
+    return labels
 
 
 def _number_hint(label: str) -> str:
@@ -426,32 +663,15 @@ def _number_hint(label: str) -> str:
     return f"; give the verbalizer a word for each number (such as {label!r}), or write words"
 
 
-def check_tokenizer(tokenizer: object) -> None:
-    """Refuse None, the tokenizer of a model that was loaded without one.
-
-    Args:
-        tokenizer: the tokenizer.
-
-    Raises:
-        InputError: the tokenizer is None. The message says how to get one.
-    """
-    if tokenizer is None:
-        raise InputError(
-            "tokenizer=None: the model was loaded without a tokenizer. Pass the one that it was "
-            "trained with, such as transformers.AutoTokenizer.from_pretrained(name)."
-        )
-
-
 def _cell(row: Mapping[str, object], column: str, place: str) -> str:
-    if column not in row:
-        raise InputError(
-            f"{place}: no column {column!r}{did_you_mean(column, row)}; "
-            f"the columns are {', '.join(map(repr, row))}"
-        )
-    value = row[column]
+    own = column_of(row, column)
+    if own is None:
+        raise InputError(f"{place}: {no_column(column, row)}")
+    value = row[own]
     if value is not None and not isinstance(value, (str, Real)):
         raise InputError(
-            f"{place}, column {column!r}: expected text, got {type(value).__name__} {value!r}"
+            f"{place}, column {column!r}: expected text, got {type(value).__name__} "
+            f"{repr(value)[:60]}"
         )
     # pandas marks a missing cell by NaN.
     missing = value is None or (isinstance(value, float) and math.isnan(value))

@@ -10,7 +10,10 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import tempfile
+import unicodedata
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
@@ -18,6 +21,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
+from cdt_lens.core import display
 from cdt_lens.core.errors import InputError, did_you_mean, expect
 
 SPLITS = ("train", "valid", "test")
@@ -27,6 +31,9 @@ HUB_SPLITS = {
     "valid": ("validation", "valid", "dev", "val"),
     "test": ("test",),
 }
+# A gzipped file may hold this many bytes, or this multiple of its own size. Text compresses to a
+# tenth at best, and a few hundred kB can hold half a gigabyte.
+GZIP_BYTES, GZIP_RATIO = 64 << 20, 50
 
 
 @dataclass(frozen=True)
@@ -67,11 +74,69 @@ class Table:
         """
         header = list(self.rows[0]) if self.rows else []
         for column in columns if self.header and self.rows else ():
-            if column in header:
-                continue
+            if column_of(header, column) is None:
+                raise InputError(
+                    f"{self.header}: {no_column(column, header)}{_why_no_column(header, labels)}"
+                )
+
+
+def composed(text: str) -> str:
+    """Return a name in Unicode's composed form (NFC).
+
+    macOS and some exports write "é" as "e" and an accent, which is another string that looks the
+    same. Labels and names of columns are compared in this form. The text of prompts is not changed.
+
+    Args:
+        text: the name.
+    """
+    return unicodedata.normalize("NFC", text)
+
+
+def column_of(columns: Iterable[str], name: str) -> str | None:
+    """Find a column by its name, in either Unicode form.
+
+    Args:
+        columns: the names of the columns.
+        name: the name to find.
+
+    Returns:
+        The name as the columns spell it, or None.
+    """
+    columns = list(columns)
+    if name in columns:
+        return name
+    return next((own for own in columns if composed(own) == composed(name)), None)
+
+
+def no_column(column: str, columns: Iterable[str]) -> str:
+    """Say that a column is missing, and which ones there are.
+
+    Args:
+        column: the missing column.
+        columns: the names of the columns.
+    """
+    columns = list(columns)
+    listed = display.few((display.short(name) for name in columns), 12)
+    return f"no column {column!r}{did_you_mean(column, columns[:100])}; the columns are {listed}"
+
+
+def check_paths(paths: Mapping[str, str | Path]) -> None:
+    """Check the names and files of splits before anything is read.
+
+    Args:
+        paths: path of each split.
+
+    Raises:
+        InputError: the splits have other names, or a path is not one path.
+    """
+    expect(paths, Mapping, "paths", "give a file for each split: {'train': 'train.csv'}")
+    unknown = [split for split in paths if split not in SPLITS]
+    if unknown or not paths:
+        raise InputError(f"paths: expected splits among {', '.join(SPLITS)}, got {list(paths)}")
+    for split, path in paths.items():
+        if not isinstance(path, (str, Path)):
             raise InputError(
-                f"{self.header}: no column {column!r}{did_you_mean(column, header)}; "
-                f"the columns are {', '.join(map(repr, header))}{_why_no_column(header, labels)}"
+                f"paths: {split}: expected the path of one file, got {type(path).__name__}"
             )
 
 
@@ -94,6 +159,7 @@ def read_table(path: str | Path, *, quoting: bool | None = None) -> Table:
         raise InputError(f"{path}: expected a .csv, .tsv or .jsonl file (.gz allowed)")
     quoted = kind == "csv" if quoting is None else quoting
     try:
+        _check_gzip_size(path)
         with _open_text(path) as file:
             numbered = list(
                 _jsonl_rows(path, file)
@@ -145,7 +211,9 @@ def hub_tables(
     Raises:
         InputError: the data cannot be loaded, lack a column or split, or have labels without names.
     """
-    loaded = _load_from_hub(repo, config, revision=revision, data_dir=data_dir)
+    loaded = _load_from_hub(
+        repo, config, columns=(*columns, label_column), revision=revision, data_dir=data_dir
+    )
     where = repo if config is None else f"{repo}/{config}"
     if splits is not None:
         expect(splits, Mapping, f"{where}: splits", "such as {'train': 'train', 'test': 'test'}")
@@ -166,18 +234,21 @@ def hub_tables(
     tables = {}
     for split, name in wanted.items():
         data = loaded[name]
-        for column in (*columns, label_column):
-            if column not in data.column_names:
+        found = {column: column_of(data.column_names, column) for column in columns}
+        found[label_column] = column_of(data.column_names, label_column)
+        for column, own in found.items():
+            if own is None:
                 raise InputError(
                     f"{where}, split {name}: no column {column!r}"
                     f"{did_you_mean(column, data.column_names)}; it has "
-                    f"{', '.join(data.column_names)}"
+                    f"{display.few(data.column_names, 12)}"
                 )
-        names = _label_names(where, data.features[label_column], label_names)
+        own_label = found[label_column]
+        names = _label_names(where, data.features[own_label], label_names)
         places = [f"{where}, split {name}, row {number}" for number in range(1, len(data) + 1)]
-        rows = data.select_columns(list(dict.fromkeys((*columns, label_column)))).to_list()
+        rows = data.select_columns(list(dict.fromkeys(found.values()))).to_list()
         for row, place in zip(rows, places, strict=True):
-            row[label_column] = _label_word(row[label_column], names, place)
+            row[own_label] = _label_word(row[own_label], names, place)
         tables[split] = Table(rows, places)
     return tables
 
@@ -187,6 +258,22 @@ def _open_text(path: Path) -> TextIOWrapper:
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
     return open(path, encoding="utf-8-sig", newline="")
+
+
+def _check_gzip_size(path: Path) -> None:
+    """Refuse a gzipped file that would fill the memory, before any row of it is kept."""
+    if path.suffix != ".gz":
+        return
+    limit = max(GZIP_BYTES, GZIP_RATIO * path.stat().st_size)
+    size = 0
+    with gzip.open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            size += len(block)
+            if size > limit:
+                raise InputError(
+                    f"{path}: {path.stat().st_size:,} bytes that decompress to more than "
+                    f"{limit:,}. Text does not compress so well. Check the file, or decompress it."
+                )
 
 
 def _where_not_utf8(path: Path) -> str:
@@ -210,16 +297,26 @@ def _where_not_utf8(path: Path) -> str:
 
 
 def _why_no_column(header: Sequence[str], labels: Iterable[str]) -> str:
-    """Describe a header that lacks a column: another delimiter, or a row of data."""
-    for delimiter, name in ((";", "semicolons"), ("\t", "tabs"), (",", "commas"), ("|", "bars")):
-        if len(header) == 1 and delimiter in header[0]:
+    """Describe a header that lacks a column: another delimiter, a comment, or a row of data."""
+    why = _not_a_header(header)
+    given = [cell for cell in header if cell in set(labels)]
+    if not why and given:
+        why = f". {given[0]!r} is a label. The first line must hold the names of the columns."
+    return why
+
+
+def _not_a_header(header: Sequence[str]) -> str:
+    """Describe a first line that holds another delimiter or a comment, not names of columns."""
+    if header[0].lstrip().startswith(("#", "//", "%", "sep=")):
+        return ". It seems to be a comment. The first line must be the header: remove the comment."
+    for delimiter, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars"), (",", "commas")):
+        # A name in quotation marks may hold a comma.
+        cells = header if delimiter != "," else header[: len(header) == 1]
+        if any(delimiter in cell for cell in cells):
             return (
                 f". The cells seem to be separated by {name}. Save the file with commas as .csv, "
                 "or with tabs as .tsv."
             )
-    given = [cell for cell in header if cell in set(labels)]
-    if given:
-        return f". {given[0]!r} is a label. The first line must hold the names of the columns."
     return ""
 
 
@@ -243,21 +340,35 @@ def _separated_rows(
                 continue
             if len(cells) > len(header):
                 raise InputError(
-                    f"{path}, line {start}: {len(cells)} cells, the header has {len(header)}. Put "
-                    f"quotation marks around text that holds {delimiter!r}."
+                    f"{path}, line {start}: {_too_many_cells(len(cells), header, delimiter)}"
                 )
             yield start, dict(zip_longest(header, cells))
     except csv.Error as error:
-        raise InputError(
-            f"{path}, line {line}: {error}. Close or double the quotation mark."
-        ) from error
+        raise InputError(f"{path}, line {line}: {_csv_advice(error, quoted)}") from error
+
+
+def _too_many_cells(n: int, header: Sequence[str], delimiter: str) -> str:
+    shown = display.few((display.short(cell) for cell in header), 12)
+    why = _not_a_header(header) or (
+        f". Put quotation marks around text that holds {delimiter!r}. The first line must be the "
+        "header, with a name for every column."
+    )
+    return f"{n} cells, the header has {len(header)} ({shown}){why}"
+
+
+def _csv_advice(error: csv.Error, quoted: bool) -> str:
+    if "field limit" not in str(error):
+        return f"{error}. Close or double the quotation mark."
+    unclosed = ", or close the quotation mark before it" if quoted else ""
+    return f"a cell of more than {csv.field_size_limit():,} characters. Shorten it{unclosed}."
 
 
 def _check_header(path: Path, header: Sequence[str], line: int) -> None:
-    twice = [column for column in header if header.count(column) > 1]
+    twice = [column for column, n in Counter(map(composed, header)).items() if n > 1]
     if twice:
         raise InputError(
-            f"{path}, line {line}: column {twice[0]!r} occurs twice. Rename one of them."
+            f"{path}, line {line}: column {display.short(twice[0])} occurs twice. Rename one of "
+            "them."
         )
 
 
@@ -285,20 +396,32 @@ def _jsonl_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, dict[str
 
 
 def _distinct_keys(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
-    names = [name for name, _ in pairs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"column {twice!r} occurs twice. Rename one of them.")
+    twice = [name for name, n in Counter(name for name, _ in pairs).items() if n > 1]
+    if twice:
+        raise ValueError(f"column {display.short(twice[0])} occurs twice. Rename one of them.")
     return dict(pairs)
 
 
 def _load_from_hub(
-    repo: str, config: str | None, *, revision: str | None, data_dir: str | None
+    repo: str,
+    config: str | None,
+    *,
+    columns: Iterable[str],
+    revision: str | None,
+    data_dir: str | None,
 ) -> Mapping[str, Any]:
     import datasets  # imported here, because it is slow and only the hub needs it
 
+    source: dict[str, Any] = {"revision": revision, "data_dir": data_dir}
     try:
-        return datasets.load_dataset(repo, config, revision=revision, data_dir=data_dir)
+        loaded = datasets.load_dataset(repo, config, **source)
+        if not any(data.info.builder_name == "csv" for data in loaded.values()):
+            return loaded
+        # In a cache of its own the builder knows the types that the data set states, and not those
+        # that pandas has guessed above.
+        with tempfile.TemporaryDirectory(prefix="cdt-lens-") as cache:
+            builder = datasets.load_dataset_builder(repo, config, cache_dir=cache, **source)
+        return datasets.load_dataset(repo, config, **source, **_csv_reading(builder, columns))
     except ConnectionError as error:
         raise InputError(
             f"{repo}: the Hugging Face hub could not be reached ({error}). Go online, or pass the "
@@ -307,6 +430,19 @@ def _load_from_hub(
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         where = repo if config is None else f"{repo}/{config}"
         raise InputError(f"{where}: `datasets` cannot load it: {error}") from error
+
+
+def _csv_reading(builder: Any, columns: Iterable[str]) -> dict[str, Any]:
+    """Return the options with which `datasets` reads the cells of CSV files as `read_table` does.
+
+    By default pandas takes "null" for an empty cell and 007 for the number 7.
+    """
+    if builder.info.features:
+        return {}
+    options: dict[str, Any] = {"converters": dict.fromkeys(columns, str), "keep_default_na": False}
+    if builder.config.sep == "\t":
+        options["quoting"] = csv.QUOTE_NONE
+    return options
 
 
 def _label_names(where: str, feature: Any, given: Sequence[str] | None) -> Sequence[str] | None:
@@ -323,6 +459,8 @@ def _label_names(where: str, feature: Any, given: Sequence[str] | None) -> Seque
 
 
 def _label_word(label: object, names: Sequence[str] | None, place: str) -> object:
+    if names is not None and isinstance(label, str) and label.isdecimal():
+        label = int(label)  # a CSV file holds numbers as text
     if isinstance(label, bool) or not isinstance(label, int):
         return label
     if names is None:

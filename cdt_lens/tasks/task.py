@@ -8,23 +8,27 @@ stores, balances and batches them.
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, overload
+from itertools import groupby
+from typing import Annotated, Any, overload
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cdt_lens.core import display
 from cdt_lens.core.artifacts import content_hash
-from cdt_lens.core.errors import InputError, expect
+from cdt_lens.core.checked import Checked, checked_arguments, whole_number
+from cdt_lens.core.choices import Count, Seed
+from cdt_lens.core.errors import InputError
+from cdt_lens.models.view import ModelView
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,11 @@ class Example:
         others: token ids that compete with the answers.
         fields: the columns of the row.
 
+    Lists of ids become tuples, and whole numbers of numpy and torch become Python's.
+
     Raises:
-        InputError: there is no token, no answer or no competitor, or a candidate occurs twice.
+        InputError: there is no token, no answer or no competitor, a candidate occurs twice, or ids
+            are not a sequence of whole numbers.
     """
 
     prompt: str
@@ -54,6 +61,8 @@ class Example:
     fields: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        for name in ("tokens", "answers", "others"):
+            object.__setattr__(self, name, _ids(name, getattr(self, name), self.prompt))
         candidates = self.answers + self.others
         if not self.tokens:
             raise InputError(f"prompt {self.prompt!r}: it has no tokens. Give it some text.")
@@ -122,15 +131,25 @@ class Examples(Sequence[Example]):
         labels: the labels. `Batch.label_index` counts in this order.
         name: name of the split, such as "toy/train".
 
+    Lists of items and labels become tuples.
+
     Raises:
-        InputError: an example has another label.
+        InputError: an item is no `Example`, or has another label.
     """
 
     items: tuple[Example, ...]
     labels: tuple[str, ...]
     name: str
+    _advice = "give a split, such as task.train; Examples(items, labels, name) makes one"
 
     def __post_init__(self) -> None:
+        for name in ("items", "labels"):
+            object.__setattr__(self, name, _as_tuple(f"{self.name}: {name}", getattr(self, name)))
+        for number, item in enumerate(self.items):
+            if not isinstance(item, Example):
+                raise InputError(
+                    f"{self.name}: item {number} is {type(item).__name__}, expected Example"
+                )
         unknown = {item.label for item in self.items} - set(self.labels)
         if unknown:
             raise InputError(f"{self.name}: labels {sorted(unknown)} are not among {self.labels}")
@@ -167,6 +186,7 @@ class Examples(Sequence[Example]):
     @property
     def chance(self) -> float:
         """Accuracy of always choosing the most frequent label, from 0 to 1."""
+        self.require_some()
         return max(self.counts.values()) / len(self)
 
     @cached_property
@@ -175,7 +195,8 @@ class Examples(Sequence[Example]):
         rows = [(item.tokens, item.label, item.answers, item.others) for item in self.items]
         return content_hash(rows)
 
-    def take(self, n: int) -> Examples:
+    @checked_arguments
+    def take(self, n: Count) -> Examples:
         """Return the first examples.
 
         Args:
@@ -188,11 +209,10 @@ class Examples(Sequence[Example]):
             InputError: `n` is below 1, or there are no examples.
         """
         self.require_some()
-        if n < 1:
-            raise InputError(f"{self.name}: take({n}): expected at least 1")
         return self[:n]
 
-    def balanced(self, n: int | None = None, *, seed: int = 0) -> Examples:
+    @checked_arguments
+    def balanced(self, n: int | None = None, *, seed: Seed = 0) -> Examples:
         """Draw the same number of examples of each label, in the order of the data.
 
         Args:
@@ -222,13 +242,15 @@ class Examples(Sequence[Example]):
             chosen += generator.sample(positions, per_label)
         return replace(self, items=tuple(self.items[i] for i in sorted(chosen)))
 
+    @checked_arguments
     def batches(
         self,
-        batch_size: int,
+        batch_size: Count,
         *,
         sort_by_length: bool = True,
         pad_id: int = 0,
         shard: tuple[int, int] = (0, 1),
+        apart: int | None = None,
     ) -> Iterator[Batch]:
         """Iterate over the examples in batches, each example once.
 
@@ -239,6 +261,8 @@ class Examples(Sequence[Example]):
             pad_id: token id of the padding.
             shard: `(rank, world)` selects every world-th example from `rank` on. The shards
                 partition the split.
+            apart: prompts of more tokens than this share no batch with others. A model with
+                longrope, whose `ModelView.longrope_limit` this is, reads the two differently.
 
         Returns:
             An iterator over the batches.
@@ -248,17 +272,41 @@ class Examples(Sequence[Example]):
         """
         self.require_some()
         rank, world = shard
-        if batch_size < 1 or not 0 <= rank < world:
+        if not 0 <= rank < world:
             raise InputError(
-                f"{self.name}: batch_size {batch_size}, shard {shard}: expected a batch_size of at "
-                "least 1 and a shard (rank, world) with 0 <= rank < world"
+                f"{self.name}: shard {shard}: expected (rank, world) with 0 <= rank < world"
             )
         order = list(range(len(self)))
         if sort_by_length:
             order.sort(key=lambda i: len(self.items[i].tokens), reverse=True)
         order = order[rank::world]
-        starts = range(0, len(order), batch_size)
-        return (self._collate(tuple(order[i : i + batch_size]), pad_id) for i in starts)
+        alike = groupby(order, lambda i: apart is not None and len(self.items[i].tokens) > apart)
+        groups = [tuple(group) for _, group in alike]
+        return (
+            self._collate(group[i : i + batch_size], pad_id)
+            for group in groups
+            for i in range(0, len(group), batch_size)
+        )
+
+    def one_batch(self, apart: int | None = None) -> Batch:
+        """Return all examples as one batch, in their order.
+
+        Args:
+            apart: see `batches`.
+
+        Returns:
+            The batch.
+
+        Raises:
+            InputError: there are no examples, or some have more than `apart` tokens and some not.
+        """
+        batch, *others = self.batches(len(self), sort_by_length=False, apart=apart)
+        if others:
+            raise InputError(
+                f"{self.name}: some prompts have more than {apart} tokens, which this model reads "
+                "with other rotary factors (longrope) than shorter ones. Pass them in two calls."
+            )
+        return batch
 
     def require_some(self) -> None:
         """Check that the split is not empty.
@@ -290,8 +338,30 @@ class Examples(Sequence[Example]):
         )
 
 
+def _ids(name: str, ids: Any, prompt: object) -> tuple[int, ...]:
+    """Return token ids as a tuple of Python's whole numbers."""
+    if not isinstance(ids, list | tuple):
+        raise InputError(
+            f"prompt {prompt!r}: {name}: expected token ids such as (5, 6), got "
+            f"{type(ids).__name__}; ids.tolist() gives those of one prompt in a tensor"
+        )
+    if all(type(id) is int for id in ids):
+        return tuple(ids)
+    numbers = tuple(map(whole_number, ids))
+    if None in numbers:
+        wrong = ids[numbers.index(None)]
+        raise InputError(f"prompt {prompt!r}: {name}: {wrong!r} is no token id")
+    return numbers  # type: ignore[return-value]
+
+
+def _as_tuple(where: str, values: Any) -> tuple[Any, ...]:
+    if not isinstance(values, list | tuple):
+        raise InputError(f"{where}: expected a tuple, got {type(values).__name__}")
+    return tuple(values)
+
+
 @dataclass(frozen=True)
-class Task:
+class Task(Checked):
     """The splits of one classification task.
 
     Attributes:
@@ -308,13 +378,15 @@ class Task:
             `labels`, and their own label has no meaning.
         prior: calibrated logit of each label on content-free prompts, or None.
         prefix: the few-shot examples before every prompt.
+        max_length: maximum number of tokens of a prompt. None means the tokenizer's limit.
+        truncate: whether prompts that are too long were shortened.
 
     Raises:
         InputError: a split has other labels.
     """
 
     name: str
-    labels: tuple[str, ...]
+    labels: Annotated[tuple[str, ...], Field(strict=False)]
     verbalizer: Mapping[str, str]
     verbalizer_ids: Mapping[str, int]
     template: str
@@ -324,8 +396,12 @@ class Task:
     content_free: Examples
     prior: Mapping[str, float] | None = None
     prefix: str = ""
+    max_length: int | None = None
+    truncate: bool = False
+    _advice = "load_task or task_from_files makes one"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for split in (self.train, self.valid, self.test, self.content_free):
             if split.labels != self.labels:
                 raise InputError(
@@ -363,6 +439,25 @@ class Task:
             }
         )
 
+    def require_held_out(self, name: str = "valid") -> None:
+        """Check that the examples to judge on are not the training examples.
+
+        Args:
+            name: the split to judge on, "valid" or "test".
+
+        Raises:
+            InputError: every example of the split is also in `train`.
+        """
+        held_out: Examples = getattr(self, name)
+        train = {(item.tokens, item.label) for item in self.train}
+        if len(held_out) and all((item.tokens, item.label) in train for item in held_out):
+            raise InputError(
+                f"{held_out.name}: all {len(held_out)} examples are also in {self.train.name}, so "
+                "nothing measured on them holds for other data. Give other examples, or divide one "
+                "file into train and valid with split=0.2."
+            )
+
+    @checked_arguments
     def with_prior(self, prior: Mapping[str, float]) -> Task:
         """Return this task with a calibration of its labels.
 
@@ -381,7 +476,7 @@ class Task:
         """
         if not self.verbalizer_ids:
             raise InputError(f"task {self.name}: it has no verbalizer, so labels have no prior")
-        if set(prior) != set(self.labels) or not all(map(math.isfinite, prior.values())):
+        if set(prior) != set(self.labels):
             raise InputError(
                 f"task {self.name}: expected a finite prior for each of {', '.join(self.labels)}; "
                 f"got {dict(prior)}"
@@ -403,19 +498,26 @@ class Task:
         return offsets
 
 
-def require_examples(examples: object) -> None:
-    """Check that a value is a split with at least one example.
+def check_examples(view: ModelView, examples: Examples) -> None:
+    """Check that there are examples and that a model has all of their tokens.
 
     Args:
-        examples: the value to check.
+        view: the model.
+        examples: the split to check.
 
     Raises:
-        InputError: the value is not an `Examples`, or it is empty.
+        InputError: the split is empty, or a prompt or a candidate has a token id that the model
+            does not have.
     """
-    fix = "give a split, such as task.train"
-    if isinstance(examples, (list, tuple)):
-        fix = "Examples(tuple(items), labels, name) makes one"
-    expect(examples, Examples, "examples", fix).require_some()
+    examples.require_some()
+    for number, item in enumerate(examples):
+        ids = (*item.tokens, *item.answers, *item.others)
+        if min(ids) < 0 or max(ids) >= view.d_vocab:
+            wrong = next(id for id in ids if not 0 <= id < view.d_vocab)
+            raise InputError(
+                f"{examples.name}: example {number} has the token id {wrong}; {view.name} has the "
+                f"ids 0 to {view.d_vocab - 1}. Make the examples with the tokenizer of this model."
+            )
 
 
 def examples_frame(examples: Examples) -> pd.DataFrame:

@@ -24,6 +24,7 @@ from cdt_lens.comparing.comparison import (
     RANKINGS,
     YARDSTICK,
     Comparison,
+    Measure,
     MethodResult,
     PlantedComparison,
 )
@@ -66,8 +67,8 @@ def comparison(result: Comparison) -> Figure:
     panels = figure.subplot_mosaic("AAABBB;CCDDEE", height_ratios=(4.0, 2.2 + rows))
     for panel, ranking in zip("AB", RANKINGS, strict=True):
         _draw_curves(panels[panel], result, ranking)
-    for panel, measure in zip("CD", ("cpr", "cmd"), strict=True):
-        _draw_areas(panels[panel], result, measure)
+    _draw_areas(panels["C"], result, "cpr")
+    _draw_areas(panels["D"], result, "cmd")
     panels["D"].sharey(panels["C"])
     panels["D"].tick_params(labelleft=False)
     _draw_agreement(panels["E"], result)
@@ -180,7 +181,7 @@ def _limit(axes: Axes, drawn: list[Any]) -> None:
         axes.text(0.99, 0.99, words, fontsize=8, color=MUTED, **corner)
 
 
-def _draw_areas(axes: Axes, result: Comparison, measure: str) -> None:
+def _draw_areas(axes: Axes, result: Comparison, measure: Measure) -> None:
     """Draw one area by method, a filled marker for the signed and a hollow one for the other."""
     values = [getattr(curve, measure) for curve in result.random]
     if values:
@@ -199,7 +200,7 @@ def _draw_areas(axes: Axes, result: Comparison, measure: str) -> None:
     style.plain_axes(axes, "both")
 
 
-def _draw_markers(axes: Axes, result: Comparison, measure: str, ranking: Any) -> None:
+def _draw_markers(axes: Axes, result: Comparison, measure: Measure, ranking: Any) -> None:
     styles = looks(result)
     drawn = [
         (method.value(measure, ranking), row, styles[method.method][0])

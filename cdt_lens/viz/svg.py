@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
@@ -17,6 +16,8 @@ from xml.etree import ElementTree
 import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
+
+from cdt_lens.core.process_wide import Setting, ignored, process_wide
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -56,8 +57,12 @@ def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     # The browser draws the text, as it has glyphs that matplotlib does not have.
     options: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "cdt_lens"}
-    with matplotlib.rc_context(options), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+    settings = matplotlib.rcParams
+    kept: Setting = (lambda: {name: settings[name] for name in options}, settings.update)
+    with (
+        process_wide(kept, change=lambda: settings.update(options)),
+        ignored("Glyph .* missing from font"),
+    ):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 

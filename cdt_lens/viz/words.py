@@ -170,7 +170,9 @@ def provenance_rows(
     """
     parts: list[tuple[str, Leaves]] = []
     for name, entries in origins:
-        part = (name, _leaves(entries))
+        # The configuration of the model has a hundred values; the files hold it.
+        shown = {key: value for key, value in entries.items() if key != "configuration"}
+        part = (name, _leaves(shown))
         parts += [] if part in parts else [part]
     if len(parts) > 1:
         shared = dict(set.intersection(*(set(leaves.items()) for _, leaves in parts)))

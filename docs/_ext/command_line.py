@@ -15,8 +15,8 @@ def reference(app: Any) -> str:
         "# Command line",
         app.info.help,
         "Exit codes: 0 means success. 1 means an error in the input; one line says how to fix it. "
-        "2 means invalid options. 130 means interrupted: finished work is kept, and the same "
-        "command resumes.",
+        "2 means invalid options. 130 and 143 mean interrupted by Ctrl-C or SIGTERM: finished work "
+        "is kept, and the same command resumes.",
         "Options without a default are optional unless they are marked *Required*.",
     ]
     for info in app.registered_commands:

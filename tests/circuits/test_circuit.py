@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import sample_graph, sample_results
-from helpers.checks import assert_same_bits
+from helpers.checks import assert_same_bits, unchecked_types
 from helpers.shared import models, other_weights, shared
 from helpers.tiny_tasks import examples
 
@@ -119,7 +120,7 @@ def test_random_heads_are_reproducible_and_of_the_right_size():
         assert set(drawn) <= set(all_heads(3, 4))
     assert len({random_heads(5, 3, 4, seed=seed) for seed in range(10)}) > 5
     for k in (-1, 13):
-        with pytest.raises(InputError, match=f"k={k}.*12 heads"):
+        with pytest.raises(InputError, match=f"k={k}"):
             random_heads(k, 3, 4, seed=0)
 
 
@@ -273,3 +274,15 @@ def test_results_of_another_model_are_refused_with_both_hashes(
 
 def test_a_circuit_without_provenance_fits_any_model(tokenizer_folder):
     Circuit((Head(0, 0),), 2, 4).check_model(shared("gpt2", "bridge", tokenizer_folder))
+
+
+def test_numbers_of_numpy_are_saved(tmp_path: Path):
+    two, three = np.int64(2), np.int64(3)
+    with unchecked_types():
+        made = Circuit((Head(np.int64(1), two),), two, three, selection={"k": 1})
+    assert Circuit.load(made.save(tmp_path / "c.json")) == made
+    with (
+        unchecked_types(),
+        pytest.raises(InputError, match="n_layers=2.5: expected a whole number"),
+    ):
+        Circuit((), 2.5, 3)

@@ -16,6 +16,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from cdt_lens.cli import app as cli
+from cdt_lens.core.errors import InputError
 from cdt_lens.experiments.settings import Settings
 from cdt_lens.finetuning.options import TrainingOptions
 
@@ -74,7 +75,71 @@ def test_a_setting_out_of_range_is_an_unusable_option():
     assert result.exit_code == 2 and "--examples" in result.output
 
 
-def test_an_interrupted_command_says_that_it_resumes(tmp_path: Path):
+@pytest.mark.parametrize("option", ["--task", "--train", "--examples", "--out"])
+def test_an_option_of_one_value_is_refused_where_it_is_given_twice(option: str):
+    """The parser would take the last one without a word."""
+    given = ["discover", "--model", "m", "--out", "o", option, "3", option, "4"]
+    result = CliRunner().invoke(cli.app, given)
+    assert result.exit_code == 2
+    assert f"{option}': it takes one value but was given twice" in " ".join(result.output.split())
+
+
+def test_every_option_takes_one_value_or_all_that_are_given():
+    """The convention for lists: the option is repeated."""
+    commands = get_command(cli.app).commands  # type: ignore[attr-defined]
+    repeated = {(n, p.name) for n, c in commands.items() for p in c.params if p.multiple}
+    words = {(n, "verbalizer") for n in ("discover", "compare", "finetune")}
+    assert repeated >= words | {("compare", "methods"), ("compare", "planted")}
+    assert repeated >= {("finetune", "option"), ("predict", "text")}
+    for name, command in commands.items():
+        assert isinstance(command, cli.Command), name
+        for option in command.params:
+            takes = "epeat the option" in (option.help or "")
+            assert takes == option.multiple or option.param_type_name == "argument", option.name
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [["--methods", "random,nosuch"], ["--methods", "random", "--methods", "nosuch"],
+     ["--methods", "nosuch", "--methods", "random"]],
+)  # fmt: skip
+def test_names_may_be_repeated_or_separated_by_commas(methods: list[str]):
+    with pytest.raises(InputError, match="nosuch"):
+        CliRunner().invoke(
+            cli.app, ["compare", "--model", "m", "--out", "o", *methods], catch_exceptions=False
+        )
+
+
+# Interrupts ----------------------------------------------------------------------------------------
+
+LINE = "cdt-lens: Interrupted. Run the same command again to continue."
+
+
+def interrupted_at(module: str, number: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that gets a real signal when it imports `module`."""
+    return python(
+        f"""
+import os, runpy, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), {number})
+sys.meta_path.insert(0, Finder())
+sys.argv = ["cdt-lens", *{arguments!r}]
+runpy.run_module("cdt_lens.cli", run_name="__main__", alter_sys=True)
+"""
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("module", ["typer", "torch"])
+def test_an_interrupt_during_the_imports_is_one_line(module: str, number: int, tmp_path: Path):
+    result = interrupted_at(module, number, "report", str(tmp_path))
+    assert (result.returncode, result.stderr) == (128 + number, f"{LINE}\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_says_that_it_resumes(tmp_path: Path, number: int):
     """A real signal to a real process, in the middle of its work."""
     save_model(tmp_path / "tiny")
     files = write_task(tmp_path / "data")
@@ -83,14 +148,14 @@ def test_an_interrupted_command_says_that_it_resumes(tmp_path: Path):
         [
             sys.executable, "-m", "cdt_lens.cli", "discover", "--model", str(tmp_path / "tiny"),
             "--out", str(tmp_path / "run"), "--task", "files", "--train", str(files["train"]),
-            "--template", TEMPLATE, *words,
+            "--split", "0.2", "--template", TEMPLATE, *words,
         ],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
     )  # fmt: skip
     assert process.stderr is not None
     assert process.stderr.readline().startswith("loading ")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130, errors
-    assert "cdt-lens: interrupted; give the same command again to resume" in errors
+    assert process.returncode == 128 + number, errors
+    assert errors.splitlines()[-1] == LINE
     assert "Traceback" not in errors

@@ -81,7 +81,7 @@ def test_from_files_to_the_report(place: Path, tmp_path: Path):
 
     # The same command finds all of it there; another method is added to it.
     stamp = (out / "scores-exact.json").stat().st_mtime_ns
-    again = run("compare", *arguments[:-4], "--methods", "random,direct")
+    again = run("compare", *arguments[:-4], "--methods", "random", "--methods", "direct")
     assert (out / "scores-exact.json").stat().st_mtime_ns == stamp
     assert "direct" in again
     # A run of discover goes on with its baseline.

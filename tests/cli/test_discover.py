@@ -185,7 +185,8 @@ def test_another_models_run_is_refused(place: Path, tmp_path: Path, monkeypatch,
     other = save_model(tmp_path / "other", "qwen2")
     body = json.loads((out / "run.json").read_text("utf-8"))
     assert body["settings"]["model"].endswith("tiny")
-    monkeypatch.setattr(sys, "argv", ["cdt-lens", *discover(place, out), "--model", str(other)])
+    arguments = [str(other) if a == str(place / "tiny") else a for a in discover(place, out)]
+    monkeypatch.setattr(sys, "argv", ["cdt-lens", *arguments])
     with pytest.raises(SystemExit):
         cli.main()
-    assert "model" in capfd.readouterr().err
+    assert "other settings (model)" in capfd.readouterr().err

@@ -45,14 +45,14 @@ def test_circuit_to_adapter_to_checkpoint(place: Path, tmp_path: Path):
     out = tmp_path / "adapted"
     printed = run(
         "finetune", "--model", model, "--circuit", str(circuit), "--out", str(out),
-        *data(place, "train"), "--epochs", "2", "--learning-rate", "0.01", "--option",
+        *data(place, "train"), "--valid", str(place / "data" / "test.csv"), "--epochs", "2", "--learning-rate", "0.01", "--option",
         "norms=circuit", "--option", "clip=0.5", "--source-valid",
         str(place / "data" / "test.csv"),
     )  # fmt: skip
     adapter = Adapter.load(out)
     assert f"{adapter.elements:,} of" in printed
     assert "2 heads and the norms of their layers" in " ".join(printed.split())
-    again = ["--model", model, "--out", str(out), *data(place, "train"), "--scope", "norms"]
+    again = ["--model", model, "--out", str(out), *data(place), "--scope", "norms"]
     kept = (out / "adapter.json").read_bytes()
     with pytest.raises(CdtLensError, match="holds a finished adapter; name another folder"):
         run("finetune", *again)
@@ -80,7 +80,9 @@ def test_circuit_to_adapter_to_checkpoint(place: Path, tmp_path: Path):
     [
         (["--option", "norm=all"], "training option 'norm': unknown; did you mean 'norms'?"),
         (["--option", "norms"], "--option 'norms': expected name=value"),
-        (["--scope", "ful"], "scope 'ful': unknown; did you mean 'full'?"),
+        (["--option", "norms=all,clip=1"], "--option 'norms=all,clip=1': expected name=value"),
+        (["--option", "clip=1", "--option", "clip=2"], "--option 'clip=2': clip was given before"),
+        (["--scope", "ful"], "did you mean 'full'?"),
         (["--scope", "decision"], "scope 'decision': expected a circuit"),
         (["--source", "english"], "--source english: your own files have no languages"),
         (["--learning-rate", "-1"], "learning_rate=-1.0: expected a number above 0"),
@@ -90,7 +92,7 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, arguments: list[str]
     with pytest.raises(CdtLensError, match=told.replace("?", r"\?")):
         run(
             "finetune", "--model", str(place / "tiny"), "--out", str(tmp_path), *data(place),
-            "--scope", "norms", *arguments,
+            *([] if "--scope" in arguments else ["--scope", "norms"]), *arguments,
         )  # fmt: skip
 
 
@@ -104,6 +106,19 @@ def test_what_was_trained_is_told_as_it_was(place: Path, tmp_path: Path, scope: 
         "--scope", scope, "--epochs", "1", "--backend", "bridge",
     )  # fmt: skip
     assert told in " ".join(printed.split())
+
+
+def test_a_training_that_learnt_nothing_says_so_and_is_not_exported(place: Path, tmp_path: Path):
+    model, out = str(place / "tiny"), tmp_path / "out"
+    printed = run(
+        "finetune", "--model", model, "--out", str(out), *data(place), "--scope", "norms",
+        "--epochs", "1", "--learning-rate", "1e-12",
+    )  # fmt: skip
+    assert "Nothing was learnt: " in " ".join(printed.split())
+    to = ["export", str(out), "--base", model, "--to", str(tmp_path / "hf")]
+    with pytest.raises(CdtLensError, match="changes no weight.*--allow-unchanged"):
+        run(*to)
+    run(*to, "--allow-unchanged")
 
 
 def test_a_transfer_from_its_file(place: Path, tmp_path: Path):

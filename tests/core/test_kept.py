@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.checks import assert_same_bits
+from typing_extensions import TypedDict
 
 import cdt_lens
 from cdt_lens.core.artifacts import load_artifact, save_artifact
@@ -104,10 +107,63 @@ def test_a_damaged_file_is_made_again_and_a_damaged_checkpoint_refused(tmp_path:
     said: list[str] = []
     assert kept(tmp_path).reuse(said.append) is None
     assert "damaged" in said[0] and said[0].endswith("making it again")
-    for act in (kept(tmp_path).read, lambda: kept(tmp_path).drop_stale(print)):
-        with pytest.raises(ArtifactError, match=str(path)):
-            act()
+    with pytest.raises(ArtifactError, match=f"{path}: damaged: .*, or remove {path}"):
+        kept(tmp_path).read()
     assert path.exists()
+
+
+def test_a_run_directory_removes_its_damaged_checkpoints_with_the_reason(tmp_path: Path):
+    """A sweep's and a training's alike: nobody can read them, and the work is made again."""
+    said: list[str] = []
+    for drop in (
+        lambda path: drop_other_versions([path], "cdt_lens.test", said.append),
+        lambda path: kept(tmp_path).drop_stale(said.append),
+    ):
+        kept(tmp_path).keep({"n": 1})
+        path = tmp_path / "kept.json"
+        path.write_text(path.read_text("utf-8")[:20], "utf-8")
+        drop(path)
+        assert said.pop().startswith(f"{path}: damaged") and not path.exists()
+
+
+class Counted(TypedDict):
+    n: int
+
+
+def test_values_of_another_type_are_made_again(tmp_path: Path):
+    """Also where the checksum is right: the types are checked once, on reading."""
+    typed = Kept(tmp_path / "kept.json", "cdt_lens.test", MADE_FROM, holds=Counted)
+    typed.keep({"n": 1})
+    assert typed.reuse(pytest.fail) is not None
+    for wrong in ({"n": "1"}, {"n": True}, {}):
+        typed.keep(wrong)
+        said: list[str] = []
+        assert typed.reuse(said.append) is None
+        assert "kept.json: damaged: n: " in said[0] and said[0].endswith("making it again")
+
+
+@pytest.mark.parametrize("harm", ["flip", "delete", "add", "remove the folder"])
+def test_a_folder_beside_the_values_is_recorded_with_its_checksums(tmp_path: Path, harm: str):
+    folder = tmp_path / "made"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "weights").write_bytes(bytes(100))
+    (folder / "deep" / "text").write_text("text")
+    both = Kept(tmp_path / "kept.json", "cdt_lens.test", MADE_FROM, beside=folder)
+    both.keep({"n": 1})
+    (folder / ".DS_Store").write_text("a note of a file manager")
+    assert both.reuse(pytest.fail) is not None
+    if harm == "flip":
+        (folder / "weights").write_bytes(bytes(50) + b"\x01" + bytes(49))
+    elif harm == "delete":
+        (folder / "deep" / "text").unlink()
+    elif harm == "add":
+        (folder / "adapter_config.json").write_text("{}")
+    else:
+        shutil.rmtree(folder)
+    said: list[str] = []
+    assert both.reuse(said.append) is None
+    name = {"flip": "weights", "add": "adapter_config.json"}.get(harm, "deep/text")
+    assert said[0].startswith(f"{folder / name} is ") and said[0].endswith("; making it again")
 
 
 def test_a_result_with_a_key_of_its_own_is_kept_as_well(tmp_path: Path):
@@ -125,4 +181,11 @@ def test_a_result_with_a_key_of_its_own_is_kept_as_well(tmp_path: Path):
 
 
 def test_names_for_files():
-    assert file_name("cdt:stable/a b") == "cdt_stable_a_b"
+    for plain in ("javanese", "0.3", "zh-Hant_TW", "jäv"):
+        assert file_name(plain) == plain
+    texts = ["my lang", "my/lang", "my_lang", "my:lang", "", ".", "..", "../up", "a\0b", "x" * 500]
+    texts += ["x" * 501, "ja\u0308v", "\ud800", " my lang"]
+    names = [file_name(text) for text in texts]
+    assert len(set(names)) == len(texts)
+    for name in names:
+        assert re.fullmatch(r"[\w.-]{1,120}", name) and name.strip(".")

@@ -133,7 +133,9 @@ def test_the_presets_are_what_they_say():
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(InputError, match=r"offical.*official.*stable.*linear.*ablation"):
+    with pytest.raises(
+        InputError, match=r"offical.*stable.*linear.*ablation.*did you mean .official."
+    ):
         resolve_rules("offical")
 
 

@@ -37,6 +37,7 @@ def test_a_report_leaves_out_faithfulness_on_other_examples(tmp_path: Path):
     run = opened()
     experiment.discover(run, told.append)
     for split in ("valid", "test"):
+        (tmp_path / "run" / "faithfulness.json").unlink(missing_ok=True)
         experiment.measure(run, told.append, split=split, examples=6, draws=1)
         assert shown(run)
     write_csv(files["valid"], 12, 77)

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.locks import held_elsewhere
+from helpers.run_trees import contents
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_csv
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +23,7 @@ from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve
 from cdt_lens.cli import finetune as commands
 from cdt_lens.core.artifacts import load_artifact, save_artifact
-from cdt_lens.core.errors import InputError, NonFiniteError
+from cdt_lens.core.errors import ArtifactError, InputError, NonFiniteError
 from cdt_lens.decomposition.baseline import mean_activations
 from cdt_lens.experiments import transfer, transfer_cells as cells
 from cdt_lens.experiments.discovery import discover, measure
@@ -344,6 +346,78 @@ def test_a_proxy_that_does_not_say_what_it_was_trained_on_is_trained_again(own: 
     assert any("proxy.json was made with an earlier cdt_lens" in t for t in told)
 
 
+HEALED = (
+    "proxy/model.safetensors", "proxy/tokenizer.json", "proxy.json", "discovery/baseline.json.*",
+    "discovery/scores.json.*", "discovery/faithfulness.json.*", "discovery/scores.json",
+    "before/near.json", "cells/near/norms-0.json", "adapters/near/norms-0/adapter.json",
+    "adapters/near/norms-0/adapter.json.*",
+)  # fmt: skip
+
+
+def one(folder: Path, name: str) -> Path:
+    (path,) = (p for p in folder.glob(name) if not name.endswith(".json.*") or p.suffix != ".json")
+    return path
+
+
+def test_whatever_is_damaged_or_missing_is_made_again_in_every_stage(own: Path):
+    """A bit of each file that a run reuses: the resumed run says so, and ends as it was."""
+    config, run, said = settings(own, **FEW), own / "run", []
+    run_transfer(config, run, quiet, progress=False)
+    before = contents(run)
+    for harm in ("flip", "delete"):
+        for name in HEALED:
+            path = one(run, name)
+            whole = bytearray(path.read_bytes())
+            whole[len(whole) * 2 // 3] ^= 1
+            path.unlink() if harm == "delete" else path.write_bytes(whole)
+        said.clear()
+        run_transfer(config, run, said.append, progress=False)
+        assert contents(run) == before
+        for part in ("proxy", "discovery/baseline.json", "discovery/scores.json"):
+            assert harm == "delete" or any(f"run/{part}" in s and "again" in s for s in said), part
+    said.clear()
+    one(run, "adapters/near/norms-0/adapter.json.*").unlink()
+    run_transfer(config, run, said.append, progress=False)
+    assert any("safetensors is missing; making it again" in line for line in said)
+    assert contents(run) == before
+    said.clear()
+    with open(run / "proxy" / "model.safetensors", "r+b") as file:
+        file.seek(-5, 2)
+        file.write(b"\x7f")
+    (own / "tiny").rename(own / "away")
+    with pytest.raises(InputError, match="tensors is damaged .*; .*proxy has to be trained again"):
+        run_transfer(config, run, quiet, progress=False)
+    (run / "transfer.json").write_text("{")
+    with pytest.raises(ArtifactError, match="transfer.json: damaged: .* remove") as caught:
+        run_transfer(config, run, quiet, progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_languages_whose_names_differ_in_their_signs_have_files_of_their_own(own: Path):
+    names = ["my lang", "my/lang", "my_lang"]
+    task = {"targets": names, "files": {"source": files(own, "source")}}
+    task["files"] |= {n: files(own, f) for n, f in zip(names, ("near", "far", "near"), strict=True)}
+    config = settings(own, **{**FEW, "task": task})
+    result = run_transfer(config, own / "run", quiet, progress=False)
+    assert result.cells["target"].tolist() == names
+    assert len(list((own / "run").glob("adapters/*/norms-0/adapter.json"))) == 3
+    said: list[str] = []
+    again = run_transfer(config, own / "run", said.append, progress=False)
+    assert again.cells.equals(result.cells) and not any("again" in line for line in said)
+    with pytest.raises(InputError, match="'near' differs .* case alone, .*; rename one"):
+        settings(own, task={"targets": ["near", "Near"]})
+
+
+def test_a_second_process_is_refused(own: Path):
+    other = held_elsewhere(own / "run")
+    try:
+        with pytest.raises(InputError, match=f"in use by process {other.pid} "):
+            run_transfer(settings(own, **FEW), own / "run", quiet, progress=False)
+    finally:
+        other.kill()
+        other.communicate()
+
+
 @pytest.fixture
 def upgraded(monkeypatch: pytest.MonkeyPatch) -> str:
     """The next version of the package, as a run directory of this one meets it."""
@@ -421,7 +495,7 @@ def test_a_finished_run_needs_its_base_model_only_to_train(own: Path):
 
 
 def test_an_interrupted_proxy_stage_starts_over_with_other_data(own: Path, monkeypatch):
-    def cut(*_args: object) -> None:
+    def cut(*_args: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(transfer, "export", cut)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -140,7 +141,8 @@ def test_other_scopes(family, scope, folders, tmp_path):
 def test_the_folder_is_complete(folders, tmp_path):
     base = folders("llama")
     place = export(trained(load(base, "bridge"), "decision"), str(base), str(tmp_path / "a" / "b"))
-    assert {p.name for p in base.iterdir()} == {p.name for p in place.iterdir()}
+    # `trained` makes its prompts by hand, so there is no task to describe.
+    assert {p.name for p in place.iterdir()} == {p.name for p in base.iterdir()} | {"README.md"}
     config, before = (json.loads((p / "config.json").read_text()) for p in (place, base))
     assert config["architectures"] == before["architectures"]
     assert {k: v for k, v in config.items() if not k.startswith("_")} == {
@@ -225,6 +227,44 @@ def test_a_full_folder_is_refused(folders, tmp_path):
     with pytest.raises(InputError, match="nowhere: "):
         export(adapter, tmp_path / "nowhere", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_training_that_learnt_nothing_is_exported_only_if_told(folders, tmp_path):
+    base = folders("llama")
+    seen = load(base, "bridge")
+    result = finetune(seen, task(), heads=HEADS, **{**QUICK, "learning_rate": 1e-12, "epochs": 1})
+    assert not result.adapter.changes(seen) and not result.changed
+    assert "nothing was learnt" in repr(result)
+    with pytest.raises(InputError, match="changes no weight: its training learnt nothing"):
+        export(result.adapter, base, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    export(result.adapter, base, tmp_path / "out", allow_unchanged=True)
+    before, after = plain(base).state_dict(), plain(tmp_path / "out").state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("scope", ["decision", "norms", "lora", "full"])
+def test_an_adapter_that_was_trained_changes_the_model(scope, folders):
+    seen = load(folders("llama"), "bridge")
+    adapter = trained(seen, scope)
+    assert adapter.changes(seen)
+    with adapter.applied(seen):
+        assert not adapter.changes(seen)
+
+
+def test_a_base_with_an_adapter_of_its_own_is_refused(folders, tmp_path):
+    """transformers attaches a LoRA adapter that it finds beside the weights."""
+    peft = pytest.importorskip("peft")
+    base = folders("llama")
+    adapter = trained(load(base, "bridge"), "norms")
+    shutil.copytree(base, tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's use of transformers
+        peft.get_peft_model(plain(base), config).save_pretrained(tmp_path / "base")
+    with pytest.raises(InputError, match="base: holds a LoRA adapter"):
+        export(adapter, tmp_path / "base", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @contextmanager

@@ -574,7 +574,8 @@ def test_scope_and_rate_by_default(tokenizer_folder):
     seen = view("llama", "bridge", tokenizer_folder, torch.float32)
     quick = {k: v for k, v in QUICK.items() if k != "learning_rate"}
     assert finetune(seen, task(), heads=HEADS, **quick).scope == "decision"
-    assert finetune(seen, task(), **quick).scope == "full"
+    with pytest.raises(InputError, match=r"expected heads= .* or scope="):
+        finetune(seen, task(), **quick)
     for scope in SCOPES:
         result = finetune(
             seen, task(), heads=circuit_for(seen), scope=scope, **quick | {"epochs": 0}
@@ -653,7 +654,10 @@ def test_auto_says_what_it_needs(tokenizer_folder):
         finetune(seen, task(valid=0), source=task(), **given)
     with pytest.raises(InputError, match="'auto' by the gap rule: pass source="):
         finetune(seen, task(), **given)
-    with unchecked_types(), pytest.raises(InputError, match="rule='best': expected gap or race"):
+    with (
+        unchecked_types(),
+        pytest.raises(InputError, match="rule='best': expected one of gap, race"),
+    ):
         finetune(seen, task(), rule="best", **given)
     with pytest.raises(InputError, match="near-zero.*no scores"):
         finetune(seen, task(), rule="race", **given | {"heads": HEADS})
@@ -704,7 +708,7 @@ def one_label(data: Any) -> Any:
             {"task": dataclasses.replace(task(), verbalizer={}, verbalizer_ids={}), "metric": "macro_f1"},
             InputError, "metric='macro_f1': tiny has no verbalizer; use accuracy",
         ),
-        ({"scope": "decison"}, InputError, "'decison': unknown; did you mean 'decision'?"),
+        ({"scope": "decison"}, InputError, "'decison': expected one of .*did you mean 'decision'"),
         ({"epoch": 3}, InputError, "'epoch': unknown; did you mean 'epochs'?"),
         ({"epochs": -1}, InputError, "epochs=-1"),
         ({"scope": "near-zero"}, InputError, "near-zero.*no scores"),

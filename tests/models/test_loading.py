@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -16,12 +17,14 @@ from helpers.checks import assert_close, relative, unchecked_types
 from helpers.shared import BRIDGE_ONLY, EVERY_FAMILY, models
 from helpers.tiny_models import D_VOCAB, _randomise as randomise, build, prompts
 from helpers.tiny_tasks import examples
-from helpers.wrapped import needs_hooked, tokenizer, wrap
+from helpers.tiny_training import QUICK, task
+from helpers.wrapped import tokenizer, wrap
 from torch import nn
 from transformers import logging as hf_logging
 
 from cdt_lens.core.errors import CdtLensError, InputError, UnsupportedModelError
 from cdt_lens.decomposition.baseline import mean_activations
+from cdt_lens.finetuning.finetune import finetune
 from cdt_lens.models.loading import has_hooked_transformer, load_model
 from cdt_lens.models.provenance import weight_hash
 from cdt_lens.models.view import ModelView, is_model
@@ -93,16 +96,6 @@ def test_the_type_is_the_one_asked_for(family, backend, folders):
         view = ModelView(load_model(str(folders(family)), backend=backend, dtype=dtype))
         assert view.dtype == dtype
         assert relative(view.logits(prompts(2, LENGTH)), logits_of(folders(family))) < limit
-
-
-@needs_hooked
-def test_the_context_can_be_cut(folders):
-    view = ModelView(load_model(folders("llama"), backend="hooked", n_ctx=10))
-    assert view.n_ctx == 10
-    expected = logits_of(folders("llama"))[:, :10]
-    assert_close(view.logits(prompts(2, LENGTH)[:, :10]), expected, atol=1e-4)
-    with pytest.raises(InputError, match="at most 10"):
-        view.run(prompts(2, 11))
 
 
 @models(("gpt2", "llama"))
@@ -322,10 +315,193 @@ def test_a_hub_name_without_a_network(monkeypatch):
     assert "network" in refused("nobody/no-such-model-of-cdt-lens")
 
 
+# What a folder says and what it holds -----------------------------------------------------------
+
+
+def say(folder: Path, **changed: Any) -> None:
+    """Change the configuration, and nothing else."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+
+
+def hold(folder: Path, **added: torch.Tensor) -> None:
+    """Add weights under names in which a dot is written __."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights |= {name.replace("__", "."): value for name, value in added.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_fewer_layers_than_the_weights_have(folder):
+    say(folder, num_hidden_layers=1)
+    assert "no place" in refused(folder) and "layers.1." in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["model__layers__0__self_attn__q_norm__weight", "lm_head__bias"])
+def test_a_weight_that_the_configuration_has_no_place_for(name, folder):
+    hold(folder, **{name: torch.zeros(4)})
+    assert name.replace("__", ".") in refused(folder)
+
+
+def test_what_acts_on_no_logit_may_be_left_over(folder):
+    """Buffers that old versions saved, and the head of a reward model."""
+    hold(
+        folder,
+        model__layers__0__self_attn__rotary_emb__inv_freq=torch.zeros(4),
+        v_head__summary__weight=torch.zeros(4),
+    )
+    load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rms_norm_eps", float("nan")), ("rms_norm_eps", -1e-6), ("rms_norm_eps", float("inf")),
+     ("rope_parameters", {"rope_type": "default", "rope_theta": float("nan")})],
+)  # fmt: skip
+def test_numbers_that_no_model_has(name, value, folder):
+    say(folder, **{name: value})
+    words = refused(folder)
+    assert name in words or "rope_theta=nan" in words
+
+
+def test_two_words_with_one_id(folder):
+    """The tokenizers library would save one of the two, another one each time."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["w2"] = 0
+    path.write_text(json.dumps(content))
+    for backend in ("auto", "bridge"):
+        assert "'w0' and to 'w2'" in refused(folder, backend=backend)
+
+
+@pytest.mark.parametrize("of", ["model", "tokenizer"])
+def test_code_of_a_folder_is_not_run_and_nobody_is_asked(of, folder, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    for name in ("configuration_own", "modeling_own", "tokenization_own"):
+        (folder / f"{name}.py").write_text("raise SystemExit('run')")
+    if of == "model":
+        classes = {"AutoConfig": "configuration_own.C", "AutoModelForCausalLM": "modeling_own.M"}
+        say(folder, model_type="own", auto_map=classes)
+    else:
+        path = folder / "tokenizer_config.json"
+        own = {"auto_map": {"AutoTokenizer": ["tokenization_own.T", None]}, "tokenizer_class": "T"}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    assert "code of its own" in refused(folder)
+
+
+# Arguments -------------------------------------------------------------------------------------
+
+
+@models(("llama",))
+def test_the_type_may_be_given_by_its_name(family, backend, folders):
+    model = load_model(folders(family), backend=backend, dtype="bfloat16")
+    assert ModelView(model).dtype == torch.bfloat16
+    assert is_hooked(model) == (backend == "hooked")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "int8", "bfloat", "", "nn", torch.int8, 16, None])
+def test_an_unknown_type(dtype, folder):
+    with unchecked_types(), pytest.raises(InputError, match="dtype=.*expected one of float32"):
+        load_model(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("n_ctx", [0, -5, 12.5, True, "8", 65])
+def test_a_context_that_the_model_cannot_have(n_ctx, folder):
+    with unchecked_types(), pytest.raises(InputError, match="n_ctx="):
+        load_model(folder, n_ctx=n_ctx)
+
+
+@models(("gpt2", "llama"))
+def test_the_context_counts_in_both_classes(family, backend, folders):
+    view = ModelView(load_model(folders(family), backend=backend, n_ctx=np.int64(10)))
+    assert view.n_ctx == 10
+    expected = logits_of(folders(family))[:, :10]
+    assert_close(view.logits(prompts(2, LENGTH)[:, :10]), expected, atol=1e-4)
+    with pytest.raises(InputError, match="at most 10"):
+        view.run(prompts(2, 11))
+
+
+# Half precision --------------------------------------------------------------------------------
+
+_SLIGHT: dict[str, Callable[[], Any]] = {
+    "linear rope": lambda: llama(
+        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 1.02}
+    ),
+    "yarn": lambda: llama(rope_parameters={**_YARN, "factor": 1.05}),
+    "granite, logits": lambda: granite(logits_scaling=1.02),
+    "granite, residual": lambda: granite(residual_multiplier=0.98),
+    "plain": lambda: llama(),
+}
+
+
+def granite(**changed: Any) -> Any:
+    return transformers.GraniteForCausalLM(transformers.GraniteConfig(**{**_GROUPED, **changed}))
+
+
+@pytest.mark.parametrize("name", _SLIGHT)
+def test_half_precision_refuses_what_float32_refuses(name, tmp_path, tokenizer_folder):
+    """Bfloat16 itself moves the logits by a percent, in which a wrong scale would hide."""
+    with torch.random.fork_rng():
+        model = _SLIGHT[name]().eval().requires_grad_(False)
+    randomise(model, torch.Generator().manual_seed(1))
+    folder = save(model, tmp_path / "model", tokenizer_folder)
+    for backend in ("hooked", "bridge") if has_hooked_transformer() else ("bridge",):
+        found = [outcome(folder, backend, dtype) for dtype in ("float32", "bfloat16", "float16")]
+        assert found[1:] == found[:1] * 2
+
+
+def outcome(folder: Path, backend: Any, dtype: str) -> str:
+    try:
+        return type(load_model(folder, backend=backend, dtype=dtype)).__name__
+    except UnsupportedModelError:
+        return "refused"
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_every_family_is_read_in_half_precision(family, folders):
+    for backend in ["auto", "bridge"]:
+        view = ModelView(load_model(folders(family), backend=backend, dtype=torch.bfloat16))
+        assert view.dtype == torch.bfloat16
+        assert view.n_layers == build(family).config.num_hidden_layers
+
+
+# Advice ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gptj", "phi3"])
+def test_a_refusal_advises_the_bridge_only_where_it_reads_the_model(
+    family, tmp_path, tokenizer_folder
+):
+    folder = save(build(family, torch.float32), tmp_path / "model", tokenizer_folder)
+    by_bridge = outcome(folder, "bridge", "float32")
+    with pytest.raises(CdtLensError) as caught:
+        load_model(folder, backend="hooked")
+    assert ("use backend='bridge'" in str(caught.value)) == (by_bridge != "refused")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["auto", "bridge"])
+def test_a_model_of_inference_mode_is_not_trained(backend, folders):
+    """It can be read: only gradients and new values are impossible."""
+    with torch.inference_mode():
+        model = load_model(folders("llama"), backend=backend)
+    mean_activations(model, examples(), progress=False)
+    trained = finetune(load_model(folders("llama")), task(), heads=["L0H1"], **QUICK)
+    assert trained.adapter is not None
+    for use in (
+        lambda: finetune(model, task(), heads=["L0H1"], **QUICK),
+        lambda: finetune(model, task(), scope="full", **QUICK),
+        lambda: trained.adapter.apply(model),
+    ):
+        with pytest.raises(InputError, match="torch.inference_mode"):
+            use()
+
+
 def test_an_unknown_backend(folder):
     with (
         unchecked_types(),
-        pytest.raises(InputError, match="backend='hook'.*auto, hooked or bridge"),
+        pytest.raises(InputError, match="backend='hook'.*auto, hooked, bridge"),
     ):
         load_model(folder, backend="hook")
 

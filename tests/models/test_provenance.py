@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from datetime import datetime
+from typing import Any
 
 import pytest
 import torch
+import transformers
+from helpers.checks import relative
 from helpers.shared import BOTH_CLASSES, models, other_weights, shared
-from helpers.tiny_models import Float64Throughout, build, prompts
+from helpers.tiny_models import (
+    _GROUPED,
+    Float64Throughout,
+    _randomise as randomise,
+    build,
+    prompts,
+)
 from helpers.tiny_tasks import examples
+from helpers.tiny_training import QUICK, task
 from helpers.wrapped import needs_hooked, tokenizer, wrap
 
 from cdt_lens.core.errors import ArtifactError
+from cdt_lens.finetuning.finetune import count_parameters, finetune
 from cdt_lens.models.loading import _bridge
 from cdt_lens.models.provenance import (
     Provenance,
@@ -24,6 +36,7 @@ from cdt_lens.models.provenance import (
     weight_hash,
 )
 from cdt_lens.models.view import ModelView
+from cdt_lens.models.weights import other_parameters, own_weights
 
 
 @needs_hooked
@@ -59,6 +72,149 @@ def test_the_hash_changes_exactly_when_the_logits_do(family, backend, tokenizer_
             counted += matters
         assert weight_hash(view) == before
         assert counted >= 15
+
+
+# What TransformerLens has no name for ------------------------------------------------------------
+
+
+def bridge_of_config(config: Any, folder: str) -> ModelView:
+    with torch.random.fork_rng():
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    randomise(model.requires_grad_(False), torch.Generator().manual_seed(1))
+    return ModelView(_bridge(model.eval(), tokenizer(folder), "cpu", torch.float32))
+
+
+UNNAMED = {
+    "norms of each head": (transformers.StableLmConfig, {"qk_layernorm": True}, 2 * (4 + 2)),
+    "parameters of the activation": (transformers.ApertusConfig, {}, 2 * 2),
+}
+
+
+@pytest.mark.parametrize("name", UNNAMED)
+def test_parameters_without_a_name_are_hashed_counted_and_trained(name, tokenizer_folder):
+    kind, options, number = UNNAMED[name]
+    view = bridge_of_config(kind(**{**_GROUPED, **options}), tokenizer_folder)
+    others = other_parameters(view)
+    assert len(others) == number and all(n.startswith("blocks.") for n in others)
+    before = weight_hash(view)
+    for parameter in others.values():
+        with torch.no_grad():
+            parameter += 1
+            assert weight_hash(view) != before
+            parameter -= 1
+    with torch.random.fork_rng():
+        plain = transformers.AutoModelForCausalLM.from_config(view.hf_config)
+    assert count_parameters(view) == plain.num_parameters()
+    start = {n: p.detach().clone() for n, p in others.items()}
+    result = finetune(view, task(), scope="full", **QUICK)
+    assert all(torch.equal(p, start[n]) for n, p in others.items())
+    assert result.trained_parameters == count_parameters(view)
+    with result.adapter.applied(view):
+        assert all(not torch.equal(p, start[n]) for n, p in others.items())
+    assert weight_hash(view) == before
+
+
+@models(("llama",))
+def test_peft_layers_in_the_model_are_part_of_it(family, backend, tokenizer_folder):
+    peft = pytest.importorskip("peft")
+    view = ModelView(wrap(family, backend, tokenizer_folder, torch.float32))
+    plain = weight_hash(view)
+    if backend == "hooked":
+        return  # its projections are parameters, which peft cannot wrap
+    root = view.tl.original_model
+    names = [n for n, m in root.named_modules() if isinstance(m, torch.nn.Linear)]
+    config = peft.LoraConfig(r=2, target_modules=names[:3], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, root)
+    hashes = {plain, weight_hash(view)}
+    layer = next(m for m in root.modules() if hasattr(m, "lora_A") and hasattr(m, "scaling"))
+    with torch.no_grad():
+        next(layer.lora_A["default"].parameters())[0, 0] += 1
+    hashes.add(weight_hash(view))
+    layer.scaling["default"] *= 2
+    hashes.add(weight_hash(view))
+    assert len(hashes) == 4
+    assert not any("lora" in name for name in own_weights(view))
+    for module in root.modules():
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            module.enable_adapters(False)
+    assert weight_hash(view) == plain
+
+
+# The configuration -------------------------------------------------------------------------------
+
+
+CHANGES: dict[str, tuple[str, str, Any]] = {
+    "eps": ("llama", "rms_norm_eps", 1e-3),
+    "rotary base": ("llama", "rope_parameters", {"rope_type": "default", "rope_theta": 5e3}),
+    "window": ("mistral", "sliding_window", 3),
+    "cap of the logits": ("gemma2", "final_logit_softcapping", 2.5),
+    "cap of attention": ("gemma2", "attn_logit_softcapping", 2.5),
+    "scale of attention": ("gemma3", "query_pre_attn_scalar", 30),
+    "kinds of layers": ("gemma3", "layer_types", ["full_attention"] * 3),
+    "scale by layer": ("gpt2", "scale_attn_by_inverse_layer_idx", True),
+    "activation": ("gpt2", "activation_function", "relu"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_configuration_is_another_model(name, tokenizer_folder):
+    """The weights are the same. Each of these changes the logits."""
+    family, key, value = CHANGES[name]
+    kept = [bridge_of_config(build(family).config, tokenizer_folder)]
+    kept.append(bridge_of_config(changed(build(family).config, key, value), tokenizer_folder))
+    one, other = kept
+    assert weight_hash(one) == weight_hash(other)
+    tokens = prompts(2, 20)
+    assert relative(other.logits(tokens), one.logits(tokens)) > 1e-6
+    provenance = provenance_of(one, examples(), options={})
+    provenance.check_model(one, "these scores")
+    with pytest.raises(ArtifactError, match=key) as caught:
+        provenance.check_model(other, "these scores")
+    assert "\n" not in str(caught.value)
+    assert provenance.key != provenance_of(other, examples(), options={}).key
+    replace(provenance, configuration={}).check_model(other, "scores of 0.3.0")
+
+
+def changed(config: Any, key: str, value: Any) -> Any:
+    setattr(config, key, value)
+    return config
+
+
+def test_a_buffer_that_was_changed_makes_another_model(tokenizer_folder):
+    view = ModelView(wrap("gemma3", "bridge", tokenizer_folder, torch.float32))
+    provenance = provenance_of(view, examples(), options={})
+    for name, buffer in view.tl.original_model.named_buffers():
+        if "original" not in name.rsplit(".", 1)[-1]:
+            before = buffer.clone()
+            buffer *= 1.01
+            with pytest.raises(ArtifactError, match="buffers"):
+                provenance.check_model(view, "this")
+            buffer.copy_(before)
+    provenance.check_model(view, "this")
+
+
+@needs_hooked
+@pytest.mark.parametrize("family", BOTH_CLASSES)
+def test_both_classes_have_one_configuration(family, tokenizer_folder):
+    hooked, bridge = (
+        ModelView(wrap(family, backend, tokenizer_folder, torch.float32))
+        for backend in ("hooked", "bridge")
+    )
+    for one, other in ((hooked, bridge), (bridge, hooked)):
+        provenance_of(one, examples(), options={}).check_model(other, "this")
+    provenance = provenance_of(hooked, examples(), options={})
+    hooked.tl.cfg.output_logits_soft_cap = 5.0
+    with pytest.raises(ArtifactError, match="output_logits_soft_cap -1.0, and here 5.0"):
+        provenance.check_model(hooked, "this")
+
+
+@models(("llama",))
+def test_a_context_and_switches_of_hooks_are_no_other_model(family, backend, tokenizer_folder):
+    view = ModelView(wrap(family, backend, tokenizer_folder, torch.float32))
+    provenance = provenance_of(view, examples(), options={})
+    view.tl.cfg.n_ctx, view.tl.cfg.use_attn_result = 12, True
+    view.logits(prompts(2, 5))
+    provenance.check_model(ModelView(view.tl), "this")
 
 
 @models(("gpt2", "llama"))

@@ -70,7 +70,7 @@ def test_the_model_is_left_as_it_was_and_mistakes_are_told(tokenizer_folder):
     baseline = means(view, data)
     with left_untouched(model):
         trace_circuit(model, data, baseline, width=2, fan_in=1, progress=False)
-    with pytest.raises(InputError, match="width=0, fan_in=3: expected at least 1"):
+    with pytest.raises(InputError, match="width=0: expected a whole number of at least 1"):
         trace_circuit(model, data, baseline, width=0)
     with pytest.raises(InputError, match="context='both' is defined for logits only"):
         score_edges(view, data, baseline, rules="two-ended")
@@ -81,7 +81,7 @@ def test_the_model_is_left_as_it_was_and_mistakes_are_told(tokenizer_folder):
 
 @pytest.mark.parametrize("widths", [{"width": 0}, {"width": -1}, {"fan_in": 0}, {"fan_in": -1}])
 def test_edges_are_not_selected_by_a_count_below_one(widths):
-    with pytest.raises(InputError, match="expected at least 1 of each"):
+    with pytest.raises(InputError, match="expected a whole number of at least 1"):
         select_edges(edge_scores(), **{"width": 1, "fan_in": 1, **widths})
 
 

@@ -196,7 +196,7 @@ def test_wrong_arguments_are_refused(tokenizer_folder):
     view, data = shared("gpt2", "bridge", tokenizer_folder), examples()
     baseline = zero_baseline(view, data)
     refused: list[tuple[dict[str, Any], str]] = [
-        ({"steps": 0}, "steps=0: expected at least 1"),
+        ({"steps": 0}, "steps=0: expected a whole number of at least 1"),
         ({"slopes": "steep"}, "expected one of linear, stable, shared, gradient, direct"),
     ]
     for arguments, words in refused:

@@ -11,6 +11,7 @@ from helpers.checks import assert_close
 from helpers.tiny_tasks import examples
 from torch import Tensor
 
+from cdt_lens.core.errors import InputError
 from cdt_lens.tasks import metrics
 from cdt_lens.tasks.task import Batch, Example, Examples
 
@@ -137,3 +138,22 @@ def test_the_direction_of_a_whole_split_is_what_its_examples_say():
         others = [float(logits[row, token]) for token in item.others]
         expected = float(logits[row, item.answers[0]]) - sum(others) / len(others)
         assert float(actual[row]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_mean_over_no_examples_is_refused():
+    nothing, none = torch.zeros(3, 0), torch.zeros(0, dtype=torch.long)
+    for mean in (metrics.balanced_mean, metrics.balanced_stderr):
+        with pytest.raises(InputError, match="no examples"):
+            mean(nothing, none)
+    for metric in ("direction", "accuracy", "balanced_accuracy"):
+        with pytest.raises(InputError, match="no examples"):
+            metrics.average(metric, nothing, none)
+    with pytest.raises(InputError, match="no examples"):
+        _ = Examples((), ("a", "b"), "empty").chance
+
+
+def test_macro_f1_needs_labels_and_a_prediction_for_each_example():
+    with pytest.raises(InputError, match="0 labels"):
+        metrics.macro_f1(["a"], ["a"], [])
+    with pytest.raises(InputError, match="1 predicted and 2 gold"):
+        metrics.macro_f1(["a"], ["a", "a"], ["a"])

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from helpers.checks import unchecked_types
 from helpers.words import ROWS, TEMPLATE, TEXTS, VERBALIZER, _reloaded, word_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -215,7 +218,7 @@ def test_a_prompt_over_the_limit_is_refused_with_its_length(
     message = rf"examples, row 2: the prompt has {longest} tokens, the limit is {longest - 1}"
     with pytest.raises(InputError, match=message):
         build(tokenizer, max_length=longest - 1)
-    with pytest.raises(InputError, match="max_length 0"):
+    with pytest.raises(InputError, match="max_length=0: expected a whole number of at least 1"):
         build(tokenizer, max_length=0)
 
 
@@ -325,7 +328,9 @@ def test_batch_moves_to_a_device(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_batch_arguments_out_of_range_are_refused_at_once(
     tokenizer: PreTrainedTokenizerBase, options: dict[str, object]
 ) -> None:
-    with pytest.raises(InputError, match="batch_size of at least 1"):
+    with pytest.raises(
+        InputError, match="batch_size=0: expected a whole number of at least 1|0 <= rank < world"
+    ):
         build(tokenizer).batches(**options)
 
 
@@ -468,7 +473,10 @@ def test_a_prior_removes_the_models_bias(tokenizer: PreTrainedTokenizerBase) -> 
 def test_a_prior_that_does_not_fit_is_refused(
     tokenizer: PreTrainedTokenizerBase, prior: dict[str, float]
 ) -> None:
-    with pytest.raises(InputError, match="a finite prior for each of negative, neutral, positive"):
+    with pytest.raises(
+        InputError,
+        match="a finite prior for each of negative, neutral, positive|positive: Input should be a finite",
+    ):
         make_task(tokenizer).with_prior(prior)
 
 
@@ -482,3 +490,49 @@ def test_did_you_mean_names_the_closest_or_nothing() -> None:
     assert did_you_mean("Nuetral", ["neutral", "positive"]) == "; did you mean 'neutral'?"
     assert did_you_mean("label", [" label"]) == "; did you mean ' label'?"
     assert did_you_mean("zzz", ["neutral"]) == ""
+
+
+# By hand
+
+
+def test_lists_and_numbers_of_other_libraries_become_tuples_of_ids() -> None:
+    with unchecked_types():
+        made = Example("p", [np.int64(5), torch.tensor(6)], "a", [20], [np.int32(30)])
+        data = Examples([made], ["a", "b"], "mine")
+    plain = Example("p", (5, 6), "a", (20,), (30,))
+    assert made == plain and all(type(id) is int for id in made.tokens + made.others)
+    assert data == Examples((plain,), ("a", "b"), "mine")
+    assert data.hash == Examples((plain,), ("a", "b"), "mine").hash
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"tokens": torch.tensor([5, 6])},
+            r"tokens: expected token ids such as \(5, 6\), got Tensor",
+        ),
+        ({"tokens": [[5, 6]]}, r"tokens: \[5, 6\] is no token id"),
+        ({"tokens": [5.0, 6]}, "tokens: 5.0 is no token id"),
+        ({"tokens": [True]}, "tokens: True is no token id"),
+        ({"answers": 20}, "answers: expected token ids such as .*, got int"),
+        ({"others": "30"}, "others: expected token ids .*, got str"),
+    ],
+)
+def test_ids_of_another_shape_are_refused(changes: dict[str, Any], told: str) -> None:
+    values = {"prompt": "p", "tokens": (5, 6), "label": "a", "answers": (20,), "others": (30,)}
+    with unchecked_types(), pytest.raises(InputError, match=told):
+        Example(**{**values, **changes})
+
+
+def test_items_that_are_no_examples_are_refused() -> None:
+    with (
+        unchecked_types(),
+        pytest.raises(InputError, match="mine: item 0 is str, expected Example"),
+    ):
+        Examples(("a prompt",), ("a", "b"), "mine")
+    with (
+        unchecked_types(),
+        pytest.raises(InputError, match="mine: items: expected a tuple, got str"),
+    ):
+        Examples("a prompt", ("a", "b"), "mine")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from cdt_lens.comparing.comparison import Comparison, PlantedComparison
+from cdt_lens.comparing.comparison import Comparison, Measure, PlantedComparison
 from cdt_lens.viz import comparison_figures, comparison_tables
 from cdt_lens.viz.report.sections import Section
 from cdt_lens.viz.svg import figure_html
@@ -75,7 +75,7 @@ def planted_section(result: PlantedComparison, id: str, _: Sequence[object]) -> 
 
 def _best(result: Comparison) -> dict[str, str]:
     """Return the best method of each measure as text."""
-    names = {"spearman": "Spearman", "cpr": "CPR", "cmd": "CMD"}
+    names: dict[Measure, str] = {"spearman": "Spearman", "cpr": "CPR", "cmd": "CMD"}
     best = {measure: result.best(measure) for measure in names}
     return {
         f"Best {names[measure]}": f"{method.method} ({score(method.value(measure))})"

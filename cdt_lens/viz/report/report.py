@@ -23,6 +23,7 @@ from cdt_lens.circuits.graph import Graph
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.comparing.comparison import Comparison, PlantedComparison
 from cdt_lens.core.artifacts import atomic_write
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.table import Table
 from cdt_lens.finetuning.result import FineTuneResult
@@ -60,6 +61,7 @@ _section.register(FineTuneResult, training_sections.fine_tune_section)
 _section.register(TransferResult, training_sections.transfer_section)
 
 
+@checked_arguments
 def render_report(*results: object, path: str | Path, title: str | None = None) -> Path:
     """Write results as one HTML file, completely or not at all.
 

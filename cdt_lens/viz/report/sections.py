@@ -21,9 +21,11 @@ from cdt_lens.circuits.faithfulness import FaithfulnessCurve
 from cdt_lens.circuits.graph import Graph
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.reliability import reliability
+from cdt_lens.core.choices import Metric
 from cdt_lens.core.table import Table
 from cdt_lens.scoring.agreement import MethodAgreement
 from cdt_lens.scoring.prompt_views import AttentionView, TokenRelevance
+from cdt_lens.tasks.metrics import chance_caution
 from cdt_lens.viz import figures, graph_figure, tables, widgets, words
 from cdt_lens.viz.svg import figure_html
 from cdt_lens.viz.tables import Scored
@@ -95,6 +97,7 @@ def head_scores_section(scores: HeadScores, id: str, results: Sequence[object]) 
             "Examples": str(len(scores.example_labels)),
             **_reliability(scores),
             "Task direction": f"{scores.direction:+.3f} logits",
+            **_caution("direction", scores.direction, len(set(scores.example_labels))),
             "Range of scores": f"{float(finite.min()):+.3f} to {float(finite.max()):+.3f} logits",
         },
         figures=(
@@ -117,6 +120,12 @@ def _reliability(scores: HeadScores) -> dict[str, str]:
         facts["Split-half reliability"] = f"{found.split_half:.2f} (Spearman)"
     facts["Heads with an interval without 0"] = f"{found.resolved:.0%}"
     return facts
+
+
+def _caution(metric: Metric, full: float, n_labels: int) -> dict[str, str]:
+    """Return the fact that the full model does not solve the task, if so."""
+    caution = chance_caution(metric, full, max(n_labels, 1))
+    return {"Caution": caution} if caution else {}
 
 
 def circuit_section(circuit: Circuit, id: str, results: Sequence[object]) -> Section:
@@ -184,6 +193,7 @@ def faithfulness_section(curve: FaithfulnessCurve, id: str, _: Sequence[object])
         facts={
             "Metric": words.metric_name(curve.metric),
             "Full model": f"{curve.full:.3f}{unit}",
+            **_caution(curve.metric, curve.full, len(curve.provenance.examples)),
             "All heads ablated": f"{curve.empty:.3f}{unit}",
             "Random circuits": "; ".join(drawn) or "none",
         },

@@ -88,6 +88,8 @@ def _training_facts(result: FineTuneResult) -> dict[str, str]:
     kept = f"{result.best_epoch} of {epochs}" if epochs is not None else str(result.best_epoch)
     before, after = result.before["source_accuracy"], result.after["source_accuracy"]
     change = f" ({_change(before, after)})" if np.isfinite(result.retention) else ""
+    if result.nothing_learnt:
+        facts["Outcome"] = result.nothing_learnt
     return facts | {
         "Parameters trained": training_tables.trained_in_words(result),
         "Best epoch": kept if result.best_epoch else f"{kept} (the untouched weights)",

@@ -140,3 +140,18 @@ def test_a_saved_transfer_reads_the_same(tmp_path: Path):
     path = sample.transfer().save(tmp_path / "transfer.json")
     saved, made = transfer(TransferResult.load(path)), transfer(sample.transfer())
     assert (saved.headline, saved.facts, saved.tables) == (made.headline, made.facts, made.tables)
+
+
+def test_a_training_that_learnt_nothing_says_so_in_a_sentence():
+    tuned = sample.fine_tuning()
+    assert tuned.nothing_learnt == "" and "Outcome" not in tuning(tuned).facts
+    best_is_first = replace(tuned, best_epoch=0)
+    unchanged = replace(tuned, changed=False)
+    for result in (best_is_first, unchanged):
+        sentence = result.nothing_learnt
+        assert sentence.startswith("Nothing was learnt: ")
+        assert tuning(result).facts["Outcome"] == sentence
+        assert "nothing was learnt" in repr(result)
+        assert "Nothing was learnt" in result._repr_html_()
+    assert "no epoch was better" in best_is_first.nothing_learnt
+    assert "changed no weight" in unchanged.nothing_learnt

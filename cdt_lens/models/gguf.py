@@ -1,0 +1,74 @@
+"""Check that transformers reads everything in a GGUF file that acts on the logits.
+
+transformers ignores tensors and entries of a GGUF file that it does not know, without a warning.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader, GGUFValueType
+
+from cdt_lens.core.errors import InputError
+
+# Entries that act on the logits, by the name that the configuration has for them.
+_ACTING = {
+    "attention.sliding_window": "sliding_window",
+    "attention.scale": "attention_multiplier",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "logit_scale": "logit_scale",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+}
+_LAYER = re.compile(r"blk\.(\d+)\.")
+
+
+def check_gguf(path: Path, config: Any) -> None:
+    """Check that the configuration that transformers made of a GGUF file describes all of it.
+
+    Args:
+        path: the file.
+        config: the Hugging Face configuration.
+
+    Raises:
+        InputError: the file holds a layer, rotary factors or an option that would be ignored.
+    """
+    reader = GGUFReader(path)
+    for tensor in reader.tensors:
+        layer = _LAYER.match(tensor.name)
+        if layer and int(layer[1]) >= config.num_hidden_layers:
+            _refuse(path, f"{tensor.name}, but says that it has {config.num_hidden_layers} layers")
+        if tensor.name.startswith("rope_") and not np.all(np.asarray(tensor.data) == 1):
+            _refuse(path, f"rotary factors ({tensor.name}), which transformers does not read")
+    architecture = str(_entry(reader, "general.architecture"))
+    scaling = _entry(reader, f"{architecture}.rope.scaling.type")
+    if scaling not in (None, "none") and not _scaled(config):
+        _refuse(path, f"a rotary scaling ({scaling}), which transformers does not read")
+    for name, ours in _ACTING.items():
+        value = _entry(reader, f"{architecture}.{name}")
+        if value and not np.isclose(value, getattr(config, ours, None) or 0.0):
+            _refuse(path, f"{name}={value}, which transformers does not read")
+
+
+def _entry(reader: GGUFReader, name: str) -> Any:
+    """Return the value of an entry, or None."""
+    field = reader.get_field(name)
+    if field is None:
+        return None
+    value = field.parts[field.data[0]]
+    if field.types[0] == GGUFValueType.STRING:
+        return bytes(value).decode("utf-8", errors="replace")
+    return value[0].item()
+
+
+def _scaled(config: Any) -> bool:
+    rope = getattr(config, "rope_parameters", None) or {}
+    return rope.get("rope_type", "default") != "default"
+
+
+def _refuse(path: Path, what: str) -> None:
+    raise InputError(f"{path}: the file holds {what}. Use the model's Hugging Face folder instead.")

@@ -1,0 +1,99 @@
+"""`cdt-lens predict`: an exported folder and new rows in, CSV out, mistakes in a line."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_task
+from typer.testing import CliRunner
+
+from cdt_lens.cli import app as cli
+from cdt_lens.core.errors import CdtLensError
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, and a folder that `finetune` and `export` have made of it."""
+    folder = tmp_path_factory.mktemp("predict")
+    save_model(folder / "tiny")
+    files = write_task(folder / "data")
+    words = [x for label, word in VERBALIZER.items() for x in ("--verbalizer", f"{label}={word}")]
+    run(
+        "finetune", "--model", str(folder / "tiny"), "--out", str(folder / "tuned"), "--task",
+        "files", "--train", str(files["train"]), "--template", TEMPLATE, *words, "--scope",
+        "norms", "--epochs", "1", "--learning-rate", "0.01",
+    )  # fmt: skip
+    out = str(folder / "out")
+    run("export", str(folder / "tuned"), "--base", str(folder / "tiny"), "--to", out)
+    return folder
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def rows_of(printed: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(printed)))
+
+
+def test_texts_and_a_file_get_the_same_answers(place: Path, tmp_path: Path):
+    texts = ["w20 w21", "w30, w40 :smile: [bold]"]
+    with_texts = run("predict", str(place / "out"), *(x for t in texts for x in ("--text", t)))
+    file = tmp_path / "rows.csv"
+    with open(file, "w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([["text", "id"], *([t, i] for i, t in enumerate(texts))])
+    with_file = run("predict", str(place / "out"), "--file", str(file), "--batch-size", "1")
+    one, two = rows_of(with_texts), rows_of(with_file)
+    assert [row["text"] for row in one] == [row["text"] for row in two] == texts
+    assert [row["id"] for row in two] == ["0", "1"]
+    for a, b in zip(one, two, strict=True):
+        assert a["prediction"] == b["prediction"] in VERBALIZER
+        shares = {label: float(a[f"p({label})"]) for label in VERBALIZER}
+        assert max(shares, key=lambda label: shares[label]) == a["prediction"]
+        assert float(b[f"p({a['prediction']})"]) == pytest.approx(shares[a["prediction"]], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["out"], "expected either --text or --file"),
+        (["out", "--text", "w20", "--file", "rows.csv"], "expected either --text or --file"),
+        (["out", "--text", " "], "--text ' ', column 'text': empty"),
+        (["out", "--text", " ".join(["w20"] * 70)], "has 72 tokens, the model reads at most 64"),
+        (["out", "--file", "none.csv"], "none.csv: cannot be read"),
+        (["out", "--file", "other.csv"], "other.csv, line 1 .*: no column 'text'"),
+        (["out", "--file", "taken.csv"], "taken.csv: it has a column 'prediction'"),
+        (["tiny", "--text", "w20"], "tiny: holds no cdt_task.json"),
+        (["nowhere", "--text", "w20"], "nowhere: holds no cdt_task.json"),
+    ],
+)
+def test_mistakes_are_one_line(place: Path, monkeypatch, arguments: list[str], said: str):
+    monkeypatch.chdir(place)
+    (place / "other.csv").write_text("words,label\nw20,bad\n", "utf-8")
+    (place / "taken.csv").write_text("text,prediction\nw20,bad\n", "utf-8")
+    with pytest.raises(CdtLensError, match=said) as caught:
+        run("predict", *arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_whose_model_is_gone_is_refused(place: Path, tmp_path: Path):
+    card = (place / "out" / "cdt_task.json").read_bytes()
+    (tmp_path / "cdt_task.json").write_bytes(card)
+    with pytest.raises(CdtLensError, match=r"expected a Hugging Face folder with a config.json"):
+        run("predict", str(tmp_path), "--text", "w20")
+
+
+def test_several_columns_need_a_file(place: Path, tmp_path: Path):
+    from dataclasses import replace
+
+    from cdt_lens.tasks.card import TaskCard
+
+    card = TaskCard.load(place / "out" / "cdt_task.json")
+    replace(card, template="{text} {other} w3").save(tmp_path / "cdt_task.json")
+    with pytest.raises(CdtLensError, match="columns text, other; give a file with them by --file"):
+        run("predict", str(tmp_path), "--text", "w20")
