@@ -86,6 +86,7 @@ def finetune(
     heads = None if circuit is None else Circuit.load(circuit)
     scope_heads("decision" if scope == "auto" else scope, heads, seed=options.seed)
     tasks = check_inputs(settings, *([] if of_source is None else [of_source]))
+    tasks[0].require_held_out()
     check_splits(tasks[0], None if of_source is None else tasks[1], options)
     loaded = load_for(settings, say)
     target = make_task(settings, loaded.tokenizer)

@@ -265,6 +265,7 @@ class Comparison(Saved):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Comparison:
         """Return the comparison that `to_dict` converted."""
+        _check_once("methods", [each["method"] for each in values["methods"]])
         return cls(
             methods=tuple(_method(each) for each in values["methods"]),
             fractions=tuple(values["fractions"]),
@@ -297,6 +298,12 @@ def _row(result: MethodResult) -> dict[str, Any]:
 
 def _best_of(values: Sequence[float], measure: Measure) -> float:
     return max(values) if _BETTER[measure] > 0 else min(values)
+
+
+def _check_once(what: str, names: Sequence[str]) -> None:
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{what}: {twice[0]!r} is given twice")
 
 
 def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
@@ -387,4 +394,5 @@ class PlantedComparison(Saved):
     def _from_file(
         cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> PlantedComparison:
+        _check_once("circuits", [each["name"] for each in body["circuits"]])
         return cls({v["name"]: Comparison.from_dict(v) for v in body["circuits"]}, body["why"])

@@ -11,9 +11,18 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
+_LONGEST = 2000  # characters of a message
+
 
 class CdtLensError(Exception):
     """Base of every error that this package raises on purpose."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) <= _LONGEST:
+            return text
+        # A message may show a value of any length, from a file or a call.
+        return f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
 class InputError(CdtLensError, ValueError):

@@ -25,6 +25,8 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from operator import sub
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -122,6 +124,35 @@ def _usable(
     return result
 
 
+@dataclass(frozen=True)
+class Behaviour:
+    """Numbers that a model computes, by which a checkpoint knows it.
+
+    Args:
+        values: The numbers.
+        rounding: The difference, relative to the largest value, that another machine may make.
+    """
+
+    values: tuple[float, ...]
+    rounding: float
+
+    def difference(self, kept: object) -> str | None:
+        """Compare the numbers with those in a file.
+
+        Args:
+            kept: The numbers in the file, or None.
+
+        Returns:
+            The reason why the file belongs to a model that computes something else, or None.
+        """
+        if not isinstance(kept, list) or len(kept) != len(self.values):
+            return "a model whose logits it does not hold"
+        allowed = self.rounding * max(map(abs, self.values), default=0.0)
+        off = max(map(abs, map(sub, kept, self.values)), default=0.0)
+        # A comparison with NaN is false.
+        return None if off <= allowed else "a model that gives other logits (its settings differ)"
+
+
 class Kept:
     """A file that holds values, and tensors if there are any, beside the key they were made from.
 
@@ -131,17 +162,19 @@ class Kept:
         made_from: What the values are made from.
         holds: A `TypedDict` of the values; None does not check them.
         beside: A folder that is made with the values and recorded by the checksums of its files.
+        behaviour: What the model computes; None where its weights say enough.
     """
 
     def __init__(
         self, path: str | Path, format: str, made_from: Mapping[str, Any], *,
-        holds: Any = None, beside: Path | None = None,
+        holds: Any = None, beside: Path | None = None, behaviour: Behaviour | None = None,
     ) -> None:  # fmt: skip
         self.path = Path(path)
         self.format = format
         self.key = key_of(made_from)
         self.holds = holds
         self.beside = beside
+        self.behaviour = behaviour
 
     def reuse(self, say: Say) -> dict[str, Any] | None:
         """Return the kept values, or None where they have to be made again.
@@ -154,8 +187,14 @@ class Kept:
         """
         return reuse(self.path, lambda _: self._whole(), lambda body: body["key"], self.key, say)
 
-    def read(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def read(
+        self, finished: Callable[[Mapping[str, Any]], bool] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """Return the body and tensors of a checkpoint, or None if there is no file.
+
+        Args:
+            finished: Says whether the work in a body is finished. A finished checkpoint whose
+                behaviour differs counts as none, because no work in progress is lost.
 
         Returns:
             The body of the file and its tensors by name.
@@ -170,8 +209,11 @@ class Kept:
             body, tensors = self._read()
         except ArtifactError as error:
             raise ArtifactError(f"{error}, or remove {self.path} to begin anew") from error
-        reason = difference(body["key"], self.key)
+        reason = self._difference(body)
         if reason is not None:
+            same_key = difference(body["key"], self.key) is None
+            if same_key and finished is not None and finished(body):
+                return None
             raise InputError(
                 f"{self.path}: a checkpoint of another run, made with {reason}; remove it, or name "
                 "another file"
@@ -191,6 +233,8 @@ class Kept:
         body = {"key": self.key, **values}
         if self.beside is not None:
             body["files"] = folder_hashes(self.beside)
+        if self.behaviour is not None:
+            body["behaviour"] = list(self.behaviour.values)
         save_artifact(self.path, body, format=self.format, version=1, tensors=tensors)
 
     def keep(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -217,7 +261,7 @@ class Kept:
 
     def _why_stale(self) -> str | None:
         try:
-            reason = difference(self._read()[0]["key"], self.key)
+            reason = self._difference(self._read()[0])
         except ArtifactError as error:
             return str(error)
         return None if reason is None else f"{self.path} was made with {reason}"
@@ -238,6 +282,12 @@ class Kept:
         if is_main():
             remove_artifact(self.path)
         wait_for_all()
+
+    def _difference(self, body: Mapping[str, Any]) -> str | None:
+        reason = difference(body["key"], self.key)
+        if reason is None and self.behaviour is not None:
+            return self.behaviour.difference(body.get("behaviour"))
+        return reason
 
     def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         body, tensors = load_artifact(self.path, format=self.format, version=1)

@@ -20,6 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from itertools import repeat
+from operator import methodcaller
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar, no_type_check
 
@@ -78,6 +79,8 @@ class Scope:
         self._undo: list[Undo] = []
         self._if_failed: list[Undo] = []
         self._locks: list[Any] = []
+        # Each step releases one lock, so that none is released twice.
+        self._releases = map(methodcaller("release"), self._locks)
         self._beside: list[Scope] = []
 
     @unbroken
@@ -107,9 +110,8 @@ class Scope:
 
     @unbroken
     def release(self) -> None:
-        """Release the locks."""
-        while self._locks:
-            self._locks.pop().release()
+        """Release the locks. The scope takes no others afterwards."""
+        deque(self._releases, maxlen=0)
 
     def at_end(self, undo: Undo) -> None:
         """Announce a change that is taken back when the scope closes.
@@ -136,16 +138,20 @@ class Scope:
         """
         try:
             _run(self._undo)
+            if failed:
+                _run(self._if_failed)
             self._leave()
             # A handler that raises makes the call fail as well.
             _handle_waiting(_outside(sys._getframe()))
         except BaseException:
-            failed = True
+            _run(self._if_failed)
             raise
         finally:
-            if failed:
-                _run(self._if_failed)
-            self.release()
+            # The caller's handlers are back. They may raise after the first of these lines.
+            try:
+                deque(self._releases, maxlen=0)
+            finally:
+                deque(self._releases, maxlen=0)
 
     def _leave(self) -> None:
         if self in self._beside:

@@ -206,12 +206,23 @@ def read_config(path: str | Path) -> TransferConfig:
     """
     path = Path(path)
     try:
-        values = tomllib.loads(path.read_text("utf-8-sig"))
+        values = tomllib.loads(_bounded(path.read_text("utf-8-sig")))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a TOML file: {error}") from error
     return config_of(values, where=str(path))
+
+
+def _bounded(text: str) -> str:
+    """Refuse what would keep the reader of TOML busy for minutes: the square of a key's depth."""
+    deepest = max((line.count(".") for line in text.splitlines()), default=0)
+    if len(text) > 1_000_000 or deepest > 1000:
+        raise ValueError(
+            f"{len(text)} characters, {deepest} dots in a line; expected settings of at most "
+            "1000000 and 1000"
+        )
+    return text
 
 
 _SECTIONS: Mapping[str, type] = {

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from cdt_lens.models.weights import check_fused, check_gradients, named_weights,
 from cdt_lens.tasks.card import TaskCard
 
 ADAPTER_FILE = "adapter.json"
+_SLICE = re.compile(r"blocks\.\d+\.attn\.[Wb]_[QKVO]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +213,11 @@ class Adapter(Saved):
 
     @classmethod
     def _from_file(cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Adapter:
+        for name, index in body["slices"].items():
+            if len(index) != len(tensors[f"slice/{name}"]) or min(index, default=0) < 0:
+                raise ValueError(f"slices: {name}: expected one head for each of its values")
+            if _SLICE.fullmatch(name) is None:
+                raise ValueError(f"slices: {name!r}: expected such as blocks.0.attn.W_Q")
         return cls(
             scope=body["scope"],
             heads=tuple(Head.parse(text) for text in body["heads"]),

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from cdt_lens.core.artifacts import atomic_write
 from cdt_lens.core.errors import ArtifactError, InputError
-from cdt_lens.core.kept import Cell, Kept, Say
+from cdt_lens.core.kept import Behaviour, Cell, Kept, Say
 from cdt_lens.core.processes import is_main
 
 
@@ -71,11 +71,16 @@ class Checkpoint:
     Args:
         path: The JSON file; the tensors are beside it.
         made_from: What is trained, and on which data; `finetune` gives its key.
+        behaviour: What the model computes before training.
     """
 
-    def __init__(self, path: str | Path, made_from: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: str | Path, made_from: Mapping[str, Any], behaviour: Behaviour | None = None
+    ) -> None:
         self.path = Path(path)
-        self._kept = Kept(path, "cdt_lens.checkpoint", made_from, holds=_Progress)
+        self._kept = Kept(
+            path, "cdt_lens.checkpoint", made_from, holds=_Progress, behaviour=behaviour
+        )
 
     def save(self, state: State) -> None:
         """Replace the checkpoint, whole or not at all.

@@ -21,7 +21,7 @@ from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.core.checked import Fix, checked_arguments
 from cdt_lens.core.choices import Scope
 from cdt_lens.core.errors import InputError
-from cdt_lens.core.kept import Say
+from cdt_lens.core.kept import Behaviour, Say
 from cdt_lens.core.undo import take_back_if_failed, unbroken, undoing
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.finetuning.answer_pass import AnswerPass
@@ -46,6 +46,7 @@ from cdt_lens.finetuning.slices import (
 )
 from cdt_lens.finetuning.trainable import SlicesAndWholes, Trainable
 from cdt_lens.finetuning.trainer import Trained, Trainer
+from cdt_lens.models.behaviour import PROMPTS, behaviour_of
 from cdt_lens.models.heads import Head
 from cdt_lens.models.provenance import Provenance, hashed_once, model_key, provenance_of
 from cdt_lens.models.session import uses_model
@@ -126,7 +127,7 @@ def finetune(
         )  # fmt: skip
         return replace(result, options={**result.options, "chosen_by": asdict(choice)})
     plan = _plan(view, task, heads, scope, source, options)
-    stored = None if checkpoint is None else Checkpoint(checkpoint, plan.made_from)
+    stored = None if checkpoint is None else _checkpoint(Path(checkpoint), plan)
     result = _run(plan, stored, None if log is None else Log(log), judge, keep, progress)
     if stored is not None and not keep_checkpoint:
         stored.remove()
@@ -236,7 +237,16 @@ def drop_stale_checkpoint(
         view, options = view_of(model), _resolved(scope, options)
         chosen = _chosen(view, scope, heads, options)
         made_from = _made_from(view, scope, chosen, options, task, source)
-        Checkpoint(checkpoint, made_from).drop_stale(say)
+        Checkpoint(checkpoint, made_from, _behaviour(view, task)).drop_stale(say)
+
+
+def _checkpoint(path: Path, plan: _Plan) -> Checkpoint:
+    return Checkpoint(path, plan.made_from, _behaviour(plan.view, plan.task))
+
+
+def _behaviour(view: ModelView, task: Task) -> Behaviour:
+    batch = next(task.train.batches(PROMPTS, apart=view.longrope_limit))
+    return behaviour_of(view, batch.tokens, batch.lengths)
 
 
 def _made_from(
@@ -295,11 +305,10 @@ def check_splits(task: Task, source: Task | None, options: TrainingOptions) -> N
     """Refuse data that cannot be learnt from, or not judged as asked.
 
     Raises:
-        InputError: an empty split, one with a single label, validation on the training examples,
-            or no labels for macro-F1.
+        InputError: an empty split, one with a single label, or no labels for macro-F1.
     """
     task.train.require_some()
-    task.require_held_out()
+    task.warn_unless_held_out()
     present = [label for label, n in task.train.counts.items() if n]
     if len(present) < 2:
         raise InputError(

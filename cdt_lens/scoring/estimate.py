@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from cdt_lens.circuits.sampled import sample_order
 from cdt_lens.core.choices import Direction
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.core.kept import Kept
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import gather_items
@@ -44,6 +45,12 @@ _SLOPES: Mapping[Rules, str] = {
 # How many of the sampled prompts of a label get one exact pass of a part: the first ones, and of
 # the others one in so many.
 _FIRST, _EVERY = 2, 4
+
+
+class Sampled(TypedDict):
+    """The JSON of a checkpoint: the examples whose rows are finished, for each part."""
+
+    index: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,8 @@ class Estimator:
         """Compute the first-order score of every example under each part, then d(full)."""
         items: list[tuple[int, Tensor]] = []
         gated = [GatedPass(self.view, SLOPES[part.slopes]) for part in self.parts]
-        for batch in self.passes.bar(self.passes.batches(self.examples), name="first order"):
+        batches = self.passes.batches(self.examples, self.view.longrope_limit)
+        for batch in self.passes.bar(batches, name="first order"):
             batch = batch.to(self.view.device)
             at = self.baseline.for_batch(self.view, batch)
             rows = []
@@ -178,7 +186,7 @@ class Estimator:
         Returns:
             For each part the rows of its examples, by their position.
         """
-        done = self._read(kept)
+        done = [{} for _ in self.parts] if kept is None else self._read(kept)
         began = time.monotonic()
         for chunk in self._rounds(budget):
             self._round(chunk, done, kept)
@@ -200,7 +208,8 @@ class Estimator:
             wanted = [i for i in chunk if i not in done[number] and self._has(part, i)]
             chosen = replace(self.examples, items=tuple(self.examples[i] for i in wanted))
             own: list[tuple[int, Tensor]] = []
-            for batch in self.passes.batches(chosen) if wanted else []:
+            batches = self.passes.batches(chosen, self.view.longrope_limit) if wanted else []
+            for batch in batches:
                 rows = self.exact_rows(part.rules, batch.to(self.view.device))
                 own += [(wanted[i], row) for i, row in rows.items()]
                 if kept is not None:
@@ -218,12 +227,16 @@ class Estimator:
         tensors = {f"rows.{n}": torch.stack(list(r.values())) for n, r in enumerate(done) if r}
         kept.write({"index": index}, tensors)
 
-    def _read(self, kept: Kept | None) -> list[Rows]:
-        found = None if kept is None else kept.read()
+    def _read(self, kept: Kept) -> list[Rows]:
+        found = kept.read(lambda body: False)
         if found is None:
             return [{} for _ in self.parts]
         body, tensors = found
-        return [
-            dict(zip(index, tensors[f"rows.{n}"], strict=True)) if index else {}
+        done = [
+            dict(zip(index, tensors.get(f"rows.{n}", torch.empty(0)), strict=False))
             for n, index in enumerate(body["index"])
         ]
+        whole = [len(rows) for rows in done] == [len(index) for index in body["index"]]
+        if len(done) != len(self.parts) or not whole:
+            raise ArtifactError(f"{kept.path}: damaged: rows are missing; remove it to begin anew")
+        return done

@@ -35,11 +35,12 @@ from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.decompose import irrelevant_logits
 from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import Rules, resolve_rules
+from cdt_lens.models.behaviour import PROMPTS, behaviour_of
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of
 from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
-from cdt_lens.scoring.estimate import EXACT, Budget, Estimator, Part, Rows, parts_of
+from cdt_lens.scoring.estimate import EXACT, Budget, Estimator, Part, Rows, Sampled, parts_of
 from cdt_lens.tasks.metrics import (
     balanced_mean,
     balanced_stderr,
@@ -139,7 +140,7 @@ def score_heads(
     sweep = _Sweep(view, examples, baseline, rules, sources, direction, passes)
     if budget is None:
         provenance = provenance_of(view, examples, options=options)
-        done = sweep.run(_kept_rows(checkpoint, provenance))
+        done = sweep.run(None if checkpoint is None else sweep.kept(Path(checkpoint), provenance))
         return collect_scores(view, examples, done, sources, method, provenance)
     provenance = provenance_of(view, examples, options=options | asdict(budget), seed=seed)
     return _estimate(sweep, budget, seed, checkpoint, method, provenance)
@@ -186,6 +187,7 @@ def _estimate(
         view, examples, sweep.baseline, parts, sweep.direction, sweep.passes, seed,
         lambda rules, batch: replace(sweep, rules=rules)._batch(batch, bar),
     )  # fmt: skip
+    kept = None if checkpoint is None else sweep.kept(Path(checkpoint), made_from, Sampled)
     cheap = estimator.cheap()
 
     def collected(done: Sequence[Rows]) -> HeadScores:
@@ -197,7 +199,7 @@ def _estimate(
         return relative_error(collected(done)) <= (budget.precision or 0.0)
 
     with bar:
-        done = estimator.exact(budget, _kept_rows(checkpoint, made_from), enough)
+        done = estimator.exact(budget, kept, enough)
     return collected(done)
 
 
@@ -288,12 +290,10 @@ class _Sweep:
 
     def run(self, kept: Kept | None) -> dict[int, Float[Tensor, " source_and_direction"]]:
         """Compute d(rel) of each source, then d(full), of each example, in all processes."""
-        done = _read_rows(kept, len(self.sources) + 1)
-        batches = [
-            batch
-            for batch in self.passes.batches(self.examples, self.view.longrope_limit)
-            if not set(batch.index) <= done.keys()
-        ]
+        batches = self.passes.batches(self.examples, self.view.longrope_limit)
+        wanted = {index for batch in batches for index in batch.index}
+        done = _read_rows(kept, wanted, len(self.sources) + 1)
+        batches = [batch for batch in batches if not set(batch.index) <= done.keys()]
         total = len(batches) * len(self.sources)
         with self.passes.bar(name="heads", total=total, unit="head") as bar:
             for batch in batches:
@@ -303,6 +303,27 @@ class _Sweep:
                     kept.write({"index": list(done)}, {"rows": rows})
         items = gather_items(list(done.items()))
         return dict(items)
+
+    def kept(self, path: Path, provenance: Provenance, holds: type = _Finished) -> Kept:
+        """Return where this process keeps its finished examples, under all that changes a number.
+
+        Args:
+            path: The file.
+            provenance: The model, the examples and the options.
+            holds: The `TypedDict` of its JSON.
+
+        Raises:
+            InputError: The model has hooks of the caller's, which no file can identify.
+        """
+        rank, world = shard()
+        path = path if world == 1 else path.with_suffix(f".{rank}of{world}.json")
+        made_from = {
+            "model": provenance.model_key, "data": provenance.task_hash,
+            "options": provenance.options,
+        }  # fmt: skip
+        batch = next(self.examples.batches(PROMPTS, apart=self.view.longrope_limit))
+        behaviour = behaviour_of(self.view, batch.tokens, batch.lengths)
+        return Kept(path, SWEEP_FORMAT, made_from, holds=holds, behaviour=behaviour)
 
     def _batch(self, batch: Batch, bar: tqdm) -> dict[int, Tensor]:
         propagator = Propagator(
@@ -359,22 +380,9 @@ def collect_scores(
     )
 
 
-def _kept_rows(path: str | Path | None, provenance: Provenance) -> Kept | None:
-    """Return where this process keeps its finished examples, under all that changes a number."""
-    if path is None:
-        return None
-    rank, world = shard()
-    path = Path(path) if world == 1 else Path(path).with_suffix(f".{rank}of{world}.json")
-    made_from = {
-        "model": provenance.model_key, "data": provenance.task_hash,
-        "options": provenance.options,
-    }  # fmt: skip
-    return Kept(path, SWEEP_FORMAT, made_from, holds=_Finished)
-
-
-def _read_rows(kept: Kept | None, columns: int) -> dict[int, Tensor]:
+def _read_rows(kept: Kept | None, wanted: set[int], columns: int) -> dict[int, Tensor]:
     """Return the rows of the examples that an interrupted call had finished, by their index."""
-    kept_rows = None if kept is None else kept.read()
+    kept_rows = None if kept is None else kept.read(lambda body: wanted <= set(body["index"]))
     if kept is None or kept_rows is None:
         return {}
     body, tensors = kept_rows

@@ -9,6 +9,7 @@ stores, balances and batches them.
 from __future__ import annotations
 
 import random
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -27,7 +28,7 @@ from cdt_lens.core import display
 from cdt_lens.core.artifacts import content_hash
 from cdt_lens.core.checked import Checked, checked_arguments, whole_number
 from cdt_lens.core.choices import Count, Seed
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.errors import CdtLensWarning, InputError
 from cdt_lens.models.view import ModelView
 
 
@@ -439,8 +440,34 @@ class Task(Checked):
             }
         )
 
+    def not_held_out(self, name: str = "valid") -> str:
+        """Return a sentence that says if every example of a split is also in `train`, or "".
+
+        Args:
+            name: the split to judge on, "valid" or "test".
+        """
+        held_out: Examples = getattr(self, name)
+        train = {(item.tokens, item.label) for item in self.train}
+        if not len(held_out) or any((item.tokens, item.label) not in train for item in held_out):
+            return ""
+        return (
+            f"{held_out.name}: all {len(held_out)} examples are also in {self.train.name}, so "
+            "nothing measured on them holds for other data. Give other examples, or divide one "
+            "file into train and valid with split=0.2."
+        )
+
+    def warn_unless_held_out(self, name: str = "valid") -> None:
+        """Warn with `CdtLensWarning` where `not_held_out` has something to say.
+
+        Args:
+            name: the split to judge on, "valid" or "test".
+        """
+        caution = self.not_held_out(name)
+        if caution:
+            warnings.warn(caution, CdtLensWarning, stacklevel=1)
+
     def require_held_out(self, name: str = "valid") -> None:
-        """Check that the examples to judge on are not the training examples.
+        """Refuse a split of training examples, as every command does.
 
         Args:
             name: the split to judge on, "valid" or "test".
@@ -448,14 +475,9 @@ class Task(Checked):
         Raises:
             InputError: every example of the split is also in `train`.
         """
-        held_out: Examples = getattr(self, name)
-        train = {(item.tokens, item.label) for item in self.train}
-        if len(held_out) and all((item.tokens, item.label) in train for item in held_out):
-            raise InputError(
-                f"{held_out.name}: all {len(held_out)} examples are also in {self.train.name}, so "
-                "nothing measured on them holds for other data. Give other examples, or divide one "
-                "file into train and valid with split=0.2."
-            )
+        caution = self.not_held_out(name)
+        if caution:
+            raise InputError(caution)
 
     @checked_arguments
     def with_prior(self, prior: Mapping[str, float]) -> Task:

@@ -15,7 +15,8 @@ from helpers import by_hand
 from helpers.checks import assert_close, assert_same_bits
 from helpers.shared import models, shared
 from helpers.tiny_models import D_VOCAB, Float64Throughout, _randomise as randomise
-from helpers.tiny_tasks import examples, many, one_by_one
+from helpers.tiny_tasks import LABELS, examples, many, one_by_one
+from helpers.tiny_training import split
 from helpers.wrapped import tokenizer
 
 from cdt_lens.circuits import faithfulness as module
@@ -30,7 +31,7 @@ from cdt_lens.circuits.faithfulness import (
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.measures import MIB_FRACTIONS, log_area
 from cdt_lens.core.artifacts import load_artifact, save_artifact
-from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.core.errors import ArtifactError, CdtLensWarning, InputError
 from cdt_lens.decomposition.baseline import Baseline, mean_activations
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.loading import _bridge
@@ -38,7 +39,7 @@ from cdt_lens.models.view import ModelView
 from cdt_lens.scoring.sweep import score_heads
 from cdt_lens.tasks.intervals import mean_interval, ratio_interval
 from cdt_lens.tasks.metrics import balanced_mean
-from cdt_lens.tasks.task import Examples
+from cdt_lens.tasks.task import Examples, Task
 
 FILES_0_3 = Path(__file__).parents[1] / "files_0_3"
 FRACTIONS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
@@ -407,3 +408,19 @@ def test_wrong_input_is_refused(tokenizer_folder):
     )  # fmt: skip
     with pytest.raises(InputError, match="4 of 8 heads"):
         faithfulness_curve(view, small, data, baseline, progress=False)
+
+
+def test_a_task_whose_validation_examples_are_its_training_examples_is_warned_of(tokenizer_folder):
+    view = shared("gpt2", "bridge", tokenizer_folder, torch.float32)
+    data, baseline, scores = fitted(view, examples())
+    rest = split(3, 8, "tiny/rest")
+    same = Task(
+        name="tiny", labels=LABELS, verbalizer={}, verbalizer_ids={}, template="", train=data,
+        valid=replace(data, name="tiny/valid"), test=rest, content_free=rest[:0],
+    )  # fmt: skip
+    for measure, what in (
+        (faithfulness_curve, scores), (circuit_faithfulness, scores.select(k=2)),
+    ):  # fmt: skip
+        told = "tiny/valid: all 6 examples are also in tiny/train"
+        with pytest.warns(CdtLensWarning, match=told):
+            measure(view, what, same.valid, baseline, task=same, progress=False)

@@ -16,6 +16,9 @@ from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.cli import app as cli
+from cdt_lens.core.errors import CdtLensError
+from cdt_lens.experiments import inputs, runs
+from cdt_lens.tasks.task import Task
 
 
 @pytest.fixture(scope="module")
@@ -189,4 +192,78 @@ def test_another_models_run_is_refused(place: Path, tmp_path: Path, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["cdt-lens", *arguments])
     with pytest.raises(SystemExit):
         cli.main()
-    assert "other settings (model)" in capfd.readouterr().err
+    assert "model" in capfd.readouterr().err
+
+
+# Rows to judge on
+
+
+def one_file(place: Path, *more: str) -> list[str]:
+    words = [x for label, word in VERBALIZER.items() for x in ("--verbalizer", f"{label}={word}")]
+    return [
+        "--model", str(place / "tiny"), "--task", "files", "--train",
+        str(place / "data" / "train.csv"), "--template", TEMPLATE, *words, *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["discover", "compare", "finetune"])
+def test_one_file_without_a_split_is_refused_before_the_model_is_loaded(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+):
+    monkeypatch.setattr(inputs, "load_model", None)
+    with pytest.raises(CdtLensError, match=rf"{command}: expected --valid, .* or --split 0\.2"):
+        run(command, *one_file(place), "--out", str(tmp_path / "x"))
+    same = str(place / "data" / "train.csv")
+    with pytest.raises(CdtLensError, match=r"train and valid are the same file"):
+        run(command, *one_file(place, "--valid", same), "--out", str(tmp_path / "x"))
+    other = str(place / "data" / "valid.csv")
+    with pytest.raises(CdtLensError, match=r"valid.csv has validation examples; omit --split"):
+        run(command, *one_file(place, "--valid", other, "--split", "0.2"), "--out", "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_copy_of_the_training_file_is_refused(place: Path, tmp_path: Path):
+    copy = tmp_path / "copy.csv"
+    copy.write_bytes((place / "data" / "train.csv").read_bytes())
+    for command in ("discover", "finetune"):
+        given = one_file(place, "--valid", str(copy), "--out", str(tmp_path / "x"))
+        given += ["--scope", "norms"] if command == "finetune" else []
+        with pytest.raises(CdtLensError, match="all 24 examples are also in files/train"):
+            run(command, *given)
+
+
+@pytest.mark.filterwarnings("always:.*no better than chance")
+def test_every_command_sets_the_same_rows_aside(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[str] = []
+    make = inputs.make_task
+
+    def watched(*given: object) -> Task:
+        task: Task = make(*given)  # type: ignore[arg-type]
+        seen.append(task.valid.hash)
+        return task
+
+    for module in (inputs, runs):
+        monkeypatch.setattr(module, "make_task", watched)
+    split = ("--split", "0.25")
+    out = str(tmp_path / "run")
+    printed = run("discover", *one_file(place, *split), "--out", out, "--examples", "6", "--k", "2")
+    circuit = Circuit.load(tmp_path / "run" / "circuit.json")
+    run("faithfulness", out, "--draws", "1", "--examples", "6")
+    run("finetune", *one_file(place, *split), "--out", str(tmp_path / "f"), "--scope", "norms",
+        "--epochs", "1", "--seed", "3")  # fmt: skip
+    assert len(seen) == 3 and len(set(seen)) == 1
+    scores = HeadScores.load(tmp_path / "run" / "scores.json")
+    assert len(circuit) == 2 and ("no better than chance" in printed) == (scores.direction <= 0)
+
+
+def test_a_run_without_validation_rows_says_how_to_get_them(place: Path, tmp_path: Path):
+    test = str(place / "data" / "test.csv")
+    out = str(tmp_path / "run")
+    run("discover", *one_file(place, "--test", test), "--out", out, "--examples", "6", "--k", "2")
+    with pytest.raises(CdtLensError, match=r"this task has train, test\. .* --split 0\.2"):
+        run("faithfulness", out)
+    with pytest.raises(CdtLensError, match=r"split '0\.2': expected train, valid or test"):
+        run("faithfulness", out, "--split", "0.2")
+    run("faithfulness", out, "--split", "test", "--examples", "6", "--draws", "1")

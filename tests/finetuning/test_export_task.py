@@ -64,9 +64,11 @@ def test_the_exported_tokenizer_gives_the_tokens_of_the_training(name, prepend_b
     check_tokens(tmp_path / "base", task_of(tokenizer, prepend_bos), out)
 
 
-def test_a_template_that_begins_with_bos_gets_no_second_one(tmp_path):
-    tokenizer = save_tokenizer("words with BOS", tmp_path / "base")
-    task = task_of(tokenizer, prepend_bos=False, template="<s> {text} so:")
+@pytest.mark.parametrize("prepend_bos", [None, False])
+@pytest.mark.parametrize("name", ["words", "words with BOS"])
+def test_a_template_that_begins_with_bos_gets_no_second_one(name, prepend_bos, tmp_path):
+    tokenizer = save_tokenizer(name, tmp_path / "base")
+    task = task_of(tokenizer, prepend_bos, template="<s> {text} so:")
     assert [ids.count(1) for ids in (e.tokens for e in task.train)] == [1] * 4
     (tmp_path / "out").mkdir()
     check_tokens(tmp_path / "base", task, tmp_path / "out")

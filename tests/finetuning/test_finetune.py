@@ -28,7 +28,13 @@ from torch import nn
 
 import cdt_lens as cdt
 from cdt_lens.circuits.circuit import Circuit
-from cdt_lens.core.errors import ArtifactError, InputError, NonFiniteError, UnsupportedModelError
+from cdt_lens.core.errors import (
+    ArtifactError,
+    CdtLensWarning,
+    InputError,
+    NonFiniteError,
+    UnsupportedModelError,
+)
 from cdt_lens.finetuning import finetune as fine_tuning, trainer as training
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.finetuning.answer_pass import AnswerPass
@@ -727,6 +733,13 @@ def test_what_cannot_be_trained_is_refused_beforehand(
     monkeypatch.setattr(Trainer, "run", lambda self: pytest.fail("it ran"))
     with left_untouched(model), pytest.raises(error, match=told):
         finetune(model, **{"task": task(), "heads": HEADS, **QUICK, **given})
+
+
+def test_validation_on_the_training_examples_is_warned_of(tokenizer_folder):
+    seen, data = view("llama", "bridge", tokenizer_folder, torch.float32), task()
+    same = dataclasses.replace(data, valid=dataclasses.replace(data.train, name="tiny/valid"))
+    with pytest.warns(CdtLensWarning, match="tiny/valid: all 13 examples are also in tiny/train"):
+        finetune(seen, same, heads=HEADS, **QUICK)
 
 
 @models(("gpt2", "llama"))

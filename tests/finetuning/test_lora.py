@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import peft
 import pytest
 import torch
 from helpers.checks import assert_same_bits, left_untouched
 from helpers.shared import EVERY_FAMILY
 from helpers.tiny_models import Float64Throughout, build, prompts
 from helpers.tiny_training import QUICK, task, values
-from helpers.wrapped import needs_hooked, view
+from helpers.wrapped import needs_hooked, view, wrap
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
@@ -178,3 +179,11 @@ def test_without_peft_it_says_what_to_install(tokenizer_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(InputError, match="pip install peft"):
         LowRank(view("llama", "bridge", tokenizer_folder))
+
+
+def test_peft_layers_of_the_caller_are_refused_before_anything_changes(tokenizer_folder):
+    model = wrap("llama", "bridge", tokenizer_folder, torch.float32)
+    config = peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, model.original_model)
+    with left_untouched(model), pytest.raises(InputError, match="peft layers of your own"):
+        finetune(model, task(), scope="lora", **QUICK)

@@ -18,7 +18,7 @@ from helpers.wrapped import needs_hooked
 from torch import Tensor
 
 from cdt_lens.circuits.circuit import Circuit
-from cdt_lens.circuits.faithfulness import circuit_faithfulness
+from cdt_lens.circuits.faithfulness import circuit_faithfulness, faithfulness_curve
 from cdt_lens.core.errors import ArtifactError, InputError, NonFiniteError
 from cdt_lens.decomposition.baseline import Baseline, mean_activations, zero_baseline
 from cdt_lens.decomposition.decompose import decompose
@@ -91,6 +91,29 @@ def test_one_example_of_a_label_has_a_score_without_standard_error_and_no_warnin
         found = score(view, examples((5, 6), ("positive", "negative")))
     assert bool(found.stderr.isnan().all())
     assert not bool(found.values.isnan().any())
+
+
+def test_a_task_that_the_model_does_not_solve_is_said(tokenizer_folder):
+    """With answers and competitors exchanged every direction has the other sign."""
+    view, data = shared("gpt2", "bridge", tokenizer_folder), examples()
+    turned = tuple(replace(item, answers=item.others, others=item.answers) for item in data)
+    solved = 0
+    for given in (data, replace(data, items=turned)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found = score(view, given)
+            curve = faithfulness_curve(
+                view, found, given, means(view, given), draws=1, progress=False
+            )
+            circuit_faithfulness(
+                view, found.select(k=2), given, means(view, given), draws=1, progress=False
+            )
+        words = "tiny/train: the full model solves the task no better than chance (mean direction"
+        told = [str(one.message).startswith(words) for one in said]
+        assert told == ([] if found.direction > 0 else [True] * 3)
+        assert (curve.full > 0) == (found.direction > 0)
+        solved += found.direction > 0
+    assert solved == 1
 
 
 @models(("gpt2", "llama"))

@@ -11,8 +11,10 @@ from helpers.checks import assert_close
 from helpers.tiny_tasks import examples
 from torch import Tensor
 
+from cdt_lens.core.choices import Metric
 from cdt_lens.core.errors import InputError
 from cdt_lens.tasks import metrics
+from cdt_lens.tasks.metrics import chance_caution
 from cdt_lens.tasks.task import Batch, Example, Examples
 
 
@@ -157,3 +159,22 @@ def test_macro_f1_needs_labels_and_a_prediction_for_each_example():
         metrics.macro_f1(["a"], ["a"], [])
     with pytest.raises(InputError, match="1 predicted and 2 gold"):
         metrics.macro_f1(["a"], ["a", "a"], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "labels", "said"),
+    [
+        ("direction", -0.44, 4, "mean direction -0.440 logits, chance 0"),
+        ("direction", 0.0, 4, "mean direction +0.000 logits"),
+        ("direction", 0.01, 4, ""),
+        ("accuracy", 0.25, 4, "accuracy 0.250, chance 0.25"),
+        ("accuracy", 0.26, 4, ""),
+        ("balanced_accuracy", 0.5, 2, "balanced accuracy 0.500, chance 0.5"),
+        ("balanced_accuracy", 0.5, 3, ""),
+    ],
+)
+def test_a_metric_at_or_below_chance_is_said(
+    metric: Metric, value: float, labels: int, said: str
+) -> None:
+    sentence = chance_caution(metric, value, labels)
+    assert bool(sentence) == bool(said) and said in sentence

@@ -363,3 +363,13 @@ def test_a_print_shows_every_view_and_every_number(report: Path, browser: Browse
     assert browser.run("return [...document.querySelectorAll('details')].every(d => d.open)")
     browser.wait("return [...document.querySelectorAll('.view')].every(v => v.children.length)")
     browser.wait("return document.querySelectorAll('.view canvas').length === 39")
+
+
+def test_a_task_at_chance_is_said_in_the_report(tmp_path: Path) -> None:
+    words = "solves the task no better than chance"
+    scores, curve = sample.scores(), sample.curve()
+    good = render_report(scores, curve, path=tmp_path / "good.html").read_text("utf-8")
+    assert words not in good
+    poor = replace(scores, direction=-0.44), replace(curve, full=-0.1)
+    page = render_report(*poor, path=tmp_path / "poor.html").read_text("utf-8")
+    assert page.count(words) == 2 and "Caution" in page
