@@ -8,6 +8,7 @@ the decomposition runs it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +27,7 @@ from cdt_lens.decomposition.rules import PRESETS
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
+from cdt_lens.tasks.intervals import ratio_effects
 from cdt_lens.tasks.metrics import average, correct, label_numbers, task_direction
 from cdt_lens.tasks.task import Batch, Examples, Task, check_examples
 
@@ -129,6 +131,49 @@ def _per_example(
     return right.float().cpu()
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """The metric of different circuits on the same examples.
+
+    Args:
+        circuits: The heads of each circuit.
+        table: The metric by circuit and example, in logits, or 1 and 0 for right and wrong answers.
+        labels: Number of each example's label.
+        metric: Name of the metric.
+    """
+
+    circuits: tuple[tuple[Head, ...], ...]
+    table: Float[Tensor, "circuit example"]
+    labels: Int[Tensor, " example"]
+    metric: Metric
+
+    def means(self) -> dict[tuple[Head, ...], float]:
+        """Return m(C) by the heads of C."""
+        found = average(self.metric, self.table, self.labels).tolist()
+        return dict(zip(self.circuits, found, strict=True))
+
+    def effects(
+        self, circuits: Sequence[tuple[Head, ...]], full: tuple[Head, ...]
+    ) -> Float[Tensor, "circuit example"]:
+        """Return a value per example whose mean over examples is f of each circuit.
+
+        Args:
+            circuits: Measured circuits.
+            full: All heads of the model.
+
+        Returns:
+            The values without unit (`intervals.ratio_effects`), to be averaged over `strata`.
+        """
+        row = {heads: self.table[number] for number, heads in enumerate(self.circuits)}
+        own = torch.stack([row[heads] for heads in circuits]) - row[()]
+        return ratio_effects(own, (row[full] - row[()])[None], self.strata)
+
+    @property
+    def strata(self) -> Int[Tensor, " example"]:
+        """The examples' labels if the metric is averaged over labels, else zeros."""
+        return torch.zeros_like(self.labels) if self.metric == "accuracy" else self.labels
+
+
 def measure_circuits(
     view: ModelView,
     circuits: Sequence[tuple[Head, ...]],
@@ -138,7 +183,7 @@ def measure_circuits(
     metric: Metric = "direction",
     task: Task | None = None,
     passes: Passes,
-) -> dict[tuple[Head, ...], float]:
+) -> Measurement:
     """Compute m(C) of each different circuit once; see `circuit_metric`.
 
     Args:
@@ -151,19 +196,19 @@ def measure_circuits(
         passes: Sizes of the forward passes.
 
     Returns:
-        m(C) by the heads of C, in logits or as a share from 0 to 1.
+        The metric by circuit and example.
 
     Raises:
         InputError: All heads and none are among the circuits, and differ only by rounding.
     """
-    unique = list(dict.fromkeys(circuits))
+    unique = tuple(dict.fromkeys(circuits))
     table, labels = _by_example(view, unique, examples, baseline, metric, task, passes)
-    values = average(metric, table, labels).tolist()
-    measured = dict(zip(unique, values, strict=True))
+    measurement = Measurement(unique, table, labels, metric)
     everyone = all_heads(view.n_layers, view.n_heads)
-    if metric == "direction" and everyone in measured and () in measured:
+    if metric == "direction" and everyone in unique and () in unique:
         # Means may cancel, so rounding is judged by the size of the examples' own values.
         ends = table[[unique.index(everyone), unique.index(())]]
         share = max(_ROUNDING, 4 * torch.finfo(view.dtype).eps)
-        check_gap(measured[everyone], measured[()], share * float(ends.abs().max(0).values.mean()))
-    return measured
+        values = measurement.means()
+        check_gap(values[everyone], values[()], share * float(ends.abs().max(0).values.mean()))
+    return measurement

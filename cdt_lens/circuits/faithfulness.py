@@ -11,19 +11,20 @@ Scores should be fitted on one split and faithfulness measured on another.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cdt_lens.circuits.ablation import measure_circuits
 from cdt_lens.circuits.circuit import Circuit, random_heads, random_heads_like
 from cdt_lens.circuits.head_scores import HeadScores
-from cdt_lens.circuits.measures import MIB_FRACTIONS, cmd, cpr, faithfulness, heads_at
+from cdt_lens.circuits.measures import MIB_FRACTIONS, cmd, cpr, faithfulness, heads_at, log_area
 from cdt_lens.core import display
 from cdt_lens.core.axes import along
 from cdt_lens.core.checked import checked_arguments
@@ -37,6 +38,7 @@ from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of
 from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
+from cdt_lens.tasks.intervals import Interval, mean_interval
 from cdt_lens.tasks.metrics import warn_at_chance
 from cdt_lens.tasks.task import Examples, Task
 
@@ -67,6 +69,10 @@ class FaithfulnessCurve(Saved):
         beaten: Share of the random circuits with a smaller f than the circuit's, by control; equal
             ones count half.
         provenance: Model, examples and options of the measurement.
+        effects: For each example a value whose mean over `strata` is f, by size; None in files of
+            earlier versions, which have no intervals.
+        without_effects: The same for completeness.
+        strata: Number of each example's label, or zeros where the metric is no mean over labels.
     """
 
     sizes: Annotated[tuple[int, ...], along("size")]
@@ -83,6 +89,9 @@ class FaithfulnessCurve(Saved):
     random_cmd: Mapping[str, Float[Tensor, " draw"]] = field(repr=False)
     beaten: Mapping[str, Float[Tensor, " size"]] = field(repr=False)
     provenance: Provenance = field(repr=False)
+    effects: Float[Tensor, "size example"] | None = field(default=None, repr=False)
+    without_effects: Float[Tensor, "size example"] | None = field(default=None, repr=False)
+    strata: Int[Tensor, " example"] | None = field(default=None, repr=False)
     # In files of version 1 "accuracy" is the label-balanced share of right answers.
     _format, _kind, _version = "cdt_lens.faithfulness", "faithfulness file", 2
 
@@ -90,18 +99,94 @@ class FaithfulnessCurve(Saved):
         areas = f"CPR {self.cpr:.3f}", f"CMD {self.cmd:.3f}"
         return display.line(self, self.metric, *areas, f"{len(self.sizes)} sizes")
 
+    @property
+    def log_area(self) -> float:
+        """The mean of f over sizes on a logarithmic axis, from the first size with a head."""
+        return float(self.log_area_of(self.faithfulness))
+
+    def log_area_of(self, values: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows"]:
+        """Return `log_area` of other values by size, such as those of random circuits.
+
+        Args:
+            values: f at each size.
+        """
+        first = next(i for i, size in enumerate(self.sizes) if size)
+        return log_area(self.fractions[first:], values[..., first:])
+
+    def interval(self, level: float = 0.95) -> Interval:
+        """Return the confidence interval of f at each size, over the population of prompts.
+
+        Args:
+            level: Confidence level, above 0 and below 1.
+
+        Returns:
+            The lower and the upper limit without unit; NaN if the curve is of an earlier version
+            or a label has a single example.
+        """
+        return self._interval(self.effects, level)
+
+    def completeness_interval(self, level: float = 0.95) -> Interval:
+        """Return the confidence interval of completeness at each size; see `interval`.
+
+        Args:
+            level: Confidence level, above 0 and below 1.
+        """
+        return self._interval(self.without_effects, level)
+
+    def area_intervals(self, level: float = 0.95) -> dict[str, tuple[float, float]]:
+        """Return the confidence intervals of CPR and CMD; see `interval`.
+
+        Args:
+            level: Confidence level, above 0 and below 1.
+
+        Returns:
+            The lower and the upper limit by "cpr" and "cmd".
+        """
+        if self.effects is None or self.strata is None:
+            return dict.fromkeys(("cpr", "cmd"), (math.nan, math.nan))
+        rows = self.effects.T.double()
+        # |1 - f| changes with f by the sign of f - 1.
+        sign = (self.faithfulness.double() - 1).sign()
+        by_example = {
+            "cpr": cpr(self.fractions, rows),
+            "cmd": torch.trapezoid(
+                sign * (rows - 1), torch.tensor(self.fractions, dtype=torch.float64), dim=-1
+            ),
+        }
+        found = {
+            name: mean_interval(values, self.strata, level) for name, values in by_example.items()
+        }
+        return {name: (float(low), float(high)) for name, (low, high) in found.items()}
+
+    def _interval(self, effects: Tensor | None, level: float) -> Interval:
+        if effects is None or self.strata is None:
+            unknown = torch.full((len(self.sizes),), math.nan, dtype=torch.float64)
+            return unknown, unknown
+        return mean_interval(effects, self.strata, level)
+
     def to_dataframe(self) -> pd.DataFrame:
-        """Return one row per size: f, completeness, and the median f of each control."""
+        """Return one row per size that keeps a head.
+
+        Returns:
+            f and completeness with their 95 % intervals, and the median f of each control.
+        """
+        low, high = self.interval()
+        below, above = self.completeness_interval()
         table = {
             "heads": self.sizes,
             "fraction": self.fractions,
             "faithfulness": self.faithfulness.tolist(),
+            "faithfulness low": low.tolist(),
+            "faithfulness high": high.tolist(),
             "completeness": self.completeness.tolist(),
+            "completeness low": below.tolist(),
+            "completeness high": above.tolist(),
         }
         for name, values in self.random.items():
             table[f"{name} (median)"] = values.quantile(0.5, dim=0).tolist()
             table[f"beats {name}"] = self.beaten[name].tolist()
-        return pd.DataFrame(table)
+        frame = pd.DataFrame(table)
+        return frame[frame["heads"] > 0].reset_index(drop=True)
 
     def plot(self) -> Figure:
         """f over the share of heads kept, with the band of random circuits."""
@@ -120,8 +205,13 @@ class FaithfulnessCurve(Saved):
             "controls": list(self.random),
             "provenance": self.provenance.to_dict(),
         }
-        tensors = {"faithfulness": self.faithfulness, "completeness": self.completeness}
-        return body, tensors | {f"random.{name}": value for name, value in self.random.items()}
+        tensors = {
+            "faithfulness": self.faithfulness, "completeness": self.completeness,
+            "effects": self.effects, "without_effects": self.without_effects,
+            "strata": self.strata,
+        }  # fmt: skip
+        known = {name: value for name, value in tensors.items() if value is not None}
+        return body, known | {f"random.{name}": value for name, value in self.random.items()}
 
     @classmethod
     def _from_file(
@@ -138,6 +228,7 @@ class FaithfulnessCurve(Saved):
             empty=body["empty"],
             metric=body["metric"],
             provenance=Provenance.from_dict(body["provenance"]),
+            **{name: tensors.get(name) for name in ("effects", "without_effects", "strata")},
         )
 
 
@@ -188,6 +279,8 @@ class CircuitFaithfulness(EqualByContent):
         empty: The metric with no heads.
         metric: Name of the metric (`tasks.metrics`).
         provenance: Model, examples and options of the measurement.
+        interval: 95 % confidence interval of f over the population of prompts.
+        completeness_interval: The same of completeness.
     """
 
     heads: tuple[Head, ...]
@@ -199,9 +292,15 @@ class CircuitFaithfulness(EqualByContent):
     empty: float
     metric: Metric
     provenance: Provenance = field(repr=False)
+    interval: tuple[float, float] = (math.nan, math.nan)
+    completeness_interval: tuple[float, float] = (math.nan, math.nan)
 
     def __repr__(self) -> str:
-        values = f"f {self.faithfulness:.3f}", f"completeness {self.completeness:.3f}"
+        low, high = self.interval
+        values = (
+            f"f {self.faithfulness:.3f} [{low:.3f}, {high:.3f}]",
+            f"completeness {self.completeness:.3f}",
+        )
         return display.line(self, f"{len(self.heads)} heads", self.metric, *values)
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -290,6 +389,9 @@ def faithfulness_curve(
         empty=measured.empty,
         metric=metric,
         provenance=_provenance(view, examples, baseline, origin, metric, draws, seed),
+        effects=measured.effects,
+        without_effects=measured.without_effects,
+        strata=measured.strata,
     )
 
 
@@ -353,7 +455,16 @@ def circuit_faithfulness(
         empty=measured.empty,
         metric=metric,
         provenance=_provenance(view, examples, baseline, origin, metric, draws, seed),
+        interval=_limits(measured.effects, measured.strata),
+        completeness_interval=_limits(measured.without_effects, measured.strata),
     )
+
+
+def _limits(
+    effects: Float[Tensor, "1 example"], strata: Int[Tensor, " example"]
+) -> tuple[float, float]:
+    low, high = mean_interval(effects, strata)
+    return float(low), float(high)
 
 
 @dataclass(frozen=True, eq=False)
@@ -365,6 +476,9 @@ class _Measured:
     random: dict[str, Float[Tensor, "draw size"]]
     full: float
     empty: float
+    effects: Float[Tensor, "circuit example"]
+    without_effects: Float[Tensor, "circuit example"]
+    strata: Int[Tensor, " example"]
 
 
 def _measure(
@@ -386,9 +500,10 @@ def _measure(
     everyone = all_heads(view.n_layers, view.n_heads)
     families = [_family(heads, view, draws, seed) for heads in circuits]
     wanted = [everyone, (), *(heads for family in families for heads in family)]
-    measured = measure_circuits(
+    measurement = measure_circuits(
         view, wanted, examples, baseline, metric=metric, task=task, passes=passes
     )
+    measured = measurement.means()
     full, empty = measured[everyone], measured[()]
     warn_at_chance(examples.name, metric, full, len(examples.labels))
     # One row per member of a family: the circuit, its complement, then the draws of each control.
@@ -399,7 +514,11 @@ def _measure(
     random = {
         name: torch.tensor(drawn[n * draws : (n + 1) * draws]) for n, name in enumerate(CONTROLS)
     }
-    return _Measured(own, without, random, full, empty)
+    effects = measurement.effects(circuits, everyone)
+    without_effects = measurement.effects([family[1] for family in families], everyone)
+    return _Measured(
+        own, without, random, full, empty, effects, without_effects, measurement.strata
+    )
 
 
 def _provenance(
@@ -467,13 +586,12 @@ def checked_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
 
 def faithfulness_frame(result: CircuitFaithfulness) -> pd.DataFrame:
     """Return one row for the circuit, its complement and each control: f, and the share beaten."""
-    rows: list[tuple[str, float, float | None]] = [
-        ("circuit", result.faithfulness, None),
-        ("without the circuit", result.completeness, None),
+    rows: list[tuple[str, float, float | None, float | None, float | None]] = [
+        ("circuit", result.faithfulness, *result.interval, None),
+        ("without the circuit", result.completeness, *result.completeness_interval, None),
     ]
-    rows += [
-        (f"{name} (median of {len(draws)})", float(draws.quantile(0.5)), result.beaten[name])
-        for name, draws in result.random.items()
-    ]
-    frame = pd.DataFrame(rows, columns=["heads kept", "f", "beaten"])
-    return frame.astype({"f": float, "beaten": float})
+    for name, draws in result.random.items():
+        middle = float(draws.quantile(0.5))
+        rows.append((f"{name} (median of {len(draws)})", middle, None, None, result.beaten[name]))
+    frame = pd.DataFrame(rows, columns=["heads kept", "f", "low", "high", "beaten"])
+    return frame.astype(dict.fromkeys(["f", "low", "high", "beaten"], float))

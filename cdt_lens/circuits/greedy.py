@@ -67,7 +67,7 @@ def greedy_circuit(
     if k > len(candidates):
         raise InputError(f"greedy_circuit: k={k}, but only {len(candidates)} heads have scores")
     everyone = all_heads(view.n_layers, view.n_heads)
-    measured = measure_circuits(view, [everyone, ()], examples, baseline, passes=passes)
+    measured = measure_circuits(view, [everyone, ()], examples, baseline, passes=passes).means()
     full, empty = measured[everyone], measured[()]
     chosen: list[Head] = []
     while len(chosen) < k:

@@ -17,14 +17,16 @@ from torch import Tensor
 
 from cdt_lens.circuits.circuit import Circuit, near_zero_heads
 from cdt_lens.circuits.measures import heads_at
+from cdt_lens.circuits.sampled import degrees_of_freedom, effects
 from cdt_lens.core import display
 from cdt_lens.core.axes import along
 from cdt_lens.core.checked import checked_arguments
-from cdt_lens.core.choices import Count, Fraction, FromZeroCount, Level, Ranking, Seed
+from cdt_lens.core.choices import Count, Fraction, FromZeroCount, Level, Ranking
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.heads import Head, all_heads, check_heads
 from cdt_lens.models.provenance import Provenance
+from cdt_lens.tasks.intervals import t_interval
 from cdt_lens.tasks.metrics import label_numbers
 
 if TYPE_CHECKING:
@@ -41,11 +43,15 @@ class HeadScores(Saved):
     Args:
         values: Label-balanced mean over the examples, NaN for heads that were not scored.
         stderr: Standard error of `values`.
-        per_example: d(rel) of each example.
+        per_example: d(rel) of each example. Where the exact value is not known it is the cheap
+            score plus the mean correction of the example's label (`circuits.sampled`).
         example_labels: Label of each example.
         direction: Label-balanced mean task direction of the full model, in logits.
         method: Name of the method.
         provenance: Model, task and options that the scores were computed with.
+        cheap: First-order score of each example, or None if every example had an exact sweep.
+        corrections: For each part of the score the exact score minus the cheap one, NaN for the
+            examples without an exact sweep.
     """
 
     values: Float[Tensor, "layer head"]
@@ -55,6 +61,8 @@ class HeadScores(Saved):
     direction: float
     method: str
     provenance: Provenance = field(repr=False)
+    cheap: Float[Tensor, "example layer head"] | None = field(default=None, repr=False)
+    corrections: tuple[Float[Tensor, "example layer head"], ...] = field(default=(), repr=False)
     _format, _kind = "cdt_lens.scores", "scores file"
     _advice = "score_heads(model, examples, baseline) makes them"
 
@@ -76,6 +84,29 @@ class HeadScores(Saved):
     @property
     def n_heads(self) -> int:
         return self.values.shape[1]
+
+    @property
+    def effects(self) -> Float[Tensor, "example layer head"]:
+        """One value per example, whose label-balanced mean and standard error are the score's."""
+        if self.cheap is None:
+            return self.per_example.double()
+        return effects(self.cheap, self.corrections, label_index(self.example_labels))
+
+    def interval(
+        self, level: float = 0.95
+    ) -> tuple[Float[Tensor, "layer head"], Float[Tensor, "layer head"]]:
+        """Return the confidence interval of each head's mean over the population of examples.
+
+        Args:
+            level: Confidence level, above 0 and below 1.
+
+        Returns:
+            The lower and the upper limit in logits; NaN if a label has a single example.
+        """
+        labels = label_index(self.example_labels)
+        first = self.per_example if self.cheap is None else self.cheap
+        freedom = degrees_of_freedom(first, self.corrections, labels)
+        return t_interval(self.values.double(), self.stderr.double(), freedom, level)
 
     @checked_arguments
     def ranking(self, by: Ranking = "signed") -> tuple[Head, ...]:
@@ -131,8 +162,6 @@ class HeadScores(Saved):
         threshold: float | None = None,
         confidence: Level | None = None,
         by: Ranking = "signed",
-        resamples: Count = 1000,
-        seed: Seed = 0,
     ) -> Circuit:
         """Select a circuit by exactly one of `k`, `fraction`, `threshold` and `confidence`.
 
@@ -141,11 +170,9 @@ class HeadScores(Saved):
             fraction: Share of all heads of the model, scored or not, rounded down as in MIB, but
                 at least one head.
             threshold: Smallest score (or magnitude) in logits.
-            confidence: Level of a bootstrap interval over examples, drawn within each label.
-                Selects the heads whose interval lies above 0, or leaves 0 out by magnitude.
+            confidence: Level of `interval`. Selects the heads whose interval lies above 0, or
+                leaves 0 out by magnitude.
             by: "signed" for the score itself, "magnitude" for its absolute value.
-            resamples: Number of bootstrap samples for `confidence`.
-            seed: Seed of the bootstrap.
 
         Returns:
             The circuit, with these scores and their provenance.
@@ -169,8 +196,7 @@ class HeadScores(Saved):
         elif threshold is not None:
             heads = tuple(h for h in ranking if self._key(h, by) >= threshold)
         else:
-            heads = self._confident(confidence or 0.0, by, resamples, seed)
-            chosen |= {"resamples": resamples, "seed": seed}
+            heads = self._confident(confidence or 0.0, by)
         return self.circuit(heads, {"by": by, **chosen})
 
     @checked_arguments
@@ -205,30 +231,16 @@ class HeadScores(Saved):
         value = float(self.values[head.layer, head.head])
         return abs(value) if by == "magnitude" else value
 
-    def _confident(self, level: float, by: str, resamples: int, seed: int) -> tuple[Head, ...]:
+    def _confident(self, level: float, by: str) -> tuple[Head, ...]:
         fewest = min(self.example_labels.count(label) for label in set(self.example_labels))
         if fewest < 2:
             raise InputError(
-                "select: confidence needs at least two examples of each label to draw again from; "
+                "select: confidence needs at least two examples of each label; "
                 "score more examples, or select by k or fraction"
             )
-        generator = torch.Generator().manual_seed(seed)
-        labels = label_index(self.example_labels)
-        flat = self.per_example.flatten(1).double()
-        total = torch.zeros(resamples, flat.shape[1], dtype=torch.float64)
-        for label in labels.unique():
-            group = flat[labels == label]
-            draw = torch.randint(len(group), (resamples, len(group)), generator=generator)
-            weights = torch.zeros(resamples, len(group), dtype=torch.float64)
-            weights.scatter_add_(1, draw, torch.ones_like(draw, dtype=torch.float64))
-            total += weights @ group / len(group)
-        means = total / len(labels.unique())
-        low = means.quantile((1 - level) / 2, dim=0)
-        high = means.quantile((1 + level) / 2, dim=0)
+        low, high = self.interval(level)
         keep = low > 0 if by == "signed" else (low > 0) | (high < 0)
-        everyone = all_heads(self.n_layers, self.n_heads)
-        inside = {everyone[i] for i in keep.nonzero().flatten().tolist()}
-        return tuple(h for h in self.ranking() if h in inside)
+        return tuple(h for h in self.ranking() if bool(keep[h.layer, h.head]))
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return one row per head: name, layer, index, score and standard error in logits."""
@@ -278,7 +290,10 @@ class HeadScores(Saved):
             "provenance": self.provenance.to_dict(),
         }
         tensors = {"values": self.values, "stderr": self.stderr, "per_example": self.per_example}
-        return body, tensors
+        if self.cheap is not None:
+            tensors["cheap"] = self.cheap
+        more = {f"correction.{n}": tensor for n, tensor in enumerate(self.corrections)}
+        return body, tensors | more
 
     @classmethod
     def _from_file(cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> HeadScores:
@@ -290,6 +305,8 @@ class HeadScores(Saved):
             direction=body["direction"],
             method=body["method"],
             provenance=Provenance.from_dict(body["provenance"]),
+            cheap=tensors.get("cheap"),
+            corrections=tuple(tensors[name] for name in sorted(tensors) if "correction" in name),
         )
 
 

@@ -87,3 +87,21 @@ def cmd(fractions: Sequence[float], f: Float[Tensor, "*rows size"]) -> Float[Ten
         The area, without unit; 0 is best.
     """
     return cpr(fractions, (1 - f).abs())
+
+
+def log_area(fractions: Sequence[float], f: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows"]:
+    """Compute the mean of f over circuit sizes on a logarithmic axis.
+
+    On the linear axis of CPR half of the area lies above half of the heads. Here every doubling of
+    the size counts alike.
+
+    Args:
+        fractions: Circuit sizes as rising shares of all heads; a share of 0 does not count.
+        f: Faithfulness at each size.
+
+    Returns:
+        The area under f over log(fraction), divided by the axis' length; without unit.
+    """
+    used = [i for i, share in enumerate(fractions) if share > 0]
+    across = torch.tensor([fractions[i] for i in used], dtype=torch.float64).log()
+    return torch.trapezoid(f.double()[..., used], across, dim=-1) / (across[-1] - across[0])

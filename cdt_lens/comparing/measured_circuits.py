@@ -88,7 +88,7 @@ class MeasuredCircuits:
         measured = measure_circuits(
             self.view, wanted, self.examples, self.baseline,
             passes=Passes(self.batch_size, self.rows, self.progress),
-        )  # fmt: skip
+        ).means()  # fmt: skip
         self.metric |= {_name(circuit): value for circuit, value in measured.items()}
         if self._kept is not None:
             self._kept.keep({"metric": self.metric})

@@ -29,5 +29,6 @@ FromZeroCount = Annotated[int, Field(ge=0)]
 # The range of torch's generators.
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 FromZero = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Level = Annotated[float, Field(gt=0, lt=1)]

@@ -253,7 +253,7 @@ def irrelevant_logits(
     # The empty set needs no pass: everything is irrelevant, and the relevant part is exactly 0.
     order = sorted((i for i, s in enumerate(sets) if s), key=lambda i: _first_layer(sets[i]))
     size = rows_per_chunk(propagator, rows) // len(batch.lengths)
-    empty = EmptyModel(propagator) if propagator.rules.context == "both" else None
+    empty = None if propagator.rules.context == "full" else EmptyModel(propagator)
     for _, group in groupby(order, key=lambda i: _first_layer(sets[i])):
         for chunk in _chunks(list(group), max(1, size)):
             out[chunk] = _with_halving(propagator, empty, sets, batch, chunk, taps)
@@ -324,16 +324,18 @@ def _chunk(
     taps: Targets | None,
     chunk: list[int],
 ) -> Float[Tensor, "source example k"]:
-    """Compute the irrelevant logits of a chunk in one pass, or two passes with context="both"."""
+    """Compute the irrelevant logits of a chunk, in one pass for each end that the context names."""
     resets = build_resets(chosen, batch, propagator.view.n_heads)
     mlp_resets = build_mlp_resets(chosen, batch)
-    hooks = {} if taps is None else taps.hooks(chunk)
-    resid = propagator.propagate(resets, hooks, mlp_resets)
-    irrel = propagator.candidate_logits(resid, batch.candidates)
-    if empty is None:
-        return irrel
-    added = empty.added_logits(resets, mlp_resets, batch.candidates)
-    return (irrel + propagator.full_logits(batch.candidates) - added) / 2
+    without: list[Tensor] = []
+    if propagator.rules.context != "empty":
+        hooks = {} if taps is None else taps.hooks(chunk)
+        resid = propagator.propagate(resets, hooks, mlp_resets)
+        without.append(propagator.candidate_logits(resid, batch.candidates))
+    if empty is not None:
+        added = empty.added_logits(resets, mlp_resets, batch.candidates)
+        without.append(propagator.full_logits(batch.candidates) - added)
+    return without[0] if len(without) == 1 else (without[0] + without[1]) / 2
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

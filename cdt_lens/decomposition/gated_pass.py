@@ -35,11 +35,17 @@ from cdt_lens.models.weights import check_gradients
 from cdt_lens.tasks.metrics import strongest_competitor, task_direction
 from cdt_lens.tasks.task import Batch
 
-# The points at which the gates of all heads stand, from 0 (ablated) to 1 (the plain model).
+# How many points of the path, or which: see `points_of`.
 Steps = Count | Literal["ends"] | None
 
 
-def _points(steps: Steps) -> list[float]:
+def points_of(steps: Steps) -> list[float]:
+    """Return the points at which the gates of all heads stand.
+
+    Args:
+        steps: None for the plain model (1), "ends" for 0 and 1, or the number of midpoints between
+            0 (every head ablated) and 1.
+    """
     if steps is None:
         return [1.0]
     if steps == "ends":
@@ -74,15 +80,14 @@ class GatedPass:
             )
 
     def scores(
-        self, batch: Batch, baseline: BaselineAt, steps: Steps, direction: Direction
+        self, batch: Batch, baseline: BaselineAt, points: Sequence[float], direction: Direction
     ) -> tuple[Float[Tensor, "example layer head pos"], Float[Tensor, " example"]]:
         """Compute the derivative of the task direction by the gate of every head.
 
         Args:
             batch: the prompts.
             baseline: the reference values of z, a function of the layer.
-            steps: where all gates stand. None uses 1 (the plain model), "ends" uses 0 and 1, and a
-                number uses that many midpoints between 0 and 1.
+            points: where all gates stand, from 0 (every head ablated) to 1 (the plain model).
             direction: "mean" or "strongest", see `tasks.metrics`. The plain model fixes the
                 strongest competitor.
 
@@ -101,7 +106,6 @@ class GatedPass:
             # The plain model fixes the competitor.
             plain = self._plain_logits(batch)
             weights = strongest_competitor(plain, batch.is_answer, batch.is_candidate)
-        points = _points(steps)
         gradients: list[Tensor] = []
         full = torch.zeros(len(batch.index))
         for point in points:

@@ -29,7 +29,7 @@ Attention = Literal["decomposed", "frozen", "half", "through"]
 Activation = Literal["through", "averaged", "frozen"]
 Product = Literal["through", "half", "gate"]
 Bias = Literal["proportional", "irrelevant"]
-Context = Literal["full", "both"]
+Context = Literal["full", "empty", "both"]
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,10 @@ class Rules(Checked):
         sign: whether the sign rule applies after the MLP's input and output projections and after
             its residual add. Where the two parts have opposite signs, the larger one becomes the
             total and the other becomes 0.
-        context: "full" measures the effect of removing the sources from the full model. "both"
-            averages that effect with the effect of adding the sources to a model in which every
-            head is ablated (see `empty_model`). It applies to the logits and not to target heads.
+        context: "full" measures the effect of removing the sources from the full model. "empty"
+            measures the effect of adding them to a model in which every head is ablated (see
+            `empty_model`); the other rules do not matter there. "both" is the mean of the two.
+            "empty" and "both" apply to the logits and not to target heads.
         eps: added to the denominator of the proportional bias share.
 
     Raises:

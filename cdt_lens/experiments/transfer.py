@@ -351,7 +351,7 @@ class Transfer:
             measured = measure_circuits(
                 view, [everyone, heads, ()], data, load_baseline(self.discovery),
                 passes=Passes(d.batch_size, d.rows, self.progress),
-            )  # fmt: skip
+            ).means()  # fmt: skip
             return f_of(measured[heads], measured[everyone], measured[()])
         except InputError:  # the data were checked before: no head changes anything on them
             return float("nan")

@@ -30,7 +30,7 @@ from cdt_lens.core.choices import Count, Direction
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import gather_items
 from cdt_lens.decomposition.baseline import Baseline
-from cdt_lens.decomposition.gated_pass import GatedPass, Steps
+from cdt_lens.decomposition.gated_pass import GatedPass, Steps, points_of
 from cdt_lens.decomposition.slopes import Slopes, resolve_slopes
 from cdt_lens.models.provenance import hashed_once, provenance_of
 from cdt_lens.models.session import uses_model
@@ -97,7 +97,7 @@ def one_pass(
     for batch in passes.bar(passes.batches(examples, view.longrope_limit), name=method):
         batch = batch.to(view.device)
         at = baseline.for_batch(view, batch)
-        by_position, full = gated.scores(batch, at, steps, direction)
+        by_position, full = gated.scores(batch, at, points_of(steps), direction)
         relevant = reduce(by_position, "example layer head pos -> example layer head", "sum")
         rows = torch.cat([relevant.flatten(1), full[:, None]], 1).float().cpu()
         items += list(zip(batch.index, rows, strict=True))
@@ -140,7 +140,7 @@ def position_relevance(
     out = torch.full((len(examples), view.n_layers, view.n_heads, longest), torch.nan)
     for batch in examples.batches(batch_size, apart=view.longrope_limit):
         batch = batch.to(view.device)
-        values, _ = gated.scores(batch, baseline.for_batch(view, batch), None, "mean")
+        values, _ = gated.scores(batch, baseline.for_batch(view, batch), [1.0], "mean")
         for row, index in enumerate(batch.index):
             length = int(batch.lengths[row])
             out[index, ..., :length] = values[row, ..., :length].float().cpu()

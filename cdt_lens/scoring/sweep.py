@@ -12,9 +12,9 @@ With `rules="ablation"` the same sweep computes the exact effect of mean-ablatin
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -23,8 +23,10 @@ from tqdm.auto import tqdm
 from typing_extensions import TypedDict
 
 from cdt_lens.circuits.head_scores import HeadScores, label_index
+from cdt_lens.circuits.measures import heads_at
+from cdt_lens.circuits.sampled import effects, filled
 from cdt_lens.core.checked import checked_arguments
-from cdt_lens.core.choices import DEFAULT_RULES, Count, Direction, Preset
+from cdt_lens.core.choices import DEFAULT_RULES, Count, Direction, Positive, Preset, Seed
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.core.kept import Kept
 from cdt_lens.core.passes import Passes
@@ -38,6 +40,7 @@ from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of
 from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
+from cdt_lens.scoring.estimate import EXACT, Budget, Estimator, Part, Rows, Sampled, parts_of
 from cdt_lens.tasks.metrics import (
     balanced_mean,
     balanced_stderr,
@@ -67,6 +70,10 @@ def score_heads(
     rules: Preset | Rules = DEFAULT_RULES,
     heads: Iterable[Head | str] | None = None,
     direction: Direction = "mean",
+    exact: Count | Literal["all"] | None = None,
+    precision: Positive | None = None,
+    minutes: Positive | None = None,
+    seed: Seed = 0,
     batch_size: Count = 16,
     rows: Count | None = None,
     checkpoint: str | Path | None = None,
@@ -74,6 +81,10 @@ def score_heads(
     progress: bool = True,
 ) -> HeadScores:
     """Score heads by contextual decomposition: d(rel) of each head as the only source.
+
+    A sweep is exact and costs one or two passes for each head and example. Unless `exact` covers
+    all examples, a random sample of them gets the sweep, all get a first-order score of one or two
+    backward passes, and the two are combined without bias (`circuits.sampled`).
 
     Under `accelerate launch` each process scores its share of the examples.
 
@@ -86,6 +97,13 @@ def score_heads(
             all.
         direction: "mean" of the competing answers, or "strongest" for the one that the full model
             rates highest.
+        exact: Number of examples that get the exact sweep, drawn equally from the labels, or
+            "all". None takes 16 where the rules have a first-order form (the presets "two-ended",
+            "ablation", "stable", "shared" and "linear"), and all for other rules.
+        precision: Stops the sweep earlier, when the standard error is at most this share of the
+            task direction: the median over the tenth of the heads with the largest scores.
+        minutes: Stops the sweep earlier, after this time.
+        seed: Seed of the sample.
         batch_size: Number of examples per batch.
         rows: Maximum number of (source x example) rows per forward pass, at least the batch size.
             None chooses it by the length of the prompts. The rows are halved when memory runs out.
@@ -118,10 +136,129 @@ def score_heads(
         **recorded_options(baseline, direction),
         "heads": "all" if chosen is None else [str(h) for h in chosen],
     }
-    provenance = provenance_of(view, examples, options=options)
+    budget = _budget(rules, examples, exact, precision, minutes)
     sweep = _Sweep(view, examples, baseline, rules, sources, direction, passes)
-    done = sweep.run(None if checkpoint is None else sweep.kept(Path(checkpoint), provenance))
-    return collect_scores(view, examples, done, sources, method, provenance)
+    if budget is None:
+        provenance = provenance_of(view, examples, options=options)
+        done = sweep.run(None if checkpoint is None else sweep.kept(Path(checkpoint), provenance))
+        return collect_scores(view, examples, done, sources, method, provenance)
+    provenance = provenance_of(view, examples, options=options | asdict(budget), seed=seed)
+    return _estimate(sweep, budget, seed, checkpoint, method, provenance)
+
+
+def _budget(
+    rules: Rules,
+    examples: Examples,
+    exact: int | Literal["all"] | None,
+    precision: float | None,
+    minutes: float | None,
+) -> Budget | None:
+    """Return the budget of an estimate, or None where every example gets the exact sweep."""
+    stops = precision is not None or minutes is not None
+    if not parts_of(rules):
+        if stops or exact not in (None, "all"):
+            raise InputError(
+                "score_heads: these rules have no first-order form, so exact='all' alone is "
+                "possible; score fewer examples, or use another preset"
+            )
+        return None
+    wanted = len(examples) if exact == "all" or (exact is None and stops) else exact or EXACT
+    budget = Budget(min(int(wanted), len(examples)), precision, minutes)
+    budget.check(examples)
+    return None if budget.exact == len(examples) and not stops else budget
+
+
+def _estimate(
+    sweep: _Sweep,
+    budget: Budget,
+    seed: int,
+    checkpoint: str | Path | None,
+    method: str,
+    provenance: Provenance,
+) -> HeadScores:
+    view, examples = sweep.view, sweep.examples
+    parts = parts_of(sweep.rules)
+    # The rows of finished examples do not depend on where the sweep stops.
+    made_from = replace(
+        provenance, options={**provenance.options, **asdict(Budget(0)), "seed": seed}
+    )
+    bar = sweep.passes.bar(name="heads", total=budget.exact * len(sweep.sources), unit="head")
+    estimator = Estimator(
+        view, examples, sweep.baseline, parts, sweep.direction, sweep.passes, seed,
+        lambda rules, batch: replace(sweep, rules=rules)._batch(batch, bar),
+    )  # fmt: skip
+    kept = None if checkpoint is None else sweep.kept(Path(checkpoint), made_from, Sampled)
+    cheap = estimator.cheap()
+
+    def collected(done: Sequence[Rows]) -> HeadScores:
+        return collect_estimate(
+            view, cheap, done, parts, sweep.sources, examples, method, provenance
+        )
+
+    def enough(done: list[Rows]) -> bool:
+        return relative_error(collected(done)) <= (budget.precision or 0.0)
+
+    with bar:
+        done = estimator.exact(budget, kept, enough)
+    return collected(done)
+
+
+def relative_error(scores: HeadScores) -> float:
+    """Return the standard error of the largest tenth of the heads (median) over the direction."""
+    largest = scores.top(max(1, heads_at(0.1, len(scores.ranking()))), by="magnitude")
+    errors = torch.tensor([scores.stderr[h.layer, h.head] for h in largest])
+    return float(errors.median()) / abs(scores.direction)
+
+
+def collect_estimate(
+    view: ModelView,
+    cheap: Float[Tensor, "part_and_direction example layer head"],
+    done: Sequence[Rows],
+    parts: Sequence[Part],
+    sources: Sequence[Head],
+    examples: Examples,
+    method: str,
+    provenance: Provenance,
+) -> HeadScores:
+    """Combine first-order scores of all examples with exact ones of a sample.
+
+    Args:
+        view: The model.
+        cheap: The first-order score of each example under each part, then d(full), in logits.
+        done: For each part the exact rows of its examples: d(rel) of every source, then d(full).
+        parts: The terms of the score.
+        sources: The scored heads.
+        examples: The scored examples.
+        method: Name of the method.
+        provenance: Origin of the scores.
+    """
+    scored = torch.full((view.n_layers, view.n_heads), torch.nan)
+    for head in sources:
+        scored[head.layer, head.head] = 0.0
+    weights = torch.tensor([part.weight for part in parts])[:, None, None, None]
+    first = (weights * cheap[:-1]).sum(0) + scored
+    corrections = []
+    for part, rows, own in zip(parts, done, cheap, strict=False):
+        correction = torch.full_like(first, torch.nan)
+        for position, row in rows.items():
+            for column, head in enumerate(sources):
+                correction[position, head.layer, head.head] = row[column]
+        corrections.append(part.weight * (correction - own))
+    labels = tuple(example.label for example in examples)
+    index = label_index(labels)
+    spread = effects(first, corrections, index).permute(1, 2, 0)
+    best = filled(first, corrections, index)
+    return HeadScores(
+        values=balanced_mean(best.permute(1, 2, 0), index).float(),
+        stderr=balanced_stderr(spread, index).float(),
+        per_example=best.float(),
+        example_labels=labels,
+        direction=float(balanced_mean(cheap[-1, :, 0, 0].double(), index)),
+        method=method,
+        provenance=provenance,
+        cheap=first,
+        corrections=tuple(corrections),
+    )
 
 
 def recorded_options(baseline: Baseline, direction: Direction) -> dict[str, Any]:
@@ -167,8 +304,13 @@ class _Sweep:
         items = gather_items(list(done.items()))
         return dict(items)
 
-    def kept(self, path: Path, provenance: Provenance) -> Kept:
+    def kept(self, path: Path, provenance: Provenance, holds: type = _Finished) -> Kept:
         """Return where this process keeps its finished examples, under all that changes a number.
+
+        Args:
+            path: The file.
+            provenance: The model, the examples and the options.
+            holds: The `TypedDict` of its JSON.
 
         Raises:
             InputError: The model has hooks of the caller's, which no file can identify.
@@ -181,7 +323,7 @@ class _Sweep:
         }  # fmt: skip
         batch = next(self.examples.batches(PROMPTS, apart=self.view.longrope_limit))
         behaviour = behaviour_of(self.view, batch.tokens, batch.lengths)
-        return Kept(path, SWEEP_FORMAT, made_from, holds=_Finished, behaviour=behaviour)
+        return Kept(path, SWEEP_FORMAT, made_from, holds=holds, behaviour=behaviour)
 
     def _batch(self, batch: Batch, bar: tqdm) -> dict[int, Tensor]:
         propagator = Propagator(

@@ -12,7 +12,7 @@ from itertools import cycle
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -51,7 +51,8 @@ def heatmap(
     """Draw the score of every head, layers down and heads across.
 
     Blue pushes towards the gold label, red (with a dash) away from it. Heads without a score are
-    grey with a cross. The cells are the collection with gid "cells", row by row.
+    grey with a cross, and those whose 95 % interval holds 0 have a dot. The cells are the
+    collection with gid "cells", row by row.
 
     Args:
         scores: The scores, in logits.
@@ -62,6 +63,7 @@ def heatmap(
     Raises:
         InputError: `circuit` belongs to a model of another shape, or `limit` is not positive.
     """
+    scores = scores if isinstance(scores, Scored) else Scored.of(scores)
     values = as_array(scores.values)
     _check_map(circuit, limit, *values.shape)
     largest = float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
@@ -73,6 +75,7 @@ def heatmap(
         *style.outline(axes, outlined),
         *style.mark(axes, "negative", "_", values < -_DASH_FROM * end, values < -0.55 * end),
         *style.mark(axes, "not scored", "x", ~np.isfinite(values)),
+        *style.mark(axes, "interval holds 0", ".", as_array(scores.unresolved)),
     ]
     extend = "both" if largest > end else "neither"
     figure.colorbar(cells, ax=axes, label=UNIT, extend=extend, aspect=30).outline.set_visible(False)
@@ -89,21 +92,27 @@ def heatmap(
 def curve(result: FaithfulnessCurve) -> Figure:
     """Draw faithfulness f against the share of heads kept, beside the random controls.
 
-    f = 1 is the full model, f = 0 is every head ablated. The band of a control spans its 5th to
+    f = 1 is the full model, f = 0 is every head ablated. The bars are 95 % intervals over prompts.
+    Sizes that keep no head are left out. The band of a control spans its 5th to
     95th percentile around the median. The line of the knocked-out circuit should fall as f rises.
 
     Args:
         result: The curve.
     """
-    fractions = np.asarray(result.fractions, dtype=float)
+    kept = np.asarray(result.sizes) > 0
+    fractions = np.asarray(result.fractions, dtype=float)[kept]
     figure = style.paper(9.2, 4.9)
     axes = figure.add_subplot()
     _draw_levels(axes)
-    drawn = _draw_controls(axes, result, fractions)
+    drawn = _draw_controls(axes, result, kept)
     label = "circuit knocked out, the rest kept"
-    axes.plot(fractions, as_array(result.completeness), label=label, **_WITHOUT)
+    axes.plot(fractions, as_array(result.completeness)[kept], label=label, **_WITHOUT)
     areas = f"CPR {result.cpr:.2f}, CMD {result.cmd:.2f}"
-    axes.plot(fractions, as_array(result.faithfulness), label=f"circuit ({areas})", **_ALONE)
+    f = as_array(result.faithfulness)[kept]
+    axes.plot(fractions, f, label=f"circuit ({areas})", **_ALONE)
+    low, high = (as_array(limit)[kept] for limit in result.interval())
+    known = np.isfinite(low)
+    axes.vlines(fractions[known], low[known], high[known], color=POSITIVE, linewidth=1.2)
     style.share_axis(axes, fractions)
     axes.set(xlabel="share of heads kept", ylabel="faithfulness f")
     style.plain_axes(axes, "x")
@@ -197,15 +206,14 @@ def _draw_levels(axes: Axes) -> None:
         axes.text(1.01, level, words, fontsize=9, color=MUTED, **where)
 
 
-def _draw_controls(
-    axes: Axes, result: FaithfulnessCurve, fractions: Float[np.ndarray, " size"]
-) -> int:
+def _draw_controls(axes: Axes, result: FaithfulnessCurve, kept: Bool[np.ndarray, " size"]) -> int:
     """Draw the bands of the random controls; return how many there are."""
+    fractions = np.asarray(result.fractions, dtype=float)[kept]
     drawn = {name: as_array(draws) for name, draws in result.random.items() if len(draws)}
     for (name, draws), look in zip(drawn.items(), cycle(CONTROLS), strict=False):
         areas = f"CPR {median(result.random_cpr[name])}, CMD {median(result.random_cmd[name])}"
         label = f"{control_name(name)}, median and 5-95 % ({areas})"
-        style.band(axes, fractions, draws, look, label)
+        style.band(axes, fractions, draws[:, kept], look, label)
     return len(drawn)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cdt_lens.circuits.circuit import Circuit
@@ -19,7 +19,7 @@ from cdt_lens.circuits.graph import Edge
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.table import Table
 from cdt_lens.models.heads import Head, all_heads
-from cdt_lens.viz.words import control_name, number, spread
+from cdt_lens.viz.words import control_name, limits, number, spread, with_limits
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,17 +31,29 @@ class Scored:
         stderr: The standard errors in logits; NaN if unknown.
         method: The name of the method.
         direction: The task direction of the full model in logits; None if unknown.
+        low: Lower limits of the 95 % intervals in logits; None if unknown.
+        high: Their upper limits.
     """
 
     values: Float[Tensor, "layer head"]
     stderr: Float[Tensor, "layer head"]
     method: str
     direction: float | None = None
+    low: Float[Tensor, "layer head"] | None = None
+    high: Float[Tensor, "layer head"] | None = None
 
     @classmethod
     def of(cls, scores: HeadScores) -> Scored:
         """Return the part of `scores` that is about heads."""
-        return cls(scores.values, scores.stderr, scores.method, scores.direction)
+        limits = scores.interval()
+        return cls(scores.values, scores.stderr, scores.method, scores.direction, *limits)
+
+    @property
+    def unresolved(self) -> Bool[Tensor, "layer head"]:
+        """True for scored heads whose 95 % interval holds 0."""
+        if self.low is None or self.high is None:
+            return torch.zeros_like(self.values, dtype=torch.bool)
+        return (self.low <= 0) & (self.high >= 0) & self.values.isfinite()
 
     @classmethod
     def kept_by(cls, circuit: Circuit) -> Scored | None:
@@ -57,6 +69,13 @@ class Scored:
         index = head.layer, head.head
         return float(self.values[index]), float(self.stderr[index])
 
+    def interval(self, head: Head) -> str:
+        """Return the 95 % interval of `head` in logits, or "n/a"."""
+        if self.low is None or self.high is None:
+            return "n/a"
+        index = head.layer, head.head
+        return limits((float(self.low[index]), float(self.high[index])), "+z.4f")
+
     def lines(self) -> list[str]:
         """Return one line for each head, layer by layer: "L9H6: +0.12 \u00b1 0.01 logits (cdt)"."""
         return [self._line(head) for head in all_heads(*self.values.shape)]
@@ -69,21 +88,21 @@ class Scored:
 
 
 def heads_table(scored: Scored, heads: Iterable[Head], *, caption: str) -> Table:
-    """Return score, standard error, their ratio, and the share of the task direction if known.
+    """Return score, standard error, interval, and the share of the task direction if known.
 
     Args:
         scored: The scores of all heads.
         heads: The heads to list, in order.
         caption: The title of the table.
     """
-    columns = ["head", "score (logits)", "standard error", "score / s.e."]
+    columns = ["head", "score (logits)", "standard error", "95 % interval"]
     if scored.direction is not None:
         columns.append("share of direction")
     rows = []
     for head in heads:
         value, error = scored.at(head)
         row = [head, number(value, "+z.4f"), number(error, ".4f")]
-        row.append(number(value / error if error else torch.nan, "+z.1f"))
+        row.append(scored.interval(head))
         if scored.direction is not None:
             share = value / scored.direction if scored.direction else torch.nan
             row.append(number(share, "+z.1%"))
@@ -117,28 +136,40 @@ def edges_table(edges: Sequence[Edge], *, caption: str, unit: str = "logits") ->
 
 
 def areas_table(curve: FaithfulnessCurve) -> Table:
-    """Return CPR and CMD of the circuit and, as median [5 %, 95 %], of its random controls."""
-    rows = [["circuit", number(curve.cpr, ".3f"), number(curve.cmd, ".3f")]]
-    for name in curve.random_cpr:
-        areas = (spread(draws[name]) for draws in (curve.random_cpr, curve.random_cmd))
-        rows.append([control_name(name), *areas])
-    columns = ("", "CPR (higher is better)", "CMD (lower is better)")
-    return Table(columns, rows, "Areas; of random heads the median [5 %, 95 %]")
+    """Return the areas of the circuit with 95 % intervals, and of its random controls."""
+    intervals = curve.area_intervals()
+    named = (("cpr", curve.cpr), ("cmd", curve.cmd))
+    own = (with_limits(area, intervals[name]) for name, area in named)
+    rows = [["circuit", *own, number(curve.log_area, ".3f")]]
+    for name, draws in curve.random.items():
+        areas = (spread(area[name]) for area in (curve.random_cpr, curve.random_cmd))
+        rows.append([control_name(name), *areas, spread(curve.log_area_of(draws))])
+    columns = ("", "CPR (higher is better)", "CMD (lower is better)", "area, log sizes")
+    caption = "Areas with 95 % intervals over prompts; of random heads the median [5 %, 95 %]"
+    return Table(columns, rows, caption)
 
 
 def sizes_table(curve: FaithfulnessCurve) -> Table:
-    """Return f of the circuit, of its complement, and of the controls, one row for each size."""
+    """Return f of the circuit, of its complement, and of the controls, by size above 0."""
     columns = ["heads", "share", "f of the circuit", "f without it"]
     for name in curve.random:
         columns += [f"f of {control_name(name)}", "beaten"]
     rows = []
+    measured = (
+        (curve.faithfulness, curve.interval()),
+        (curve.completeness, curve.completeness_interval()),
+    )
     for index, (size, share) in enumerate(zip(curve.sizes, curve.fractions, strict=True)):
+        if not size:
+            continue
         row = [size, f"{100 * share:.3g} %"]
-        row += [number(float(f[index]), ".3f") for f in (curve.faithfulness, curve.completeness)]
+        for f, (low, high) in measured:
+            interval = float(low[index]), float(high[index])
+            row.append(with_limits(float(f[index]), interval))
         for name, draws in curve.random.items():
             row += [spread(draws[:, index]), number(float(curve.beaten[name][index]), ".0%")]
         rows.append(row)
-    return Table(columns, rows, "Faithfulness by size")
+    return Table(columns, rows, "Faithfulness by size, with 95 % intervals over prompts")
 
 
 def differences_table(scores: Scored, reference: Scored, count: int = 10) -> Table:

@@ -106,6 +106,27 @@ def spread(draws: Float[Tensor, " draw"]) -> str:
     return f"{number(middle, 'z.3f')} [{number(low, 'z.3f')}, {number(high, 'z.3f')}]"
 
 
+def limits(interval: tuple[float, float], read: str) -> str:
+    """Return "[0.12, 0.34]", or "" where the limits are not known.
+
+    Args:
+        interval: The lower and the upper limit.
+        read: The format of a number.
+    """
+    low, high = interval
+    return f"[{number(low, read)}, {number(high, read)}]" if np.isfinite(low + high) else ""
+
+
+def with_limits(value: float, interval: tuple[float, float]) -> str:
+    """Return "0.234 [0.12, 0.34]", without the limits where they are not known.
+
+    Args:
+        value: The value.
+        interval: The lower and the upper limit.
+    """
+    return f"{number(value, '.3f')} {limits(interval, 'z.3f')}".rstrip()
+
+
 def median(draws: Float[Tensor, " draw"]) -> str:
     """Return the median of random draws."""
     return f"{float(draws.double().quantile(0.5)):.2f}" if len(draws) else "n/a"

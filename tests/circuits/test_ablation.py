@@ -147,7 +147,7 @@ def test_each_circuit_is_measured_once(tokenizer_folder, monkeypatch):
         view, [*CIRCUITS, *CIRCUITS], data, means(view, data), passes=Passes(8, progress=False)
     )
     assert seen == list(CIRCUITS)
-    assert set(found) == set(CIRCUITS)
+    assert set(found.means()) == set(CIRCUITS)
 
 
 def test_wrong_input_is_refused(tokenizer_folder):

@@ -15,11 +15,12 @@ from helpers import by_hand
 from helpers.checks import assert_close, assert_same_bits
 from helpers.shared import models, shared
 from helpers.tiny_models import D_VOCAB, Float64Throughout, _randomise as randomise
-from helpers.tiny_tasks import LABELS, examples, many
+from helpers.tiny_tasks import LABELS, examples, many, one_by_one
 from helpers.tiny_training import split
 from helpers.wrapped import tokenizer
 
 from cdt_lens.circuits import faithfulness as module
+from cdt_lens.circuits.ablation import circuit_metric
 from cdt_lens.circuits.circuit import Circuit, random_heads, random_heads_like
 from cdt_lens.circuits.faithfulness import (
     CONTROLS,
@@ -28,7 +29,7 @@ from cdt_lens.circuits.faithfulness import (
     faithfulness_curve,
 )
 from cdt_lens.circuits.head_scores import HeadScores
-from cdt_lens.circuits.measures import MIB_FRACTIONS
+from cdt_lens.circuits.measures import MIB_FRACTIONS, log_area
 from cdt_lens.core.artifacts import load_artifact, save_artifact
 from cdt_lens.core.errors import ArtifactError, CdtLensWarning, InputError
 from cdt_lens.decomposition.baseline import Baseline, mean_activations
@@ -36,6 +37,8 @@ from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.loading import _bridge
 from cdt_lens.models.view import ModelView
 from cdt_lens.scoring.sweep import score_heads
+from cdt_lens.tasks.intervals import mean_interval, ratio_interval
+from cdt_lens.tasks.metrics import balanced_mean
 from cdt_lens.tasks.task import Examples, Task
 
 FILES_0_3 = Path(__file__).parents[1] / "files_0_3"
@@ -229,7 +232,63 @@ def test_the_default_fractions_are_mibs(tokenizer_folder):
     curve = faithfulness_curve(view, scores, data, baseline, draws=1, progress=False)
     assert curve.fractions == MIB_FRACTIONS
     assert curve.sizes == (0, 0, 0, 0, 0, 0, 0, 1, 4, 8)  # of 8 heads, rounded down
-    assert curve.to_dataframe()["heads"].tolist() == list(curve.sizes)
+    assert curve.to_dataframe()["heads"].tolist() == [1, 4, 8]  # sizes without heads left out
+
+
+@pytest.mark.parametrize("metric", ["direction", "accuracy", "balanced_accuracy"])
+def test_intervals_are_those_of_the_ratio_of_two_means(metric, tokenizer_folder):
+    """Against each prompt measured alone."""
+    view = shared("gpt2", "bridge", tokenizer_folder, torch.float32)
+    data, baseline, scores = fitted(view, many())
+    options = {"metric": metric, "draws": 1, "progress": False}
+    curve = faithfulness_curve(view, scores, data, baseline, fractions=(0.3, 0.6, 1.0), **options)
+    ranking = scores.ranking()
+    sets = [ranking, (), *(ranking[:s] for s in curve.sizes), *(ranking[s:] for s in curve.sizes)]
+    alone = torch.stack(
+        [
+            circuit_metric(view, sets, one, baseline, metric=metric, progress=False)
+            for one in one_by_one(data)
+        ],
+        dim=1,
+    )
+    full, empty, own = alone[0], alone[1], alone[2:]
+    index = torch.tensor([data.labels.index(item.label) for item in data])
+    strata = torch.zeros_like(index) if metric == "accuracy" else index
+    low, high = ratio_interval(own - empty, (full - empty)[None], strata)
+    for found, rows in (
+        (curve.interval(), slice(0, 3)), (curve.completeness_interval(), slice(3, 6)),
+    ):  # fmt: skip
+        torch.testing.assert_close(found[0], low[rows], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[1], high[rows], rtol=1e-4, atol=1e-4)
+    one = circuit_faithfulness(view, scores.select(k=curve.sizes[1]), data, baseline, **options)
+    assert one.interval == pytest.approx([float(t[1]) for t in curve.interval()])
+    means = balanced_mean(curve.effects, curve.strata)
+    torch.testing.assert_close(means, curve.faithfulness.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_areas_have_the_intervals_of_their_sums(tokenizer_folder):
+    """The area under f is a weighted sum of f at each size, example by example."""
+    view = shared("gpt2", "bridge", tokenizer_folder, torch.float32)
+    data, baseline, scores = fitted(view, many())
+    curve = faithfulness_curve(
+        view, scores, data, baseline, fractions=(0.3, 0.6, 1.0), draws=1, progress=False
+    )
+    weights = torch.tensor([0.15, 0.35, 0.2], dtype=torch.float64)
+    found = curve.area_intervals(0.9)
+    low, high = mean_interval((weights[:, None] * curve.effects).sum(0), curve.strata, 0.9)
+    assert found["cpr"] == pytest.approx((float(low), float(high)))
+    sign = torch.where(curve.faithfulness > 1, 1.0, -1.0).double()
+    rows = (weights * sign)[:, None] * (curve.effects - 1)
+    low, high = mean_interval(rows.sum(0), curve.strata, 0.9)
+    assert found["cmd"] == pytest.approx((float(low), float(high)))
+    middle = (found["cmd"][0] + found["cmd"][1]) / 2
+    assert middle == pytest.approx(curve.cmd, abs=1e-6)
+
+
+def test_the_area_over_log_sizes_weighs_every_doubling_alike():
+    f = torch.tensor([0.0, 0.5, 1.0])
+    assert float(log_area((0.25, 0.5, 1.0), f)) == pytest.approx(0.5)
+    assert float(log_area((0.0, 0.25, 1.0), torch.tensor([9.0, 0.2, 0.4]))) == pytest.approx(0.3)
 
 
 def test_the_point_at_a_fraction_is_the_circuit_selected_by_it(tokenizer_folder):
@@ -325,8 +384,7 @@ def test_scores_of_some_heads_give_no_curve(tokenizer_folder):
 def test_a_metric_that_no_head_changes_is_refused(tokenizer_folder, monkeypatch):
     view = shared("gpt2", "bridge", tokenizer_folder, torch.float32)
     data, baseline, scores = fitted(view, examples())
-    flat = {"measure_circuits": lambda v, circuits, *a, **k: dict.fromkeys(circuits, 1.5)}
-    monkeypatch.setattr(module, "measure_circuits", flat["measure_circuits"])
+    monkeypatch.setattr(module, "measure_circuits", by_hand.flat_measurement(1.5))
     with pytest.raises(InputError, match="nothing to explain"):
         faithfulness_curve(view, scores, data, baseline, progress=False)
     with pytest.raises(InputError, match="nothing to explain"):

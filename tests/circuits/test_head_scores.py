@@ -16,8 +16,9 @@ from helpers.checks import assert_same_bits, unchecked_types
 from torch import Tensor
 
 from cdt_lens.circuits.circuit import Circuit
-from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.circuits.head_scores import HeadScores, label_index
 from cdt_lens.circuits.measures import heads_at
+from cdt_lens.circuits.sampled import effects
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.finetuning.scopes import scope_heads
 from cdt_lens.models.heads import Head
@@ -31,9 +32,10 @@ def scores(values: Tensor = VALUES, per_example: Tensor | None = None, labels: S
     """Scores with these values, the same for each of four examples unless given."""
     names = tuple(labels) or ("a", "a", "b", "b")
     table = values.expand(len(names), *values.shape).clone() if per_example is None else per_example
+    index = label_index(names)
     return HeadScores(
         values=values,
-        stderr=torch.zeros_like(values),
+        stderr=balanced_stderr(table.permute(1, 2, 0).double(), index).float(),
         per_example=table,
         example_labels=names,
         direction=2.5,
@@ -184,7 +186,7 @@ def test_confident_heads_are_those_whose_interval_excludes_0():
 
 
 def test_confidence_is_that_of_the_interval():
-    """Against the normal interval, which the bootstrap's comes near with many examples."""
+    """Against the normal interval, which Student's comes near with many examples."""
     generator = torch.Generator().manual_seed(1)
     spread = torch.randn(400, generator=generator)
     spread = (spread - spread.mean()) / spread.std()
@@ -205,17 +207,40 @@ def test_resampling_keeps_the_labels_balanced():
     assert len(made.select(confidence=0.95)) == 0
 
 
-def test_resampling_is_reproducible_and_recorded():
+def test_a_higher_confidence_selects_fewer_heads():
     generator = torch.Generator().manual_seed(2)
     table = torch.randn(6, 10, 10, generator=generator) + 0.5
     made = scores(table.mean(0), table, ["a", "b", "b", "a", "b", "a"])
-    first, again = (made.select(confidence=0.9, seed=3) for _ in range(2))
-    assert first.heads == again.heads
-    assert first.selection == {
-        "method": "cdt", "by": "signed", "confidence": 0.9, "resamples": 1000, "seed": 3,
-    }  # fmt: skip
-    assert made.select(confidence=0.9, seed=4, resamples=20).heads != first.heads
-    assert set(made.select(confidence=0.99).heads) < set(made.select(confidence=0.5).heads)
+    first = made.select(confidence=0.9)
+    assert first.selection == {"method": "cdt", "by": "signed", "confidence": 0.9}
+    assert set(made.select(confidence=0.99).heads) < set(first.heads)
+    assert set(first.heads) < set(made.select(confidence=0.5).heads)
+
+
+def test_an_estimate_selects_by_its_own_error(tmp_path: Path):
+    """Two prompts of each label are exact: the error is that of two, not of forty."""
+    generator = torch.Generator().manual_seed(4)
+    labels = ["a", "b"] * 20
+    cheap = torch.randn(40, 1, 1, generator=generator) * 0.01
+    correction = torch.full_like(cheap, torch.nan)
+    correction[:4, 0, 0] = torch.tensor([0.5, 0.9, 1.5, 1.1])
+    index = label_index(labels)
+    spread = effects(cheap, (correction,), index).permute(1, 2, 0)
+    made = replace(
+        scores(torch.ones(1, 1), cheap, labels),
+        values=balanced_mean(spread, index).float(),
+        stderr=balanced_stderr(spread, index).float(),
+        cheap=cheap.clone(),
+        corrections=(correction,),
+    )
+    assert float(made.values) == pytest.approx(1.0, abs=0.01)
+    low, high = made.interval(0.95)
+    # 0.5, 1.5 and 0.9, 1.1: variances 0.5 and 0.02 of two each, so 1.08 degrees of freedom.
+    error = math.sqrt(0.5 / 2 + 0.02 / 2) / 2
+    assert float(high - low) / 2 == pytest.approx(10.69 * error, rel=0.02)
+    assert len(made.select(confidence=0.95)) == 0
+    assert len(made.select(confidence=0.5)) == 1
+    assert HeadScores.load(made.save(tmp_path / "scores.json")) == made
 
 
 def test_numbers_of_numpy_and_torch_select_and_are_saved(tmp_path: Path):
@@ -312,8 +337,3 @@ def test_scores_that_cannot_be_compared_are_refused():
     ):
         with pytest.raises(InputError, match=message):
             compare_scores(one, other)
-
-
-def test_no_resamples_are_no_interval():
-    with pytest.raises(InputError, match="resamples=0: expected a whole number of at least 1"):
-        scores().select(confidence=0.95, resamples=0)

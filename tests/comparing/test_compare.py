@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import by_hand
 from helpers.shared import shared
 from helpers.tiny_tasks import examples, many
 
@@ -227,8 +228,7 @@ def test_a_mistake_is_refused_before_anything_runs(
 
 
 def test_heads_that_do_nothing_are_refused_before_the_first_sweep(monkeypatch, tokenizer_folder):
-    flat = {"measure_circuits": lambda v, c, *a, **k: dict.fromkeys(c, 0.5)}
-    monkeypatch.setattr(circuits_module, "measure_circuits", flat["measure_circuits"])
+    monkeypatch.setattr(circuits_module, "measure_circuits", by_hand.flat_measurement(0.5))
     monkeypatch.setattr(scores_module, "score_by", None)
     with pytest.raises(InputError, match="nothing to explain"):
         compared(tokenizer_folder)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import by_hand
 from helpers.shared import shared
 from helpers.tiny_tasks import examples, many
 
@@ -98,6 +99,6 @@ def test_of_other_data_nothing_is_taken(tokenizer_folder, monkeypatch, tmp_path)
 
 def test_heads_that_change_nothing_are_refused(tokenizer_folder, monkeypatch):
     view, baseline = setting(tokenizer_folder)
-    monkeypatch.setattr(module, "measure_circuits", lambda v, c, *a, **k: dict.fromkeys(c, 0.5))
+    monkeypatch.setattr(module, "measure_circuits", by_hand.flat_measurement(0.5))
     with pytest.raises(InputError, match="nothing to explain"):
         measured(view, baseline)

@@ -108,7 +108,7 @@ def test_slopes_are_the_first_order_of_the_rules_of_their_name(
         view, data = shared(family, backend, tokenizer_folder), examples()
         batch = next(data.batches(len(data)))
         at = means(view, data).for_batch(view, batch)
-        found, _ = GatedPass(view, SLOPES[slopes]).scores(batch, at, None, "mean")
+        found, _ = GatedPass(view, SLOPES[slopes]).scores(batch, at, [1.0], "mean")
         z = view.run(batch.tokens, [("z", layer) for layer in range(view.n_layers)])
 
         def swept(head: Head, step: float) -> Tensor:
@@ -139,7 +139,7 @@ def test_half_attention_lies_midway_between_pattern_and_values(family, backend, 
         def found(attention: Any, cut: tuple[str, ...] = ()) -> Tensor:
             passes = GatedPass(view, Slopes(attention=attention, **tangent))
             with view.hooked({(name, 1): Tensor.detach for name in cut}):
-                return passes.scores(batch, at, None, "mean")[0][:, 0]
+                return passes.scores(batch, at, [1.0], "mean")[0][:, 0]
 
         by_values, by_pattern = found("frozen"), found("tangent", ("v",))
         half = found("half")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cdt_lens.circuits.ablation import Measurement
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.heads import Head
 from cdt_lens.models.view import ModelView
@@ -59,3 +60,14 @@ def balanced(values: list[float], data: Examples) -> float:
     for item, value in zip(data, values, strict=True):
         by_label.setdefault(item.label, []).append(value)
     return sum(sum(group) / len(group) for group in by_label.values()) / len(by_label)
+
+
+def flat_measurement(value: float) -> Callable[..., Measurement]:
+    """Stands in for `measure_circuits`: the same metric whatever heads are left."""
+
+    def measure(view: ModelView, circuits: Any, data: Examples, *_: Any, **__: Any) -> Measurement:
+        unique = tuple(dict.fromkeys(circuits))
+        table = torch.full((len(unique), len(data)), value, dtype=torch.float64)
+        return Measurement(unique, table, torch.zeros(len(data), dtype=torch.long), "direction")
+
+    return measure

@@ -101,6 +101,9 @@ def curve() -> FaithfulnessCurve:
         random_cmd={name: 0.6 - values.mean(1) for name, values in draws.items()},
         beaten={name: (values < f).float().mean(0) for name, values in draws.items()},
         provenance=provenance({"metric": "direction"}),
+        effects=f[:, None] + torch.tensor([-0.1, 0.0, 0.1] * 4),
+        without_effects=1 - 0.9 * f[:, None] + torch.tensor([-0.2, 0.0, 0.2] * 4),
+        strata=torch.tensor([0] * 6 + [1] * 6),
     )
 
 

@@ -59,7 +59,7 @@ def test_plain_derivatives_are_those_of_the_ablated_model(family, backend, token
         batch = next(data.batches(len(data)))
         at = baseline.for_batch(view, batch)
         found, full = GatedPass(view, Slopes("tangent", "tangent", "tangent", "tangent")).scores(
-            batch, at, None, "mean"
+            batch, at, [1.0], "mean"
         )
 
         def direction(layer: int, head: int, gate: float) -> torch.Tensor:

@@ -16,6 +16,7 @@ from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.core.errors import InputError
 from cdt_lens.models.heads import Head
 from cdt_lens.viz import figures
+from cdt_lens.viz.tables import Scored
 
 SHAPES = [(6, 4), (30, 9), (48, 32)]
 
@@ -78,10 +79,13 @@ def test_heatmap_colours_are_centred_on_zero_with_blue_for_positive():
 
 def test_heatmap_marks_negative_and_unscored_cells_without_relying_on_colour():
     values = torch.tensor([[0.5, -0.2], [-0.01, torch.nan]])
-    figure = figures.heatmap(replace(sample.scores(2, 2), values=values))
+    low, high = values - 0.1, values + 0.1
+    scored = replace(Scored.of(sample.scores(2, 2)), values=values, low=low, high=high)
+    figure = figures.heatmap(scored)
     assert collection(figure, "negative").get_offsets().tolist() == [[1, 0]]
     assert collection(figure, "not scored").get_offsets().tolist() == [[1, 1]]
-    assert legend_words(figure) == ["negative", "not scored"]
+    assert collection(figure, "interval holds 0").get_offsets().tolist() == [[0, 1]]
+    assert legend_words(figure) == ["negative", "not scored", "interval holds 0"]
 
 
 @pytest.mark.parametrize("fill", [0.0, torch.nan])
@@ -106,14 +110,17 @@ def test_curve_shows_the_data_the_bands_and_the_areas():
     axes = draw(figures.curve(curve)).axes[0]
     lines = {line.get_label(): line for line in axes.lines}
     circuit = lines["circuit (CPR 0.93, CMD 0.09)"]
-    np.testing.assert_allclose(circuit.get_xdata(), curve.fractions)
-    np.testing.assert_allclose(circuit.get_ydata(), curve.faithfulness)
+    np.testing.assert_allclose(circuit.get_xdata(), curve.fractions[1:])  # the first has no head
+    np.testing.assert_allclose(circuit.get_ydata(), curve.faithfulness[1:])
     without = lines["circuit knocked out, the rest kept"]
-    np.testing.assert_allclose(without.get_ydata(), curve.completeness)
+    np.testing.assert_allclose(without.get_ydata(), curve.completeness[1:])
     label = next(label for label in lines if label.startswith("random heads, median"))
-    np.testing.assert_allclose(lines[label].get_ydata(), np.median(curve.random["random"], axis=0))
+    middle = np.median(curve.random["random"], axis=0)[1:]
+    np.testing.assert_allclose(lines[label].get_ydata(), middle)
     assert f"CPR {float(curve.random_cpr['random'].median()):.2f}" in label
-    low, high = np.quantile(curve.random["random"], (0.05, 0.95), axis=0)
+    low, high = np.quantile(curve.random["random"][:, 1:], (0.05, 0.95), axis=0)
+    bars = np.array([segment[:, 1] for segment in axes.collections[-1].get_segments()])
+    np.testing.assert_allclose(bars, np.stack([x[1:] for x in curve.interval()], 1), rtol=1e-6)
     band = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert band.min() == pytest.approx(low.min())
     assert band.max() == pytest.approx(high.max())
@@ -129,11 +136,11 @@ def test_curve_lines_differ_in_style_or_marker_not_only_in_colour():
     assert len(looks) == len(lines) == 4
 
 
-def test_curve_is_logarithmic_and_takes_an_empty_circuit():
+def test_curve_is_logarithmic_and_leaves_out_an_empty_circuit():
     curve = sample.curve()
-    assert figures.curve(curve).axes[0].get_xscale() == "log"
     with_empty = replace(curve, fractions=(0.0, *curve.fractions[1:]))
-    assert draw(figures.curve(with_empty)).axes[0].get_xscale() == "symlog"
+    for shown in (curve, with_empty):
+        assert draw(figures.curve(shown)).axes[0].get_xscale() == "log"
 
 
 def test_curve_without_random_draws_is_drawn():

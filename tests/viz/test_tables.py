@@ -52,10 +52,16 @@ def test_scored_reads_the_scores_a_circuit_kept():
 def test_heads_table_has_the_share_of_the_direction_and_no_negative_zero():
     heads = [Head(0, 0), Head(0, 1), Head(1, 1)]
     assert rows(tables.heads_table(tiny(), heads, caption="c")) == [
-        ["L0H0", "+0.5000", "0.1000", "+5.0", "+25.0%"],
+        ["L0H0", "+0.5000", "0.1000", "n/a", "+25.0%"],
         ["L0H1", "-0.2500", "0.0000", "n/a", "-12.5%"],
-        ["L1H1", "+0.0000", "0.1000", "+0.0", "+0.0%"],
+        ["L1H1", "+0.0000", "0.1000", "n/a", "+0.0%"],
     ]
+    known = replace(tiny(), low=tiny().values - 0.25, high=tiny().values + 0.5)
+    shown = rows(tables.heads_table(known, heads, caption="c"))
+    assert [row[3] for row in shown] == [
+        "[+0.2500, +1.0000]", "[-0.5000, +0.2500]", "[-0.2500, +0.5000]",
+    ]  # fmt: skip
+    assert known.unresolved.tolist() == [[False, True], [False, True]]
     unknown = tables.heads_table(tiny(direction=None), heads, caption="c")
     assert [len(row) for row in rows(unknown)] == [4, 4, 4]
     assert rows(tables.heads_table(tiny(direction=0.0), heads[:1], caption="c"))[0][-1] == "n/a"
@@ -69,22 +75,32 @@ def test_layers_table_lists_the_heads_of_each_layer():
 def test_areas_table_compares_with_each_control():
     curve = sample.curve()
     first, second, third = rows(tables.areas_table(curve))
-    assert first == ["circuit", "0.930", "0.090"]
-    assert second == [
+    intervals = curve.area_intervals()
+    assert first == [
+        "circuit",
+        f"0.930 {words.limits(intervals['cpr'], '.3f')}",
+        f"0.090 {words.limits(intervals['cmd'], '.3f')}",
+        f"{curve.log_area:.3f}",
+    ]
+    assert second[:3] == [
         "random heads",
         words.spread(curve.random_cpr["random"]),
         words.spread(curve.random_cmd["random"]),
     ]
+    old = replace(curve, effects=None, without_effects=None, strata=None)
+    assert rows(tables.areas_table(old))[0][:3] == ["circuit", "0.930", "0.090"]
     assert third[0] == "random heads, same per layer"
 
 
-def test_sizes_table_has_a_row_for_each_size():
+def test_sizes_table_has_a_row_for_each_size_with_a_head():
     curve = sample.curve()
     shown = rows(tables.sizes_table(curve))
-    assert [row[0] for row in shown] == [str(size) for size in curve.sizes]
-    assert shown[6][:4] == ["27", "10 %", "0.840", "0.244"]
-    assert shown[6][4] == words.spread(curve.random["random"][:, 6])
-    assert shown[6][5] == "100%"
+    assert [row[0] for row in shown] == [str(size) for size in curve.sizes if size]
+    low, high = (float(limit[6]) for limit in curve.interval())
+    assert shown[5][:3] == ["27", "10 %", f"0.840 [{low:.3f}, {high:.3f}]"]
+    assert shown[5][3].startswith("0.244 [")
+    assert shown[5][4] == words.spread(curve.random["random"][:, 6])
+    assert shown[5][5] == "100%"
 
 
 def test_spread_is_the_median_and_the_5th_and_95th_percentile():

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from jaxtyping import Float
 from markupsafe import Markup
 from torch import Tensor
@@ -18,6 +20,7 @@ from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve
 from cdt_lens.circuits.graph import Graph
 from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.circuits.reliability import reliability
 from cdt_lens.core.choices import Metric
 from cdt_lens.core.table import Table
 from cdt_lens.scoring.agreement import MethodAgreement
@@ -92,6 +95,7 @@ def head_scores_section(scores: HeadScores, id: str, results: Sequence[object]) 
             "Model": f"{scores.n_layers} layers of {scores.n_heads} heads",
             "Heads scored": str(finite.numel()),
             "Examples": str(len(scores.example_labels)),
+            **_reliability(scores),
             "Task direction": f"{scores.direction:+.3f} logits",
             **_caution("direction", scores.direction, len(set(scores.example_labels))),
             "Range of scores": f"{float(finite.min()):+.3f} to {float(finite.max()):+.3f} logits",
@@ -103,6 +107,19 @@ def head_scores_section(scores: HeadScores, id: str, results: Sequence[object]) 
         tables=(tables.heads_table(scored, heads, caption=f"Top {len(heads)} heads"),),
         provenance=((f"Head scores: {scores.method}", scores.provenance.to_dict()),),
     )
+
+
+def _reliability(scores: HeadScores) -> dict[str, str]:
+    """Return how much of the ranking is signal, and what it was computed from."""
+    found = reliability(scores)
+    facts = {}
+    if scores.corrections:
+        exact = int((~torch.isnan(scores.corrections[0])).flatten(1).any(1).sum())
+        facts["Exact sweep"] = f"{exact} of {found.examples} examples"
+    if np.isfinite(found.split_half):
+        facts["Split-half reliability"] = f"{found.split_half:.2f} (Spearman)"
+    facts["Heads with an interval without 0"] = f"{found.resolved:.0%}"
+    return facts
 
 
 def _caution(metric: Metric, full: float, n_labels: int) -> dict[str, str]:

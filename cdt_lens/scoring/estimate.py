@@ -1,0 +1,242 @@
+"""Estimate the scores of a sweep: first-order scores of all prompts, exact ones of a sample.
+
+1. One backward pass for each end that the rules name gives every prompt its first-order score
+   (`GatedPass`).
+2. A random sample of the prompts, drawn within labels, gets the exact sweep, too.
+3. The two are combined without bias (`circuits.sampled`).
+
+The effect of adding a head to the empty model is so close to its gradient there that a quarter of
+the sample is enough for it (docs/method/scores.md).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import TypedDict
+
+from cdt_lens.circuits.sampled import sample_order
+from cdt_lens.core.choices import Direction
+from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.core.kept import Kept
+from cdt_lens.core.passes import Passes
+from cdt_lens.core.processes import gather_items
+from cdt_lens.decomposition.baseline import Baseline
+from cdt_lens.decomposition.gated_pass import GatedPass
+from cdt_lens.decomposition.rules import PRESETS, Rules
+from cdt_lens.decomposition.slopes import SLOPES
+from cdt_lens.models.view import ModelView
+from cdt_lens.tasks.task import Batch, Examples
+
+# The number of prompts with an exact sweep, unless the caller asks for another one.
+EXACT = 16
+# The first-order form of rules that have one (docs/method/decomposition.md).
+_SLOPES: Mapping[Rules, str] = {
+    PRESETS["ablation"]: "gradient",
+    PRESETS["stable"]: "stable",
+    PRESETS["shared"]: "shared",
+    PRESETS["linear"]: "linear",
+}
+# How many of the sampled prompts of a label get one exact pass of a part: the first ones, and of
+# the others one in so many.
+_FIRST, _EVERY = 2, 4
+
+
+class Sampled(TypedDict):
+    """The JSON of a checkpoint: the examples whose rows are finished, for each part."""
+
+    index: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One term of a score: its exact rules and its first-order form.
+
+    Args:
+        rules: The rules of the exact sweep.
+        slopes: Name of the slopes of the first-order form.
+        point: Where the gates of all heads stand: 1 in the plain model, 0 in the empty one.
+        weight: The term's weight in the score.
+        sparse: Whether a part of the sample is enough.
+    """
+
+    rules: Rules
+    slopes: str
+    point: float
+    weight: float = 1.0
+    sparse: bool = False
+
+
+def parts_of(rules: Rules) -> tuple[Part, ...]:
+    """Return the terms of the rules' score, or none if the rules have no first-order form.
+
+    Args:
+        rules: The propagation rules.
+    """
+    removal = replace(rules, context="full")
+    if removal not in _SLOPES and rules.context != "empty":
+        return ()
+    added = Part(replace(rules, context="empty"), "gradient", 0.0, sparse=True)
+    if rules.context == "empty":
+        return (replace(added, sparse=False),)
+    removed = Part(removal, _SLOPES[removal], 1.0)
+    if rules.context == "full":
+        return (removed,)
+    return replace(removed, weight=0.5), replace(added, weight=0.5)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When the exact sweep ends: after a number of prompts, at a precision, or after a time.
+
+    Args:
+        exact: Largest number of prompts with an exact sweep.
+        precision: Standard error, as a share of the task direction, that is precise enough: the
+            median over the tenth of the heads with the largest scores.
+        minutes: Largest time of the exact sweep.
+    """
+
+    exact: int
+    precision: float | None = None
+    minutes: float | None = None
+
+    def check(self, examples: Examples) -> None:
+        """Refuse a budget that is too small for one prompt of each label.
+
+        Raises:
+            InputError: Names the least number that works.
+        """
+        labels = sum(count > 0 for count in examples.counts.values())
+        if self.exact < labels:
+            raise InputError(
+                f"score_heads: exact={self.exact}: expected at least {labels}, one prompt of each "
+                "label"
+            )
+
+
+Rows = dict[int, Float[Tensor, " head_and_direction"]]
+ExactRows = Callable[[Rules, Batch], Rows]
+
+
+@dataclass
+class Estimator:
+    """The parts of an estimate that all batches share.
+
+    Args:
+        view: The model.
+        examples: The examples to score.
+        baseline: The values that ablated heads take.
+        parts: The terms of the score.
+        direction: "mean" or "strongest".
+        passes: Sizes of the forward passes.
+        seed: Seed of the sample.
+        exact_rows: Computes the exact rows of a batch under some rules.
+    """
+
+    view: ModelView
+    examples: Examples
+    baseline: Baseline
+    parts: tuple[Part, ...]
+    direction: Direction
+    passes: Passes
+    seed: int
+    exact_rows: ExactRows
+
+    def __post_init__(self) -> None:
+        self.labels = [example.label for example in self.examples]
+        self.order = sample_order(self.labels, self.seed)
+        drawn: dict[str, list[int]] = {label: [] for label in self.labels}
+        for position in self.order:
+            drawn[self.labels[position]].append(position)
+        self.rank = {i: rank for group in drawn.values() for rank, i in enumerate(group)}
+
+    def cheap(self) -> Float[Tensor, "part_and_direction example layer head"]:
+        """Compute the first-order score of every example under each part, then d(full)."""
+        items: list[tuple[int, Tensor]] = []
+        gated = [GatedPass(self.view, SLOPES[part.slopes]) for part in self.parts]
+        batches = self.passes.batches(self.examples, self.view.longrope_limit)
+        for batch in self.passes.bar(batches, name="first order"):
+            batch = batch.to(self.view.device)
+            at = self.baseline.for_batch(self.view, batch)
+            rows = []
+            for part, run in zip(self.parts, gated, strict=True):
+                by_position, full = run.scores(batch, at, [part.point], self.direction)
+                rows.append(by_position.sum(-1))
+            rows.append(full[:, None, None].expand_as(rows[0]))
+            table = torch.stack(rows, 1).float().cpu()
+            items += list(zip(batch.index, table, strict=True))
+        ordered = dict(gather_items(items))
+        return torch.stack([ordered[i] for i in range(len(self.examples))], 1)
+
+    def exact(
+        self, budget: Budget, kept: Kept | None, enough: Callable[[list[Rows]], bool]
+    ) -> list[Rows]:
+        """Sweep the sampled examples, part by part, until the budget is used.
+
+        Args:
+            budget: When to stop.
+            kept: Where finished rows are kept.
+            enough: Whether the rows so far are precise enough.
+
+        Returns:
+            For each part the rows of its examples, by their position.
+        """
+        done = [{} for _ in self.parts] if kept is None else self._read(kept)
+        began = time.monotonic()
+        for chunk in self._rounds(budget):
+            self._round(chunk, done, kept)
+            late = budget.minutes is not None and time.monotonic() - began > 60 * budget.minutes
+            if late or (budget.precision is not None and enough(done)):
+                break
+        return done
+
+    def _rounds(self, budget: Budget) -> Iterator[list[int]]:
+        """Yield the positions of the sample; in rounds if the budget may end it early."""
+        sample = self.order[: budget.exact]
+        open_end = budget.precision is not None or budget.minutes is not None
+        size = self.passes.batch_size if open_end else len(sample)
+        for start in range(0, len(sample), size):
+            yield sample[start : start + size]
+
+    def _round(self, chunk: Sequence[int], done: list[Rows], kept: Kept | None) -> None:
+        for number, part in enumerate(self.parts):
+            wanted = [i for i in chunk if i not in done[number] and self._has(part, i)]
+            chosen = replace(self.examples, items=tuple(self.examples[i] for i in wanted))
+            own: list[tuple[int, Tensor]] = []
+            batches = self.passes.batches(chosen, self.view.longrope_limit) if wanted else []
+            for batch in batches:
+                rows = self.exact_rows(part.rules, batch.to(self.view.device))
+                own += [(wanted[i], row) for i, row in rows.items()]
+                if kept is not None:
+                    so_far = [*done[:number], done[number] | dict(own), *done[number + 1 :]]
+                    self._write(kept, so_far)
+            done[number].update(gather_items(own))
+
+    def _has(self, part: Part, position: int) -> bool:
+        """Return whether an example of the sample gets the exact pass of a part."""
+        rank = self.rank[position]
+        return not part.sparse or rank < _FIRST or rank % _EVERY == 0
+
+    def _write(self, kept: Kept, done: Sequence[Rows]) -> None:
+        index = [list(rows) for rows in done]
+        tensors = {f"rows.{n}": torch.stack(list(r.values())) for n, r in enumerate(done) if r}
+        kept.write({"index": index}, tensors)
+
+    def _read(self, kept: Kept) -> list[Rows]:
+        found = kept.read(lambda body: False)
+        if found is None:
+            return [{} for _ in self.parts]
+        body, tensors = found
+        done = [
+            dict(zip(index, tensors.get(f"rows.{n}", torch.empty(0)), strict=False))
+            for n, index in enumerate(body["index"])
+        ]
+        whole = [len(rows) for rows in done] == [len(index) for index in body["index"]]
+        if len(done) != len(self.parts) or not whole:
+            raise ArtifactError(f"{kept.path}: damaged: rows are missing; remove it to begin anew")
+        return done

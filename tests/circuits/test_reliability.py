@@ -1,0 +1,95 @@
+"""Reliability of rankings, and the probability that a head belongs to a circuit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from circuits.test_head_scores import scores
+from torch import Tensor
+
+from cdt_lens.circuits.head_scores import HeadScores, label_index
+from cdt_lens.circuits.reliability import membership, reliability
+from cdt_lens.circuits.sampled import effects, filled
+from cdt_lens.core.errors import InputError
+from cdt_lens.models.heads import Head
+from cdt_lens.tasks.metrics import balanced_mean, balanced_stderr
+
+LABELS = ("a", "b") * 40
+
+
+def noisy(spread: float, seed: int = 0) -> HeadScores:
+    """100 heads whose true scores have variance 1, on 80 examples with noise of that spread."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.randn(10, 10, generator=generator)
+    table = truth + spread * torch.randn(80, 10, 10, generator=generator)
+    return scores(table.mean(0), table, LABELS)
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0, 12.0])
+def test_split_halves_correlate_as_theory_says(spread):
+    """Pearson's r of two halves is 1 / (1 + s^2 / 40), of two whole sets 1 / (1 + s^2 / 80)."""
+    found = [reliability(noisy(spread, seed), splits=20) for seed in range(6)]
+    half = sum(f.split_half for f in found) / 6
+    full = sum(f.full for f in found) / 6
+    # Spearman's correlation of two normal variables is (6 / pi) asin(r / 2).
+    for value, examples in ((half, 40), (full, 80)):
+        pearson = 1 / (1 + spread**2 / examples)
+        assert value == pytest.approx(6 / math.pi * math.asin(pearson / 2), abs=0.06)
+
+
+def test_heads_are_resolved_by_their_intervals():
+    table = torch.randn(80, 1, 3, generator=torch.Generator().manual_seed(0))
+    table += torch.tensor([2.0, 0.0, -2.0]) - table.mean(0)
+    assert reliability(scores(table.mean(0), table, LABELS)).resolved == pytest.approx(2 / 3)
+
+
+def estimate(cheap: Tensor, correction: Tensor) -> HeadScores:
+    index = label_index(LABELS)
+    spread = effects(cheap, (correction,), index).permute(1, 2, 0)
+    best = filled(cheap, (correction,), index)
+    return replace(
+        scores(cheap.mean(0), best.float(), LABELS),
+        values=balanced_mean(spread, index).float(),
+        stderr=balanced_stderr(spread, index).float(),
+        cheap=cheap,
+        corrections=(correction,),
+    )
+
+
+def test_halves_of_an_estimate_share_no_exact_prompt():
+    """The cheap scores say nothing: the reliability is that of 12 exact prompts, 6 each half."""
+    generator = torch.Generator().manual_seed(1)
+    truth = torch.randn(20, 20, generator=generator)
+    exact = truth + 2.0 * torch.randn(80, 20, 20, generator=generator)
+    exact[12:] = torch.nan
+    found = reliability(estimate(torch.zeros(80, 20, 20), exact), splits=20)
+    pearson = 1 / (1 + 4.0 / 6)
+    assert found.split_half == pytest.approx(6 / math.pi * math.asin(pearson / 2), abs=0.06)
+
+
+def test_membership_is_the_chance_of_being_selected_again():
+    """One head is sure, two share a place, one never gets in."""
+    generator = torch.Generator().manual_seed(2)
+    table = 0.5 * torch.randn(80, 1, 4, generator=generator)
+    table += torch.tensor([2.0, 1.0, 1.0, -1.0]) - table.mean(0)
+    made = scores(table.mean(0), table, LABELS)
+    circuit = made.select(k=2)
+    found = membership(made, circuit)
+    assert found[Head(0, 0)] == 1.0
+    assert 0.4 < min(found.values()) < 0.6
+    every = membership(made, made.select(threshold=0.9))
+    assert every[Head(0, 0)] == 1.0
+    assert 0.9 < every[Head(0, 1)] < 1.0  # two standard errors above
+
+
+def test_what_has_no_rule_to_repeat_is_refused():
+    made = noisy(1.0)
+    with pytest.raises(InputError, match="not selected by k, fraction or threshold"):
+        membership(made, made.select(confidence=0.9))
+    single = scores(torch.ones(1, 2), None, ("a", "b", "b"))
+    with pytest.raises(InputError, match="at least two examples of each label"):
+        membership(single, single.select(k=1))
+    assert math.isnan(reliability(single).split_half)

@@ -1,0 +1,158 @@
+"""The difference estimator on scores of real passes: its bias, its errors, its limits."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from helpers.shared import shared
+from helpers.tiny_tasks import LABELS, examples
+from torch import Tensor
+
+from cdt_lens.circuits.sampled import degrees_of_freedom, effects, filled, sample_order
+from cdt_lens.core.passes import Passes
+from cdt_lens.decomposition.baseline import mean_activations
+from cdt_lens.decomposition.rules import PRESETS
+from cdt_lens.scoring.estimate import Estimator, parts_of
+from cdt_lens.scoring.sweep import score_heads
+from cdt_lens.tasks.intervals import t_interval
+from cdt_lens.tasks.metrics import balanced_mean, balanced_stderr
+
+COUNTS = (300, 180, 120)  # the population: labels of 50, 30 and 20 %
+DRAWN = (30, 18, 12)  # the prompts that a user has
+ARCHITECTURES = ("gpt2", "llama")
+
+
+@functools.cache
+def population(family: str, folder: str) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """Cheap scores and corrections of both parts of two-ended scores, and the labels' numbers."""
+    view = shared(family, "bridge", folder, torch.float32)
+    gold = [label for label, n in zip(LABELS, COUNTS, strict=True) for _ in range(n)]
+    lengths = torch.randint(4, 9, (len(gold),), generator=torch.Generator().manual_seed(5))
+    data = examples(lengths.tolist(), gold, seed=3)
+    baseline = mean_activations(view, data, progress=False)
+    parts = parts_of(PRESETS["two-ended"])
+    passes = Passes(64, progress=False)
+    cheap = Estimator(view, data, baseline, parts, "mean", passes, 0, dict).cheap()
+    exact = [
+        score_heads(
+            view, data, baseline, rules=part.rules, exact="all", batch_size=64, progress=False
+        ).per_example
+        for part in parts
+    ]
+    labels = torch.tensor([LABELS.index(label) for label in gold])
+    corrections = tuple((y - g) / 2 for y, g in zip(exact, cheap, strict=False))
+    return cheap[:-1].mean(0), corrections, labels
+
+
+def sampled(corrections: tuple[Tensor, ...], labels: Tensor, seed: int) -> tuple[Tensor, ...]:
+    """Corrections of 24 prompts for the first part and of 12 for the second."""
+    order = sample_order([str(int(label)) for label in labels], seed)
+    out = []
+    for part, n in zip(corrections, (24, 12), strict=True):
+        hidden = torch.full_like(part, torch.nan)
+        hidden[order[:n]] = part[order[:n]]
+        out.append(hidden)
+    return tuple(out)
+
+
+def means(values: Tensor, labels: Tensor) -> Tensor:
+    return balanced_mean(values.permute(1, 2, 0).double(), labels)
+
+
+def draw(labels: Tensor, generator: torch.Generator) -> Tensor:
+    rows = [
+        (labels == label).nonzero().flatten()[torch.randperm(count, generator=generator)[:n]]
+        for label, (count, n) in enumerate(zip(COUNTS, DRAWN, strict=True))
+    ]
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_it_is_unbiased_and_its_intervals_cover(family, tokenizer_folder):
+    """400 draws of prompts and of samples among them, against the sweep over all prompts."""
+    cheap, corrections, labels = population(family, tokenizer_folder)
+    truth = means(cheap + sum(corrections), labels)
+    generator = torch.Generator().manual_seed(0)
+    found, inside, errors = [], [], []
+    for seed in range(400):
+        rows = draw(labels, generator)
+        own, known = labels[rows], sampled(tuple(c[rows] for c in corrections), labels[rows], seed)
+        theta = means(filled(cheap[rows], known, own), own)
+        error = balanced_stderr(effects(cheap[rows], known, own).permute(1, 2, 0), own)
+        freedom = degrees_of_freedom(cheap[rows], known, own)
+        low, high = t_interval(theta, error, freedom)
+        found.append(theta)
+        errors.append(error)
+        inside.append((low <= truth) & (truth <= high))
+    table = torch.stack(found)
+    bias = (table.mean(0) - truth) / (table.std(0) / math.sqrt(len(table)))
+    assert float(bias.abs().max()) < 4  # heads x 2 draws of a standard normal
+    # The prompts of a draw are a tenth of the population, so the true spread is 0.95 of this.
+    ratio = torch.stack(errors).mean(0) / table.std(0)
+    assert 0.9 < float(ratio.min()) <= float(ratio.max()) < 1.2
+    assert 0.93 <= float(torch.stack(inside).double().mean()) <= 0.97
+
+
+def test_the_mean_of_the_effects_is_that_of_the_filled_values(tokenizer_folder):
+    cheap, corrections, labels = population("llama", tokenizer_folder)
+    rows = draw(labels, torch.Generator().manual_seed(1))
+    own, known = labels[rows], sampled(tuple(c[rows] for c in corrections), labels[rows], 0)
+    by_effects = means(effects(cheap[rows], known, own), own)
+    by_values = means(filled(cheap[rows], known, own), own)
+    torch.testing.assert_close(by_effects, by_values, rtol=0, atol=1e-6)
+
+
+def test_without_cheap_scores_it_is_the_sample_alone(tokenizer_folder):
+    """With g = 0: the mean, the standard error and the degrees of freedom of the sample."""
+    _, corrections, labels = population("llama", tokenizer_folder)
+    part = corrections[0]
+    (known, _) = sampled(corrections, labels, 3)
+    zero = torch.zeros_like(part)
+    inside = ~torch.isnan(known[:, 0, 0])
+    alone, own = part[inside], labels[inside]
+    torch.testing.assert_close(
+        means(filled(zero, (known,), labels), labels), means(alone, own), rtol=1e-9, atol=1e-12
+    )
+    error = balanced_stderr(effects(zero, (known,), labels).permute(1, 2, 0), labels)
+    expected = balanced_stderr(alone.permute(1, 2, 0).double(), own)
+    torch.testing.assert_close(error, expected, rtol=1e-9, atol=0)
+    freedom = degrees_of_freedom(zero, (known,), labels)
+    torch.testing.assert_close(freedom, degrees_of_freedom(alone, (), own))
+
+
+@pytest.mark.parametrize("n", [3, 5, 24])
+def test_the_sample_takes_the_labels_in_turn(n):
+    labels = ["a"] * 20 + ["b"] * 12 + ["c"] * 4
+    order = sample_order(labels, 1)
+    assert sorted(order) == list(range(36))
+    counts = [[labels[i] for i in order[:n]].count(label) for label in "abc"]
+    left = [min(c, m) for c, m in zip([(n + 2) // 3] * 3, (20, 12, 4), strict=True)]
+    assert sum(counts) == n
+    assert max(counts) - min(c for c, m in zip(counts, (20, 12, 4), strict=True) if c < m) <= 1
+    assert all(c <= m for c, m in zip(counts, (20, 12, 4), strict=True))
+    assert left
+    assert sample_order(labels, 1) == order != sample_order(labels, 2)
+
+
+def test_a_single_correction_of_a_label_gives_a_value_and_no_error():
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    cheap = torch.randn(6, 1, 2, generator=torch.Generator().manual_seed(0))
+    correction = torch.full_like(cheap, torch.nan)
+    correction[[0, 3]] = 1.0
+    assert bool(torch.isfinite(filled(cheap, (correction,), labels)).all())
+    assert bool(torch.isnan(effects(cheap, (correction,), labels)).any(0).all())
+
+
+def test_a_head_that_is_exactly_zero_has_a_score_of_zero_and_no_error():
+    labels = torch.tensor([0] * 4 + [1] * 4)
+    zero = torch.zeros(8, 1, 1)
+    known = zero.clone()
+    known[[2, 3, 6, 7]] = torch.nan
+    spread = effects(zero, (known,), labels)
+    assert bool((spread == 0).all())
+    freedom = degrees_of_freedom(zero, (known,), labels)
+    low, high = t_interval(torch.zeros(1, 1), torch.zeros(1, 1), freedom)
+    assert float(low) == float(high) == 0.0
