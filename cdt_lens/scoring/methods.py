@@ -3,6 +3,8 @@
 exact                  mean-ablation of each head, the yardstick
 cdt:<rules>            contextual decomposition with a preset's rules (arXiv 2407.00886), or
                        with rules spelt out: cdt:norm=frozen+attention=decomposed
+estimate:<rules>       the same, swept on a sample of the prompts and corrected to first order on
+                       the others (`estimate`)
 one-pass[:<slopes>]    the decomposition's linear forms, one backward pass for all heads; slopes
                        by a preset's name or spelt out likewise
 attribution-patching   z's gradient times its distance from the baseline (Nanda 2023;
@@ -20,14 +22,14 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.checked import checked_arguments
-from cdt_lens.core.choices import Count, Direction, Seed
+from cdt_lens.core.choices import DEFAULT_RULES, Count, Direction, Seed
 from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.decompose import check_finite
@@ -39,6 +41,7 @@ from cdt_lens.models.heads import Head
 from cdt_lens.models.provenance import hashed_once, provenance_of
 from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
+from cdt_lens.scoring.estimate import parts_of
 from cdt_lens.scoring.one_pass import one_pass
 from cdt_lens.scoring.sweep import collect_scores, score_heads
 from cdt_lens.tasks.metrics import task_direction
@@ -92,6 +95,7 @@ def exact_ablation(
         rules="ablation",
         heads=heads,
         direction=direction,
+        exact="all",
         batch_size=batch_size,
         rows=rows,
         checkpoint=checkpoint,
@@ -258,6 +262,19 @@ def random_scores(
 
 _SWEEP = ("batch_size", "rows", "checkpoint", "progress")
 _BACKWARD = ("batch_size", "progress")
+# A backward pass costs twice a forward pass.
+_GRADIENT = 3.0
+Cost = Callable[[int, int], float]
+
+
+def _sweep_cost(rules: Rules) -> Cost:
+    """Return the cost of a sweep by layers and heads: a head costs the layers from its own on."""
+    ends = 2 if rules.context == "both" else 1
+    return lambda layers, heads: 1 + ends * heads * (layers + 1) / 2
+
+
+def _gradients(passes: int) -> Cost:
+    return lambda layers, heads: passes * _GRADIENT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,31 +286,58 @@ class Method:
         description: One line about it.
         run: The function that scores.
         takes: Names of the options that the function takes.
+        cost: Forward passes that one example costs, by number of layers and of heads in a layer.
+        exact_cost: The same for each example that gets an exact sweep too; None if no example does.
     """
 
     name: str
     description: str
     run: Callable[..., HeadScores] = dataclasses.field(repr=False)
     takes: tuple[str, ...] = _BACKWARD
+    cost: Cost = dataclasses.field(default=_gradients(1), repr=False)
+    exact_cost: Cost | None = dataclasses.field(default=None, repr=False)
 
 
 def _decomposed(name: str, rules: Rules) -> Method:
     passes = "two forward passes" if rules.context == "both" else "one forward pass"
     words = f"contextual decomposition, {passes} a head"
-    return Method(name, words, partial(score_heads, rules=rules, method=name), _SWEEP)
+    run = partial(score_heads, rules=rules, method=name, exact="all")
+    return Method(name, words, run, _SWEEP, _sweep_cost(rules))
 
 
-def _backward(name: str, description: str, slopes: str | Slopes, steps: Steps = None) -> Method:
-    return Method(name, description, partial(one_pass, slopes=slopes, steps=steps, method=name))
+def _estimated(name: str, rules: Rules) -> Method:
+    parts = parts_of(rules)
+    if not parts:
+        raise InputError(
+            f"method {name!r}: these rules have no first-order form; expected estimate: and one of "
+            f"{', '.join(n for n, preset in PRESETS.items() if parts_of(preset))}"
+        )
+    words = "first order on all prompts, corrected by the sweep of a sample"
+    run = partial(score_heads, rules=rules, method=name)
+    takes = (*_SWEEP, "exact", "seed")
+    # The sample gets the return to the empty model on a quarter of its prompts only.
+    swept = dataclasses.replace(rules, context="full") if rules.context == "both" else rules
+    return Method(name, words, run, takes, _gradients(len(parts)), _sweep_cost(swept))
+
+
+def _backward(
+    name: str, description: str, slopes: str | Slopes, steps: Steps = None, passes: int = 1
+) -> Method:
+    run = partial(one_pass, slopes=slopes, steps=steps, method=name)
+    return Method(name, description, run, cost=_gradients(passes))
 
 
 _ALL = (
-    Method("exact", "mean-ablation of each head, the yardstick", exact_ablation, _SWEEP),
+    Method(
+        "exact", "mean-ablation of each head, the yardstick", exact_ablation, _SWEEP,
+        _sweep_cost(PRESETS["ablation"]),
+    ),
     *(_decomposed(f"cdt:{name}", rules) for name, rules in PRESETS.items() if name != "ablation"),
+    _estimated(f"estimate:{DEFAULT_RULES}", PRESETS[DEFAULT_RULES]),
     _backward("one-pass", "the stable rules to first order, one backward pass", "stable"),
     _backward(
         "one-pass:two-ended", "the two-ended rules to first order, two backward passes",
-        "gradient", "ends",
+        "gradient", "ends", 2,
     ),
     _backward("one-pass:shared", "the shared rules to first order, one backward pass", "shared"),
     _backward("one-pass:linear", "the linear rules, one backward pass", "linear"),
@@ -302,10 +346,13 @@ _ALL = (
     ),
     Method(
         "integrated-gradients", f"gradients averaged over {IG_STEPS} points from ablated to plain",
-        integrated_gradients,
+        integrated_gradients, cost=_gradients(IG_STEPS),
     ),
     Method("direct", "what a head writes straight to the logits", direct_attribution),
-    Method("random", "scores from a seed, the floor", random_scores, ("batch_size", "seed")),
+    Method(
+        "random", "scores from a seed, the floor", random_scores, ("batch_size", "seed"),
+        lambda layers, heads: 1.0,
+    ),
 )  # fmt: skip
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
 # One backward pass gives the numbers of the linear sweep.
@@ -318,7 +365,7 @@ def method_of(name: str) -> Method:
 
     Args:
         name: One of `METHODS`, or "cdt:" or "one-pass:" followed by the name of a preset or by
-            choices such as norm=frozen+attention=half.
+            choices such as norm=frozen+attention=half, or "estimate:" and the name of a preset.
 
     Raises:
         InputError: There is no such method, rule or value.
@@ -328,6 +375,8 @@ def method_of(name: str) -> Method:
     kind, _, spelt = name.partition(":")
     if kind == "cdt" and spelt in PRESETS:
         return _decomposed(name, PRESETS[spelt])
+    if kind == "estimate" and spelt in PRESETS:
+        return _estimated(name, PRESETS[spelt])
     if kind == "one-pass" and spelt in SLOPES:
         return _backward(name, f"the {spelt} slopes, one backward pass", spelt)
     if kind == "cdt" and "=" in spelt:
@@ -373,6 +422,7 @@ def score_by(
     batch_size: Count = 16,
     rows: Count | None = None,
     checkpoint: str | Path | None = None,
+    exact: Count | Literal["all"] | None = None,
     seed: Seed = 0,
     progress: bool = True,
 ) -> HeadScores:
@@ -388,7 +438,8 @@ def score_by(
             "cdt:..."), at least the batch size. None chooses it by the length of the prompts.
         checkpoint: File that keeps finished batches of a sweep, so that an interrupted call
             resumes.
-        seed: Seed of "random".
+        exact: Number of examples that get the exact sweep in "estimate:..."; see `score_heads`.
+        seed: Seed of "random", and of the sample of "estimate:...".
         progress: Whether to show a progress bar.
 
     Returns:
@@ -401,7 +452,7 @@ def score_by(
     """
     chosen = method_of(method)
     options = {
-        "batch_size": batch_size, "rows": rows, "checkpoint": checkpoint, "seed": seed,
-        "progress": progress,
+        "batch_size": batch_size, "rows": rows, "checkpoint": checkpoint, "exact": exact,
+        "seed": seed, "progress": progress,
     }  # fmt: skip
     return chosen.run(model, examples, baseline, **{name: options[name] for name in chosen.takes})
