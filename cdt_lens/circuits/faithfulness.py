@@ -28,7 +28,7 @@ from cdt_lens.circuits.measures import MIB_FRACTIONS, cmd, cpr, faithfulness, he
 from cdt_lens.core import display
 from cdt_lens.core.axes import along
 from cdt_lens.core.checked import checked_arguments
-from cdt_lens.core.choices import Count, Metric, Ranking, Seed
+from cdt_lens.core.choices import Count, Level, Metric, Ranking, Seed
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.passes import Passes
@@ -104,6 +104,7 @@ class FaithfulnessCurve(Saved):
         """The mean of f over sizes on a logarithmic axis, from the first size with a head."""
         return float(self.log_area_of(self.faithfulness))
 
+    @checked_arguments
     def log_area_of(self, values: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows"]:
         """Return `log_area` of other values by size, such as those of random circuits.
 
@@ -113,7 +114,8 @@ class FaithfulnessCurve(Saved):
         first = next(i for i, size in enumerate(self.sizes) if size)
         return log_area(self.fractions[first:], values[..., first:])
 
-    def interval(self, level: float = 0.95) -> Interval:
+    @checked_arguments
+    def interval(self, level: Level = 0.95) -> Interval:
         """Return the confidence interval of f at each size, over the population of prompts.
 
         Args:
@@ -125,7 +127,8 @@ class FaithfulnessCurve(Saved):
         """
         return self._interval(self.effects, level)
 
-    def completeness_interval(self, level: float = 0.95) -> Interval:
+    @checked_arguments
+    def completeness_interval(self, level: Level = 0.95) -> Interval:
         """Return the confidence interval of completeness at each size; see `interval`.
 
         Args:
@@ -133,7 +136,8 @@ class FaithfulnessCurve(Saved):
         """
         return self._interval(self.without_effects, level)
 
-    def area_intervals(self, level: float = 0.95) -> dict[str, tuple[float, float]]:
+    @checked_arguments
+    def area_intervals(self, level: Level = 0.95) -> dict[str, tuple[float, float]]:
         """Return the confidence intervals of CPR and CMD; see `interval`.
 
         Args:

@@ -7,7 +7,7 @@ under resampling of the examples. Near-zero heads are a control of the same size
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pandas as pd
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cdt_lens.circuits.circuit import Circuit, near_zero_heads
 from cdt_lens.circuits.measures import heads_at
-from cdt_lens.circuits.sampled import degrees_of_freedom, effects
+from cdt_lens.circuits.sampled import degrees_of_freedom, effects, filled, fitted, shrunk
 from cdt_lens.core import display
 from cdt_lens.core.axes import along
 from cdt_lens.core.checked import checked_arguments
@@ -27,7 +27,7 @@ from cdt_lens.core.saved import Saved
 from cdt_lens.models.heads import Head, all_heads, check_heads
 from cdt_lens.models.provenance import Provenance
 from cdt_lens.tasks.intervals import t_interval
-from cdt_lens.tasks.metrics import label_numbers
+from cdt_lens.tasks.metrics import balanced_mean, balanced_stderr, label_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,6 +52,8 @@ class HeadScores(Saved):
         cheap: First-order score of each example, or None if every example had an exact sweep.
         corrections: For each part of the score the exact score minus the cheap one, NaN for the
             examples without an exact sweep.
+        looks: How often the sweep looked at the intervals to choose the heads that it went on with.
+            `interval` allows for it.
     """
 
     values: Float[Tensor, "layer head"]
@@ -63,6 +65,7 @@ class HeadScores(Saved):
     provenance: Provenance = field(repr=False)
     cheap: Float[Tensor, "example layer head"] | None = field(default=None, repr=False)
     corrections: tuple[Float[Tensor, "example layer head"], ...] = field(default=(), repr=False)
+    looks: int = field(default=1, repr=False)
     _format, _kind = "cdt_lens.scores", "scores file"
     _advice = "score_heads(model, examples, baseline) makes them"
 
@@ -92,10 +95,15 @@ class HeadScores(Saved):
             return self.per_example.double()
         return effects(self.cheap, self.corrections, label_index(self.example_labels))
 
+    @checked_arguments
     def interval(
-        self, level: float = 0.95
+        self, level: Level = 0.95
     ) -> tuple[Float[Tensor, "layer head"], Float[Tensor, "layer head"]]:
         """Return the confidence interval of each head's mean over the population of examples.
+
+        If the sweep chose its heads by looking at `looks` intervals, each has the level
+        1 - (1 - level) / looks, so that all of them hold together (Bonferroni), whichever the
+        sweep ended with.
 
         Args:
             level: Confidence level, above 0 and below 1.
@@ -106,7 +114,84 @@ class HeadScores(Saved):
         labels = label_index(self.example_labels)
         first = self.per_example if self.cheap is None else self.cheap
         freedom = degrees_of_freedom(first, self.corrections, labels)
+        level = 1 - (1 - level) / self.looks
         return t_interval(self.values.double(), self.stderr.double(), freedom, level)
+
+    @checked_arguments
+    def undecided(
+        self,
+        *,
+        k: Count | None = None,
+        fraction: Fraction | None = None,
+        threshold: float | None = None,
+        by: Ranking = "signed",
+        level: Level = 0.95,
+    ) -> tuple[Head, ...]:
+        """Return the scored heads whose place in or out of a circuit is open.
+
+        A head is in the circuit if its interval lies above those of all but k - 1 others, and out
+        of it if k intervals lie above its own. With a threshold it is open if its interval holds
+        the threshold.
+
+        Args:
+            k, fraction, threshold, by: The circuit, as in `select`.
+            level: Level of `interval`.
+
+        Returns:
+            The heads, in the order of the ranking. All of them where intervals are not known.
+
+        Raises:
+            InputError: As `select`.
+        """
+        size = len(self.select(k=k, fraction=fraction, threshold=threshold, by=by))
+        low, high = self._limits(level, by)
+        if threshold is None:
+            inside = low > _largest_of(high, size + 1)
+            outside = high < _largest_of(low, size)
+        else:
+            inside, outside = low > threshold, high < threshold
+        decided = inside | outside
+        return tuple(h for h in self.ranking(by) if not bool(decided[h.layer, h.head]))
+
+    def _limits(self, level: float, by: Ranking) -> tuple[Tensor, Tensor]:
+        """Return the limits of the score or of its magnitude; unknown ones decide nothing."""
+        low, high = self.interval(level)
+        if by == "magnitude":
+            zero = (low <= 0) & (high >= 0)
+            low, high = low.abs(), high.abs()
+            low, high = torch.where(zero, 0.0, torch.minimum(low, high)), torch.maximum(low, high)
+        unknown = torch.isnan(self.values)
+        low = low.nan_to_num(nan=-torch.inf)
+        high = torch.where(unknown, -torch.inf, high.nan_to_num(nan=torch.inf))
+        return low, high
+
+    def shrunk(self) -> HeadScores:
+        """Return these scores with smaller corrections, which rank better from few exact prompts.
+
+        A correction c becomes c max(0, c^2 - se^2) / c^2, where se is its standard error. The
+        values are biased, so use them for the ranking alone. Scores without a sample stay as they
+        are.
+        """
+        if self.cheap is None:
+            return self
+        values = shrunk(self.cheap, self.corrections, label_index(self.example_labels))
+        return replace(self, values=values.float(), method=f"{self.method}, shrunk")
+
+    def fitted(self) -> HeadScores:
+        """Return these scores with a fitted weight b of the cheap scores in place of b = 1.
+
+        b is fitted for each head over one half of the sample and used for the other half. The
+        standard error is smaller where the cheap scores are too large or too small, and larger
+        where the sample is too small to tell. Scores without a sample stay as they are.
+        """
+        if self.cheap is None:
+            return self
+        labels = label_index(self.example_labels)
+        cheap, corrections = fitted(self.cheap, self.corrections, labels)
+        return combined(
+            cheap, corrections, self.example_labels, direction=self.direction,
+            method=f"{self.method}, fitted", provenance=self.provenance, looks=self.looks,
+        )  # fmt: skip
 
     @checked_arguments
     def ranking(self, by: Ranking = "signed") -> tuple[Head, ...]:
@@ -288,6 +373,7 @@ class HeadScores(Saved):
             "direction": self.direction,
             "method": self.method,
             "provenance": self.provenance.to_dict(),
+            "looks": self.looks,
         }
         tensors = {"values": self.values, "stderr": self.stderr, "per_example": self.per_example}
         if self.cheap is not None:
@@ -307,7 +393,56 @@ class HeadScores(Saved):
             provenance=Provenance.from_dict(body["provenance"]),
             cheap=tensors.get("cheap"),
             corrections=tuple(tensors[name] for name in sorted(tensors) if "correction" in name),
+            looks=body.get("looks", 1),
         )
+
+
+def combined(
+    cheap: Float[Tensor, "example layer head"],
+    corrections: Sequence[Float[Tensor, "example layer head"]],
+    labels: Sequence[str],
+    *,
+    direction: float,
+    method: str,
+    provenance: Provenance,
+    looks: int = 1,
+) -> HeadScores:
+    """Combine cheap scores of all examples with corrections of a sample (`circuits.sampled`).
+
+    Args:
+        cheap: Cheap score of each example, NaN for heads that were not scored.
+        corrections: For each part of the score the exact score minus the cheap one, NaN outside
+            the part's sample.
+        labels: Label of each example.
+        direction: Mean task direction of the full model, in logits.
+        method: Name of the method.
+        provenance: Origin of the scores.
+        looks: As in `HeadScores`.
+
+    Returns:
+        The scores with their standard errors.
+    """
+    index = label_index(labels)
+    spread = effects(cheap, corrections, index).permute(1, 2, 0)
+    best = filled(cheap, corrections, index)
+    return HeadScores(
+        values=balanced_mean(best.permute(1, 2, 0), index).float(),
+        stderr=balanced_stderr(spread, index).float(),
+        per_example=best.float(),
+        example_labels=tuple(labels),
+        direction=direction,
+        method=method,
+        provenance=provenance,
+        cheap=cheap,
+        corrections=tuple(corrections),
+        looks=looks,
+    )
+
+
+def _largest_of(values: Float[Tensor, "layer head"], place: int) -> Float[Tensor, ""]:
+    """Return the value at a place of the descending order, counted from 1; -inf behind its end."""
+    order = values.flatten().sort(descending=True).values
+    return order[place - 1] if 0 < place <= len(order) else torch.tensor(-torch.inf)
 
 
 def label_index(labels: Sequence[str]) -> Int[Tensor, " example"]:

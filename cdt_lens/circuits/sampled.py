@@ -19,8 +19,10 @@ import random
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from cdt_lens.tasks.metrics import balanced_mean, balanced_stderr
 
 Corrections = Sequence[Float[Tensor, "example layer head"]]
 
@@ -124,19 +126,106 @@ def degrees_of_freedom(
         a single example or a single corrected one.
     """
     groups = [
-        _known(part[labels == label].double())
+        part[labels == label].double()
         for label in labels.unique()
         for part in (cheap, *corrections)
     ]
-    if min(map(len, groups)) < 2:
-        return torch.full_like(cheap[0], torch.nan, dtype=torch.float64)
-    terms = [(own.var(0) / len(own), len(own) - 1) for own in groups]
-    variance = torch.stack([term for term, _ in terms]).sum(0)
-    below = torch.stack([term**2 / n for term, n in terms]).sum(0)
-    return torch.where(below > 0, variance**2 / below, torch.inf)
+    terms = torch.stack([torch.stack(_variance_of_mean(group)) for group in groups])
+    variance, n = terms[:, 0], terms[:, 1]
+    below = (variance**2 / (n - 1)).sum(0)
+    freedom = torch.where(below > 0, variance.sum(0) ** 2 / below, torch.inf)
+    return torch.where((n < 2).any(0), torch.nan, freedom)
 
 
-def _known(values: Float[Tensor, example * dims]) -> Float[Tensor, known * dims]:
-    """Return the examples that the part's sample holds; heads that are not scored stay NaN."""
-    inside = (~torch.isnan(values)).flatten(1).any(1)
-    return values[inside]
+def _variance_of_mean(
+    values: Float[Tensor, "example layer head"],
+) -> tuple[Float[Tensor, "layer head"], Float[Tensor, "layer head"]]:
+    """Return s^2 / n and n of the known values."""
+    known = ~torch.isnan(values)
+    n = known.sum(0).double()
+    squares = torch.where(known, values - values.nanmean(0), 0.0).square().sum(0)
+    return squares / (n - 1) / n, n
+
+
+def shrunk(
+    cheap: Float[Tensor, "example layer head"],
+    corrections: Corrections,
+    labels: Int[Tensor, " example"],
+) -> Float[Tensor, "layer head"]:
+    """Return theta with its correction c made smaller: c max(0, c^2 - se^2) / c^2.
+
+    Most corrections of a small sample are noise, so the heads are ranked better by these values.
+    They are biased.
+
+    Args:
+        cheap: g of each example.
+        corrections: y - g of each part, NaN outside the part's sample.
+        labels: Number of each example's label.
+
+    Returns:
+        The values in logits, double precision.
+    """
+    nothing = torch.zeros_like(cheap)
+    spread = effects(nothing, corrections, labels).permute(1, 2, 0)
+    c, se = balanced_mean(spread, labels), balanced_stderr(spread, labels)
+    kept = torch.where(c == 0, 0.0, (1 - (se / c).square()).clamp(min=0.0))
+    return balanced_mean(cheap.double().permute(1, 2, 0), labels) + kept * c
+
+
+def fitted(
+    cheap: Float[Tensor, "example layer head"],
+    corrections: Corrections,
+    labels: Int[Tensor, " example"],
+) -> tuple[Float[Tensor, "example layer head"], tuple[Float[Tensor, "example layer head"], ...]]:
+    """Fit the weight b of the cheap score: theta = b mean over N of g + mean over S of (y - b g).
+
+    The sample of the first part is divided into two folds within each label. An example's b is the
+    slope of y by g over the other fold, one for each head, so it does not depend on the example.
+
+    Args:
+        cheap: g of each example.
+        corrections: y - g of each part, NaN outside the part's sample.
+        labels: Number of each example's label.
+
+    Returns:
+        b g of each example, and the corrections that go with it, for the functions above.
+    """
+    g, first = cheap.double(), corrections[0].double()
+    folds = _folds((~torch.isnan(first)).flatten(1).any(1), labels)
+    weight = torch.full_like(g, torch.nan)
+    for fold in (0, 1):
+        weight[folds == fold] = _slope(g, first, labels, folds == 1 - fold)
+    weight[torch.isnan(first)] = torch.nan
+    out = g.clone()
+    for label in labels.unique():
+        inside = labels == label
+        out[inside] *= weight[inside].nanmean(0)
+    moved = first + (1 - weight) * g
+    return out.float(), (moved.float(), *corrections[1:])
+
+
+def _folds(sampled: Bool[Tensor, " example"], labels: Int[Tensor, " example"]) -> Tensor:
+    """Return the fold, 0 or 1, of each example of the sample, and -1 of the others."""
+    folds = torch.full_like(labels, -1)
+    for label in labels.unique():
+        rows = ((labels == label) & sampled).nonzero().flatten()
+        folds[rows] = torch.arange(len(rows)) % 2
+    return folds
+
+
+def _slope(
+    cheap: Tensor,
+    correction: Tensor,
+    labels: Int[Tensor, " example"],
+    rows: Bool[Tensor, " example"],
+) -> Float[Tensor, "layer head"]:
+    """Return the slope of y = correction + g by g within labels; 1 where g does not vary."""
+    above, below = torch.zeros_like(cheap[0]), torch.zeros_like(cheap[0])
+    for label in labels.unique():
+        inside = rows & (labels == label)
+        g, c = cheap[inside], correction[inside]
+        g = torch.where(torch.isnan(c), torch.nan, g)
+        away = (g - g.nanmean(0)).nan_to_num(0.0)
+        above += (away * c.nan_to_num(0.0)).sum(0)
+        below += away.square().sum(0)
+    return torch.where(below > 0, 1 + above / below, 1.0)

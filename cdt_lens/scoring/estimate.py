@@ -7,13 +7,18 @@
 
 The effect of adding a head to the empty model is so close to its gradient there that a quarter of
 the sample is enough for it (docs/method/scores.md).
+
+If the scores shall decide a circuit, the sample comes in rounds that double. After each round the
+sweep goes on only with the heads whose place in or out of the circuit is open. The first round is
+of all heads, so it also bounds what the others can be.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -30,6 +35,7 @@ from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.gated_pass import GatedPass
 from cdt_lens.decomposition.rules import PRESETS, Rules
 from cdt_lens.decomposition.slopes import SLOPES
+from cdt_lens.models.heads import Head
 from cdt_lens.models.view import ModelView
 from cdt_lens.tasks.task import Batch, Examples
 
@@ -45,6 +51,8 @@ _SLOPES: Mapping[Rules, str] = {
 # How many of the sampled prompts of a label get one exact pass of a part: the first ones, and of
 # the others one in so many.
 _FIRST, _EVERY = 2, 4
+# Each further round makes the intervals of all rounds wider (`HeadScores.interval`).
+_ROUNDS = 3
 
 
 class Sampled(TypedDict):
@@ -99,11 +107,13 @@ class Budget:
         precision: Standard error, as a share of the task direction, that is precise enough: the
             median over the tenth of the heads with the largest scores.
         minutes: Largest time of the exact sweep.
+        decide: Arguments of `HeadScores.undecided`: the circuit that the scores shall decide.
     """
 
     exact: int
     precision: float | None = None
     minutes: float | None = None
+    decide: Mapping[str, Any] | None = None
 
     def check(self, examples: Examples) -> None:
         """Refuse a budget that is too small for one prompt of each label.
@@ -120,7 +130,7 @@ class Budget:
 
 
 Rows = dict[int, Float[Tensor, " head_and_direction"]]
-ExactRows = Callable[[Rules, Batch], Rows]
+ExactRows = Callable[[Rules, Batch, tuple[Head, ...] | None], Rows]
 
 
 @dataclass
@@ -174,7 +184,11 @@ class Estimator:
         return torch.stack([ordered[i] for i in range(len(self.examples))], 1)
 
     def exact(
-        self, budget: Budget, kept: Kept | None, enough: Callable[[list[Rows]], bool]
+        self,
+        budget: Budget,
+        kept: Kept | None,
+        enough: Callable[[list[Rows]], bool],
+        wanted: Callable[[list[Rows]], tuple[Head, ...]],
     ) -> list[Rows]:
         """Sweep the sampled examples, part by part, until the budget is used.
 
@@ -182,35 +196,58 @@ class Estimator:
             budget: When to stop.
             kept: Where finished rows are kept.
             enough: Whether the rows so far are precise enough.
+            wanted: The heads that the rows so far leave open.
 
         Returns:
-            For each part the rows of its examples, by their position.
+            For each part the rows of its examples, by their position. They hold NaN for heads
+            that were decided before.
         """
         done = [{} for _ in self.parts] if kept is None else self._read(kept)
-        began = time.monotonic()
-        for chunk in self._rounds(budget):
-            self._round(chunk, done, kept)
+        began, start = time.monotonic(), 0
+        heads: tuple[Head, ...] | None = None
+        for end in self.ends(budget):
+            if start and budget.decide is not None:
+                heads = wanted(self._of(done, self.order[:start]))
+                if not heads:
+                    break
+            self._round(self.order[start:end], done, kept, heads)
+            start = end
             late = budget.minutes is not None and time.monotonic() - began > 60 * budget.minutes
             if late or (budget.precision is not None and enough(done)):
                 break
-        return done
+        return self._of(done, self.order[:start])
 
-    def _rounds(self, budget: Budget) -> Iterator[list[int]]:
-        """Yield the positions of the sample; in rounds if the budget may end it early."""
-        sample = self.order[: budget.exact]
-        open_end = budget.precision is not None or budget.minutes is not None
-        size = self.passes.batch_size if open_end else len(sample)
-        for start in range(0, len(sample), size):
-            yield sample[start : start + size]
+    def ends(self, budget: Budget) -> list[int]:
+        """Return the size of the sample after each round of a budget."""
+        if budget.decide is None and budget.precision is None and budget.minutes is None:
+            return [budget.exact]
+        if budget.decide is None:
+            size = self.passes.batch_size
+            return [*range(size, budget.exact, size), budget.exact]
+        ends, least = [budget.exact], _FIRST * len(set(self.labels))
+        while ends[0] // 2 >= least and len(ends) < _ROUNDS:
+            ends.insert(0, ends[0] // 2)
+        return ends
 
-    def _round(self, chunk: Sequence[int], done: list[Rows], kept: Kept | None) -> None:
+    def _of(self, done: Sequence[Rows], positions: Sequence[int]) -> list[Rows]:
+        """Return the rows of some examples; an interrupted call may have left further ones."""
+        inside = set(positions)
+        return [{i: row for i, row in rows.items() if i in inside} for rows in done]
+
+    def _round(
+        self,
+        chunk: Sequence[int],
+        done: list[Rows],
+        kept: Kept | None,
+        heads: tuple[Head, ...] | None,
+    ) -> None:
         for number, part in enumerate(self.parts):
             wanted = [i for i in chunk if i not in done[number] and self._has(part, i)]
             chosen = replace(self.examples, items=tuple(self.examples[i] for i in wanted))
             own: list[tuple[int, Tensor]] = []
             batches = self.passes.batches(chosen, self.view.longrope_limit) if wanted else []
             for batch in batches:
-                rows = self.exact_rows(part.rules, batch.to(self.view.device))
+                rows = self.exact_rows(part.rules, batch.to(self.view.device), heads)
                 own += [(wanted[i], row) for i, row in rows.items()]
                 if kept is not None:
                     so_far = [*done[:number], done[number] | dict(own), *done[number + 1 :]]

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import TypedDict
 
-from cdt_lens.circuits.head_scores import HeadScores, label_index
+from cdt_lens.circuits.head_scores import HeadScores, combined, label_index
 from cdt_lens.circuits.measures import heads_at
-from cdt_lens.circuits.sampled import effects, filled
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import DEFAULT_RULES, Count, Direction, Positive, Preset, Seed
 from cdt_lens.core.errors import ArtifactError, InputError
@@ -73,6 +72,7 @@ def score_heads(
     exact: Count | Literal["all"] | None = None,
     precision: Positive | None = None,
     minutes: Positive | None = None,
+    decide: Mapping[str, Any] | None = None,
     seed: Seed = 0,
     batch_size: Count = 16,
     rows: Count | None = None,
@@ -103,6 +103,9 @@ def score_heads(
         precision: Stops the sweep earlier, when the standard error is at most this share of the
             task direction: the median over the tenth of the heads with the largest scores.
         minutes: Stops the sweep earlier, after this time.
+        decide: The circuit that the scores shall decide, as arguments of `HeadScores.undecided`,
+            such as {"k": 27}. The sweep then goes on only with the heads whose place in or out of
+            it is open, and the intervals are wider, because it looks at them up to three times.
         seed: Seed of the sample.
         batch_size: Number of examples per batch.
         rows: Maximum number of (source x example) rows per forward pass, at least the batch size.
@@ -136,7 +139,7 @@ def score_heads(
         **recorded_options(baseline, direction),
         "heads": "all" if chosen is None else [str(h) for h in chosen],
     }
-    budget = _budget(rules, examples, exact, precision, minutes)
+    budget = _budget(rules, examples, exact, precision, minutes, decide)
     sweep = _Sweep(view, examples, baseline, rules, sources, direction, passes)
     if budget is None:
         provenance = provenance_of(view, examples, options=options)
@@ -152,9 +155,10 @@ def _budget(
     exact: int | Literal["all"] | None,
     precision: float | None,
     minutes: float | None,
+    decide: Mapping[str, Any] | None,
 ) -> Budget | None:
     """Return the budget of an estimate, or None where every example gets the exact sweep."""
-    stops = precision is not None or minutes is not None
+    stops = any(each is not None for each in (precision, minutes, decide))
     if not parts_of(rules):
         if stops or exact not in (None, "all"):
             raise InputError(
@@ -163,7 +167,7 @@ def _budget(
             )
         return None
     wanted = len(examples) if exact == "all" or (exact is None and stops) else exact or EXACT
-    budget = Budget(min(int(wanted), len(examples)), precision, minutes)
+    budget = Budget(min(int(wanted), len(examples)), precision, minutes, decide)
     budget.check(examples)
     return None if budget.exact == len(examples) and not stops else budget
 
@@ -179,27 +183,31 @@ def _estimate(
     view, examples = sweep.view, sweep.examples
     parts = parts_of(sweep.rules)
     # The rows of finished examples do not depend on where the sweep stops.
-    made_from = replace(
-        provenance, options={**provenance.options, **asdict(Budget(0)), "seed": seed}
-    )
+    whole = budget if budget.decide is not None else Budget(0)
+    made_from = replace(provenance, options={**provenance.options, **asdict(whole), "seed": seed})
     bar = sweep.passes.bar(name="heads", total=budget.exact * len(sweep.sources), unit="head")
     estimator = Estimator(
         view, examples, sweep.baseline, parts, sweep.direction, sweep.passes, seed,
-        lambda rules, batch: replace(sweep, rules=rules)._batch(batch, bar),
+        lambda rules, batch, heads: replace(sweep, rules=rules).some(batch, bar, heads),
     )  # fmt: skip
     kept = None if checkpoint is None else sweep.kept(Path(checkpoint), made_from, Sampled)
+    looks = 1 if budget.decide is None else len(estimator.ends(budget))
     cheap = estimator.cheap()
 
     def collected(done: Sequence[Rows]) -> HeadScores:
-        return collect_estimate(
+        scores = collect_estimate(
             view, cheap, done, parts, sweep.sources, examples, method, provenance
         )
+        return replace(scores, looks=looks)
 
     def enough(done: list[Rows]) -> bool:
         return relative_error(collected(done)) <= (budget.precision or 0.0)
 
+    def wanted(done: list[Rows]) -> tuple[Head, ...]:
+        return collected(done).undecided(**(budget.decide or {}))
+
     with bar:
-        done = estimator.exact(budget, kept, enough)
+        done = estimator.exact(budget, kept, enough, wanted)
     return collected(done)
 
 
@@ -232,6 +240,7 @@ def collect_estimate(
         method: Name of the method.
         provenance: Origin of the scores.
     """
+    labels = tuple(example.label for example in examples)
     scored = torch.full((view.n_layers, view.n_heads), torch.nan)
     for head in sources:
         scored[head.layer, head.head] = 0.0
@@ -244,21 +253,11 @@ def collect_estimate(
             for column, head in enumerate(sources):
                 correction[position, head.layer, head.head] = row[column]
         corrections.append(part.weight * (correction - own))
-    labels = tuple(example.label for example in examples)
-    index = label_index(labels)
-    spread = effects(first, corrections, index).permute(1, 2, 0)
-    best = filled(first, corrections, index)
-    return HeadScores(
-        values=balanced_mean(best.permute(1, 2, 0), index).float(),
-        stderr=balanced_stderr(spread, index).float(),
-        per_example=best.float(),
-        example_labels=labels,
-        direction=float(balanced_mean(cheap[-1, :, 0, 0].double(), index)),
-        method=method,
+    direction = balanced_mean(cheap[-1, :, 0, 0].double(), label_index(labels))
+    return combined(
+        first, corrections, labels, direction=float(direction), method=method,
         provenance=provenance,
-        cheap=first,
-        corrections=tuple(corrections),
-    )
+    )  # fmt: skip
 
 
 def recorded_options(baseline: Baseline, direction: Direction) -> dict[str, Any]:
@@ -324,6 +323,26 @@ class _Sweep:
         batch = next(self.examples.batches(PROMPTS, apart=self.view.longrope_limit))
         behaviour = behaviour_of(self.view, batch.tokens, batch.lengths)
         return Kept(path, SWEEP_FORMAT, made_from, holds=holds, behaviour=behaviour)
+
+    def some(
+        self, batch: Batch, bar: tqdm, heads: tuple[Head, ...] | None
+    ) -> dict[int, Float[Tensor, " source_and_direction"]]:
+        """Compute the rows of a batch for some of the sources, NaN for the others.
+
+        Args:
+            batch: The examples.
+            bar: The progress bar.
+            heads: The heads; None takes all sources.
+        """
+        if heads is None:
+            return self._batch(batch, bar)
+        rows = replace(self, sources=heads)._batch(batch, bar)
+        columns = [*map(self.sources.index, heads), len(self.sources)]
+        out = {}
+        for index, row in rows.items():
+            out[index] = torch.full((len(self.sources) + 1,), torch.nan)
+            out[index][columns] = row
+        return out
 
     def _batch(self, batch: Batch, bar: tqdm) -> dict[int, Tensor]:
         propagator = Propagator(

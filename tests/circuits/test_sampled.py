@@ -7,11 +7,20 @@ import math
 
 import pytest
 import torch
+from helpers.sample_results import provenance
 from helpers.shared import shared
 from helpers.tiny_tasks import LABELS, examples
 from torch import Tensor
 
-from cdt_lens.circuits.sampled import degrees_of_freedom, effects, filled, sample_order
+from cdt_lens.circuits.head_scores import combined
+from cdt_lens.circuits.sampled import (
+    degrees_of_freedom,
+    effects,
+    filled,
+    fitted,
+    sample_order,
+    shrunk,
+)
 from cdt_lens.core.passes import Passes
 from cdt_lens.decomposition.baseline import mean_activations
 from cdt_lens.decomposition.rules import PRESETS
@@ -156,3 +165,97 @@ def test_a_head_that_is_exactly_zero_has_a_score_of_zero_and_no_error():
     freedom = degrees_of_freedom(zero, (known,), labels)
     low, high = t_interval(torch.zeros(1, 1), torch.zeros(1, 1), freedom)
     assert float(low) == float(high) == 0.0
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_a_fitted_weight_mends_cheap_scores_that_are_too_small(family, tokenizer_folder):
+    """g / 3 in place of g: b is near 3, the intervals are as narrow as with g, and they cover."""
+    cheap, corrections, labels = population(family, tokenizer_folder)
+    third = cheap / 3
+    moved = (corrections[0] + cheap - third, corrections[1])
+    truth = means(cheap + sum(corrections), labels)
+    generator = torch.Generator().manual_seed(3)
+    found, inside, errors, plain = [], [], [], []
+    for seed in range(400):
+        rows = draw(labels, generator)
+        own = labels[rows]
+        plain.append(errors_of(third[rows], sampled(tuple(c[rows] for c in moved), own, seed), own))
+        g, known = fitted(third[rows], sampled(tuple(c[rows] for c in moved), own, seed), own)
+        theta, error = means(filled(g, known, own), own), errors_of(g, known, own)
+        low, high = t_interval(theta, error, degrees_of_freedom(g, known, own))
+        found.append(theta)
+        errors.append(error)
+        inside.append((low <= truth) & (truth <= high))
+    assert float((torch.stack(errors).mean(0) / torch.stack(plain).mean(0)).median()) < 0.75
+    table = torch.stack(found)
+    bias = (table.mean(0) - truth) / (table.std(0) / math.sqrt(len(table)))
+    assert float(bias.abs().max()) < 4
+    assert 0.92 <= float(torch.stack(inside).double().mean()) <= 0.97
+
+
+def errors_of(cheap: Tensor, corrections: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    return balanced_stderr(effects(cheap, corrections, labels).permute(1, 2, 0), labels)
+
+
+def test_a_correction_is_shrunk_by_its_own_error():
+    """One label, one head: c = 1 of errors 2, 4 and nothing."""
+    labels = torch.zeros(4, dtype=torch.long)
+    cheap = torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None, None].expand(4, 1, 3)
+    spreads = torch.tensor([[1.5, 1.0, -1.0], [0.5, 1.0, 3.0], [1.5, 1.0, -1.0], [0.5, 1.0, 3.0]])
+    correction = spreads[:, None]
+    c, squared_error = spreads.mean(0), spreads.var(0) / 4
+    kept = (1 - squared_error / c**2).clamp(min=0)
+    expected = (2.5 + kept * c)[None].double()
+    torch.testing.assert_close(shrunk(cheap, (correction,), labels), expected)
+    assert float(kept[2]) == 0.0 < float(kept[0]) < float(kept[1]) == 1.0
+
+
+def test_each_head_has_the_degrees_of_freedom_of_its_own_sample(tokenizer_folder):
+    """As when a sweep went on with some of the heads."""
+    cheap, corrections, labels = population("llama", tokenizer_folder)
+    (many, _), (few, _) = (sampled(corrections, labels, seed) for seed in (1, 1))
+    order = sample_order([str(int(label)) for label in labels], 1)
+    few = few.clone()
+    few[order[12:24], 1:] = torch.nan
+    mixed = degrees_of_freedom(cheap, (few,), labels)
+    whole = degrees_of_freedom(cheap, (many,), labels)
+    torch.testing.assert_close(mixed[0], whole[0])
+    inside = order[:12]
+    short = torch.full_like(many, torch.nan)
+    short[inside] = many[inside]
+    torch.testing.assert_close(mixed[1:], degrees_of_freedom(cheap, (short,), labels)[1:])
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_intervals_cover_though_the_sweep_chose_its_heads_by_them(family, tokenizer_folder):
+    """Rounds of 6, 12 and 24 prompts; a head is swept on while its place in the top 4 is open."""
+    cheap, corrections, labels = population(family, tokenizer_folder)
+    total = cheap + sum(corrections)
+    part = (total - cheap,)
+    truth, names = means(total, labels), [str(int(label)) for label in labels]
+    generator = torch.Generator().manual_seed(4)
+    inside, wrong, swept = [], 0, 0
+    for seed in range(400):
+        rows = draw(labels, generator)
+        order = sample_order([names[i] for i in rows.tolist()], seed)
+        known = torch.full_like(part[0][rows], torch.nan)
+        open_heads = torch.ones_like(truth, dtype=torch.bool)
+        for start, end in ((0, 6), (6, 12), (12, 24)):
+            chunk = torch.tensor(order[start:end])
+            known[chunk] = torch.where(open_heads, part[0][rows][chunk], torch.nan)
+            scores = combined(
+                cheap[rows], (known,), [names[i] for i in rows.tolist()], direction=1.0,
+                method="m", provenance=provenance(), looks=3,
+            )  # fmt: skip
+            open_heads = torch.zeros_like(open_heads)
+            for head in scores.undecided(k=4):
+                open_heads[head.layer, head.head] = True
+        low, high = scores.interval()
+        inside.append((low <= truth) & (truth <= high))
+        swept += int((~torch.isnan(known)).sum())
+        best = set(truth.flatten().topk(4).indices.tolist())
+        decided = set(scores.top(4)) - set(scores.undecided(k=4))
+        wrong += bool({h.layer * truth.shape[1] + h.head for h in decided} - best)
+    assert float(torch.stack(inside).double().mean()) >= 0.95
+    assert wrong / 400 <= 0.05
+    assert swept < 400 * 24 * truth.numel()

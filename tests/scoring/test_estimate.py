@@ -1,0 +1,187 @@
+"""Scores by a sweep of a sample: equal to the sweep where they must be, refused where they cannot.
+
+That the estimator is unbiased and its intervals cover is in circuits/test_sampled.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.checks import assert_close, assert_same_bits
+from helpers.shared import models, shared
+from helpers.tiny_tasks import LABELS, examples
+
+from cdt_lens.circuits.head_scores import HeadScores, label_index
+from cdt_lens.core.errors import InputError
+from cdt_lens.decomposition.baseline import mean_activations
+from cdt_lens.models.heads import all_heads
+from cdt_lens.models.view import ModelView
+from cdt_lens.scoring import sweep
+from cdt_lens.scoring.one_pass import one_pass
+from cdt_lens.scoring.sweep import score_heads
+from cdt_lens.tasks.metrics import balanced_mean
+from cdt_lens.tasks.task import Examples
+
+COUNTS = (14, 9, 7)
+
+
+def data() -> Examples:
+    gold = [label for label, n in zip(LABELS, COUNTS, strict=True) for _ in range(n)]
+    lengths = torch.randint(4, 9, (len(gold),), generator=torch.Generator().manual_seed(5))
+    return examples(lengths.tolist(), gold, seed=3)
+
+
+def score(view: ModelView, **options: Any) -> HeadScores:
+    baseline = mean_activations(view, data(), progress=False)
+    return score_heads(view, data(), baseline, progress=False, **options)
+
+
+@models(("gpt2", "llama", "gemma2"))
+@pytest.mark.parametrize(
+    ("rules", "slopes", "steps"),
+    [
+        ("two-ended", "gradient", "ends"),
+        ("ablation", "gradient", None),
+        ("stable", "stable", None),
+        ("shared", "shared", None),
+        ("linear", "linear", None),
+    ],
+)
+def test_it_is_the_first_order_mean_plus_the_mean_correction_of_the_sample(
+    family, backend, rules, slopes, steps, tokenizer_folder
+):
+    """By hand, from the whole sweep of each end and the first-order scores of all prompts."""
+    view = shared(family, backend, tokenizer_folder, torch.float32)
+    baseline = mean_activations(view, data(), progress=False)
+    found = score(view, rules=rules, exact=12)
+    first = one_pass(view, data(), baseline, slopes=slopes, steps=steps, progress=False)
+    assert_close(found.cheap, first.per_example, atol=1e-5)
+    index, parts = label_index(found.example_labels), [balanced_mean(*by_label(first.per_example))]
+    for part in found.corrections:
+        swept = ~torch.isnan(part).flatten(1).any(1)
+        parts.append(balanced_mean(part[swept].permute(1, 2, 0), index[swept]))
+    assert_close(found.values, sum(parts), atol=1e-5)
+    whole = score(view, rules=rules, exact="all")
+    both = torch.stack([~torch.isnan(part).flatten(1).any(1) for part in found.corrections]).all(0)
+    assert int(both.sum()) >= 6
+    assert_close(found.per_example[both], whole.per_example[both], atol=1e-5)
+    assert found.direction == pytest.approx(whole.direction, abs=1e-5)
+
+
+def by_label(per_example: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = label_index([example.label for example in data()])
+    return per_example.permute(1, 2, 0), labels
+
+
+def test_a_sample_of_all_prompts_is_the_sweep(tokenizer_folder):
+    view = shared("llama", "bridge", tokenizer_folder, torch.float32)
+    whole = score(view, exact="all")
+    for exact in (len(data()), 1000):
+        found = score(view, exact=exact)
+        assert found.cheap is None
+        for name in ("values", "stderr", "per_example"):
+            assert_same_bits(getattr(found, name), getattr(whole, name))
+
+
+def test_the_sample_holds_the_labels_alike_and_depends_on_the_seed(tokenizer_folder):
+    view = shared("llama", "bridge", tokenizer_folder, torch.float32)
+
+    def swept(seed: int) -> list[bool]:
+        return (~torch.isnan(score(view, exact=9, seed=seed).corrections[0][:, 0, 0])).tolist()
+
+    drawn = swept(0)
+    labels = [example.label for example, inside in zip(data(), drawn, strict=True) if inside]
+    assert sorted(labels) == sorted(LABELS * 3)
+    assert drawn == swept(0) != swept(1)
+
+
+@pytest.mark.parametrize("exact", [1, 2])
+def test_a_sample_without_each_label_is_refused_with_the_least_that_works(exact, tokenizer_folder):
+    view = shared("llama", "bridge", tokenizer_folder, torch.float32)
+    with pytest.raises(InputError, match=f"exact={exact}: expected at least 3"):
+        score(view, exact=exact)
+
+
+@pytest.mark.parametrize("option", [{"exact": 4}, {"precision": 0.1}, {"decide": {"k": 2}}])
+def test_rules_without_a_first_order_form_take_no_sample(option, tokenizer_folder):
+    view = shared("llama", "bridge", tokenizer_folder, torch.float32)
+    with pytest.raises(InputError, match="no first-order form"):
+        score(view, rules="official", **option)
+
+
+def test_a_precision_ends_the_sweep_when_it_is_reached(tokenizer_folder):
+    view = shared("llama", "bridge", tokenizer_folder, torch.float32)
+    found = [score(view, precision=share, batch_size=6) for share in (100.0, 1e-9)]
+    swept = [int((~torch.isnan(each.corrections[0][:, 0, 0])).sum()) for each in found]
+    assert swept == [6, len(data())]
+
+
+def test_a_time_ends_the_sweep_after_a_round(tokenizer_folder):
+    view = shared("llama", "bridge", tokenizer_folder, torch.float32)
+    found = score(view, minutes=1e-9, batch_size=6)
+    assert int((~torch.isnan(found.corrections[0][:, 0, 0])).sum()) == 6
+
+
+def test_one_prompt_of_a_label_gives_scores_without_intervals(tokenizer_folder):
+    view = shared("llama", "bridge", tokenizer_folder, torch.float32)
+    found = score(view, exact=3)
+    assert bool(torch.isfinite(found.values).all())
+    assert bool(torch.isnan(found.stderr).all())
+    assert len(found.undecided(k=2)) == len(found.ranking())
+
+
+# Exact passes where they decide --------------------------------------------------------------------
+
+
+def test_only_heads_whose_place_is_open_are_swept_further(tokenizer_folder):
+    view = shared("llama", "bridge", tokenizer_folder, torch.float32)
+    found = score(view, exact=28, decide={"threshold": 0.3})
+    assert found.looks == 3
+    known = (~torch.isnan(found.corrections[0])).sum(0)
+    assert set(known.flatten().tolist()) <= {7, 14, 28}
+    first = replace(score(view, exact=7), looks=3)
+    open_then = set(first.undecided(threshold=0.3))
+    for head in all_heads(view.n_layers, view.n_heads):
+        assert (int(known[head.layer, head.head]) > 7) == (head in open_then)
+    assert 0 < len(open_then) < view.n_layers * view.n_heads
+
+
+def test_the_rows_of_a_decided_head_are_those_of_the_sweep(tokenizer_folder):
+    view = shared("llama", "bridge", tokenizer_folder, torch.float32)
+    chosen, plain = score(view, exact=24, decide={"k": 2}), score(view, exact=24)
+    for own, whole in zip(chosen.corrections, plain.corrections, strict=True):
+        known = ~torch.isnan(own)
+        assert_close(own[known], whole[known], atol=1e-5)
+
+
+def test_a_kill_between_rounds_loses_nothing(tmp_path: Path, tokenizer_folder, monkeypatch):
+    view = shared("llama", "bridge", tokenizer_folder, torch.float32)
+    whole = score(view, exact=24, decide={"k": 2}, batch_size=4)
+    left, run = [5], sweep._Sweep._batch
+
+    def stop(self, *args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return run(self, *args)
+
+    kept = tmp_path / "kept.json"
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep._Sweep, "_batch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            score(view, exact=24, decide={"k": 2}, batch_size=4, checkpoint=kept)
+    again = score(view, exact=24, decide={"k": 2}, batch_size=4, checkpoint=kept)
+    third = score(view, exact=24, decide={"k": 2}, batch_size=4, checkpoint=kept)
+    for found in (again, third):
+        for name in ("values", "stderr", "per_example"):
+            assert_same_bits(getattr(found, name), getattr(whole, name))
+
+
+def test_a_checkpoint_serves_other_sizes_of_the_sample(tmp_path: Path, tokenizer_folder):
+    view, kept = shared("llama", "bridge", tokenizer_folder, torch.float32), tmp_path / "kept.json"
+    score(view, exact=9, checkpoint=kept)
+    assert_same_bits(score(view, exact=15, checkpoint=kept).values, score(view, exact=15).values)
