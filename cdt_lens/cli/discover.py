@@ -24,8 +24,9 @@ from cdt_lens.experiments.settings import Settings
 
 _OPTIONS = (
     "model", "task", "language", "data", "template", "label_column", "split", "shots", "calibrate",
-    "examples", "baseline_examples", "rules", "positions", "direction", "k", "fraction", "by",
-    "backend", "device", "dtype", "batch_size", "rows", "seed",
+    "examples", "baseline_examples", "exact", "precision", "minutes", "rules",
+    "positions", "direction", "k", "fraction", "by", "backend", "device", "dtype",
+    "batch_size", "rows", "seed",
 )  # fmt: skip
 
 

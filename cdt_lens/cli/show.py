@@ -204,19 +204,21 @@ def _show_circuit(path: Path) -> Any:
 
 
 def show_heads(scores: Any, circuit: Any, limit: int = 12) -> None:
-    """Print the strongest heads of a circuit with their scores."""
-    rows = [
-        {
-            "head": str(head),
-            "score": float(scores.values[head.layer, head.head]),
-            "stderr": float(scores.stderr[head.layer, head.head]),
-        }
-        for head in scores.ranking()
-        if head in circuit
-    ]
-    _tell_heads(rows[:limit])
-    if len(rows) > limit:
-        tell(f"... and {len(rows) - limit} more heads of the circuit")
+    """Print the strongest heads of a circuit, and how reliable their ranking is."""
+    from cdt_lens.circuits.reliability import reliability
+    from cdt_lens.viz.tables import Scored, heads_table, members_of
+
+    heads = [head for head in scores.ranking() if head in circuit]
+    members = members_of(scores, circuit)
+    table = heads_table(Scored.of(scores), heads[:limit], caption="", members=members)
+    tell_table(table.headings, table.rows)
+    if len(heads) > limit:
+        tell(f"... and {len(heads) - limit} more heads of the circuit")
+    found = reliability(scores)
+    tell(
+        f"split-half reliability {found.split_half:.2f} on {found.examples} examples; the 95 % "
+        f"interval of {found.resolved:.0%} of the heads leaves 0 out"
+    )
 
 
 def _tell_heads(rows: list[Any]) -> None:

@@ -7,12 +7,14 @@ saves the results that it computes.
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import replace
 from pathlib import Path
 
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve, faithfulness_curve
 from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.circuits.reliability import NOISE, reliability
 from cdt_lens.core.choices import Metric
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.core.kept import Say
@@ -56,10 +58,12 @@ def discover(run: Run, say: Say) -> tuple[Circuit, HeadScores, Evaluation]:
     warn_at_chance(evaluation.split, "accuracy", evaluation.accuracy, n_labels)
     warn_at_chance(evaluation.split, "direction", evaluation.direction, n_labels)
     baseline = make_baseline(run, say)
+    began = time.monotonic()
     scores = stage(
         run, "scores.json", HeadScores.load, lambda: _scores(run, baseline), say,
         made_from={"data": run.scored().hash, "baseline": baseline.hash},
     )  # fmt: skip
+    _tell_noise(run, scores, time.monotonic() - began, say)
     circuit = _select(scores, settings)
     if is_main():
         circuit.save(run.path("circuit.json"))
@@ -411,11 +415,28 @@ def _scores(run: Run, baseline: Baseline) -> HeadScores:
     settings = run.settings
     scores = score_heads(
         run.model, run.scored(), baseline, rules=settings.rules, direction=settings.direction,
-        batch_size=settings.batch_size, rows=settings.rows,
+        exact=settings.exact, precision=settings.precision, minutes=settings.minutes,
+        seed=settings.seed, batch_size=settings.batch_size, rows=settings.rows,
         checkpoint=run.path("scores.partial.json"),
     )  # fmt: skip
     # The seed drew the examples.
     return replace(scores, provenance=replace(scores.provenance, seed=settings.seed))
+
+
+def _tell_noise(run: Run, scores: HeadScores, seconds: float, say: Say) -> None:
+    """Say if most of the ranking is the draw of the prompts, and what would help."""
+    found = reliability(scores)
+    if not found.split_half < NOISE:
+        return
+    more = min(4 * found.examples, most_balanced(run.task.train))
+    advice = "sweep more of them (--exact)"
+    if more > found.examples:
+        advice = f"score more prompts (--examples {more}), or {advice}"
+    took = f"; these scores took {seconds / 60:.1f} minutes" if seconds > 60 else ""
+    say(
+        f"caution: the ranking is mostly the draw of the prompts, split-half reliability "
+        f"{found.split_half:.2f} from {found.examples}; {advice}{took}"
+    )
 
 
 def _select(scores: HeadScores, settings: Settings) -> Circuit:

@@ -69,7 +69,25 @@ class CircuitSettings(Checked):
 
     examples: Annotated[
         int, Field(ge=1, description="Number of examples to score, balanced over the labels.")
-    ] = 48
+    ] = 128
+    exact: Annotated[
+        int | None,
+        Field(
+            ge=1, description="Number of scored examples that get the exact sweep, too; the others "
+            "get first-order scores. Default: 16 where the rules have a first-order form, else "
+            "all.",
+        ),
+    ] = None  # fmt: skip
+    precision: Annotated[
+        float | None,
+        Field(
+            gt=0, description="End the sweep at this standard error, as a share of the task "
+            "direction (median over the largest tenth of the heads).",
+        ),
+    ] = None  # fmt: skip
+    minutes: Annotated[float | None, Field(gt=0, description="End the sweep after this time.")] = (
+        None
+    )
     baseline_examples: Annotated[
         int | None,
         Field(

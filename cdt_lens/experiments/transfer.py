@@ -188,7 +188,7 @@ class Transfer:
             kept = kept_settings(path, _RUN)
             if isinstance(kept.get("task"), dict):
                 kept["task"]["files"] = {}
-            different = [name for name in wanted if kept.get(name) != wanted[name]]
+            different = [name for name in wanted if _set(kept.get(name)) != _set(wanted[name])]
             if different:
                 raise InputError(
                     f"{self.folder}: holds an experiment with other settings "
@@ -405,3 +405,10 @@ def _check_data(model: nn.Module, tasks: Mapping[str, Task]) -> None:
         for split in (task.train, task.valid, task.test):
             for number, example in enumerate(split, 1):
                 view.check_length(len(example.tokens), f"{split.name}, example {number}: ")
+
+
+def _set(settings: Any) -> Any:
+    """Return the settings of a section that are set; earlier versions did not know all of them."""
+    if not isinstance(settings, dict):
+        return settings
+    return {name: value for name, value in settings.items() if value is not None}

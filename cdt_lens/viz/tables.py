@@ -5,7 +5,7 @@ Scores are in logits and signed: positive pushes towards the gold label.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -17,6 +17,8 @@ from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve
 from cdt_lens.circuits.graph import Edge
 from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.circuits.reliability import membership
+from cdt_lens.core.errors import InputError
 from cdt_lens.core.table import Table
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.viz.words import control_name, limits, number, spread, with_limits
@@ -87,17 +89,27 @@ class Scored:
         return f"{head}: {value:+.4g} \u00b1 {error:.2g} logits ({self.method})"
 
 
-def heads_table(scored: Scored, heads: Iterable[Head], *, caption: str) -> Table:
+def heads_table(
+    scored: Scored,
+    heads: Iterable[Head],
+    *,
+    caption: str,
+    members: Mapping[Head, float] | None = None,
+) -> Table:
     """Return score, standard error, interval, and the share of the task direction if known.
 
     Args:
         scored: The scores of all heads.
         heads: The heads to list, in order.
         caption: The title of the table.
+        members: For heads of a circuit, how often other draws of the prompts select them
+            (`membership`).
     """
     columns = ["head", "score (logits)", "standard error", "95 % interval"]
     if scored.direction is not None:
         columns.append("share of direction")
+    if members:
+        columns.append("selected again")
     rows = []
     for head in heads:
         value, error = scored.at(head)
@@ -106,8 +118,18 @@ def heads_table(scored: Scored, heads: Iterable[Head], *, caption: str) -> Table
         if scored.direction is not None:
             share = value / scored.direction if scored.direction else torch.nan
             row.append(number(share, "+z.1%"))
+        if members:
+            row.append(number(members[head], ".0%") if head in members else "")
         rows.append(row)
     return Table(columns, rows, caption)
+
+
+def members_of(scores: HeadScores, circuit: Circuit) -> dict[Head, float] | None:
+    """Return `membership`, or None for a circuit of another rule and for too few examples."""
+    try:
+        return membership(scores, circuit)
+    except InputError:
+        return None
 
 
 def layers_table(circuit: Circuit) -> Table:

@@ -15,6 +15,7 @@ from cdt_lens.core.choices import Preset
 from cdt_lens.core.errors import InputError
 from cdt_lens.decomposition.rules import PRESETS
 from cdt_lens.experiments.settings import CircuitSettings, Settings, values_of
+from cdt_lens.experiments.transfer import _set
 from cdt_lens.experiments.transfer_config import config_of, read_config
 
 LEAST = {"model": "m", "task": {"name": "files", "source": "a", "targets": ["b", "c"]}}
@@ -165,7 +166,7 @@ def test_settings_that_0_3_kept_are_those_of_the_same_file_now():
     )[0]["settings"]
     now = json.loads(json.dumps(read_config(old / "transfer.toml").to_dict()))
     now["task"] |= {"targets": [], "files": {}}
-    assert {name: now[name] for name in kept} == kept
+    assert {name: _set(now[name]) for name in kept} == {name: _set(kept[name]) for name in kept}
 
 
 def test_a_transfer_finds_its_circuit_by_other_rules_than_discover():

@@ -132,14 +132,16 @@ def circuit_section(circuit: Circuit, id: str, results: Sequence[object]) -> Sec
     """Return the heads of a circuit; their map only if no scores of the page draw the same one."""
     total = circuit.n_layers * circuit.n_heads
     count = len(circuit.heads)
-    scored = Scored.kept_by(circuit)
     others = (result for result in results if isinstance(result, HeadScores))
-    drawn = any(_same(circuit.scores, scores.values) for scores in others)
+    own = next((scores for scores in others if _same(circuit.scores, scores.values)), None)
+    scored = Scored.kept_by(circuit) if own is None else Scored.of(own)
     parts = [tables.layers_table(circuit)]
     if scored is not None:
-        best = sorted(circuit.heads, key=lambda head: -abs(scored.at(head)[0]))
+        size = scored.values.abs()
+        best = sorted(circuit.heads, key=lambda head: -float(size[head.layer, head.head]))
         caption = f"The {count} heads of the circuit, largest first"
-        parts.insert(0, tables.heads_table(scored, best, caption=caption))
+        members = None if own is None else tables.members_of(own, circuit)
+        parts.insert(0, tables.heads_table(scored, best, caption=caption, members=members))
     recorded = circuit.provenance
     return Section(
         title="Circuit",
@@ -148,7 +150,7 @@ def circuit_section(circuit: Circuit, id: str, results: Sequence[object]) -> Sec
             "Heads": f"{count} of {total} ({count / total:.1%})",
             "Selection": words.in_words(circuit.selection) or "not recorded",
         },
-        figures=() if scored is None or drawn else (_map(scored, circuit, f"{id}-map"),),
+        figures=() if scored is None or own is not None else (_map(scored, circuit, f"{id}-map"),),
         tables=tuple(parts),
         provenance=() if recorded is None else (("Circuit", recorded.to_dict()),),
     )
