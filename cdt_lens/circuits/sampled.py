@@ -27,12 +27,15 @@ from cdt_lens.tasks.metrics import balanced_mean, balanced_stderr
 Corrections = Sequence[Float[Tensor, "example layer head"]]
 
 
-def sample_order(labels: Sequence[str], seed: int) -> list[int]:
+def sample_order(labels: Sequence[str], seed: int, key: Sequence[float] | None = None) -> list[int]:
     """Return the examples in the order in which they enter the sample.
 
     Args:
         labels: Label of each example.
         seed: Seed of the draw within each label.
+        key: A number for each example. Any first examples of a label are then spread evenly over
+            its range, from a random start (systematic sampling), which leaves less to chance. None
+            draws them at random.
 
     Returns:
         Positions of all examples. Any first n of them hold equal numbers of each label, up to one,
@@ -40,11 +43,26 @@ def sample_order(labels: Sequence[str], seed: int) -> list[int]:
     """
     generator = random.Random(seed)
     groups = {label: [i for i, own in enumerate(labels) if own == label] for label in labels}
-    for group in groups.values():
-        generator.shuffle(group)
+    for label, group in groups.items():
+        if key is None:
+            generator.shuffle(group)
+        else:
+            group.sort(key=key.__getitem__)
+            start = generator.randrange(len(group))
+            groups[label] = [group[(place + start) % len(group)] for place in _spread_out(group)]
     rank = {i: place for group in groups.values() for place, i in enumerate(group)}
     order = {label: place for place, label in enumerate(groups)}
     return sorted(range(len(labels)), key=lambda i: (rank[i], order[labels[i]]))
+
+
+def _spread_out(group: Sequence[int]) -> list[int]:
+    """Return the places 0 to len - 1 with their binary digits reversed in rising order.
+
+    Any first ones lie evenly between 0 and the last (van der Corput's sequence).
+    """
+    digits = max(1, (len(group) - 1).bit_length())
+    reverse = (int(f"{place:0{digits}b}"[::-1], 2) for place in range(2**digits))
+    return [place for place in reverse if place < len(group)]
 
 
 def effects(

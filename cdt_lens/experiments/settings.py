@@ -74,7 +74,7 @@ class CircuitSettings(Checked):
         int | None,
         Field(
             ge=1, description="Number of scored examples that get the exact sweep, too; the others "
-            "get first-order scores. Default: 16 where the rules have a first-order form, else "
+            "get first-order scores. Default: 15 where the rules have a first-order form, else "
             "all.",
         ),
     ] = None  # fmt: skip

@@ -98,7 +98,7 @@ def score_heads(
         direction: "mean" of the competing answers, or "strongest" for the one that the full model
             rates highest.
         exact: Number of examples that get the exact sweep, drawn equally from the labels, or
-            "all". None takes 16 where the rules have a first-order form (the presets "two-ended",
+            "all". None takes 15 where the rules have a first-order form (the presets "two-ended",
             "ablation", "stable", "shared" and "linear"), and all for other rules.
         precision: Stops the sweep earlier, when the standard error is at most this share of the
             task direction: the median over the tenth of the heads with the largest scores.
@@ -193,6 +193,7 @@ def _estimate(
     kept = None if checkpoint is None else sweep.kept(Path(checkpoint), made_from, Sampled)
     looks = 1 if budget.decide is None else len(estimator.ends(budget))
     cheap = estimator.cheap()
+    estimator.draw(first_of(cheap, parts))
 
     def collected(done: Sequence[Rows]) -> HeadScores:
         scores = collect_estimate(
@@ -216,6 +217,14 @@ def relative_error(scores: HeadScores) -> float:
     largest = scores.top(max(1, heads_at(0.1, len(scores.ranking()))), by="magnitude")
     errors = torch.tensor([scores.stderr[h.layer, h.head] for h in largest])
     return float(errors.median()) / abs(scores.direction)
+
+
+def first_of(
+    cheap: Float[Tensor, "part_and_direction example layer head"], parts: Sequence[Part]
+) -> Float[Tensor, "example layer head"]:
+    """Return the first-order score: the weighted sum of its parts."""
+    weights = torch.tensor([part.weight for part in parts])[:, None, None, None]
+    return (weights * cheap[:-1]).sum(0)
 
 
 def collect_estimate(
@@ -244,8 +253,7 @@ def collect_estimate(
     scored = torch.full((view.n_layers, view.n_heads), torch.nan)
     for head in sources:
         scored[head.layer, head.head] = 0.0
-    weights = torch.tensor([part.weight for part in parts])[:, None, None, None]
-    first = (weights * cheap[:-1]).sum(0) + scored
+    first = first_of(cheap, parts) + scored
     corrections = []
     for part, rows, own in zip(parts, done, cheap, strict=False):
         correction = torch.full_like(first, torch.nan)

@@ -56,9 +56,12 @@ def population(family: str, folder: str) -> tuple[Tensor, tuple[Tensor, ...], Te
     return cheap[:-1].mean(0), corrections, labels
 
 
-def sampled(corrections: tuple[Tensor, ...], labels: Tensor, seed: int) -> tuple[Tensor, ...]:
+def sampled(
+    corrections: tuple[Tensor, ...], labels: Tensor, seed: int, cheap: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Corrections of 24 prompts for the first part and of 12 for the second."""
-    order = sample_order([str(int(label)) for label in labels], seed)
+    key = None if cheap is None else cheap.flatten(1).sum(1).tolist()
+    order = sample_order([str(int(label)) for label in labels], seed, key)
     out = []
     for part, n in zip(corrections, (24, 12), strict=True):
         hidden = torch.full_like(part, torch.nan)
@@ -79,8 +82,9 @@ def draw(labels: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat(rows)
 
 
+@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("family", ARCHITECTURES)
-def test_it_is_unbiased_and_its_intervals_cover(family, tokenizer_folder):
+def test_it_is_unbiased_and_its_intervals_cover(family, spread, tokenizer_folder):
     """400 draws of prompts and of samples among them, against the sweep over all prompts."""
     cheap, corrections, labels = population(family, tokenizer_folder)
     truth = means(cheap + sum(corrections), labels)
@@ -88,7 +92,8 @@ def test_it_is_unbiased_and_its_intervals_cover(family, tokenizer_folder):
     found, inside, errors = [], [], []
     for seed in range(400):
         rows = draw(labels, generator)
-        own, known = labels[rows], sampled(tuple(c[rows] for c in corrections), labels[rows], seed)
+        own, g = labels[rows], cheap[rows] if spread else None
+        known = sampled(tuple(c[rows] for c in corrections), own, seed, g)
         theta = means(filled(cheap[rows], known, own), own)
         error = balanced_stderr(effects(cheap[rows], known, own).permute(1, 2, 0), own)
         freedom = degrees_of_freedom(cheap[rows], known, own)
@@ -132,10 +137,22 @@ def test_without_cheap_scores_it_is_the_sample_alone(tokenizer_folder):
     torch.testing.assert_close(freedom, degrees_of_freedom(alone, (), own))
 
 
+def test_a_sample_is_spread_over_its_key_and_each_example_is_drawn_alike():
+    labels, key = ["a"] * 40, [float((7 * i) % 40) for i in range(40)]
+    for n in (4, 8, 16):
+        taken = sorted(key[i] for i in sample_order(labels, 3, key)[:n])
+        gaps = [b - a for a, b in zip(taken, [*taken[1:], taken[0] + 40], strict=True)]
+        assert max(gaps) <= 2 * 40 / n
+    drawn = [i for seed in range(4000) for i in sample_order(labels, seed, key)[:6]]
+    counts = torch.bincount(torch.tensor(drawn), minlength=40) / 4000
+    assert float((counts - 6 / 40).abs().max()) < 4 * (0.15 * 0.85 / 4000) ** 0.5
+
+
+@pytest.mark.parametrize("key", [None, [float(-i) for i in range(36)]])
 @pytest.mark.parametrize("n", [3, 5, 24])
-def test_the_sample_takes_the_labels_in_turn(n):
+def test_the_sample_takes_the_labels_in_turn(n, key):
     labels = ["a"] * 20 + ["b"] * 12 + ["c"] * 4
-    order = sample_order(labels, 1)
+    order = sample_order(labels, 1, key)
     assert sorted(order) == list(range(36))
     counts = [[labels[i] for i in order[:n]].count(label) for label in "abc"]
     left = [min(c, m) for c, m in zip([(n + 2) // 3] * 3, (20, 12, 4), strict=True)]
@@ -143,7 +160,7 @@ def test_the_sample_takes_the_labels_in_turn(n):
     assert max(counts) - min(c for c, m in zip(counts, (20, 12, 4), strict=True) if c < m) <= 1
     assert all(c <= m for c, m in zip(counts, (20, 12, 4), strict=True))
     assert left
-    assert sample_order(labels, 1) == order != sample_order(labels, 2)
+    assert sample_order(labels, 1, key) == order != sample_order(labels, 2, key)
 
 
 def test_a_single_correction_of_a_label_gives_a_value_and_no_error():
@@ -167,30 +184,32 @@ def test_a_head_that_is_exactly_zero_has_a_score_of_zero_and_no_error():
     assert float(low) == float(high) == 0.0
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES)
-def test_a_fitted_weight_mends_cheap_scores_that_are_too_small(family, tokenizer_folder):
-    """g / 3 in place of g: b is near 3, the intervals are as narrow as with g, and they cover."""
-    cheap, corrections, labels = population(family, tokenizer_folder)
-    third = cheap / 3
-    moved = (corrections[0] + cheap - third, corrections[1])
-    truth = means(cheap + sum(corrections), labels)
+def test_a_fitted_weight_mends_cheap_scores_that_are_too_small():
+    """y = 3 g + noise: errors as with 3 g, two thirds of those with g or less, and they cover."""
     generator = torch.Generator().manual_seed(3)
-    found, inside, errors, plain = [], [], [], []
+    labels = torch.tensor([0] * 40 + [1] * 24)
+    found, inside = [], []
+    errors: dict[str, list[Tensor]] = {"fitted": [], "known": [], "plain": []}
     for seed in range(400):
-        rows = draw(labels, generator)
-        own = labels[rows]
-        plain.append(errors_of(third[rows], sampled(tuple(c[rows] for c in moved), own, seed), own))
-        g, known = fitted(third[rows], sampled(tuple(c[rows] for c in moved), own, seed), own)
-        theta, error = means(filled(g, known, own), own), errors_of(g, known, own)
-        low, high = t_interval(theta, error, degrees_of_freedom(g, known, own))
+        g = torch.randn(64, 1, 4, generator=generator) + labels[:, None, None]
+        y = 3 * g + 0.5 * torch.randn(64, 1, 4, generator=generator)
+        hidden = torch.ones(64, dtype=torch.bool)
+        hidden[sample_order([str(int(label)) for label in labels], seed)[:24]] = False
+        by_weight = {b: (y - b * g).masked_fill(hidden[:, None, None], torch.nan) for b in (1, 3)}
+        own, known = fitted(g, (by_weight[1],), labels)
+        theta, error = means(filled(own, known, labels), labels), errors_of(own, known, labels)
+        low, high = t_interval(theta, error, degrees_of_freedom(own, known, labels))
         found.append(theta)
-        errors.append(error)
-        inside.append((low <= truth) & (truth <= high))
-    assert float((torch.stack(errors).mean(0) / torch.stack(plain).mean(0)).median()) < 0.75
+        inside.append((low <= 1.5) & (high >= 1.5))
+        errors["fitted"].append(error)
+        errors["known"].append(errors_of(3 * g, (by_weight[3],), labels))
+        errors["plain"].append(errors_of(g, (by_weight[1],), labels))
+    size = {name: float(torch.stack(each).mean()) for name, each in errors.items()}
+    assert size["fitted"] < 1.1 * size["known"]
+    assert size["fitted"] < 0.7 * size["plain"]
     table = torch.stack(found)
-    bias = (table.mean(0) - truth) / (table.std(0) / math.sqrt(len(table)))
-    assert float(bias.abs().max()) < 4
-    assert 0.92 <= float(torch.stack(inside).double().mean()) <= 0.97
+    assert float(((table.mean(0) - 1.5) / (table.std(0) / 20)).abs().max()) < 4
+    assert 0.93 <= float(torch.stack(inside).double().mean()) <= 0.97
 
 
 def errors_of(cheap: Tensor, corrections: tuple[Tensor, ...], labels: Tensor) -> Tensor:
