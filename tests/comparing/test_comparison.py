@@ -16,7 +16,7 @@ from cdt_lens.core.errors import ArtifactError, InputError
 
 
 def test_the_areas_are_trapezoids_over_the_fractions():
-    curve = RankingCurve.of((0.0, 0.5, 1.0), (0.0, 1.5, 1.0))
+    curve = RankingCurve.of((0.0, 0.5, 1.0), (0, 4, 8), (0.0, 1.5, 1.0))
     assert curve.cpr == pytest.approx((0 + 1.5) / 4 + (1.5 + 1) / 4)
     assert curve.cmd == pytest.approx((1 + 0.5) / 4 + (0.5 + 0) / 4)
 

@@ -118,7 +118,8 @@ def test_a_dozen_methods_are_told_apart_without_colour():
 
 def test_a_ranking_far_off_is_cut_and_the_cut_is_told():
     result = sample.comparison()
-    wild = RankingCurve.of(result.fractions, (0.0, 0.0, -40.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0))
+    f = (0.0, 0.0, -40.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    wild = RankingCurve.of(result.fractions, result.sizes, f)
     methods = (replace(result.methods[1], signed=wild), *result.methods[2:])
     shown = panels(draw(figures.comparison(replace(result, methods=methods))))
     low, high = shown["A"].get_ylim()
