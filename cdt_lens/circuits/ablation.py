@@ -131,7 +131,7 @@ def _per_example(
     return right.float().cpu()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Measurement:
     """The metric of different circuits on the same examples.
 

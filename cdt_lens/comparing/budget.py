@@ -46,6 +46,32 @@ def sweep_price(layers: int, heads: int) -> float:
     return EXACT * method_of(f"cdt:{DEFAULT_RULES}").cost(layers, heads)
 
 
+def check_budget(
+    methods: Sequence[str], examples: Examples, budget: float, *, layers: int, heads: int
+) -> None:
+    """Refuse a budget that is too small for one example of each label.
+
+    Args:
+        methods: Names of the methods.
+        examples: The examples to draw from.
+        budget: Forward passes of one example for each method.
+        layers: Number of layers.
+        heads: Number of heads in a layer.
+
+    Raises:
+        InputError: Names the method that needs most, and the smallest budget that is enough for
+            all.
+    """
+    labels = _labels(examples)
+    least = {name: _Cost.of(method_of(name), layers, heads).least(labels) for name in methods}
+    name = max(least, key=least.__getitem__)
+    if budget < least[name]:
+        raise InputError(
+            f"budget={budget:g}: too small for {name}, which needs {math.ceil(least[name])} "
+            f"forward passes for one example of each of {labels} labels; give at least as many"
+        )
+
+
 def shares(
     methods: Sequence[str],
     examples: Examples,
@@ -69,17 +95,15 @@ def shares(
         The share of each method by its name.
 
     Raises:
-        InputError: The budget is too small for one example of each label. The message names the
-            method that needs most, and the smallest budget that is enough for all.
+        InputError: The budget is too small; see `check_budget`.
     """
-    costs = {name: _Cost.of(method_of(name), layers, heads) for name in methods}
-    labels = sum(count > 0 for count in examples.counts.values())
     if budget is not None:
-        _check(budget, costs, labels)
+        check_budget(methods, examples, budget, layers=layers, heads=heads)
     order = sample_order([example.label for example in examples], seed)
     found = {}
-    for name, cost in costs.items():
-        scored, exact = cost.counts(budget, len(examples), labels)
+    for name in methods:
+        cost = _Cost.of(method_of(name), layers, heads)
+        scored, exact = cost.counts(budget, len(examples), _labels(examples))
         chosen = tuple(examples[i] for i in sorted(order[:scored]))
         found[name] = Share(replace(examples, items=chosen), exact)
     return found
@@ -117,10 +141,6 @@ def _whole(number: float, most: int) -> int:
     return int(min(number + 1e-9, most))
 
 
-def _check(budget: float, costs: dict[str, _Cost], labels: int) -> None:
-    name, least = max(((n, cost.least(labels)) for n, cost in costs.items()), key=lambda p: p[1])
-    if budget < least:
-        raise InputError(
-            f"budget={budget:g}: too small for {name}, which needs {math.ceil(least)} forward "
-            f"passes for one example of each of {labels} labels; give at least {math.ceil(least)}"
-        )
+def _labels(examples: Examples) -> int:
+    """Return how many labels have examples."""
+    return sum(count > 0 for count in examples.counts.values())

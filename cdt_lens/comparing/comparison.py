@@ -108,7 +108,8 @@ class MethodResult(EqualByContent):
         average_precision: Average precision of the magnitudes against the planted heads.
         refused: Why the method gave no scores, or None.
         scored: Number of examples that the method scored; None if it was refused.
-        exact: Number of these that it swept to correct first-order scores; None if it corrects none.
+        exact: Number of these that it swept to correct first-order scores; None if it corrects
+            none.
     """
 
     method: str

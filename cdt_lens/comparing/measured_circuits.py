@@ -36,7 +36,7 @@ class _Measured(TypedDict):
     circuits: list[str]
 
 
-@dataclass
+@dataclass(eq=False)
 class MeasuredCircuits:
     """The task direction m(C) of circuits: every head outside of C is mean-ablated.
 
