@@ -157,21 +157,48 @@ def columns_of(comparison: Comparison) -> list[Column]:
 
 def methods(comparison: Comparison) -> Table:
     """Return the numbers of every method, and last those of random rankings."""
-    columns = columns_of(comparison)
+    caption = f"Methods on {_scored(comparison)} and {_held_out(comparison)}"
+    return _methods(comparison, columns_of(comparison), caption)
+
+
+def agreement(comparison: Comparison) -> Table:
+    """Return the columns of `methods` without the areas: agreement, cost and truth."""
+    columns = [column for column in columns_of(comparison) if _area_of(column) is None]
+    return _methods(comparison, columns, f"Agreement and cost on {_scored(comparison)} examples")
+
+
+def use(comparison: Comparison) -> Table:
+    """Return the columns of `methods` about circuits: the areas of both rankings."""
+    columns = [column for column in columns_of(comparison) if _area_of(column) is not None]
+    return _methods(comparison, columns, f"Use on {_held_out(comparison)}")
+
+
+def _methods(comparison: Comparison, columns: Sequence[Column], caption: str) -> Table:
     frame = comparison.to_dataframe()
     refused = frame["refused"].notna().tolist()
     names = [_name(*row) for row in zip(frame["method"], refused, strict=True)]
     cells = [_column(frame, column, refused) for column in columns]
     rows = [list(row) for row in zip(names, *cells, strict=True)]
     rows += [_random_row(comparison, columns)] if comparison.random else []
-    on = f"{comparison.scored} scored and {comparison.held_out} held-out examples"
-    if comparison.budget is not None:
-        on = (
-            f"up to {comparison.scored} scored examples, {comparison.budget:g} forward passes "
-            f"each, and {comparison.held_out} held-out examples"
-        )
-    caption = f"Methods on {on}; {BEST} best of the column"
-    return Table(["method", *(column.heading for column in columns)], rows, caption)
+    headings = ["method", *(column.heading for column in columns)]
+    return Table(headings, rows, f"{caption}; {BEST} best of the column")
+
+
+def _scored(comparison: Comparison) -> str:
+    if comparison.budget is None:
+        return f"{comparison.scored} scored"
+    passes = f"{comparison.budget:g} forward passes each"
+    return f"up to {comparison.scored} scored ({passes})"
+
+
+def _held_out(comparison: Comparison) -> str:
+    return f"{comparison.held_out} held-out examples"
+
+
+def _area_of(column: Column) -> str | None:
+    """Return the name of the area in a column, or None."""
+    name = column.name.removesuffix("_signed").removesuffix("_magnitude")
+    return None if name == column.name else name
 
 
 def meanings(comparison: Comparison) -> Table:
@@ -297,6 +324,6 @@ def _starred(
 
 def _random_row(comparison: Comparison, columns: Sequence[Column]) -> list[object]:
     medians = comparison.random_areas()
-    names = [column.name.removesuffix("_signed").removesuffix("_magnitude") for column in columns]
-    cells = [score(medians[name]) if name in medians else _NONE for name in names]
+    names = map(_area_of, columns)
+    cells = [_NONE if name is None else score(medians[name]) for name in names]
     return [f"random rankings (median of {len(comparison.random)})", *cells]

@@ -283,7 +283,7 @@ def test_batches_and_rows_change_nothing(tokenizer_folder):
     other = compared(tokenizer_folder, ["direct"], batch_size=4, rows=5)
     for a, b in zip(one.methods, other.methods, strict=True):
         assert a.signed.f == pytest.approx(b.signed.f, abs=1e-4)
-    assert replace(one, random=()).table().shape == (2, 9)
+    assert replace(one, random=()).table().shape == (2, 11)
 
 
 def test_a_truth_may_be_of_ones_and_zeros(tokenizer_folder):

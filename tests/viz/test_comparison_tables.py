@@ -94,8 +94,8 @@ def test_every_column_has_its_meaning():
 
 def test_the_page_says_best_in_words_and_not_by_colour():
     html = tables.methods(sample.comparison()).__html__()
-    # Spearman, Pearson and four areas.
-    assert len(re.findall('<strong><span role="img" aria-label="best">', html)) == 6
+    # Spearman, Pearson and six areas.
+    assert len(re.findall('<strong><span role="img" aria-label="best">', html)) == 8
     assert html.count("<tr>") == 1 + 12 + 1
 
 

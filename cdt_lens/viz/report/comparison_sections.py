@@ -39,7 +39,8 @@ def comparison_section(result: Comparison, id: str, _: Sequence[object]) -> Sect
         },
         figures=(drawing,),
         tables=(
-            comparison_tables.methods(result),
+            comparison_tables.agreement(result),
+            comparison_tables.use(result),
             *_tables(result),
             comparison_tables.meanings(result),
             comparison_tables.descriptions(result),
