@@ -47,7 +47,7 @@ from cdt_lens.models.provenance import hashed_once, provenance_of
 from cdt_lens.models.session import uses_model
 from cdt_lens.models.support import check_supported
 from cdt_lens.models.view import ModelView, view_of
-from cdt_lens.scoring.agreement import auroc, average_precision, compare_scores
+from cdt_lens.scoring.agreement import auroc, average_precision, pearson, spearman
 from cdt_lens.scoring.methods import DEFAULT_METHODS, METHODS, method_of
 from cdt_lens.tasks.task import Examples, check_examples
 
@@ -243,7 +243,6 @@ def _judged(
     scores = scored.scores
     if scores is None:
         return MethodResult(**measured, refused=scored.refused)
-    agreement = compare_scores(scores, exact)
     rankings = {by: scores.ranking(by) for by in RANKINGS}
     kept = {by: [tuple(sorted(r[:size])) for size in sizes] for by, r in rankings.items()}
     circuits.measure([circuit for each in kept.values() for circuit in each])
@@ -256,8 +255,8 @@ def _judged(
         **measured,
         scored=len(share.examples),
         exact=share.exact,
-        spearman=agreement.spearman,
-        pearson=agreement.pearson,
+        spearman=spearman(scores.values, exact.values),
+        pearson=pearson(scores.values, exact.values),
         signed=curves["signed"],
         magnitude=curves["magnitude"],
         seconds=scored.seconds,
