@@ -204,7 +204,8 @@ class Comparison(Saved):
     provenance: Provenance = field(repr=False)
     budget: float | None = None
     strata: Int[Tensor, " example"] | None = field(default=None, repr=False)
-    _format, _kind = "cdt_lens.comparison", "comparison"
+    # Files of version 1 hold neither values per example nor a budget.
+    _format, _kind, _version = "cdt_lens.comparison", "comparison", 2
 
     def __repr__(self) -> str:
         return display.line(self, self.model, self.task, display.few(self.names))
@@ -533,7 +534,7 @@ class PlantedComparison(Saved):
 
     circuits: Mapping[str, Annotated[Comparison, own_axes]]
     why: Mapping[str, str] = field(default_factory=dict, repr=False)
-    _format, _kind = "cdt_lens.planted_comparison", "comparison"
+    _format, _kind, _version = "cdt_lens.planted_comparison", "comparison", 2
 
     def __repr__(self) -> str:
         return display.line(self, display.few(self.methods), f"on {display.few(self.circuits)}")
