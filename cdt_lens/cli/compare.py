@@ -61,7 +61,7 @@ def compare(
     same_examples: Annotated[
         bool,
         typer.Option(
-            "--same-examples", help="No budget: every method scores all of the examples, whatever "
+            help="No budget: every method scores all of the examples, whatever "
             "they cost.",
         ),
     ] = False,
