@@ -61,8 +61,7 @@ def compare(
     same_examples: Annotated[
         bool,
         typer.Option(
-            help="No budget: every method scores all of the examples, whatever "
-            "they cost.",
+            help="No budget: every method scores all of the examples, whatever they cost."
         ),
     ] = False,
     held_out: Annotated[

@@ -118,7 +118,7 @@ def check_compare(
 
 
 def _in_words(passes: float | None) -> str:
-    return "of the same examples" if passes is None else f"{passes:g}"
+    return "none (--same-examples)" if passes is None else f"{passes:g}"
 
 
 @checked_arguments
