@@ -6,7 +6,7 @@
 # runs/nusax, and benchmarks/xnli.toml --out runs/xnli), with the data sets under data/. A run that was
 # cut off goes on where it was.
 set -euo pipefail
-compare() { cdt-lens compare --draws 3 --baseline-examples 300 "$@"; }
+compare() { cdt-lens compare --same-examples --draws 3 --baseline-examples 300 "$@"; }
 
 plain=models/smollm2-135m
 sweeps=exact,cdt:stable,cdt:shared,cdt:two-ended

@@ -24,7 +24,16 @@ from torch import Tensor, nn
 from cdt_lens.circuits.ablation import measure_circuits
 from cdt_lens.circuits.circuit import Circuit, random_heads, random_heads_like
 from cdt_lens.circuits.head_scores import HeadScores
-from cdt_lens.circuits.measures import MIB_FRACTIONS, cmd, cpr, faithfulness, heads_at, log_area
+from cdt_lens.circuits.measures import (
+    AREAS,
+    MIB_FRACTIONS,
+    area,
+    area_effects,
+    cmd,
+    cpr,
+    faithfulness,
+    heads_at,
+)
 from cdt_lens.core import display
 from cdt_lens.core.axes import along
 from cdt_lens.core.checked import checked_arguments
@@ -111,8 +120,7 @@ class FaithfulnessCurve(Saved):
         Args:
             values: f at each size.
         """
-        first = next(i for i, size in enumerate(self.sizes) if size)
-        return log_area(self.fractions[first:], values[..., first:])
+        return area("log_area", self.fractions, self.sizes, values)
 
     @checked_arguments
     def interval(self, level: Level = 0.95) -> Interval:
@@ -138,29 +146,22 @@ class FaithfulnessCurve(Saved):
 
     @checked_arguments
     def area_intervals(self, level: Level = 0.95) -> dict[str, tuple[float, float]]:
-        """Return the confidence intervals of CPR and CMD; see `interval`.
+        """Return the confidence intervals of CPR, CMD and `log_area`; see `interval`.
 
         Args:
             level: Confidence level, above 0 and below 1.
 
         Returns:
-            The lower and the upper limit by "cpr" and "cmd".
+            The lower and the upper limit by "cpr", "cmd" and "log_area".
         """
         if self.effects is None or self.strata is None:
-            return dict.fromkeys(("cpr", "cmd"), (math.nan, math.nan))
-        rows = self.effects.T.double()
-        # |1 - f| changes with f by the sign of f - 1.
-        sign = (self.faithfulness.double() - 1).sign()
-        by_example = {
-            "cpr": cpr(self.fractions, rows),
-            "cmd": torch.trapezoid(
-                sign * (rows - 1), torch.tensor(self.fractions, dtype=torch.float64), dim=-1
-            ),
-        }
-        found = {
-            name: mean_interval(values, self.strata, level) for name, values in by_example.items()
-        }
-        return {name: (float(low), float(high)) for name, (low, high) in found.items()}
+            return dict.fromkeys(AREAS, (math.nan, math.nan))
+        limits = {}
+        for name in AREAS:
+            values = area_effects(name, self.fractions, self.sizes, self.faithfulness, self.effects)
+            low, high = mean_interval(values, self.strata, level)
+            limits[str(name)] = float(low), float(high)
+        return limits
 
     def _interval(self, effects: Tensor | None, level: float) -> Interval:
         if effects is None or self.strata is None:

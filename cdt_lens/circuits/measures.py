@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cdt_lens.core.choices import Area
 from cdt_lens.core.errors import InputError
 
 # The circuit sizes at which MIB (arXiv 2504.13151, §3) integrates, as fractions of the whole.
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+AREAS: tuple[Area, ...] = get_args(Area)
 
 
 def heads_at(fraction: float, n_heads: int) -> int:
@@ -100,8 +103,58 @@ def log_area(fractions: Sequence[float], f: Float[Tensor, "*rows size"]) -> Floa
         f: Faithfulness at each size.
 
     Returns:
-        The area under f over log(fraction), divided by the axis' length; without unit.
+        The area under f over log(fraction), divided by the axis' length; without unit. NaN where
+        fewer than two shares are above 0.
     """
     used = [i for i, share in enumerate(fractions) if share > 0]
+    if len(used) < 2:
+        return torch.full_like(f[..., 0], torch.nan, dtype=torch.float64)
     across = torch.tensor([fractions[i] for i in used], dtype=torch.float64).log()
     return torch.trapezoid(f.double()[..., used], across, dim=-1) / (across[-1] - across[0])
+
+
+def area(
+    name: Area, fractions: Sequence[float], sizes: Sequence[int], f: Float[Tensor, "*rows size"]
+) -> Float[Tensor, "*rows"]:
+    """Compute an area by its name.
+
+    Args:
+        name: "cpr", "cmd" or "log_area".
+        fractions: Circuit sizes as rising shares of all heads.
+        sizes: Number of heads at each share. The logarithmic axis starts at the first head.
+        f: Faithfulness at each size.
+
+    Returns:
+        The area, without unit.
+    """
+    if name == "log_area":
+        kept = [share if size else 0.0 for share, size in zip(fractions, sizes, strict=True)]
+        return log_area(kept, f)
+    return (cpr if name == "cpr" else cmd)(fractions, f)
+
+
+def area_effects(
+    name: Area,
+    fractions: Sequence[float],
+    sizes: Sequence[int],
+    f: Float[Tensor, " size"],
+    effects: Float[Tensor, "size example"],
+) -> Float[Tensor, " example"]:
+    """Return a value per example whose mean is an area, to first order.
+
+    Args:
+        name: "cpr", "cmd" or "log_area".
+        fractions: Circuit sizes as rising shares of all heads.
+        sizes: Number of heads at each share.
+        f: Faithfulness at each size.
+        effects: For each example a value whose mean is f, by size (`intervals.ratio_effects`).
+
+    Returns:
+        The values, without unit. Those of two rankings may be subtracted before an interval is
+        made.
+    """
+    rows = effects.T.double()
+    if name == "cmd":
+        # |1 - f| changes with f by the sign of f - 1.
+        return cpr(fractions, (f.double() - 1).sign() * (rows - 1))
+    return area(name, fractions, sizes, rows)

@@ -50,22 +50,39 @@ def compare(
     train: TrainFile = None,
     valid: ValidFile = None,
     verbalizer: Verbalizer = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PASSES", help="Forward passes of one example that each method may use: a "
+            "cheap method scores more of the examples. The default is the price of an exact sweep "
+            "of 16 examples under the default rules.",
+        ),
+    ] = None,
+    same_examples: Annotated[
+        bool,
+        typer.Option(
+            help="No budget: every method scores all of the examples, whatever they cost."
+        ),
+    ] = False,
     held_out: Annotated[
         int,
         typer.Option(
             min=1, help="Number of validation examples to judge the rankings on, balanced over "
-            "the labels.",
+            "the labels; as many as there are, if there are fewer.",
         ),
-    ] = 48,
+    ] = 128,
     draws: Annotated[int, typer.Option(min=1, help="Number of random rankings.")] = 5,
     *,
     given: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Score all heads by several methods and compare their agreement, faithfulness and cost.
+    """Score all heads by several methods at equal cost and compare what they find.
 
-    Agreement is with exact mean-ablation on the scored examples. Faithfulness is the CPR and CMD of
-    each ranking on held-out examples. Cost is counted in plain forward passes. On planted circuits
-    the heads are known, and AUROC and average precision say how well a method finds them.
+    Every method has the same budget of forward passes, and scores as many of --examples as it pays
+    for. Agreement is with exact mean-ablation on the examples that the budget buys for it.
+    Faithfulness of each ranking is measured on held-out examples, with 95 % intervals, and the
+    differences between methods prompt by prompt. On planted circuits the heads are known: every
+    method scores the same examples, and AUROC and average precision say how well it finds the
+    heads.
 
     Writes `comparison.json`, `.csv` and `.png`, `report.html`, and the scores of each method.
     """
@@ -76,17 +93,19 @@ def compare(
     if (model is None) == (not planted):
         raise InputError("compare: expected either --model or --planted")
     names = checked_methods(_split(methods) if methods else DEFAULT_METHODS)
+    if budget is not None and (planted or same_examples):
+        other = "--planted" if planted else "--same-examples"
+        raise InputError(f"compare: expected either --budget or {other}, got both")
     if planted:
         _compare_planted(planted, names, out, draws, given)
         return
     files = {"train": train, "valid": valid}
     settings = settings_of({"model": model, **given}, files, verbalizer)
     settings.require_valid("compare")
-    check = partial(experiments.check_compare, held_out=held_out)
-    run = runs.start_run(settings, out, say, check)
-    show_comparison(
-        experiments.compare_run(run, say, methods=names, held_out=held_out, draws=draws)
-    )
+    passes = None if same_examples else "sweep" if budget is None else budget
+    how: dict[str, Any] = {"budget": passes, "held_out": held_out}
+    run = runs.start_run(settings, out, say, partial(experiments.check_compare, **how))
+    show_comparison(experiments.compare_run(run, say, methods=names, draws=draws, **how))
     tell(str(out / "report.html"))
 
 

@@ -12,7 +12,6 @@ from cdt_lens.core.errors import InputError
 
 # The files that show a folder's result, the most of it first.
 _RESULTS = ("adapter.json", "result.json", "comparison.json", "circuit.json")
-_AGREEMENT = ("Spearman", "Pearson", "forward passes", "time")
 
 
 def show_transfer(result: Any) -> None:
@@ -99,14 +98,19 @@ def tell_graph(graph: Any, limit: int = 12) -> None:
 
 
 def show_comparison(result: Any) -> None:
-    """Print agreement and cost, then faithfulness, then the methods that were refused."""
-    table = result.table()
-    _tell_frame(table[["method", *(c for c in table if c in _AGREEMENT)]])
-    _tell_frame(table[[c for c in table if c not in _AGREEMENT]])
+    """Print agreement and cost, then faithfulness, then what differs and what was refused."""
+    from cdt_lens.viz.comparison_tables import agreement, differences, use
+
+    for table in (agreement(result), use(result)):
+        _tell_frame(table.to_dataframe())
     tell(
         "* the best of its column; Spearman and Pearson with exact mean-ablation on "
-        f"{result.scored} examples of {result.task}, CPR and CMD on {result.held_out} held out"
+        f"{result.methods[0].scored} examples of {result.task}, areas on {result.held_out} held out"
     )
+    real = differences(result)
+    if real.rows:
+        tell(real.caption)
+        _tell_frame(real.to_dataframe())
     tell(
         f"task direction on the held-out examples: {result.full:.3f} logits with all heads, "
         f"{result.empty:.3f} with none"

@@ -2,7 +2,8 @@
 
 1. The inputs are checked, then m(full) and m(empty) are measured on the held-out examples. A task
    in which the heads change nothing is refused before the first sweep.
-2. Each method scores all heads, against the clock (`timed_scores`).
+2. Each method scores all heads, against the clock (`timed_scores`), on the examples that it may
+   use (`budget`).
 3. The circuits of its two rankings, and those of random rankings, are measured on the held-out
    examples (`measured_circuits`). The result is a `Comparison`.
 
@@ -13,6 +14,7 @@ at most one batch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from cdt_lens.circuits.circuit import random_heads
 from cdt_lens.circuits.faithfulness import checked_fractions
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.measures import MIB_FRACTIONS, heads_at
+from cdt_lens.comparing.budget import Share, shares
 from cdt_lens.comparing.comparison import (
     RANKINGS,
     YARDSTICK,
@@ -34,16 +37,17 @@ from cdt_lens.comparing.comparison import (
 from cdt_lens.comparing.measured_circuits import MeasuredCircuits
 from cdt_lens.comparing.timed_scores import TimedScorer, TimedScores
 from cdt_lens.core.checked import checked_arguments
-from cdt_lens.core.choices import Count, Seed
+from cdt_lens.core.choices import Count, Positive, Seed
 from cdt_lens.core.errors import InputError, NonFiniteError
 from cdt_lens.core.kept import Say
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.caller_hooks import caller_hooks
-from cdt_lens.models.provenance import provenance_of
+from cdt_lens.models.heads import Head
+from cdt_lens.models.provenance import hashed_once, provenance_of
 from cdt_lens.models.session import uses_model
 from cdt_lens.models.support import check_supported
 from cdt_lens.models.view import ModelView, view_of
-from cdt_lens.scoring.agreement import auroc, average_precision, compare_scores
+from cdt_lens.scoring.agreement import auroc, average_precision, pearson, spearman
 from cdt_lens.scoring.methods import DEFAULT_METHODS, METHODS, method_of
 from cdt_lens.tasks.task import Examples, check_examples
 
@@ -60,6 +64,7 @@ def compare_methods(
     baseline: Baseline,
     methods: Iterable[str] = DEFAULT_METHODS,
     *,
+    budget: Positive | None = None,
     truth: Any = None,
     fractions: Sequence[float] = MIB_FRACTIONS,
     draws: Count = 5,
@@ -77,14 +82,17 @@ def compare_methods(
 
     Args:
         model: A TransformerLens model or its `ModelView`.
-        train: The examples to score.
+        train: The examples to score, or to draw from if there is a budget.
         valid: The held-out examples on which faithfulness is measured.
         baseline: The values that ablated heads take.
         methods: Names of the methods (`METHODS`, or choices spelt out).
+        budget: Forward passes of one example that each method may use. A method scores as many
+            examples as it pays for, drawn equally from the labels. None lets every method score
+            all of `train`.
         truth: Mask `[layer, head]` of the heads of a planted circuit, or None.
         fractions: Shares of all heads at which rankings are measured.
         draws: Number of random rankings.
-        seed: Seed of the random rankings and of methods that draw.
+        seed: Seed of the random rankings, of methods that draw, and of the examples of a budget.
         folder: Folder that keeps each method's scores and each circuit's metric. A call with the
             same model, data and baseline resumes there. None keeps nothing.
         batch_size: Number of examples per batch.
@@ -97,10 +105,10 @@ def compare_methods(
         One result per method: agreement with the yardstick, faithfulness, and cost.
 
     Raises:
-        InputError: A method is unknown, there are no examples, all held-out examples were scored
-            as well, the truth is no mask of the heads, no head changes anything on the held-out
-            examples, or a folder is given for a model with hooks of the caller's, which the files
-            in it could not identify.
+        InputError: A method is unknown, there are no examples, the budget is too small for one
+            example of each label, all held-out examples were scored as well, the truth is no mask
+            of the heads, no head changes anything on the held-out examples, or a folder is given
+            for a model with hooks of the caller's, which the files in it could not identify.
         UnsupportedModelError: A component of the model has no rule.
         NonFiniteError: The yardstick itself left the finite range.
     """
@@ -111,6 +119,7 @@ def compare_methods(
     shared = _check(view, train, valid, baseline, say)
     mask = None if truth is None else _mask(truth, (view.n_layers, view.n_heads))
     check_supported(view)
+    given = shares(names, train, budget, layers=view.n_layers, heads=view.n_heads, seed=seed)
     place = None if folder is None else Path(folder)
     if place is not None and caller_hooks(view.tl):
         raise InputError(
@@ -121,8 +130,12 @@ def compare_methods(
     how: dict[str, Any] = {"batch_size": batch_size, "rows": rows, "progress": progress}
     kept_at = None if place is None else place / "circuits.json"
     circuits = MeasuredCircuits(view, valid, baseline, kept_at, say, **how)
-    scorer = TimedScorer(view, train, baseline, place, say, seed, **how)
-    scored = [scorer.score(name) for name in names]
+    with hashed_once():
+        scorer = TimedScorer(view, train, baseline, place, say, seed, **how)
+        scored = [
+            replace(scorer, examples=own.examples, exact=own.exact).score(name)
+            for name, own in given.items()
+        ]
     exact = scored[0].scores
     if exact is None:
         raise NonFiniteError(f"the yardstick was refused: {scored[0].refused}")
@@ -130,12 +143,12 @@ def compare_methods(
     results = []
     for each in scored:
         say(f"faithfulness: {each.method}")
-        results.append(_judged(each, exact, mask, circuits, fractions, sizes))
+        results.append(_judged(each, given[each.method], exact, mask, circuits, fractions, sizes))
     say("faithfulness: random rankings")
     options = {
-        "methods": list(names), "draws": draws, "metric": "direction", "held_out": valid.name,
-        "held_out_hash": valid.hash, "held_out_scored": shared, "baseline": baseline.kind,
-        "baseline_hash": baseline.hash, "batch_size": batch_size,
+        "methods": list(names), "budget": budget, "draws": draws, "metric": "direction",
+        "held_out": valid.name, "held_out_hash": valid.hash, "held_out_scored": shared,
+        "baseline": baseline.kind, "baseline_hash": baseline.hash, "batch_size": batch_size,
         "threads": torch.get_num_threads(), "device": str(view.device),
         "dtype": str(view.dtype)[6:],
     }  # fmt: skip
@@ -150,6 +163,8 @@ def compare_methods(
         full=circuits.full,
         empty=circuits.empty,
         provenance=provenance_of(view, train, options=options, seed=seed),
+        budget=budget,
+        strata=circuits.strata,
     )
 
 
@@ -213,6 +228,7 @@ def _mask(truth: Any, shape: tuple[int, int]) -> Bool[Tensor, "layer head"]:
 
 def _judged(
     scored: TimedScores,
+    share: Share,
     exact: HeadScores,
     truth: Bool[Tensor, "layer head"] | None,
     circuits: MeasuredCircuits,
@@ -227,24 +243,35 @@ def _judged(
     scores = scored.scores
     if scores is None:
         return MethodResult(**measured, refused=scored.refused)
-    agreement = compare_scores(scores, exact)
     rankings = {by: scores.ranking(by) for by in RANKINGS}
     kept = {by: [tuple(sorted(r[:size])) for size in sizes] for by, r in rankings.items()}
     circuits.measure([circuit for each in kept.values() for circuit in each])
-    curves = {by: RankingCurve.of(fractions, circuits.curve(each)) for by, each in kept.items()}
+    curves = {by: _curve(circuits, each, fractions, sizes) for by, each in kept.items()}
     if truth is not None:
         magnitude = _magnitude(scores)
         measured["auroc"] = auroc(magnitude, truth)
         measured["average_precision"] = average_precision(magnitude, truth)
     return MethodResult(
         **measured,
-        spearman=agreement.spearman,
-        pearson=agreement.pearson,
+        scored=len(share.examples),
+        exact=share.exact,
+        spearman=spearman(scores.values, exact.values),
+        pearson=pearson(scores.values, exact.values),
         signed=curves["signed"],
         magnitude=curves["magnitude"],
         seconds=scored.seconds,
         forward_passes=scored.passes,
     )
+
+
+def _curve(
+    circuits: MeasuredCircuits,
+    kept: Sequence[tuple[Head, ...]],
+    fractions: tuple[float, ...],
+    sizes: tuple[int, ...],
+) -> RankingCurve:
+    """Return the curve through circuits of growing size."""
+    return RankingCurve.of(fractions, sizes, circuits.curve(kept), circuits.effects(kept))
 
 
 def _magnitude(scores: HeadScores) -> Float[Tensor, "layer head"]:
@@ -267,4 +294,4 @@ def _random_rankings(
         [random_heads(size, *shape, seed=seed + draw) for size in sizes] for draw in range(draws)
     ]
     circuits.measure([circuit for each in drawn for circuit in each])
-    return tuple(RankingCurve.of(fractions, circuits.curve(each)) for each in drawn)
+    return tuple(_curve(circuits, each, fractions, sizes) for each in drawn)

@@ -1,9 +1,11 @@
 """`Comparison`: methods of scoring heads side by side, on one model and one task.
 
-1. Every method scores all heads on the same examples.
+1. Every method scores all heads: on the same examples, or on as many as it pays for at equal cost.
 2. Agreement: rank and linear correlation with exact mean-ablation of single heads, the yardstick.
 3. Use: the top heads are kept and the rest mean-ablated on held-out examples; f over the share of
-   heads kept gives CPR and CMD (MIB, arXiv 2504.13151), ranking by the score and by its magnitude.
+   heads kept gives CPR and CMD (MIB, arXiv 2504.13151) and an area on a logarithmic axis, ranking
+   by the score and by its magnitude. Intervals are over the held-out examples, and differences of
+   two methods are paired.
 4. Cost: seconds, and these as a multiple of one plain forward pass of the scored examples.
 5. Truth, where a circuit was planted: AUROC and average precision of the magnitudes.
 """
@@ -12,35 +14,39 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import pandas as pd
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from cdt_lens.circuits.measures import cmd, cpr
+from cdt_lens.circuits.measures import AREAS, area, area_effects
 from cdt_lens.core import display
 from cdt_lens.core.axes import along, own_axes
 from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Area, Level, Ranking
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.provenance import Provenance
+from cdt_lens.tasks.intervals import mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 YARDSTICK = "exact"  # the method that the others' scores are compared with
-RANKINGS: tuple[Literal["signed", "magnitude"], ...] = ("signed", "magnitude")
+RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
 # Whether a measure is better when large (+1) or small (-1).
 Measure = Literal[
-    "spearman", "pearson", "cpr", "cmd", "auroc", "average_precision", "seconds", "forward_passes"
-]
+    "spearman", "pearson", "cpr", "cmd", "log_area", "auroc", "average_precision", "seconds",
+    "forward_passes",
+]  # fmt: skip
 _BETTER: Mapping[Measure, int] = {
-    "spearman": 1, "pearson": 1, "cpr": 1, "cmd": -1, "auroc": 1, "average_precision": 1,
-    "seconds": -1, "forward_passes": -1,
+    "spearman": 1, "pearson": 1, "cpr": 1, "cmd": -1, "log_area": 1, "auroc": 1,
+    "average_precision": 1, "seconds": -1, "forward_passes": -1,
 }  # fmt: skip
 _NUMBERS = ("spearman", "pearson", "seconds", "forward_passes", "auroc", "average_precision")
 
@@ -53,17 +59,36 @@ class RankingCurve(EqualByContent):
         f: f at each size, without unit: 1 as the full model, 0 as no heads.
         cpr: Area under f.
         cmd: Area under |1 - f|.
+        log_area: Mean of f over sizes on a logarithmic axis, from the first size with a head.
+        effects: For each held-out example a value whose mean over `Comparison.strata` is f, by
+            size; None in files of earlier versions, which have no intervals.
     """
 
     f: Annotated[tuple[float, ...], along("size")] = field(repr=False)
     cpr: float
     cmd: float
+    log_area: float = math.nan
+    effects: Float[Tensor, "size example"] | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, fractions: Sequence[float], f: Sequence[float]) -> RankingCurve:
-        """Return the curve through `f`, which has one value per fraction of the heads."""
+    def of(
+        cls,
+        fractions: Sequence[float],
+        sizes: Sequence[int],
+        f: Sequence[float],
+        effects: Float[Tensor, "size example"] | None = None,
+    ) -> RankingCurve:
+        """Return the curve through `f`.
+
+        Args:
+            fractions: Shares of all heads.
+            sizes: Number of heads at each share.
+            f: f at each share.
+            effects: The values per example, by share.
+        """
         values = torch.tensor(f, dtype=torch.float64)
-        return cls(tuple(f), float(cpr(fractions, values)), float(cmd(fractions, values)))
+        areas = {name: float(area(name, fractions, sizes, values)) for name in AREAS}
+        return cls(tuple(f), **areas, effects=effects)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +107,9 @@ class MethodResult(EqualByContent):
         auroc: Area under the ROC curve of the magnitudes against the planted heads, from 0 to 1.
         average_precision: Average precision of the magnitudes against the planted heads.
         refused: Why the method gave no scores, or None.
+        scored: Number of examples that the method scored; None if it was refused.
+        exact: Number of these that it swept to correct first-order scores; None if it corrects
+            none.
     """
 
     method: str
@@ -95,6 +123,8 @@ class MethodResult(EqualByContent):
     auroc: float = math.nan
     average_precision: float = math.nan
     refused: str | None = None
+    scored: int | None = None
+    exact: int | None = None
 
     def __repr__(self) -> str:
         measures: tuple[Measure, ...] = (
@@ -112,7 +142,7 @@ class MethodResult(EqualByContent):
         return display.html(f"{self.method}: {self.description}", self.to_dataframe())
 
     @checked_arguments
-    def curve(self, by: Literal["signed", "magnitude"]) -> RankingCurve | None:
+    def curve(self, by: Ranking) -> RankingCurve | None:
         """Return the curve of one ranking, or None if the method was refused.
 
         Args:
@@ -124,17 +154,17 @@ class MethodResult(EqualByContent):
         return self.signed if by == "signed" else self.magnitude
 
     @checked_arguments
-    def value(self, measure: Measure, by: Literal["signed", "magnitude"] | None = None) -> float:
+    def value(self, measure: Measure, by: Ranking | None = None) -> float:
         """Return one number by name.
 
         Args:
             measure: Name of the number, such as "spearman" or "cpr".
-            by: The ranking of "cpr" and "cmd"; None takes the better of the two.
+            by: The ranking of "cpr", "cmd" and "log_area"; None takes the better of the two.
 
         Raises:
             InputError: The measure or the ranking is unknown.
         """
-        if measure not in ("cpr", "cmd"):
+        if measure not in AREAS:
             return float(getattr(self, measure))
         curves = [self.curve(each) for each in (RANKINGS if by is None else (by,))]
         areas = [getattr(curve, measure) for curve in curves if curve is not None]
@@ -150,13 +180,16 @@ class Comparison(Saved):
         fractions: Shares of all heads at which rankings were measured.
         sizes: Number of heads at each fraction.
         random: Curves of random rankings.
-        scored: Number of scored examples.
+        scored: Number of examples to score; with a budget, the most that a method scores.
         held_out: Number of held-out examples.
-        direction: Label-balanced mean task direction of the full model on the scored examples, in
-            logits.
+        direction: Label-balanced mean task direction of the full model on the examples that the
+            yardstick scores, in logits.
         full: The same on the held-out examples, in logits.
         empty: The same on the held-out examples with every head ablated, in logits.
         provenance: Model, examples and options of the comparison.
+        budget: Forward passes of one example that each method may use; None if every method scores
+            all examples.
+        strata: Number of each held-out example's label; None in files of earlier versions.
     """
 
     methods: tuple[MethodResult, ...]
@@ -169,7 +202,10 @@ class Comparison(Saved):
     full: float
     empty: float
     provenance: Provenance = field(repr=False)
-    _format, _kind = "cdt_lens.comparison", "comparison"
+    budget: float | None = None
+    strata: Int[Tensor, " example"] | None = field(default=None, repr=False)
+    # Files of version 1 hold neither values per example nor a budget.
+    _format, _kind, _version = "cdt_lens.comparison", "comparison", 2
 
     def __repr__(self) -> str:
         return display.line(self, self.model, self.task, display.few(self.names))
@@ -196,16 +232,14 @@ class Comparison(Saved):
         return result
 
     @checked_arguments
-    def best(
-        self, measure: Measure, by: Literal["signed", "magnitude"] | None = None
-    ) -> MethodResult | None:
+    def best(self, measure: Measure, by: Ranking | None = None) -> MethodResult | None:
         """Return the method with the best value, or None if nothing was measured.
 
         Args:
             measure: "spearman" or "pearson" (without the yardstick, whose value is 1 by
-                definition), "cpr" or "cmd", "auroc", "average_precision", "seconds" or
+                definition), "cpr", "cmd" or "log_area", "auroc", "average_precision", "seconds" or
                 "forward_passes".
-            by: The ranking of "cpr" and "cmd"; None takes the better of the two.
+            by: The ranking of "cpr", "cmd" and "log_area"; None takes the better of the two.
 
         Returns:
             The name of the method; of equal values the first.
@@ -230,11 +264,131 @@ class Comparison(Saved):
         return pd.DataFrame([_row(each) for each in self.methods])
 
     def random_areas(self) -> dict[str, float]:
-        """Return the median CPR and CMD of the random rankings."""
+        """Return the median CPR, CMD and `log_area` of the random rankings."""
         return {
             name: statistics.median([getattr(c, name) for c in self.random] or [math.nan])
-            for name in ("cpr", "cmd")
+            for name in AREAS
         }
+
+    @checked_arguments
+    def faithfulness(self, level: Level = 0.95) -> pd.DataFrame:
+        """Return f of every ranking at each size that keeps a head.
+
+        Args:
+            level: Level of the confidence intervals over the population of prompts.
+
+        Returns:
+            One row per method, ranking and size: `method`, `by`, `heads`, `fraction`, `f`, and the
+            limits `low` and `high`, without unit; NaN in files of earlier versions.
+        """
+        rows = []
+        for method, by, curve in self._curves():
+            limits = self._limits(curve.effects, level, len(curve.f))
+            rows += [
+                (method, by, *point)
+                for point in zip(self.sizes, self.fractions, curve.f, *limits, strict=True)
+                if point[0]
+            ]
+        return pd.DataFrame(rows, columns=["method", "by", "heads", "fraction", "f", "low", "high"])
+
+    @checked_arguments
+    def areas(self, level: Level = 0.95) -> pd.DataFrame:
+        """Return CPR, CMD and `log_area` of every ranking.
+
+        Args:
+            level: Level of the confidence intervals over the population of prompts.
+
+        Returns:
+            One row per method, ranking and area: `method`, `by`, `area`, `value`, and the limits
+            `low` and `high`, without unit; NaN in files of earlier versions.
+        """
+        rows = []
+        for method, by, curve in self._curves():
+            for name in AREAS:
+                ((low,), (high,)) = self._limits(self._by_example(curve, name), level)
+                rows.append((method, by, name, getattr(curve, name), low, high))
+        return pd.DataFrame(rows, columns=["method", "by", "area", "value", "low", "high"])
+
+    @checked_arguments
+    def differences(
+        self,
+        measure: Area = "log_area",
+        by: Ranking = "signed",
+        reference: str | None = None,
+        level: Level = 0.95,
+    ) -> pd.DataFrame:
+        """Compare an area of every method with that of a reference, prompt by prompt.
+
+        The circuits of both are measured on the same held-out prompts, so that the spread of the
+        difference is that of the differences per prompt.
+
+        Args:
+            measure: The area: "cpr", "cmd" or "log_area".
+            by: Rank heads by their "signed" score or by its "magnitude".
+            reference: Name of a method. None takes the best, whose lead is then a little too large:
+                it was chosen on the same prompts.
+            level: Level of the confidence intervals over the population of prompts.
+
+        Returns:
+            One row per other method: `method`, `reference`, `difference` of the areas (method minus
+            reference, without unit), its limits `low` and `high`, and whether these leave 0 out
+            (`real`).
+
+        Raises:
+            InputError: There is no such method, or it was refused.
+        """
+        columns = ["method", "reference", "difference", "low", "high", "real"]
+        name, base = self._reference(measure, by, reference)
+        rows = []
+        for each in self.methods:
+            own = each.curve(by)
+            if own is not None and base is not None and each.method != name:
+                found = self._difference(own, base, measure, level)
+                rows.append((each.method, name, *found))
+        return pd.DataFrame(rows, columns=columns)
+
+    def _curves(self) -> Iterator[tuple[str, Ranking, RankingCurve]]:
+        for each in self.methods:
+            for by in RANKINGS:
+                curve = each.curve(by)
+                if curve is not None:
+                    yield each.method, by, curve
+
+    def _limits(
+        self, values: Float[Tensor, "row example"] | None, level: float, rows: int = 1
+    ) -> tuple[list[float], list[float]]:
+        """Return the limits of each row; NaN where the values per example are not known."""
+        if values is None or self.strata is None:
+            return [math.nan] * rows, [math.nan] * rows
+        low, high = mean_interval(values, self.strata, level)
+        return low.tolist(), high.tolist()
+
+    def _reference(
+        self, measure: Area, by: Ranking, name: str | None
+    ) -> tuple[str, RankingCurve | None]:
+        """Return the method that others are compared with; no curve if nothing was measured."""
+        chosen = self.best(measure, by) if name is None else self[name]
+        curve = None if chosen is None else chosen.curve(by)
+        if name is not None and curve is None:
+            raise InputError(
+                f"reference {name!r}: this method was refused, so it has no areas; name another one"
+            )
+        return ("" if chosen is None else chosen.method), curve
+
+    def _difference(
+        self, own: RankingCurve, base: RankingCurve, name: Area, level: float
+    ) -> tuple[float, float, float, bool]:
+        """Return the difference of an area, its limits, and whether these leave 0 out."""
+        one, other = self._by_example(own, name), self._by_example(base, name)
+        known = None if one is None or other is None else one - other
+        ((low,), (high,)) = self._limits(known, level)
+        return getattr(own, name) - getattr(base, name), low, high, low > 0 or high < 0
+
+    def _by_example(self, curve: RankingCurve, name: Area) -> Float[Tensor, "1 example"] | None:
+        if curve.effects is None:
+            return None
+        f = torch.tensor(curve.f, dtype=torch.float64)
+        return area_effects(name, self.fractions, self.sizes, f, curve.effects)[None]
 
     def table(self) -> pd.DataFrame:
         """Return the numbers as text, with `*` at the best of a column other than the yardstick."""
@@ -250,50 +404,80 @@ class Comparison(Saved):
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested values; unknown numbers are None."""
         return {
-            "methods": [_without_nan(asdict(each)) for each in self.methods],
+            "methods": [_plain(each) for each in self.methods],
             "fractions": list(self.fractions),
             "sizes": list(self.sizes),
-            "random": [asdict(each) for each in self.random],
+            "random": [_plain(each) for each in self.random],
             "scored": self.scored,
             "held_out": self.held_out,
             "direction": self.direction,
             "full": self.full,
             "empty": self.empty,
             "provenance": self.provenance.to_dict(),
+            "budget": self.budget,
         }
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the values per example by name, which `to_dict` leaves out."""
+        curves = {
+            f"methods.{number}.{by}": each.curve(by)
+            for number, each in enumerate(self.methods)
+            for by in RANKINGS
+        }
+        curves |= {f"random.{number}": curve for number, curve in enumerate(self.random)}
+        values = {name: None if curve is None else curve.effects for name, curve in curves.items()}
+        known = {name: value for name, value in values.items() if value is not None}
+        return known if self.strata is None else known | {"strata": self.strata}
+
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Comparison:
-        """Return the comparison that `to_dict` converted."""
+    def from_dict(
+        cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+    ) -> Comparison:
+        """Return the comparison that `to_dict` converted.
+
+        Args:
+            values: The plain values.
+            tensors: The values per example by name; without them intervals are not known.
+        """
         _check_once("methods", [each["method"] for each in values["methods"]])
+        tensors = tensors or {}
+        axis = values["fractions"], values["sizes"]
         return cls(
-            methods=tuple(_method(each) for each in values["methods"]),
+            methods=tuple(
+                _method(each, values["scored"], f"methods.{number}", axis, tensors)
+                for number, each in enumerate(values["methods"])
+            ),
             fractions=tuple(values["fractions"]),
             sizes=tuple(values["sizes"]),
-            random=tuple(_curve(each) for each in values["random"]),
+            random=tuple(
+                _curve(each, axis, tensors.get(f"random.{number}"))
+                for number, each in enumerate(values["random"])
+            ),
             scored=values["scored"],
             held_out=values["held_out"],
             direction=values["direction"],
             full=values["full"],
             empty=values["empty"],
             provenance=Provenance.from_dict(values["provenance"]),
+            budget=values.get("budget"),
+            strata=tensors.get("strata"),
         )
 
     def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
-        return self.to_dict(), {}
+        return self.to_dict(), self._tensors()
 
     @classmethod
     def _from_file(cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Comparison:
-        return cls.from_dict(body)
+        return cls.from_dict(body, tensors)
 
 
 def _row(result: MethodResult) -> dict[str, Any]:
     row: dict[str, Any] = {"method": result.method}
     row |= {"spearman": result.spearman, "pearson": result.pearson}
-    for measure in ("cpr", "cmd"):
+    for measure in AREAS:
         row |= {f"{measure}_{by}": result.value(measure, by) for by in RANKINGS}
     row |= {name: getattr(result, name) for name in _NUMBERS[2:]}
-    return row | {"refused": result.refused}
+    return row | {"scored": result.scored, "exact": result.exact, "refused": result.refused}
 
 
 def _best_of(values: Sequence[float], measure: Measure) -> float:
@@ -307,22 +491,36 @@ def _check_once(what: str, names: Sequence[str]) -> None:
         raise ValueError(f"{what}: {how}; expected at least one, each once")
 
 
-def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
+def _plain(value: Any) -> Any:
+    """Return a value as JSON, without the tensors in it."""
+    if isinstance(value, MethodResult | RankingCurve):
+        own = {item.name: getattr(value, item.name) for item in fields(value)}
+        return {name: _plain(v) for name, v in own.items() if name != "effects"}
     # JSON has no NaN.
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _method(values: Mapping[str, Any]) -> MethodResult:
-    given = dict(values)
+# Shares of all heads, and the number of heads at each.
+_Axis = tuple[Sequence[float], Sequence[int]]
+
+
+def _method(
+    values: Mapping[str, Any], scored: int, prefix: str, axis: _Axis, tensors: Mapping[str, Tensor]
+) -> MethodResult:
+    # In files of earlier versions every method scored the same examples.
+    given = {"scored": None if values["refused"] else scored, **values}
     for name in _NUMBERS:
         given[name] = math.nan if given[name] is None else float(given[name])
     for by in RANKINGS:
-        given[by] = None if given[by] is None else _curve(given[by])
+        effects = tensors.get(f"{prefix}.{by}")
+        given[by] = None if given[by] is None else _curve(given[by], axis, effects)
     return MethodResult(**given)
 
 
-def _curve(values: Mapping[str, Any]) -> RankingCurve:
-    return RankingCurve(tuple(values["f"]), values["cpr"], values["cmd"])
+def _curve(values: Mapping[str, Any], axis: _Axis, effects: Tensor | None) -> RankingCurve:
+    # Files of earlier versions hold no area on the logarithmic axis.
+    log_area = RankingCurve.of(*axis, values["f"]).log_area
+    return RankingCurve(tuple(values["f"]), values["cpr"], values["cmd"], log_area, effects)
 
 
 @dataclass(frozen=True, eq=False)
@@ -336,7 +534,7 @@ class PlantedComparison(Saved):
 
     circuits: Mapping[str, Annotated[Comparison, own_axes]]
     why: Mapping[str, str] = field(default_factory=dict, repr=False)
-    _format, _kind = "cdt_lens.planted_comparison", "comparison"
+    _format, _kind, _version = "cdt_lens.planted_comparison", "comparison", 2
 
     def __repr__(self) -> str:
         return display.line(self, display.few(self.methods), f"on {display.few(self.circuits)}")
@@ -389,11 +587,26 @@ class PlantedComparison(Saved):
 
     def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         circuits = [{"name": name, **each.to_dict()} for name, each in self.circuits.items()]
-        return {"circuits": circuits, "why": dict(self.why)}, {}
+        tensors = {
+            f"{circuit}.{name}": value
+            for circuit, each in self.circuits.items()
+            for name, value in each._tensors().items()
+        }
+        return {"circuits": circuits, "why": dict(self.why)}, tensors
 
     @classmethod
     def _from_file(
         cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> PlantedComparison:
         _check_once("circuits", [each["name"] for each in body["circuits"]])
-        return cls({v["name"]: Comparison.from_dict(v) for v in body["circuits"]}, body["why"])
+        circuits = {
+            each["name"]: Comparison.from_dict(each, _below(each["name"], tensors))
+            for each in body["circuits"]
+        }
+        return cls(circuits, body["why"])
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix and a dot, by the rest of their names."""
+    start = f"{prefix}."
+    return {name[len(start) :]: v for name, v in tensors.items() if name.startswith(start)}

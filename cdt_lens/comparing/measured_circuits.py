@@ -10,9 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from typing_extensions import TypedDict
 
-from cdt_lens.circuits.ablation import measure_circuits
+from cdt_lens.circuits.ablation import Measurement, measure_circuits
 from cdt_lens.circuits.faithfulness import f_of
 from cdt_lens.core.kept import Kept, Say
 from cdt_lens.core.passes import Passes
@@ -20,6 +23,7 @@ from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import model_key
 from cdt_lens.models.view import ModelView
+from cdt_lens.tasks.metrics import label_numbers
 from cdt_lens.tasks.task import Examples
 
 Heads = tuple[Head, ...]
@@ -27,10 +31,12 @@ _FORMAT = "cdt_lens.measured_circuits"
 
 
 class _Measured(TypedDict):
-    metric: dict[str, float]
+    """The names of the circuits; their rows are in the tensor "table"."""
+
+    circuits: list[str]
 
 
-@dataclass
+@dataclass(eq=False)
 class MeasuredCircuits:
     """The task direction m(C) of circuits: every head outside of C is mean-ablated.
 
@@ -43,7 +49,8 @@ class MeasuredCircuits:
         batch_size: Examples in a batch.
         rows: (circuit x example) rows in a forward pass; chosen from `batch_size` if None.
         progress: Whether to show a progress bar.
-        metric: m(C) in logits, by the names of the heads of C.
+        by_example: m(C) of each example in logits, by the names of the heads of C.
+        strata: Number of each example's label, over which m(C) is averaged.
         full: m of all heads, in logits, measured on construction.
         empty: m of no heads, in logits, measured on construction.
 
@@ -59,22 +66,38 @@ class MeasuredCircuits:
     batch_size: int = 16
     rows: int | None = None
     progress: bool = True
-    metric: dict[str, float] = field(init=False, default_factory=dict, repr=False)
+    by_example: dict[str, Float[Tensor, " example"]] = field(
+        init=False, default_factory=dict, repr=False
+    )
+    strata: Int[Tensor, " example"] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         made_from = {
             "model": model_key(self.view), "data": self.examples.hash,
-            "baseline": self.baseline.hash,
+            # Files of another form hold the mean over the examples alone.
+            "baseline": self.baseline.hash, "form": "by example",
         }  # fmt: skip
         self._kept = (
             None if self.path is None else Kept(self.path, _FORMAT, made_from, holds=_Measured)
         )
-        kept = None if self._kept is None else self._kept.reuse(self.say)
-        self.metric = {} if kept is None else dict(kept["metric"])
-        everyone = all_heads(self.view.n_layers, self.view.n_heads)
-        self.measure([everyone, ()])
-        self.full, self.empty = self.metric[_name(everyone)], self.metric[_name(())]
-        self.f(everyone)  # refuses where there is nothing to explain
+        self.strata = label_numbers([e.label for e in self.examples], self.examples.labels)
+        self.by_example = self._known()
+        self._everyone = all_heads(self.view.n_layers, self.view.n_heads)
+        self.measure([self._everyone, ()])
+        self.full, self.empty = self._mean(self._everyone), self._mean(())
+        self.f(self._everyone)  # refuses where there is nothing to explain
+
+    def _known(self) -> dict[str, Tensor]:
+        """Return what an earlier call measured."""
+        kept = None if self._kept is None else self._kept.reuse_with_tensors(self.say)
+        if kept is None:
+            return {}
+        body, tensors = kept
+        table = tensors.get("table", torch.empty(0))
+        if table.shape != (len(body["circuits"]), len(self.examples)):
+            self.say(f"{self.path}: damaged: values are missing; making it again")
+            return {}
+        return dict(zip(body["circuits"], table, strict=True))
 
     def measure(self, circuits: Iterable[Heads]) -> None:
         """Measure m(C) of the circuits that are not known yet, and keep the values.
@@ -82,16 +105,18 @@ class MeasuredCircuits:
         Args:
             circuits: The heads of each circuit, in any order.
         """
-        wanted = [c for c in dict.fromkeys(circuits) if _name(c) not in self.metric]
+        wanted = [c for c in dict.fromkeys(circuits) if _name(c) not in self.by_example]
         if not wanted:
             return
         measured = measure_circuits(
             self.view, wanted, self.examples, self.baseline,
             passes=Passes(self.batch_size, self.rows, self.progress),
-        ).means()  # fmt: skip
-        self.metric |= {_name(circuit): value for circuit, value in measured.items()}
+        )  # fmt: skip
+        names = map(_name, measured.circuits)
+        self.by_example |= dict(zip(names, measured.table.float(), strict=True))
         if self._kept is not None:
-            self._kept.keep({"metric": self.metric})
+            table = torch.stack(list(self.by_example.values()))
+            self._kept.keep({"circuits": list(self.by_example)}, {"table": table})
 
     def f(self, circuit: Heads) -> float:
         """Return the faithfulness f of a measured circuit.
@@ -102,7 +127,7 @@ class MeasuredCircuits:
         Returns:
             f without unit: 1 is the full model, 0 the model without heads.
         """
-        return f_of(self.metric[_name(circuit)], self.full, self.empty)
+        return f_of(self._mean(circuit), self.full, self.empty)
 
     def curve(self, circuits: Sequence[Heads]) -> tuple[float, ...]:
         """Return f of several circuits, and measure those that are not known yet.
@@ -115,6 +140,25 @@ class MeasuredCircuits:
         """
         self.measure(circuits)
         return tuple(self.f(circuit) for circuit in circuits)
+
+    def effects(self, circuits: Sequence[Heads]) -> Float[Tensor, "circuit example"]:
+        """Return a value per example whose mean over `strata` is f, for each measured circuit.
+
+        Args:
+            circuits: The heads of each circuit.
+
+        Returns:
+            The values without unit, single precision; see `Measurement.effects`.
+        """
+        measured = self._measurement((*circuits, self._everyone, ()))
+        return measured.effects(circuits, self._everyone).float()
+
+    def _mean(self, circuit: Heads) -> float:
+        return self._measurement((circuit,)).means()[circuit]
+
+    def _measurement(self, circuits: Sequence[Heads]) -> Measurement:
+        table = torch.stack([self.by_example[_name(circuit)] for circuit in circuits]).double()
+        return Measurement(tuple(circuits), table, self.strata, "direction")
 
 
 def _name(circuit: Heads) -> str:

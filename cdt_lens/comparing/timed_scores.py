@@ -82,6 +82,8 @@ class TimedScorer:
         batch_size: Examples in a batch.
         rows: (source x example) rows in a forward pass; chosen from `batch_size` if None.
         progress: Whether to show progress bars.
+        exact: Number of examples that methods sweep which correct first-order scores by a sample;
+            None leaves it to the method.
     """
 
     view: ModelView
@@ -93,6 +95,7 @@ class TimedScorer:
     batch_size: int = 16
     rows: int | None = None
     progress: bool = True
+    exact: int | None = None
 
     def __post_init__(self) -> None:
         self._hash = model_key(self.view)
@@ -135,7 +138,7 @@ class TimedScorer:
     def _made_from(self) -> dict[str, Any]:
         return {
             "model": self._hash, "data": self.examples.hash, "baseline": self.baseline.hash,
-            "seed": self.seed,
+            "seed": self.seed, "exact": self.exact,
         }  # fmt: skip
 
     def _kept_time(self, method: str) -> Kept:
@@ -179,7 +182,11 @@ class TimedScorer:
     def _key_of(self, scores: HeadScores) -> dict[str, Any]:
         # Only methods that draw random numbers record a seed.
         made = scores.provenance
-        return {**made.key, "seed": made.options.get("seed", self.seed)}
+        key = {**made.key, "seed": made.options.get("seed", self.seed), "exact": self.exact}
+        if self.exact is not None:
+            # A sweep of all examples is no estimate, and records no number.
+            key["exact"] = made.options.get("exact", len(self.examples))
+        return key
 
     def _partial(self, method: str) -> list[Path]:
         """Return the checkpoints of an interrupted sweep, of all processes."""
@@ -206,7 +213,8 @@ class TimedScorer:
         def run(checkpoint: Path | None) -> HeadScores:
             scores: HeadScores = score_by(
                 method, self.view, self.examples, self.baseline, batch_size=self.batch_size,
-                rows=self.rows, checkpoint=checkpoint, seed=self.seed, progress=self.progress,
+                rows=self.rows, checkpoint=checkpoint, exact=self.exact, seed=self.seed,
+                progress=self.progress,
             )  # fmt: skip
             return self._whole(method, scores)
 

@@ -20,6 +20,8 @@ Slots = Literal["answer", "pooled", "right", "left"]
 Direction = Literal["mean", "strongest"]
 Ranking = Literal["signed", "magnitude"]
 Metric = Literal["direction", "accuracy", "balanced_accuracy"]
+# Areas under the faithfulness of circuits of growing size (`circuits.measures`).
+Area = Literal["cpr", "cmd", "log_area"]
 KeyValue = Literal["shared", "skip", "groups"]
 Norms = Literal["all", "circuit", "none"]
 Scope = Literal["decision", "near-zero", "random", "random-per-layer", "norms", "full", "lora"]

@@ -184,7 +184,19 @@ class Kept:
         Returns:
             The body of the file, or None.
         """
-        return reuse(self.path, lambda _: self._whole(), lambda body: body["key"], self.key, say)
+        found = self.reuse_with_tensors(say)
+        return None if found is None else found[0]
+
+    def reuse_with_tensors(self, say: Say) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Return the kept values and tensors, or None where they have to be made again.
+
+        Args:
+            say: Receives the reason why values have to be made again.
+
+        Returns:
+            The body of the file and its tensors by name, or None.
+        """
+        return reuse(self.path, lambda _: self._whole(), lambda kept: kept[0]["key"], self.key, say)
 
     def read(
         self, finished: Callable[[Mapping[str, Any]], bool] | None = None
@@ -300,12 +312,12 @@ class Kept:
                 raise ArtifactError(f"{self.path}: damaged: {error}; make it again") from error
         return body, tensors
 
-    def _whole(self) -> dict[str, Any]:
-        """Read the values; the folder beside them must be as it was when they were kept."""
-        body, _ = self._read()
+    def _whole(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Read the file; the folder beside it must be as it was when the values were kept."""
+        body, tensors = self._read()
         if self.beside is not None and difference(body["key"], self.key) is None:
             self._check_folder(self.beside, body.get("files"))
-        return body
+        return body, tensors
 
     def check_beside(self) -> None:
         """Check the folder beside the values, whatever they were made from.

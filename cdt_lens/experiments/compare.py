@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
+from cdt_lens.comparing.budget import check_budget, sweep_price
 from cdt_lens.comparing.compare import checked_methods, compare_methods
 from cdt_lens.comparing.comparison import Comparison, PlantedComparison
 from cdt_lens.core.artifacts import atomic_write
@@ -19,10 +21,15 @@ from cdt_lens.decomposition.baseline import mean_activations
 from cdt_lens.experiments.discovery import judged_on, make_baseline
 from cdt_lens.experiments.runs import Run, kept_at, refuse_other_settings, writes
 from cdt_lens.experiments.settings import Settings
+from cdt_lens.models.view import view_of
 from cdt_lens.planted.catalogue import PLANTED, planted_circuit
 from cdt_lens.scoring.methods import DEFAULT_METHODS
 from cdt_lens.tasks.task import Task
 from cdt_lens.viz.report.report import render_report
+
+# Forward passes of one example for each method, or the price of an exact sweep of 16 prompts under
+# the default rules; None for the same examples, whatever they cost.
+Budget = float | Literal["sweep"] | None
 
 
 @writes
@@ -31,7 +38,8 @@ def compare_run(
     say: Say,
     *,
     methods: Iterable[str] = DEFAULT_METHODS,
-    held_out: int = 48,
+    budget: Budget = "sweep",
+    held_out: int = 128,
     draws: int = 5,
     progress: bool = True,
 ) -> Comparison:
@@ -41,7 +49,11 @@ def compare_run(
         run: An opened run directory.
         say: Takes one line of progress.
         methods: The methods to compare.
-        held_out: Number of validation examples to judge on, balanced over the labels.
+        budget: Forward passes of one example that each method may use. "sweep" is the price of an
+            exact sweep of 16 prompts under the default rules. None scores the same examples by
+            every method.
+        held_out: Number of validation examples to judge on, balanced over the labels; as many as
+            the split holds, if there are fewer.
         draws: Number of random rankings.
         progress: Whether to show progress bars.
 
@@ -50,21 +62,35 @@ def compare_run(
     """
     names = checked_methods(methods)
     settings = run.settings
-    check_compare(run.folder, settings, run.task, held_out=held_out)
+    check_compare(run.folder, settings, run.task, budget=budget, held_out=held_out)
     valid = judged_on(run.task, "valid", held_out, settings.seed)
     train = run.scored()
-    say(f"{len(names)} methods on {len(train)} examples of {train.name}, {len(valid)} held out")
+    view = view_of(run.model)
+    passes = _passes(budget, view.n_layers, view.n_heads)
+    each = "" if passes is None else f", {passes:g} forward passes each"
+    if passes is not None:
+        check_budget(names, train, passes, layers=view.n_layers, heads=view.n_heads)
+    say(
+        f"{len(names)} methods on {len(train)} examples of {train.name}{each}, {len(valid)} held "
+        "out"
+    )
     result = compare_methods(
-        run.model, train, valid, make_baseline(run, say), names, draws=draws, seed=settings.seed,
-        folder=run.folder, batch_size=settings.batch_size, rows=settings.rows, progress=progress,
-        say=say,
+        run.model, train, valid, make_baseline(run, say), names, budget=passes, draws=draws,
+        seed=settings.seed, folder=run.folder, batch_size=settings.batch_size, rows=settings.rows,
+        progress=progress, say=say,
     )  # fmt: skip
     write_comparison(result, run.folder)
     return result
 
 
-def check_compare(folder: Path, settings: Settings, task: Task, *, held_out: int) -> None:
-    """Check before the model is loaded that a comparison of other examples is not written over.
+def _passes(budget: Budget, layers: int, heads: int) -> float | None:
+    return sweep_price(layers, heads) if budget == "sweep" else budget
+
+
+def check_compare(
+    folder: Path, settings: Settings, task: Task, *, budget: Budget, held_out: int
+) -> None:
+    """Check before the model is loaded that another comparison is not written over.
 
     Methods may be added to a comparison, and draws: what is measured is kept.
 
@@ -72,16 +98,27 @@ def check_compare(folder: Path, settings: Settings, task: Task, *, held_out: int
         folder: The run directory.
         settings: The settings of the run.
         task: The task of the run.
+        budget: Forward passes of one example for each method; see `compare_run`.
         held_out: Number of validation examples to judge on.
 
     Raises:
-        InputError: No validation split, or the run holds a comparison on other examples.
+        InputError: No validation split, or the run holds a comparison on other examples or of
+            another budget.
     """
     valid = judged_on(task, "valid", held_out, settings.seed)
     path = folder / "comparison.json"
     kept = kept_at(path, Comparison.load)
     if kept is not None:
-        refuse_other_settings(path, {"held_out": kept.held_out}, {"held_out": len(valid)})
+        shape = kept.provenance.model_shape
+        passes = _passes(budget, shape["n_layers"], shape["n_heads"])
+        refuse_other_settings(
+            path, {"held-out": kept.held_out, "budget": _in_words(kept.budget)},
+            {"held-out": len(valid), "budget": _in_words(passes)},
+        )  # fmt: skip
+
+
+def _in_words(passes: float | None) -> str:
+    return "none (--same-examples)" if passes is None else f"{passes:g}"
 
 
 @checked_arguments

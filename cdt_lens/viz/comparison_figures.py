@@ -135,10 +135,11 @@ def looks(result: Comparison) -> dict[str, Look]:
 
 def _draw_curves(axes: Axes, result: Comparison, ranking: Any) -> None:
     """Draw f over the share of heads, one line for each method, above the random rankings."""
-    fractions = np.asarray(result.fractions, dtype=float)
+    shown = np.asarray(result.sizes) > 0  # No head is kept at the others.
+    fractions = np.asarray(result.fractions, dtype=float)[shown]
     for level in (0.0, 1.0):
         axes.axhline(level, **_LEVEL)
-    drawn = [np.asarray(curve.f) for curve in result.random]
+    drawn = [np.asarray(curve.f)[shown] for curve in result.random]
     if drawn:
         low, middle, high = np.quantile(np.stack(drawn), (0.05, 0.5, 0.95), axis=0)
         axes.fill_between(fractions, low, high, **_BAND)
@@ -148,7 +149,7 @@ def _draw_curves(axes: Axes, result: Comparison, ranking: Any) -> None:
     for index, name in enumerate(sorted(result.names, key=lambda name: name == YARDSTICK)):
         curve = result[name].curve(ranking)
         if curve is not None:
-            drawn.append(np.asarray(curve.f))
+            drawn.append(np.asarray(curve.f)[shown])
             _draw_curve(axes, fractions, drawn[-1], styles[name], index)
     _limit(axes, drawn)
     style.share_axis(axes, fractions)

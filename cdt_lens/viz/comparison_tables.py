@@ -15,10 +15,21 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from cdt_lens.circuits.measures import AREAS
 from cdt_lens.comparing.comparison import YARDSTICK, Comparison, PlantedComparison
+from cdt_lens.core.choices import Area, Ranking
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.table import BEST, Table, star_best
-from cdt_lens.viz.words import passes, score, short_time
+from cdt_lens.viz.words import (
+    count,
+    limits,
+    number,
+    passes,
+    score,
+    short_time,
+    with_limits,
+    yes_or_no,
+)
 
 _NONE = "\u2013"
 
@@ -46,7 +57,9 @@ COLUMNS = (
     Column(
         "spearman", "Spearman",
         "Rank correlation of the scores with exact mean-ablation of single heads, over all heads "
-        "and on the scored examples: 1 is the same order, 0 no relation.",
+        "and on the scored examples: 1 is the same order, 0 no relation. With a budget exact "
+        "mean-ablation is itself measured on few prompts, so that no method can agree with it "
+        "fully.",
     ),
     Column(
         "pearson", "Pearson",
@@ -75,9 +88,32 @@ COLUMNS = (
         best=min,
     ),
     Column(
+        "log_area_signed", "log area, signed",
+        "Mean of f over sizes on a logarithmic axis, from the first head on, for the ranking by "
+        "signed score. Every doubling of the size counts alike; half of CPR is the sizes above "
+        "half of the heads.",
+    ),
+    Column(
+        "log_area_magnitude", "log area, magnitude",
+        "The same mean for the ranking by magnitude.",
+    ),
+    Column(
+        "scored", "prompts",
+        "Number of prompts that the method scored: as many as the budget pays for.",
+        best=None,
+        read=count,
+    ),
+    Column(
+        "exact", "swept",
+        "Number of these prompts whose heads were swept one by one, to correct first-order scores; "
+        "n/a for methods that correct none.",
+        best=None,
+        read=count,
+    ),
+    Column(
         "forward_passes", "forward passes",
         "Time to score all heads, as a multiple of one plain forward pass (without the "
-        "unembedding) of the same examples, timed beside it.",
+        "unembedding) of the examples that the method scored, timed beside it.",
         best=None,
         read=passes,
     ),
@@ -100,34 +136,114 @@ COLUMNS = (
     ),
 )  # fmt: skip
 _TRUTH = ("auroc", "average_precision")
+_COUNTS = ("scored", "exact")
+# Sizes that people want circuits of, as shares of all heads.
+_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2)
+_AREAS: dict[Area, str] = {"cpr": "CPR", "cmd": "CMD", "log_area": "area, log sizes"}
+_RANKED: dict[Ranking, str] = {"signed": "signed score", "magnitude": "magnitude"}
 
 
 def columns_of(comparison: Comparison) -> list[Column]:
-    """Return the columns of a comparison: those about the truth only if it is known."""
+    """Return the columns of a comparison.
+
+    Those about the truth need one that is known, and the numbers of prompts need a budget.
+    """
     frame = comparison.to_dataframe()
-    return [c for c in COLUMNS if c.name not in _TRUTH or frame[c.name].notna().any()]
+    empty = {name for name in (*_TRUTH, *_COUNTS) if not frame[name].notna().any()}
+    if comparison.budget is None:
+        empty |= {*_COUNTS}
+    return [column for column in COLUMNS if column.name not in empty]
 
 
 def methods(comparison: Comparison) -> Table:
     """Return the numbers of every method, and last those of random rankings."""
-    columns = columns_of(comparison)
+    caption = f"Methods on {_scored(comparison)} and {_held_out(comparison)}"
+    return _methods(comparison, columns_of(comparison), caption)
+
+
+def agreement(comparison: Comparison) -> Table:
+    """Return the columns of `methods` without the areas: agreement, cost and truth."""
+    columns = [column for column in columns_of(comparison) if _area_of(column) is None]
+    return _methods(comparison, columns, f"Agreement and cost on {_scored(comparison)} examples")
+
+
+def use(comparison: Comparison) -> Table:
+    """Return the columns of `methods` about circuits: the areas of both rankings."""
+    columns = [column for column in columns_of(comparison) if _area_of(column) is not None]
+    return _methods(comparison, columns, f"Use on {_held_out(comparison)}")
+
+
+def _methods(comparison: Comparison, columns: Sequence[Column], caption: str) -> Table:
     frame = comparison.to_dataframe()
     refused = frame["refused"].notna().tolist()
     names = [_name(*row) for row in zip(frame["method"], refused, strict=True)]
     cells = [_column(frame, column, refused) for column in columns]
     rows = [list(row) for row in zip(names, *cells, strict=True)]
     rows += [_random_row(comparison, columns)] if comparison.random else []
-    caption = (
-        f"Methods on {comparison.scored} scored and {comparison.held_out} held-out examples; "
-        f"{BEST} best of the column"
-    )
-    return Table(["method", *(column.heading for column in columns)], rows, caption)
+    headings = ["method", *(column.heading for column in columns)]
+    return Table(headings, rows, f"{caption}; {BEST} best of the column")
+
+
+def _scored(comparison: Comparison) -> str:
+    if comparison.budget is None:
+        return f"{comparison.scored} scored"
+    passes = f"{comparison.budget:g} forward passes each"
+    return f"up to {comparison.scored} scored ({passes})"
+
+
+def _held_out(comparison: Comparison) -> str:
+    return f"{comparison.held_out} held-out examples"
+
+
+def _area_of(column: Column) -> str | None:
+    """Return the name of the area in a column, or None."""
+    name = column.name.removesuffix("_signed").removesuffix("_magnitude")
+    return None if name == column.name else name
 
 
 def meanings(comparison: Comparison) -> Table:
     """Return the meaning of every column of `methods`."""
     rows = [(column.heading, column.meaning) for column in columns_of(comparison)]
     return Table(("column", "what it means"), rows, "What the columns mean", sentences=True)
+
+
+def sizes(comparison: Comparison) -> Table:
+    """Return f of every ranking at the measured ones of the sizes 1, 2, 5, 10 and 20 %."""
+    frame = comparison.faithfulness()
+    frame = frame[frame["fraction"].isin(_SHARES)]
+    heads = dict(zip(frame["fraction"], frame["heads"], strict=True))
+    columns = [f"f at {100 * share:g} % ({n})" for share, n in heads.items()]
+    caption = "f of the top heads, by share and number of heads, with 95 % intervals over prompts"
+    return _by_ranking(frame, "f", columns, caption)
+
+
+def areas(comparison: Comparison) -> Table:
+    """Return the areas of every ranking with their intervals."""
+    caption = "Areas with 95 % intervals over prompts"
+    return _by_ranking(comparison.areas(), "value", [_AREAS[name] for name in AREAS], caption)
+
+
+def differences(comparison: Comparison, by: Ranking = "signed") -> Table:
+    """Return the difference of every method from the best one, and whether it is real.
+
+    Args:
+        comparison: The compared methods.
+        by: Rank heads by their "signed" score or by its "magnitude".
+    """
+    frame = comparison.differences(by=by)
+    known = frame["low"].notna()
+    rows = [
+        [name, f"{number(value, '+.3f')} {limits((low, high), '+z.3f')}".rstrip(), yes_or_no(real)]
+        for name, _, value, low, high, real in frame.assign(
+            real=frame["real"].where(known, None)
+        ).itertuples(index=False)
+    ]
+    reference = frame["reference"].iloc[0] if len(frame) else _NONE
+    caption = (
+        f"Which differences are real, by {_RANKED[by]}: {_AREAS['log_area']}, minus that of "
+        f"{reference}; 95 % intervals over the same prompts"
+    )
+    return Table(["method", "difference", "leaves 0 out"], rows, caption)
 
 
 def descriptions(comparison: Comparison) -> Table:
@@ -170,6 +286,15 @@ def planted_meanings(result: PlantedComparison) -> Table:
     return Table(("circuit", "what is planted"), rows, "The planted circuits", sentences=True)
 
 
+def _by_ranking(frame: pd.DataFrame, value: str, columns: list[str], caption: str) -> Table:
+    """Return a row for each method and ranking with its values and their limits."""
+    rows = []
+    for (method, by), own in frame.groupby(["method", "by"], sort=False):
+        points = zip(own[value], own["low"], own["high"], strict=True)
+        rows.append([method, by, *(with_limits(v, (low, high)) for v, low, high in points)])
+    return Table(["method", "ranked by", *columns], rows, caption, grouped=True)
+
+
 def _name(method: str, refused: bool) -> str:
     if method == YARDSTICK:
         return f"{method} (yardstick)"
@@ -198,6 +323,7 @@ def _starred(
 
 
 def _random_row(comparison: Comparison, columns: Sequence[Column]) -> list[object]:
-    areas = comparison.random_areas()
-    cells = [score(areas[c.name[:3]]) if c.name[:3] in areas else _NONE for c in columns]
+    medians = comparison.random_areas()
+    names = map(_area_of, columns)
+    cells = [_NONE if name is None else score(medians[name]) for name in names]
     return [f"random rankings (median of {len(comparison.random)})", *cells]

@@ -160,9 +160,9 @@ def edges_table(edges: Sequence[Edge], *, caption: str, unit: str = "logits") ->
 def areas_table(curve: FaithfulnessCurve) -> Table:
     """Return the areas of the circuit with 95 % intervals, and of its random controls."""
     intervals = curve.area_intervals()
-    named = (("cpr", curve.cpr), ("cmd", curve.cmd))
+    named = (("cpr", curve.cpr), ("cmd", curve.cmd), ("log_area", curve.log_area))
     own = (with_limits(area, intervals[name]) for name, area in named)
-    rows = [["circuit", *own, number(curve.log_area, ".3f")]]
+    rows = [["circuit", *own]]
     for name, draws in curve.random.items():
         areas = (spread(area[name]) for area in (curve.random_cpr, curve.random_cmd))
         rows.append([control_name(name), *areas, spread(curve.log_area_of(draws))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from cdt_lens.cli import app as cli, compare as compare_command, console
 from cdt_lens.comparing import timed_scores as scores_module
 from cdt_lens.comparing.comparison import Comparison, PlantedComparison
 from cdt_lens.core.errors import CdtLensError
-from cdt_lens.experiments import inputs
+from cdt_lens.experiments import compare as experiments, inputs
 from cdt_lens.planted.catalogue import PLANTED
 
 
@@ -90,6 +91,44 @@ def test_from_files_to_the_report(place: Path, tmp_path: Path):
     assert (out / "baseline.json").stat().st_mtime_ns == stamp
 
 
+def test_methods_have_the_same_budget_unless_told_otherwise(place: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    arguments = of_files(place, out, "--methods", "cdt:two-ended,direct", "--draws", "1")
+    printed = run("compare", *arguments, "--budget", "40")
+    result = Comparison.load(out / "comparison.json")
+    # An exact sweep costs 1 + 4 * (2 + 1) / 2 passes, one with both ends 13.
+    assert {m.method: m.scored for m in result.methods} == {
+        "exact": 5, "cdt:two-ended": 3, "direct": 6,
+    }  # fmt: skip
+    assert (result.budget, result.held_out) == (40, 12)  # all there are
+    assert "Which differences are real" in printed
+    assert re.search(r"[+-]\d\.\d{3} \[[+-]\d\.\d{3}, [+-]\d\.\d{3}\] +(yes|no)", printed)
+    page = (out / "report.html").read_text("utf-8")
+    assert "40 forward passes of one example" in page and "Which differences are real" in page
+    for other in ([], ["--same-examples"], ["--budget", "41"]):
+        with pytest.raises(CdtLensError, match=r"other settings \(budget 40\)"):
+            run("compare", *arguments, *other)
+    run("compare", *arguments, "--budget", "40")
+    (out / "comparison.json").unlink()
+    run("compare", *arguments, "--same-examples")
+    found = Comparison.load(out / "comparison.json")
+    assert found.budget is None and {m.scored for m in found.methods} == {6}
+    with pytest.raises(CdtLensError, match=r"budget none \(--same-examples\)"):
+        run("compare", *arguments)
+    (out / "comparison.json").unlink()
+    run("compare", *arguments)
+    assert Comparison.load(out / "comparison.json").budget == 16 * 13
+
+
+def test_a_budget_that_pays_for_nothing_is_told_before_anything_runs(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(experiments, "make_baseline", None)
+    arguments = of_files(place, tmp_path / "x", "--methods", "cdt:two-ended", "--budget", "38")
+    with pytest.raises(CdtLensError, match="budget=38: too small for cdt:two-ended, .* 39 "):
+        run("compare", *arguments)
+
+
 def test_planted_circuits(tmp_path: Path):
     name = next(name for name in PLANTED if name.startswith("hand-"))
     printed = run(
@@ -106,6 +145,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "an unknown method": (["--methods", "cdt:stabel"], "did you mean 'cdt:stable'"),
     "no method": (["--methods", ","], "expected any of exact"),
     "both kinds": (["--planted", "all"], "either --model or --planted"),
+    "budget and none": (
+        ["--budget", "9", "--same-examples"],
+        "either --budget or --same-examples",
+    ),
 }
 
 
@@ -132,6 +175,8 @@ def test_a_task_without_held_out_examples_is_told_before_the_model_is_loaded(
     ):
         with pytest.raises(CdtLensError, match=told):
             run("compare", "--planted", planted, "--out", str(tmp_path / "x"))
+    with pytest.raises(CdtLensError, match="either --budget or --planted"):
+        run("compare", "--planted", "all", "--budget", "9", "--out", str(tmp_path / "x"))
     with pytest.raises(CdtLensError, match="either --model or --planted"):
         run("compare", "--out", str(tmp_path / "x"))
     assert not (tmp_path / "x").exists()

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import by_hand
 from helpers.shared import shared
 from helpers.tiny_tasks import examples, many
+from scipy import stats
 
 from cdt_lens.circuits.faithfulness import faithfulness_curve
 from cdt_lens.circuits.head_scores import HeadScores
@@ -88,6 +90,94 @@ def test_every_number_is_that_of_the_function_behind_it(tokenizer_folder):
     assert (result.full, result.empty) == pytest.approx((expected.full, expected.empty), abs=1e-5)
     areas = [curve.cpr for curve in result.random]
     assert areas == pytest.approx(expected.random_cpr["random"].tolist(), abs=1e-4)
+
+
+def test_at_equal_cost_a_method_scores_what_it_pays_for(tmp_path, tokenizer_folder):
+    """The counts are those of `test_budget`; the scores are those of the drawn examples."""
+    names = ("cdt:two-ended", "estimate:two-ended", "direct")
+    place = {"folder": tmp_path, "train": many(), "valid": examples()}
+    result = compared(tokenizer_folder, names, budget=91, seed=3, **place)
+    assert result.budget == 91 and result.scored == 24
+    assert result.provenance.options["budget"] == 91
+    found = {each.method: (each.scored, each.exact) for each in result.methods}
+    assert found == {
+        "exact": (13, None), "cdt:two-ended": (7, None), "estimate:two-ended": (11, 3),
+        "direct": (24, None),
+    }  # fmt: skip
+    scores = {
+        name: HeadScores.load(tmp_path / f"scores-{name.replace(':', '_')}.json") for name in found
+    }
+    assert {name: len(own.example_labels) for name, own in scores.items()} == {
+        "exact": 13, "cdt:two-ended": 7, "estimate:two-ended": 11, "direct": 24,
+    }  # fmt: skip
+    assert scores["estimate:two-ended"].provenance.options["exact"] == 3
+    assert result.direction == scores["exact"].direction
+    # Another budget makes only those scores again that it changes.
+    said: list[str] = []
+    more = compared(tokenizer_folder, names, budget=98, seed=3, say=said.append, **place)
+    assert (more["exact"].scored, more["estimate:two-ended"].exact) == (14, 3)
+    assert [line for line in said if line.startswith("scores: ")] == [
+        "scores: exact", "scores: estimate:two-ended",
+    ]  # fmt: skip
+    compared(tokenizer_folder, names, budget=400, seed=3, say=said.append, **place)
+    said.clear()
+    whole = compared(tokenizer_folder, names, seed=3, say=said.append, **place)
+    assert whole["estimate:two-ended"].exact == 16  # as `score_heads` sweeps
+    assert [line for line in said if line.startswith("scores: ")] == ["scores: estimate:two-ended"]
+
+
+def by_hand_effects(view: ModelView, baseline: Baseline, ranking: Any) -> np.ndarray:
+    """f of each size of FRACTIONS and what each example adds to it, from hooks and numpy alone."""
+    heads = [*ranking]
+    complements = [heads[int(share * 8) :] for share in FRACTIONS]
+    rows = []
+    for item in many():
+        logits = by_hand.ablated_logits(view, item, [*complements, heads], baseline)
+        rows.append([by_hand.direction(row, item) for row in logits])
+    values = np.array(rows).T
+    own, gap = values[:-1] - values[-1], values[-2] - values[-1]
+
+    def mean(x: np.ndarray) -> np.ndarray:
+        labels = np.array([item.label for item in many()])
+        return np.mean([x[..., labels == label].mean(-1) for label in set(labels)], axis=0)
+
+    f = mean(own) / mean(gap)
+    return f[:, None] + (own - f[:, None] * gap) / mean(gap)
+
+
+def test_differences_are_paired_over_the_held_out_prompts(tokenizer_folder):
+    view, baseline = setting(tokenizer_folder)
+    result = compared(tokenizer_folder, ["direct"])
+    effects = [
+        by_hand_effects(
+            view, baseline, score_by(name, view, examples(), baseline, progress=False).ranking()
+        )
+        for name in ("direct", "exact")
+    ]
+    steps = np.log([0.25 / 0.125, 2, 1.5, 1 / 0.75])  # from the first head on
+    areas = [((e[1:-1] + e[2:]) / 2 * steps[:, None]).sum(0) / steps.sum() for e in effects]
+    labels = np.array([item.label for item in many()])
+    groups = [(areas[0] - areas[1])[labels == label] for label in many().labels]
+    middle = np.mean([group.mean() for group in groups])
+    parts = [group.var(ddof=1) / len(group) / 9 for group in groups]
+    freedom = sum(parts) ** 2 / sum(p**2 / (len(g) - 1) for p, g in zip(parts, groups, strict=True))
+    margin = stats.t.ppf(0.975, freedom) * math.sqrt(sum(parts))
+
+    (row,) = result.differences(reference="exact").to_dict("records")
+    assert (row["method"], row["reference"]) == ("direct", "exact")
+    limits = row["difference"], row["low"], row["high"]
+    assert limits == pytest.approx((middle, middle - margin, middle + margin), abs=1e-4)
+    assert row["real"] == (abs(middle) > margin)
+    (other,) = result.differences("cpr", reference="direct").to_dict("records")
+    assert other["difference"] == pytest.approx(
+        result["exact"].signed.cpr - result["direct"].signed.cpr
+    )
+    # The interval of one ranking is of the same values.
+    first = result.faithfulness().set_index(["method", "by", "heads"]).loc["direct", "signed", 1]
+    values = [effects[0][1][labels == label] for label in many().labels]
+    assert first["f"] == pytest.approx(np.mean([group.mean() for group in values]), abs=1e-4)
+    width = 2 * math.sqrt(sum(group.var(ddof=1) / len(group) / 9 for group in values))
+    assert (first["high"] - first["low"]) / width == pytest.approx(2.1, abs=0.15)  # a t quantile
 
 
 def test_rounding_does_not_find_a_planted_head(monkeypatch, tokenizer_folder):
@@ -200,6 +290,8 @@ def mistakes() -> dict[str, tuple[dict[str, Any], str]]:
         "the same in another order": ({"valid": examples()[::-1]}, "all among the scored ones"),
         "a part of them": ({"valid": examples()[:3]}, "all among the scored ones"),
         "no draws": ({"draws": 0}, "draws=0"),
+        "no budget": ({"budget": 0}, "budget=0"),
+        "budget": ({"budget": 20}, "budget=20: too small for exact, which needs 21 "),
         "fractions": ({"fractions": (0.5, 0.2)}, "fractions"),
         "truth of another shape": ({"truth": TRUTH[:1]}, r"of \(1, 4\); expected some, not all"),
         "all true": ({"truth": TRUTH | True}, "8 heads of"),
@@ -283,7 +375,7 @@ def test_batches_and_rows_change_nothing(tokenizer_folder):
     other = compared(tokenizer_folder, ["direct"], batch_size=4, rows=5)
     for a, b in zip(one.methods, other.methods, strict=True):
         assert a.signed.f == pytest.approx(b.signed.f, abs=1e-4)
-    assert replace(one, random=()).table().shape == (2, 9)
+    assert replace(one, random=()).table().shape == (2, 11)
 
 
 def test_a_truth_may_be_of_ones_and_zeros(tokenizer_folder):

@@ -16,9 +16,16 @@ from cdt_lens.core.errors import ArtifactError, InputError
 
 
 def test_the_areas_are_trapezoids_over_the_fractions():
-    curve = RankingCurve.of((0.0, 0.5, 1.0), (0.0, 1.5, 1.0))
+    curve = RankingCurve.of((0.0, 0.5, 1.0), (0, 4, 8), (0.0, 1.5, 1.0))
     assert curve.cpr == pytest.approx((0 + 1.5) / 4 + (1.5 + 1) / 4)
     assert curve.cmd == pytest.approx((1 + 0.5) / 4 + (0.5 + 0) / 4)
+
+
+def test_the_area_on_a_logarithmic_axis_starts_at_the_first_head():
+    f = (0.3, 0.0, 0.5, 1.0)
+    curve = RankingCurve.of((0.01, 0.125, 0.25, 1.0), (0, 1, 2, 8), f)
+    assert curve.log_area == pytest.approx((0.25 * math.log(2) + 0.75 * math.log(4)) / math.log(8))
+    assert math.isnan(RankingCurve.of((0.0, 1.0), (0, 8), (0.0, 1.0)).log_area)
 
 
 def method(name: str, cpr: float, cmd: float, other: float = 0.0, **more: float) -> MethodResult:
@@ -102,6 +109,46 @@ def test_it_tells_its_task_and_model():
     assert areas["cmd"] == pytest.approx(np.median([c.cmd for c in result.random]))
 
 
+def test_intervals_of_every_ranking():
+    result = sample.comparison(refused=["direct"])
+    points, areas = result.faithfulness(), result.areas()
+    assert list(points["heads"].unique()) == [1, 2, 5, 13, 27, 54, 135, 270]  # none without a head
+    assert len(points) == 11 * 2 * 8 and len(areas) == 11 * 2 * 3
+    assert "direct" not in set(points["method"]) | set(areas["method"])
+    inner = points[points["fraction"] < 1]
+    assert ((inner["low"] < inner["f"]) & (inner["f"] < inner["high"])).all()
+    assert ((areas["low"] < areas["value"]) & (areas["value"] < areas["high"])).all()
+    narrow = result.areas(level=0.5)
+    assert (narrow["high"] - narrow["low"] < areas["high"] - areas["low"]).all()
+
+
+def test_differences_are_from_the_best_or_from_a_named_method():
+    result = sample.comparison(refused=["direct"])
+    found = result.differences()
+    assert set(found["reference"]) == {"cdt:both"} and len(found) == 10
+    assert result.best("log_area", "signed").method == "cdt:both"
+    stable = found.set_index("method").loc["cdt:stable"]
+    both, own = result["cdt:both"].signed, result["cdt:stable"].signed
+    assert stable["difference"] == pytest.approx(own.log_area - both.log_area)
+    assert stable["low"] < stable["difference"] < stable["high"] < 0 and stable["real"]
+    one, other = (
+        result.differences("cmd", "magnitude", reference=name).set_index("method")
+        for name in ("exact", "random")
+    )
+    assert one.loc["random", "difference"] == pytest.approx(-other.loc["exact", "difference"])
+    assert one.loc["random", "low"] == pytest.approx(-other.loc["exact", "high"])
+    # The same circuits differ by nothing.
+    twin = replace(result.methods[0], method="twin")
+    same = replace(result, methods=(result.methods[0], twin)).differences().iloc[0]
+    assert (same["difference"], same["low"], same["high"], same["real"]) == (0, 0, 0, False)
+    with pytest.raises(InputError, match="reference 'direct': this method was refused"):
+        result.differences(reference="direct")
+    with pytest.raises(InputError, match="method 'cdt': expected one of"):
+        result.differences(reference="cdt")
+    refused = replace(result, methods=(result["direct"],))
+    assert refused.differences().empty and refused.areas().empty
+
+
 def test_what_is_saved_reads_back(tmp_path: Path):
     result = sample.comparison(refused=["cdt:official"])
     path = result.save(tmp_path / "comparison.json")
@@ -110,7 +157,10 @@ def test_what_is_saved_reads_back(tmp_path: Path):
     assert loaded["cdt:stable"] == result["cdt:stable"] or math.isnan(result["cdt:stable"].auroc)
     assert loaded["cdt:stable"].signed == result["cdt:stable"].signed
     assert math.isnan(loaded["cdt:official"].spearman) and math.isnan(loaded["direct"].auroc)
-    assert loaded.provenance == result.provenance
+    assert loaded.provenance == result.provenance and loaded == result
+    assert loaded.differences().equals(result.differences())
+    with_budget = replace(result, budget=91.5)
+    assert Comparison.load(with_budget.save(tmp_path / "b.json")) == with_budget
     assert "NaN" not in path.read_text("utf-8")
     path.write_text(path.read_text("utf-8").replace('"scored": 16', '"scored": 17'), "utf-8")
     with pytest.raises(ArtifactError, match=r"comparison\.json"):

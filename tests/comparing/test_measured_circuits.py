@@ -15,8 +15,10 @@ from cdt_lens.circuits.ablation import circuit_metric
 from cdt_lens.comparing import measured_circuits as module
 from cdt_lens.comparing.measured_circuits import MeasuredCircuits
 from cdt_lens.core.errors import InputError
+from cdt_lens.core.kept import Kept
 from cdt_lens.decomposition.baseline import Baseline, mean_activations, zero_baseline
 from cdt_lens.models.heads import Head, all_heads
+from cdt_lens.models.provenance import model_key
 from cdt_lens.models.view import ModelView
 
 ONE, TWO = (Head(0, 1),), (Head(0, 2), Head(1, 3))
@@ -79,6 +81,38 @@ def test_what_was_measured_is_there_for_the_next_call(tokenizer_folder, monkeypa
     assert count.seen == [TWO]
     assert again.f(ONE) == first.f(ONE)
     assert (again.full, again.empty) == (first.full, first.empty)
+
+
+def test_values_of_examples_average_to_f(tokenizer_folder, tmp_path):
+    view, baseline = setting(tokenizer_folder)
+    circuits = measured(view, baseline, tmp_path / "c.json")
+    f = torch.tensor(circuits.curve([ONE, TWO, ()]))
+    effects = circuits.effects([ONE, TWO, ()])
+    assert effects.shape == (3, 24) and effects.dtype == torch.float32
+    labels = [e.label for e in many()]
+    means = [effects[:, [own == label for own in labels]].mean(1) for label in set(labels)]
+    torch.testing.assert_close(torch.stack(means).mean(0), f, rtol=0, atol=1e-5)
+    again = measured(view, baseline, tmp_path / "c.json").effects([ONE[::-1], TWO, ()])
+    assert again.equal(effects)
+
+
+def test_a_file_of_means_alone_is_measured_again_with_the_reason(
+    tokenizer_folder, monkeypatch, tmp_path
+):
+    view, baseline = setting(tokenizer_folder)
+    path = tmp_path / "c.json"
+    key = {"model": model_key(view), "data": many().hash, "baseline": baseline.hash}
+    Kept(path, "cdt_lens.measured_circuits", key).keep({"metric": {"": 0.5, "L0H1": 0.1}})
+    count, said = Counted(monkeypatch), []
+    measured(view, baseline, path, said=said).measure([ONE])
+    assert ONE in count.seen and "other settings or data (form)" in said[0]
+    # A file whose tensors are not those of its circuits is no help, either.
+    Kept(path, "cdt_lens.measured_circuits", {**key, "form": "by example"}).keep(
+        {"circuits": ["", "L0H1"]}, {"table": torch.zeros(1, 24)}
+    )
+    count.seen.clear(), said.clear()
+    measured(view, baseline, path, said=said).measure([ONE])
+    assert ONE in count.seen and "values are missing" in said[0]
 
 
 def test_of_other_data_nothing_is_taken(tokenizer_folder, monkeypatch, tmp_path):

@@ -41,7 +41,12 @@ def test_what_is_saved_reads_back(tmp_path: Path):
     assert list(loaded.circuits) == list(planted.circuits)
     assert loaded.why == planted.why
     for name, each in planted.circuits.items():
-        assert loaded.circuits[name].to_dict() == each.to_dict()
+        assert loaded.circuits[name] == each
+        assert loaded.circuits[name].areas().equals(each.areas())
+    other = replace(
+        planted, circuits={"a": sample.comparison(), "a.b": sample.comparison(["exact"])}
+    )
+    assert PlantedComparison.load(other.save(tmp_path / "o.json")) == other
     single = sample.comparison().save(tmp_path / "c.json")
     with pytest.raises(ArtifactError, match="expected a cdt_lens.planted_comparison file"):
         PlantedComparison.load(single)

@@ -6,6 +6,7 @@ The files were made in `tests/files_0_3` with the model `save_model("tiny")` and
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,17 @@ def raw(name: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 # Results -------------------------------------------------------------------------------------------
 
 
+def without_what_is_new(comparison: dict[str, Any]) -> None:
+    """Take away what the JSON of a comparison of version 2 says beside that of version 1."""
+    assert comparison.pop("budget") is None
+    for method in comparison["methods"]:
+        assert method.pop("exact") is None
+        assert method.pop("scored") == (None if method["refused"] else comparison["scored"])
+    rankings = [method[by] for method in comparison["methods"] for by in ("signed", "magnitude")]
+    for curve in [*filter(None, rankings), *comparison["random"]]:
+        del curve["log_area"]
+
+
 @pytest.mark.parametrize(("name", "kind"), RESULTS, ids=[name for name, _ in RESULTS])
 def test_a_result_loads_whole_and_is_saved_as_it_was(name: str, kind: Any, tmp_path: Path):
     """Nothing of the file is lost on the way: the new file holds the same JSON and tensors."""
@@ -82,6 +94,10 @@ def test_a_result_loads_whole_and_is_saved_as_it_was(name: str, kind: Any, tmp_p
         old["version"] = 2
     if kind is TransferResult:  # one number is the chance level of the first target
         old["chance"] = {old["targets"][0]: old["chance"]}
+    if kind in (Comparison, PlantedComparison):
+        old["version"] = 2
+        for comparison in new.get("circuits", [new]):
+            without_what_is_new(comparison)
     assert new == old and list(new) == list(old)
     assert new_tensors.keys() == old_tensors.keys()
     for key, value in old_tensors.items():
@@ -151,6 +167,14 @@ def test_numbers_of_comparisons():
     spearman = {row["method"]: row["spearman"] for row in body["methods"]}
     assert {m.method: m.spearman for m in found.methods} == spearman
     assert found.full == body["full"]
+    # 0.3.0 kept no values of the examples, and scored the same ones by every method.
+    assert found.budget is None and {m.scored for m in found.methods} == {found.scored}
+    for frame in (found.areas(), found.faithfulness(), found.differences()):
+        assert len(frame) and frame[["low", "high"]].isna().to_numpy().all()
+    assert not found.differences()["real"].any()
+    f = body["methods"][0]["signed"]["f"][-3:]  # of 1, 4 and 8 heads, at 20, 50 and 100 %
+    area = (f[0] + f[1]) / 2 * math.log(2.5) + (f[1] + f[2]) / 2 * math.log(2)
+    assert found["exact"].signed.log_area == pytest.approx(area / math.log(5))
     body, _ = raw("planted/comparison.json")
     planted = PlantedComparison.load(FILES / "planted" / "comparison.json")
     assert list(planted.circuits) == [row["name"] for row in body["circuits"]]
@@ -273,6 +297,7 @@ def test_a_comparison_is_made_again_in_a_later_version(monkeypatch):
     said: list[str] = []
     old = Comparison.load("compared/comparison.json")
     few = {"methods": old.names, "held_out": old.held_out, "draws": len(old.random)}
+    few |= {"budget": old.budget}
     monkeypatch.setattr(cdt_lens, "__version__", "99.0")
     new = compare_run(opened("compared", said), said.append, **few, progress=False)
     reason = "cdt_lens 0.3.0 (this is 99.0); making it again"

@@ -138,7 +138,7 @@ KEPT: Mapping[str, tuple[Any, dict[str, Any]]] = {
     "cell": (transfer_cells._Finished, CELL),
     "before": (transfer_cells._Before, {"row": CELL["row"]}),
     "proxy": (transfer._Proxy, {"history": CELL["history"], "options": {"epochs": 1}}),
-    "circuits": (measured_circuits._Measured, {"metric": {"L0H1": 0.5, "": 0.1}}),
+    "circuits": (measured_circuits._Measured, {"circuits": ["L0H1", ""]}),
     "time": (timed_scores._Time, {"refused": None, "clock": {}, "seconds": 1.0, "passes": None}),
 }
 

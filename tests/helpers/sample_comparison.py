@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from cdt_lens.circuits.measures import MIB_FRACTIONS
 from cdt_lens.comparing.comparison import Comparison, MethodResult, PlantedComparison, RankingCurve
@@ -39,7 +40,11 @@ def f_of(steepness: float, bump: float = 0.0) -> tuple[float, ...]:
 
 
 def curve(steepness: float, bump: float = 0.0) -> RankingCurve:
-    return RankingCurve.of(MIB_FRACTIONS, f_of(steepness, bump))
+    """f of 16 examples of two labels, which spread the more, the further f is from both ends."""
+    f = f_of(steepness, bump)
+    middle = torch.tensor(f)[:, None]
+    spread = torch.linspace(-0.3, 0.3, 8).repeat(2) * middle * (1 - middle)
+    return RankingCurve.of(MIB_FRACTIONS, SIZES, f, middle + spread)
 
 
 def comparison(
@@ -57,7 +62,9 @@ def comparison(
         signed = curve(steep, 0.02 * (place % 3))
         magnitude = curve(0.6 * steep, -0.03 * (place % 4))
         rows.append(
-            MethodResult(name, told, spearman, pearson, signed, magnitude, seconds, passes, *known)
+            MethodResult(
+                name, told, spearman, pearson, signed, magnitude, seconds, passes, *known, scored=16
+            )
         )
     return Comparison(
         methods=tuple(rows),
@@ -70,6 +77,7 @@ def comparison(
         full=2.81,
         empty=0.12,
         provenance=sample.provenance({"methods": list(methods), "draws": 5}),
+        strata=torch.tensor([0] * 8 + [1] * 8),
     )
 
 

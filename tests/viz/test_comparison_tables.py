@@ -75,6 +75,53 @@ def test_the_last_row_is_random_rankings():
     assert len(tables.methods(replace(result, random=())).rows) == len(result.methods)
 
 
+def test_prompts_are_told_where_a_budget_makes_them_differ():
+    result = with_numbers(scored=(31, 16, 1493, 48), exact=(None, None, None, 29))
+    assert not {"prompts", "swept"} & set(tables.methods(result).headings)
+    result = replace(result, budget=4480.0)
+    assert column(result, "prompts") == ["31", "16", "1,493", "48"]
+    assert column(result, "swept") == ["n/a", "n/a", "n/a", "29"]
+    assert (
+        "up to 16 scored (4480 forward passes each) and 16 held" in tables.methods(result).caption
+    )
+    split = (*tables.agreement(result).headings[1:], *tables.use(result).headings[1:])
+    assert sorted(split) == sorted(tables.methods(result).headings[1:])
+    assert all("," in heading for heading in tables.use(result).headings[1:])
+
+
+def test_f_stands_at_the_sizes_that_keep_a_head_with_its_interval():
+    result = sample.comparison(["exact", "direct"], refused=["direct"])
+    table = tables.sizes(result).to_dataframe()
+    assert list(table) == [
+        "method", "ranked by", "f at 1 % (2)", "f at 2 % (5)", "f at 5 % (13)", "f at 10 % (27)",
+        "f at 20 % (54)",
+    ]  # fmt: skip
+    assert table[["method", "ranked by"]].to_numpy().tolist() == [
+        ["exact", "signed"], ["exact", "magnitude"],
+    ]  # fmt: skip
+    row = result.faithfulness().iloc[1]
+    assert table.iloc[0, 2] == f"{row['f']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+    small = replace(result, sizes=(0,) * 4 + result.sizes[4:])  # a model with fewer heads
+    assert list(tables.sizes(small).headings)[2:] == list(table)[3:]
+    areas = tables.areas(result).to_dataframe()
+    assert list(areas)[2:] == ["CPR", "CMD", "area, log sizes"] and len(areas) == 2
+    low, high = result.areas().loc[0, ["low", "high"]]
+    assert areas.iloc[0, 2] == f"{result['exact'].signed.cpr:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def test_real_differences_are_told_from_others():
+    result = sample.comparison(["exact", "cdt:stable"])
+    twin = replace(result.methods[1], method="twin")
+    table = tables.differences(replace(result, methods=(*result.methods, twin)))
+    assert "minus that of cdt:stable" in table.caption and "signed score" in table.caption
+    ((name, difference, real), other) = table.texts
+    assert (name, real) == ("exact", "yes") and difference.startswith("-0.")
+    assert other == ["twin", "+0.000 [+0.000, +0.000]", "no"]
+    unknown = tables.differences(replace(result, strata=None))
+    assert unknown.texts[0][2] == "n/a" and "[" not in unknown.texts[0][1]
+    assert "magnitude" in tables.differences(result, "magnitude").caption
+
+
 def test_columns_about_the_truth_stand_only_where_it_is_known():
     assert {"AUROC", "average precision"} <= set(
         tables.methods(sample.comparison(truth=True)).headings
@@ -94,8 +141,8 @@ def test_every_column_has_its_meaning():
 
 def test_the_page_says_best_in_words_and_not_by_colour():
     html = tables.methods(sample.comparison()).__html__()
-    # Spearman, Pearson and four areas.
-    assert len(re.findall('<strong><span role="img" aria-label="best">', html)) == 6
+    # Spearman, Pearson and six areas.
+    assert len(re.findall('<strong><span role="img" aria-label="best">', html)) == 8
     assert html.count("<tr>") == 1 + 12 + 1
 
 

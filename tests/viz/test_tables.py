@@ -80,7 +80,7 @@ def test_areas_table_compares_with_each_control():
         "circuit",
         f"0.930 {words.limits(intervals['cpr'], '.3f')}",
         f"0.090 {words.limits(intervals['cmd'], '.3f')}",
-        f"{curve.log_area:.3f}",
+        f"{curve.log_area:.3f} {words.limits(intervals['log_area'], '.3f')}",
     ]
     assert second[:3] == [
         "random heads",
@@ -89,6 +89,7 @@ def test_areas_table_compares_with_each_control():
     ]
     old = replace(curve, effects=None, without_effects=None, strata=None)
     assert rows(tables.areas_table(old))[0][:3] == ["circuit", "0.930", "0.090"]
+    assert rows(tables.areas_table(old))[0][3] == f"{curve.log_area:.3f}"
     assert third[0] == "random heads, same per layer"
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from cdt_lens.comparing.comparison import Comparison, Measure, PlantedComparison
+from cdt_lens.comparing.comparison import RANKINGS, Comparison, Measure, PlantedComparison
+from cdt_lens.core.table import Table
 from cdt_lens.viz import comparison_figures, comparison_tables
 from cdt_lens.viz.report.sections import Section
 from cdt_lens.viz.svg import figure_html
@@ -28,16 +29,19 @@ def comparison_section(result: Comparison, id: str, _: Sequence[object]) -> Sect
         headline=(score(value), f"best CPR, by {best.method if best else 'no method'}"),
         facts={
             "Methods": f"{len(result.methods)}, {refused} refused",
+            **_budget(result),
             "Examples": f"{result.scored} scored, {result.held_out} held out",
             "Task direction, scored": f"{result.direction:+.3f} logits",
             "Held out": f"{result.full:+.3f} logits with all heads, {result.empty:+.3f} with none",
             "Random rankings": f"{len(result.random)}: median CPR {score(areas['cpr'])}, "
-            f"CMD {score(areas['cmd'])}",
+            f"CMD {score(areas['cmd'])}, area on log sizes {score(areas['log_area'])}",
             **_best(result),
         },
         figures=(drawing,),
         tables=(
-            comparison_tables.methods(result),
+            comparison_tables.agreement(result),
+            comparison_tables.use(result),
+            *_tables(result),
             comparison_tables.meanings(result),
             comparison_tables.descriptions(result),
         ),
@@ -73,9 +77,27 @@ def planted_section(result: PlantedComparison, id: str, _: Sequence[object]) -> 
     )
 
 
+def _budget(result: Comparison) -> dict[str, str]:
+    if result.budget is None:
+        return {}
+    return {"Budget of each method": f"{result.budget:g} forward passes of one example"}
+
+
+def _tables(result: Comparison) -> list[Table]:
+    """Return the tables with intervals that are not empty."""
+    tables = [
+        *(comparison_tables.differences(result, by) for by in RANKINGS),
+        comparison_tables.sizes(result),
+        comparison_tables.areas(result),
+    ]
+    return [table for table in tables if table.rows]
+
+
 def _best(result: Comparison) -> dict[str, str]:
     """Return the best method of each measure as text."""
-    names: dict[Measure, str] = {"spearman": "Spearman", "cpr": "CPR", "cmd": "CMD"}
+    names: dict[Measure, str] = {
+        "spearman": "Spearman", "cpr": "CPR", "cmd": "CMD", "log_area": "area on log sizes",
+    }  # fmt: skip
     best = {measure: result.best(measure) for measure in names}
     return {
         f"Best {names[measure]}": f"{method.method} ({score(method.value(measure))})"

@@ -40,13 +40,25 @@ def test_a_comparison_is_headed_by_its_best_cpr():
         "Examples": "16 scored, 16 held out",
         "Task direction, scored": "+2.780 logits",
         "Held out": "+2.810 logits with all heads, +0.120 with none",
-        "Random rankings": f"5: median CPR {areas['cpr']:.3f}, CMD {areas['cmd']:.3f}",
+        "Random rankings": f"5: median CPR {areas['cpr']:.3f}, CMD {areas['cmd']:.3f}, "
+        f"area on log sizes {areas['log_area']:.3f}",
         "Best Spearman": "integrated-gradients (0.620)",
         "Best CPR": f"cdt:both ({best.value('cpr'):.3f})",
         "Best CMD": f"cdt:stable ({result.best('cmd').value('cmd'):.3f})",
+        "Best area on log sizes": f"cdt:both ({result.best('log_area').value('log_area'):.3f})",
     }
-    starred = "Methods on 16 scored and 16 held-out examples; \u2605 best of the column"
-    assert captions(section) == [starred, "What the columns mean", "The methods"]
+    best = "; \u2605 best of the column"
+    real = "area, log sizes, minus that of cdt:both; 95 % intervals over the same prompts"
+    assert captions(section) == [
+        f"Agreement and cost on 16 scored examples{best}",
+        f"Use on 16 held-out examples{best}",
+        f"Which differences are real, by signed score: {real}",
+        f"Which differences are real, by magnitude: {real}",
+        "f of the top heads, by share and number of heads, with 95 % intervals over prompts",
+        "Areas with 95 % intervals over prompts",
+        "What the columns mean",
+        "The methods",
+    ]
     assert [name for name, _ in section.provenance] == ["Methods compared"]
 
 
@@ -112,7 +124,7 @@ def test_the_page_fits_its_window_and_names_its_dots(browser: Browser, tmp_path:
         " t.textContent)"
     )
     assert len(titles) == 11 and titles[0].startswith("exact: CPR 0.")
-    # The table of methods is seen whole on a desk.
-    cut = "const box = document.querySelector('.Comparison .scroll');"
-    assert browser.run(f"{cut} return box.scrollWidth <= box.clientWidth") is True
+    # The tables of methods are seen whole on a desk.
+    widths = "[...document.querySelectorAll('.Comparison .scroll')].slice(0, 2)"
+    assert browser.run(f"return {widths}.every(box => box.scrollWidth <= box.clientWidth)") is True
     assert browser.complaints() == []
