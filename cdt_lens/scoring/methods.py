@@ -375,10 +375,10 @@ _ALL = (
         "ensemble", f"mean of the standardised {', '.join(MEMBERS)}", ensemble_scores,
         cost=_gradients(2 + IG_STEPS + 1),
     ),
-    # The ranking to begin with, the two ends, and the steps.
+    # The ranking to begin with, the full model, and the steps.
     Method(
         "gates", "a logit for each head, learned for faithful circuits of every size",
-        gates.learned_gates, (*_BACKWARD, "seed"), _gradients(2 + gates.EPOCHS, 2),
+        gates.learned_gates, (*_BACKWARD, "seed"), _gradients(2 + gates.EPOCHS, 1),
     ),
     Method("direct", "what a head writes straight to the logits", direct_attribution),
     Method(
