@@ -230,7 +230,12 @@ def test_a_name_that_is_no_method_is_refused_with_what_is(name, words):
 
 @pytest.mark.parametrize(
     ("name", "backward", "others"),
-    [("expected-gradients", 5, 5), ("ensemble", 8, 0), ("replay:two-ended", 2, 5), ("gates", 22, 1)],
+    [
+        ("expected-gradients", 5, 5),
+        ("ensemble", 8, 0),
+        ("replay:two-ended", 2, 5),
+        ("gates", 22, 1),
+    ],
 )
 def test_a_cost_has_three_passes_for_each_backward_pass(name, backward, others, tokenizer_folder):
     """The forward passes that record a gradient are counted; the others are given."""
