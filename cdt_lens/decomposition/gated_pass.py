@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from einops import rearrange
 from jaxtyping import Float
+from scipy.optimize import brentq
 from torch import Tensor
 
 from cdt_lens.core import display
@@ -56,6 +57,25 @@ def points_of(steps: Steps) -> list[float]:
     if steps == "ends":
         return [0.0, 1.0]
     return [(i + 0.5) / steps for i in range(steps)]
+
+
+def soft_circuit(logits: Float[Tensor, "layer head"], size: float) -> Float[Tensor, "layer head"]:
+    """Return gates sigmoid(logit - t), with t such that they add up to the size of a circuit.
+
+    Args:
+        logits: the logits of all heads.
+        size: the sum, above 0 and below the number of heads.
+
+    Returns:
+        Gates from 0 to 1, differentiable by the logits.
+    """
+    values = logits.detach()
+    ends = float(values.min()) - 50, float(values.max()) + 50
+    t = brentq(lambda t: float(torch.sigmoid(values - t).sum()) - size, *ends)
+    # The threshold moves with the logits, so that the sum stays.
+    slope = torch.sigmoid(values - t) * torch.sigmoid(t - values)
+    moved = (slope * (logits - values)).sum() / slope.sum().clamp(min=1e-12)
+    return torch.sigmoid(logits - t - moved)
 
 
 class GatedPass:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Count, Seed
+from cdt_lens.core.errors import NonFiniteError
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import gather_items, sum_over_processes
 from cdt_lens.decomposition.baseline import Baseline
-from cdt_lens.decomposition.gated_pass import GatedPass
+from cdt_lens.decomposition.gated_pass import GatedPass, soft_circuit
 from cdt_lens.decomposition.slopes import SLOPES
 from cdt_lens.models.provenance import hashed_once
 from cdt_lens.models.session import uses_model
@@ -37,20 +38,6 @@ EPOCHS, MINIBATCH = 20, 8
 SPREAD, RATE = 2.0, 0.2
 
 
-def soft_circuit(logits: Float[Tensor, "layer head"], size: float) -> Float[Tensor, "layer head"]:
-    """Return gates from 0 to 1 that add up to `size`, differentiable by the logits."""
-    values = logits.detach()
-    low, high = values.min() - 50, values.max() + 50
-    for _ in range(60):
-        middle = (low + high) / 2
-        too_many = bool(torch.sigmoid(values - middle).sum() > size)
-        low, high = (middle, high) if too_many else (low, middle)
-    # The threshold moves with the logits, so that the sum stays.
-    slope = torch.sigmoid(values - low) * torch.sigmoid(low - values)
-    moved = (slope * (logits - values)).sum() / slope.sum().clamp(min=1e-12)
-    return torch.sigmoid(logits - low - moved)
-
-
 @dataclass(frozen=True)
 class _Game:
     """The task direction d as a function of the gates of all heads."""
@@ -62,12 +49,12 @@ class _Game:
 
     def batches(self, gates: Tensor, wanted: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
         """Yield the positions of examples and their d, for this process' share of `wanted`."""
-        gated, items = self.gated, tuple(self.examples[i] for i in wanted)
-        chosen = replace(self.examples, items=items)
-        for batch in self.passes.batches(chosen, gated.view.longrope_limit):
+        gated, view = self.gated, self.gated.view
+        chosen = replace(self.examples, items=tuple(self.examples[i] for i in wanted))
+        for batch in self.passes.batches(chosen, view.longrope_limit):
             batch = batch.to(gates.device)
             gated.check_caller_hooks(batch)
-            at = self.baseline.for_batch(gated.view, batch)
+            at = self.baseline.for_batch(view, batch)
             d = gated.direction(batch, at, list(gates[:, :, None]), batch.direction)
             yield [wanted[i] for i in batch.index], d
 
@@ -99,6 +86,11 @@ class _Game:
             with torch.enable_grad():
                 gates = soft_circuit(logits.requires_grad_(), logits.numel() ** draw.random())
                 slope = self.slope(gates, wanted, full)
+                if not bool(torch.isfinite(slope).all()):
+                    raise NonFiniteError(
+                        f"{self.gated.view.name}: the gradient by the gates is not finite. Load "
+                        "the model in float32."
+                    )
                 (logits.grad,) = torch.autograd.grad(gates, logits, slope)
             optimiser.param_groups[0]["lr"] = RATE * (1 - number / len(steps))
             optimiser.step()
@@ -137,13 +129,13 @@ def learned_gates(
     Raises:
         InputError, UnsupportedModelError, NonFiniteError: As `one_pass`.
     """
-    passes = Passes(batch_size, progress=progress)
     view = checked_view(model, examples, baseline)
     start = one_pass(
         view, examples, baseline, slopes="gradient", steps="ends", batch_size=batch_size,
         progress=progress,
     )  # fmt: skip
-    game = _Game(GatedPass(view, SLOPES["gradient"]), examples, baseline, passes)
+    gated, passes = GatedPass(view, SLOPES["gradient"]), Passes(batch_size, progress=progress)
+    game = _Game(gated, examples, baseline, passes)
     full = game.d(torch.ones(start.values.shape, device=view.device))
     place = start.values.flatten().argsort(stable=True).argsort().reshape(start.values.shape)
     logits = game.learned(SPREAD * (2 * place.double() / max(1, place.numel() - 1) - 1), full, seed)
@@ -151,6 +143,6 @@ def learned_gates(
     options = {**start.provenance.options, "method": "gates"}
     return replace(
         start, values=scores, stderr=torch.zeros_like(scores), method="gates",
-        per_example=scores.expand(len(examples), -1, -1).clone(),
+        per_example=scores.expand_as(start.per_example).clone(),
         provenance=replace(start.provenance, options=options, seed=seed),
     )  # fmt: skip

@@ -16,14 +16,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cdt_lens.circuits.circuit import mask_to_heads
+from cdt_lens.core.errors import NonFiniteError
 from cdt_lens.core.passes import Passes
 from cdt_lens.decomposition.baseline import Baseline, mean_activations, zero_baseline
-from cdt_lens.decomposition.gated_pass import GatedPass
+from cdt_lens.decomposition.gated_pass import GatedPass, soft_circuit
 from cdt_lens.decomposition.slopes import SLOPES
 from cdt_lens.models.view import ModelView
 from cdt_lens.planted.catalogue import planted_circuit
 from cdt_lens.scoring import gates
-from cdt_lens.scoring.gates import learned_gates, soft_circuit
+from cdt_lens.scoring.gates import learned_gates
 from cdt_lens.scoring.one_pass import one_pass
 from cdt_lens.tasks.task import Example
 
@@ -99,6 +100,14 @@ def test_they_find_a_circuit_that_their_start_does_not(backend):
     assert set(found.top(len(truth))) == truth
     assert float(found.values.mean()) == pytest.approx(float(start.values.mean()), abs=1e-5)
     assert float(found.values.std()) == pytest.approx(float(start.values.std()), rel=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_is_refused(tokenizer_folder, monkeypatch):
+    view, data = shared("gpt2", "bridge", tokenizer_folder, torch.float32), examples()
+    nothing = torch.full((view.n_layers, view.n_heads), torch.nan)
+    monkeypatch.setattr(gates._Game, "slope", lambda *_: nothing)
+    with pytest.raises(NonFiniteError, match=r"gradient by the gates is not finite. Load"):
+        learned_gates(view, data, zero_baseline(view, data), progress=False)
 
 
 def test_they_come_from_the_seed_and_not_from_the_batches(tokenizer_folder):

@@ -58,7 +58,7 @@ def removed_by_hand(view: ModelView, item: Example, baseline: Baseline) -> Float
         d = logits[list(item.answers)].mean() - logits[list(item.others)].mean()
         (gradient,) = torch.autograd.grad(d, streams[0])
         view.tl.run_with_hooks(tokens, fwd_hooks=[(f"{point}.attn.hook_z", reset), end], **more)
-        taken = streams[0] - streams[1]
+        taken = (streams[0] - streams[1]).detach()
         scores[head.layer, head.head] = float((gradient * taken).sum())
     return scores
 
