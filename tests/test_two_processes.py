@@ -47,6 +47,10 @@ for arguments in commands(folder, folder / "run2"):
     app(arguments, standalone_mode=False)
 for _ in range(2):
     measure(folder, examples(), checkpoint=folder / "sweep.json")
+    # A machine that is lost loses its share alone.
+    lost = folder / "estimate.0of2.json"
+    if os.environ["RANK"] == "0" and lost.exists():
+        lost.unlink()
 measure(folder / "single", one_example())
 result = train(folder, log=folder / "log.jsonl")
 result.adapter.save(folder / "adapter")
@@ -117,10 +121,16 @@ def test_means_scores_and_circuits(launched: Path):
             assert scored.direction == pytest.approx(alone_scored.direction, abs=ROUNDING)
             assert scored.example_labels == alone_scored.example_labels
             assert scored.provenance.task_hash == alone_scored.provenance.task_hash
+            if folder == launched:
+                names = ("values", "stderr", "per_example")
+                estimate, one = (HeadScores.load(x / "estimate.json") for x in (theirs, alone))
+                for name in names:
+                    assert_close(getattr(estimate, name), getattr(one, name), atol=ROUNDING)
             metric, one = (json.loads((x / "metric.json").read_text()) for x in (theirs, alone))
             assert metric == pytest.approx(one, abs=ROUNDING)
     # Each process keeps its own share of the sweep.
     assert len(list(launched.glob("sweep*of2*.json"))) == 2
+    assert len(list(launched.glob("estimate*of2*.json"))) >= 1
 
 
 def test_training(launched: Path):

@@ -1,7 +1,8 @@
 """Run one forward pass with a gate on every head and differentiate by the gates.
 
 The gate g of a head gives z = baseline + g (z - baseline). One backward pass then gives the
-derivative of the task direction by every gate (docs/method/scores.md, "One pass").
+derivative of the task direction by every gate (docs/method/scores.md, "One pass"). Each head may
+have a gate of its own (`GatedPass.direction`).
 
 1. Attach the gates and the stand-ins of `slopes` to the model's own forward pass.
 2. Compute the task direction d from the candidates' logits at the answer position.
@@ -18,6 +19,7 @@ from typing import Literal
 import torch
 from einops import rearrange
 from jaxtyping import Float
+from scipy.optimize import brentq
 from torch import Tensor
 
 from cdt_lens.core import display
@@ -30,13 +32,17 @@ from cdt_lens.models.caller_hooks import caller_hooks
 from cdt_lens.models.heads import Head
 from cdt_lens.models.sites import Hook, Site
 from cdt_lens.models.support import Support, check_caller_hooks, check_supported
-from cdt_lens.models.view import ModelView, at_answer, at_least_float32
+from cdt_lens.models.view import ModelView, at_answer
 from cdt_lens.models.weights import check_gradients
 from cdt_lens.tasks.metrics import strongest_competitor, task_direction
 from cdt_lens.tasks.task import Batch
 
 # How many points of the path, or which: see `points_of`.
 Steps = Count | Literal["ends"] | None
+# Where the gates of all heads stand: one number, or one for each example.
+Point = float | Float[Tensor, " example"]
+# The gates of each layer, each tensor broadcastable to [batch, pos, head, 1].
+Gates = Sequence[Tensor]
 
 
 def points_of(steps: Steps) -> list[float]:
@@ -51,6 +57,25 @@ def points_of(steps: Steps) -> list[float]:
     if steps == "ends":
         return [0.0, 1.0]
     return [(i + 0.5) / steps for i in range(steps)]
+
+
+def soft_circuit(logits: Float[Tensor, "layer head"], size: float) -> Float[Tensor, "layer head"]:
+    """Return gates sigmoid(logit - t), with t such that they add up to the size of a circuit.
+
+    Args:
+        logits: the logits of all heads.
+        size: the sum, above 0 and below the number of heads.
+
+    Returns:
+        Gates from 0 to 1, differentiable by the logits.
+    """
+    values = logits.detach()
+    ends = float(values.min()) - 50, float(values.max()) + 50
+    t = brentq(lambda t: float(torch.sigmoid(values - t).sum()) - size, *ends)
+    # The threshold moves with the logits, so that the sum stays.
+    slope = torch.sigmoid(values - t) * torch.sigmoid(t - values)
+    moved = (slope * (logits - values)).sum() / slope.sum().clamp(min=1e-12)
+    return torch.sigmoid(logits - t - moved)
 
 
 class GatedPass:
@@ -80,14 +105,15 @@ class GatedPass:
             )
 
     def scores(
-        self, batch: Batch, baseline: BaselineAt, points: Sequence[float], direction: Direction
+        self, batch: Batch, baseline: BaselineAt, points: Sequence[Point], direction: Direction
     ) -> tuple[Float[Tensor, "example layer head pos"], Float[Tensor, " example"]]:
         """Compute the derivative of the task direction by the gate of every head.
 
         Args:
             batch: the prompts.
             baseline: the reference values of z, a function of the layer.
-            points: where all gates stand, from 0 (every head ablated) to 1 (the plain model).
+            points: where all gates stand, from 0 (every head ablated) to 1 (the plain model); one
+                number for all examples, or one for each.
             direction: "mean" or "strongest", see `tasks.metrics`. The plain model fixes the
                 strongest competitor.
 
@@ -99,8 +125,29 @@ class GatedPass:
             InputError: the caller's hooks cannot be followed, or one of them edits in place.
             NonFiniteError: the logits or a score are not finite.
         """
-        view = self.view
-        self._check_caller_hooks(batch)
+        return self.along(batch, [(baseline, point) for point in points], direction)
+
+    def along(
+        self,
+        batch: Batch,
+        stations: Sequence[tuple[BaselineAt, Point]],
+        direction: Direction,
+    ) -> tuple[Float[Tensor, "example layer head pos"], Float[Tensor, " example"]]:
+        """Compute the same as `scores`, at points that have reference values of their own.
+
+        Args:
+            batch: the prompts.
+            stations: for each point the reference values of z, and where all gates stand.
+            direction: "mean" or "strongest".
+
+        Returns:
+            The derivatives by position, averaged over the points, and the plain model's direction
+            of each example, as `scores`.
+
+        Raises:
+            InputError, NonFiniteError: as `scores`.
+        """
+        self.check_caller_hooks(batch)
         weights = batch.direction
         if direction == "strongest":
             # The plain model fixes the competitor.
@@ -108,25 +155,59 @@ class GatedPass:
             weights = strongest_competitor(plain, batch.is_answer, batch.is_candidate)
         gradients: list[Tensor] = []
         full = torch.zeros(len(batch.index))
-        for point in points:
-            gates: dict[int, Tensor] = {}
+        for baseline, point in stations:
+            gates = self._gates(batch, point)
             with torch.enable_grad():
-                d = task_direction(
-                    self._logits(batch, self._gate_hooks(baseline, point, gates)), weights
-                )
-                by_gate = self._gradient(d, [gates[layer] for layer in range(view.n_layers)])
-            gradients.append(torch.stack([at_least_float32(g) for g in by_gate]))
+                d = self.direction(batch, baseline, gates, weights)
+                gradients.append(torch.stack(self.differentiate(d, gates)))
             full = d.detach()
-        if points[-1] != 1.0:
+        if not _is_plain(stations[-1][1]):
             full = task_direction(self._plain_logits(batch), weights)
-        mean = sum(gradients[1:], gradients[0]) / len(points)
+        mean = sum(gradients[1:], gradients[0]) / len(stations)
         by_position = rearrange(mean, "layer example pos head 1 -> example layer head pos")
-        self._check_finite(by_position, full)
+        self.check_finite(by_position, full)
         return by_position, full
 
-    def _check_finite(
+    def direction(
+        self,
+        batch: Batch,
+        baseline: BaselineAt,
+        gates: Gates,
+        weights: Float[Tensor, "example k"],
+    ) -> Float[Tensor, " example"]:
+        """Compute the task direction of the gated model, in the caller's gradient mode.
+
+        Args:
+            batch: the prompts.
+            baseline: the reference values of z, a function of the layer.
+            gates: the gates of each layer, broadcastable to `[batch, pos, head, 1]`.
+            weights: weights of the candidates, such as `batch.direction`.
+
+        Returns:
+            The direction of each example in logits.
+        """
+        return task_direction(self._logits(batch, self._gate_hooks(baseline, gates)), weights)
+
+    def _gates(self, batch: Batch, point: Point) -> list[Tensor]:
+        """Return a gate for each head, example and position, which is what scores are split by."""
+        shape = (*batch.tokens.shape, self.view.n_heads, 1)
+        # Scores keep the gates' type, and half precision is too coarse for a path.
+        dtype = torch.promote_types(self.view.dtype, torch.float32)
+        at = torch.as_tensor(point, dtype=dtype, device=self.view.device).reshape(-1, 1, 1, 1)
+        return [at.expand(shape).clone().requires_grad_() for _ in range(self.view.n_layers)]
+
+    def check_finite(
         self, by_position: Float[Tensor, "example layer head pos"], full: Float[Tensor, " example"]
     ) -> None:
+        """Refuse scores that are not finite.
+
+        Args:
+            by_position: the scores.
+            full: the plain model's direction of each example.
+
+        Raises:
+            NonFiniteError: a score or a direction is not finite.
+        """
         # In the scores, NaN marks a head that was not scored.
         if not bool(torch.isfinite(full).all()):
             raise NonFiniteError(
@@ -140,8 +221,15 @@ class GatedPass:
                 f"slopes; first: {Head(*bad[0])}. Load the model in float32."
             )
 
-    def _check_caller_hooks(self, batch: Batch) -> None:
-        """Refuse the caller's hooks if these slopes cannot follow them."""
+    def check_caller_hooks(self, batch: Batch) -> None:
+        """Refuse the caller's hooks if these slopes cannot follow them.
+
+        Args:
+            batch: the prompts.
+
+        Raises:
+            InputError: the caller's hooks cannot be followed.
+        """
         by_formula = self.slopes.touches_mlp or self.slopes.norm == "frozen"
         edits = "slopes by formula (norm='frozen', or other than 'tangent' in the MLP)"
         check_caller_hooks(
@@ -173,11 +261,22 @@ class GatedPass:
         with torch.enable_grad():
             logits = self._logits(batch, {site: probe_at(site) for site in sites})
             d = task_direction(logits, batch.direction)
-            gradients = self._gradient(d, [probes[site] for site in sites])
+            gradients = self.differentiate(d, [probes[site] for site in sites])
         return dict(zip(sites, gradients, strict=True))
 
-    def _gradient(self, d: Float[Tensor, " example"], by: Sequence[Tensor]) -> list[Tensor]:
-        """Differentiate the sum of `d`; 0 where a caller's hook has cut the path to the logits."""
+    def differentiate(self, d: Float[Tensor, " example"], by: Sequence[Tensor]) -> list[Tensor]:
+        """Differentiate the sum of `d`.
+
+        Args:
+            d: values that a gated pass gave.
+            by: the tensors to differentiate by.
+
+        Returns:
+            The derivatives; 0 where a hook of the caller's has cut the path to the logits.
+
+        Raises:
+            InputError: a hook of the caller's edits in place a tensor that the gradient needs.
+        """
         if not d.requires_grad:
             return [torch.zeros_like(tensor) for tensor in by]
         try:
@@ -214,20 +313,16 @@ class GatedPass:
 
     # ------------------------------------------------------------------ hooks
 
-    def _gate_hooks(
-        self, baseline: BaselineAt, point: float, gates: dict[int, Tensor]
-    ) -> dict[Site, Hook]:
+    def _gate_hooks(self, baseline: BaselineAt, gates: Gates) -> dict[Site, Hook]:
         def gate_at(layer: int) -> Hook:
             def hook(z: Tensor) -> Tensor:
-                gate = torch.full(
-                    (*z.shape[:-1], 1), point, dtype=z.dtype, device=z.device, requires_grad=True
-                )
-                gates[layer] = gate
-                away = z - baseline(layer).to(z.dtype)
-                # At the plain model z must keep every bit.
-                here = z if point == 1.0 else z + (point - 1.0) * away
-                return here + (gate - point) * away
+                # In this form z keeps every bit at the plain model.
+                return z + (gates[layer] - 1.0).to(z.dtype) * (z - baseline(layer).to(z.dtype))
 
             return hook
 
         return {("z", layer): gate_at(layer) for layer in range(self.view.n_layers)}
+
+
+def _is_plain(point: Point) -> bool:
+    return isinstance(point, float) and point == 1.0

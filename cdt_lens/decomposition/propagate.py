@@ -166,13 +166,33 @@ class Propagator:
         Returns:
             The irrelevant part of the final residual stream.
         """
+        return at_answer(self.carried(resets, taps, mlp_resets), self.lengths)
+
+    def carried(
+        self,
+        resets: Resets,
+        taps: Mapping[Site, Tap] | None = None,
+        mlp_resets: MlpResets | None = None,
+        stop: int | None = None,
+    ) -> Float[Tensor, "source batch pos d_model"]:
+        """Compute the irrelevant stream at every position, before a block.
+
+        Args:
+            resets: as for `propagate`.
+            taps: as for `propagate`.
+            mlp_resets: as for `propagate`.
+            stop: the block to stop before. None runs all blocks.
+
+        Returns:
+            The irrelevant part of the residual stream.
+        """
         mlp_resets = mlp_resets or {}
         start = min([*resets, *mlp_resets])
         n_sources = next(iter([*resets.values(), *mlp_resets.values()])).shape[0]
         hooks = RuleHooks(self, n_sources, start, resets, taps or {}, mlp_resets)
         resid = self.trace.resid[start].repeat(n_sources, 1, 1)
-        out = self.view.replay(self.trace, resid, start, hooks.build())
-        return at_answer(out.reshape(n_sources, *self.trace.resid[-1].shape), self.lengths)
+        out = self.view.replay(self.trace, resid, start, hooks.build(), stop)
+        return out.reshape(n_sources, *self.trace.resid[-1].shape)
 
     def candidate_logits(
         self, resid: Float[Tensor, "source batch d_model"], candidates: Int[Tensor, "batch k"]

@@ -21,7 +21,7 @@ from cdt_lens.models.sites import Hook, Site
 from cdt_lens.models.view import ModelView, at_least_float32
 
 Slope = Literal["frozen", "tangent"]
-Attention = Literal["frozen", "half", "tangent"]
+Attention = Literal["frozen", "half", "tempered", "tangent"]
 Share = Literal["half", "gate", "tangent"]
 Paths = Literal["all", "direct"]
 
@@ -33,7 +33,9 @@ class Slopes(Checked):
     Attributes:
         norm: "frozen" treats the scale as a constant. "tangent" is the derivative.
         attention: "frozen" treats the pattern as a constant. "half" gives the pattern and the
-            values half of the product each. "tangent" is the derivative.
+            values half of the product each. "tempered" shares by halves both products of
+            attention, query with key and pattern with value, and differentiates the softmax as if
+            its temperature were 2 (GIM, arXiv 2505.17630). "tangent" is the derivative.
         activation: "frozen" treats the secant f(x)/x as a constant. "tangent" is the derivative
             f'(x).
         product: the stand-in for the product f(g) * u of a gated MLP. "half" gives each factor half
@@ -68,6 +70,8 @@ SLOPES: dict[str, Slopes] = {
     "gradient": Slopes("tangent", "tangent", "tangent", "tangent"),
     # Direct logit attribution.
     "direct": Slopes(paths="direct"),
+    # Gradient interaction modifications, arXiv 2505.17630.
+    "gim": Slopes("frozen", "tempered", "tangent", "half"),
 }
 
 
@@ -117,8 +121,8 @@ def slope_hooks(view: ModelView, slopes: Slopes) -> dict[Site, Hook]:
         for name in constants:
             if (name, layer) in view.sites:
                 hooks[name, layer] = Tensor.detach
-        if slopes.attention == "half" and slopes.paths == "all":
-            hooks |= {("pattern", layer): _half_gradient, ("v", layer): _half_gradient}
+        if slopes.paths == "all":
+            hooks |= {(name, layer): hook for name, hook in _SHARED.get(slopes.attention, ())}
         if slopes.touches_mlp and ("mlp_out", layer) in view.sites:
             hooks |= _mlp_slopes(view, slopes, layer)
     return hooks
@@ -163,8 +167,46 @@ def _mlp_slopes(view: ModelView, slopes: Slopes, layer: int) -> dict[Site, Hook]
     return sites
 
 
-def _half_gradient(value: Tensor) -> Tensor:
-    return value.detach() + (value - value.detach()) / 2
+def _part_of_gradient(share: float) -> Hook:
+    def hook(value: Tensor) -> Tensor:
+        return value.detach() + (value - value.detach()) * share
+
+    return hook
+
+
+def _tempered_softmax(pattern: Tensor) -> Tensor:
+    """Give the softmax before `pattern` the slope of one at twice its temperature.
+
+    The softmax turns a gradient g into p (g - <p, g>). With r in proportion to sqrt(p), the pattern
+    at temperature 2, the gradient r/p (g - <r, g>) comes out as r (g - <r, g>).
+    """
+    if not pattern.requires_grad:
+        return pattern
+    plain = at_least_float32(pattern.detach())
+    soft = plain.sqrt() / plain.sqrt().sum(-1, keepdim=True)
+    ratio = torch.where(plain > 0, soft / plain, 0.0)
+
+    def tempered(gradient: Tensor) -> Tensor:
+        g = at_least_float32(gradient)
+        return (ratio * (g - (soft * g).sum(-1, keepdim=True))).to(gradient.dtype)
+
+    # A tensor of its own, because the bridge hands over a view that the model does not read.
+    own = pattern.view_as(pattern)
+    own.register_hook(tempered)
+    return own
+
+
+# How the gradient of attention is shared, at the sites of a layer.
+_SHARED: dict[str, tuple[tuple[str, Hook], ...]] = {
+    "half": (("pattern", _part_of_gradient(1 / 2)), ("v", _part_of_gradient(1 / 2))),
+    # A score is divided at pattern times value, and once more at query times key.
+    "tempered": (
+        ("q", _part_of_gradient(1 / 4)),
+        ("k", _part_of_gradient(1 / 4)),
+        ("v", _part_of_gradient(1 / 2)),
+        ("pattern", _tempered_softmax),
+    ),
+}
 
 
 def _slope(function: Any, plain: Tensor, kind: Slope) -> Tensor:

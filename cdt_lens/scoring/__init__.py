@@ -12,6 +12,10 @@ the head's own layer.
 | `one-pass:two-ended`   | 2 forward, 2 backward       | first order | speed, sees redundancy    |
 | `attribution-patching` | 1 forward, 1 backward       | first order | comparison                |
 | `integrated-gradients` | 6 forward, 5 backward       | first order | speed, sees redundancy    |
+| `expected-gradients`   | 10 forward, 5 backward      | first order | comparison                |
+| `replay:two-ended`     | 2 and a block a head, 2     | mixed       | near-exact removal        |
+| `ensemble`             | 8 forward, 8 backward       | first order | comparison                |
+| `gates`                | 23 forward, 22 backward     | learned     | circuits of every size    |
 | `direct`               | 1 forward, 1 backward       | exact       | direct effect only        |
 | `random`               | none                        | -           | lower bound               |
 

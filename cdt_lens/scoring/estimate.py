@@ -213,7 +213,9 @@ class Estimator:
             For each part the rows of its examples, by their position. They hold NaN for heads
             that were decided before.
         """
-        done = [{} for _ in self.parts] if kept is None else self._read(kept)
+        own = [{} for _ in self.parts] if kept is None else self._read(kept)
+        # All processes divide what none of them has.
+        done = [dict(gather_items(list(rows.items()))) for rows in own]
         began, start = time.monotonic(), 0
         heads: tuple[Head, ...] | None = None
         for end in self.ends(budget):
@@ -224,7 +226,7 @@ class Estimator:
             self._round(self.order[start:end], done, kept, heads)
             start = end
             late = budget.minutes is not None and time.monotonic() - began > 60 * budget.minutes
-            if late or (budget.precision is not None and enough(done)):
+            if any(gather_items([late])) or (budget.precision is not None and enough(done)):
                 break
         return self._of(done, self.order[:start])
 

@@ -6,11 +6,19 @@ cdt:<rules>            contextual decomposition with a preset's rules (arXiv 240
 estimate:<rules>       the same, swept on a sample of the prompts and corrected to first order on
                        the others (`estimate`)
 one-pass[:<slopes>]    the decomposition's linear forms, one backward pass for all heads; slopes
-                       by a preset's name or spelt out likewise
+                       by a preset's name (one-pass:gim: arXiv 2505.17630) or spelt out likewise
 attribution-patching   z's gradient times its distance from the baseline (Nanda 2023;
                        Syed et al., arXiv 2310.10348)
 integrated-gradients   the same, averaged over 5 midpoints of the path on which all heads go
                        together from ablated to plain (arXiv 1703.01365; for gates of heads)
+expected-gradients     the same at random points of paths that start at another prompt
+                       (arXiv 1906.10670)
+replay:two-ended       removal carried exactly through the head's own MLP, and to first order from
+                       there on; the return to the empty model to first order
+ensemble               mean of the standardised one-pass:two-ended, integrated-gradients and
+                       attribution-patching
+gates                  a logit for each head, learned for faithful circuits of every size
+                       (arXiv 2609.25518)
 direct                 direct logit attribution: what a head writes straight to the logits
 random                 scores from a seed, the floor
 """
@@ -41,13 +49,15 @@ from cdt_lens.models.heads import Head
 from cdt_lens.models.provenance import hashed_once, provenance_of
 from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
+from cdt_lens.scoring import gates
+from cdt_lens.scoring.ensemble import MEMBERS, ensemble_scores
 from cdt_lens.scoring.estimate import Part, parts_of
-from cdt_lens.scoring.one_pass import one_pass
+from cdt_lens.scoring.expected_gradients import expected_gradients
+from cdt_lens.scoring.one_pass import IG_STEPS, one_pass
+from cdt_lens.scoring.replay import replayed_scores
 from cdt_lens.scoring.sweep import collect_scores, score_heads
 from cdt_lens.tasks.metrics import task_direction
 from cdt_lens.tasks.task import Examples, check_examples
-
-IG_STEPS = 5
 
 
 @checked_arguments
@@ -284,8 +294,9 @@ def _sample_cost(parts: Sequence[Part]) -> Cost:
     return cost
 
 
-def _gradients(passes: int) -> Cost:
-    return lambda layers, heads: passes * _GRADIENT
+def _gradients(passes: int, more: int = 0) -> Cost:
+    """Return the cost of a number of backward passes, and of forward passes without one."""
+    return lambda layers, heads: passes * _GRADIENT + more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,12 +361,33 @@ _ALL = (
     ),
     _backward("one-pass:shared", "the shared rules to first order, one backward pass", "shared"),
     _backward("one-pass:linear", "the linear rules, one backward pass", "linear"),
+    _backward("one-pass:gim", "gradient interaction modifications, one backward pass", "gim"),
     Method(
         "attribution-patching", "gradient times distance from the baseline", attribution_patching
     ),
     Method(
         "integrated-gradients", f"gradients averaged over {IG_STEPS} points from ablated to plain",
         integrated_gradients, cost=_gradients(IG_STEPS),
+    ),
+    # Each point has a reference run.
+    Method(
+        "expected-gradients", "gradients at random points of paths from other prompts",
+        expected_gradients, (*_BACKWARD, "seed"), _gradients(IG_STEPS, IG_STEPS),
+    ),
+    # Each head runs its own block once more.
+    Method(
+        "replay:two-ended", "removal exact through the head's own MLP, first order from there on",
+        replayed_scores, ("batch_size", "rows", "progress"),
+        lambda layers, heads: 2 * _GRADIENT + 1 + heads,
+    ),
+    Method(
+        "ensemble", f"mean of the standardised {', '.join(MEMBERS)}", ensemble_scores,
+        cost=_gradients(2 + IG_STEPS + 1),
+    ),
+    # The ranking to begin with, the full model, and the steps.
+    Method(
+        "gates", "a logit for each head, learned for faithful circuits of every size",
+        gates.learned_gates, (*_BACKWARD, "seed"), _gradients(2 + gates.EPOCHS, 1),
     ),
     Method("direct", "what a head writes straight to the logits", direct_attribution),
     Method(
@@ -448,7 +480,8 @@ def score_by(
         checkpoint: File that keeps finished batches of a sweep, so that an interrupted call
             resumes.
         exact: Number of examples that get the exact sweep in "estimate:..."; see `score_heads`.
-        seed: Seed of "random", and of the sample of "estimate:...".
+        seed: Seed of "random", "expected-gradients" and "gates", and of the sample of
+            "estimate:...".
         progress: Whether to show a progress bar.
 
     Returns:

@@ -17,7 +17,9 @@ saturated activations, a norm's scale or attention are therefore seen to first o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from einops import reduce
@@ -29,14 +31,19 @@ from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Count, Direction
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import gather_items
-from cdt_lens.decomposition.baseline import Baseline
+from cdt_lens.decomposition.baseline import Baseline, BaselineAt
 from cdt_lens.decomposition.gated_pass import GatedPass, Steps, points_of
 from cdt_lens.decomposition.slopes import Slopes, resolve_slopes
 from cdt_lens.models.provenance import hashed_once, provenance_of
 from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.scoring.sweep import collect_scores, recorded_options
-from cdt_lens.tasks.task import Examples, check_examples
+from cdt_lens.tasks.task import Batch, Examples, check_examples
+
+# The number of points of integrated gradients.
+IG_STEPS = 5
+# The scores of a batch by position, and the plain model's direction of each example, in logits.
+BatchScores = tuple[Float[Tensor, "example layer head pos"], Float[Tensor, " example"]]
 
 
 # Tensors made in the caller's inference mode may take no part in a backward pass.
@@ -81,28 +88,71 @@ def one_pass(
         NonFiniteError: A score left the finite range, as half precision may.
     """
     passes = Passes(batch_size, progress=progress)
+    view = checked_view(model, examples, baseline)
+    slopes = resolve_slopes(slopes)
+    options = {"method": method, "slopes": asdict(slopes), "steps": steps}
+    gated = GatedPass(view, slopes)
+
+    def scores(batch: Batch, at: BaselineAt) -> BatchScores:
+        return gated.scores(batch, at, points_of(steps), direction)
+
+    return score_batches(view, examples, baseline, scores, options, direction, passes)
+
+
+def checked_view(model: nn.Module | ModelView, examples: Examples, baseline: Baseline) -> ModelView:
+    """Return the view of a model that can be scored with these examples and this baseline.
+
+    Args:
+        model: A TransformerLens model or its `ModelView`.
+        examples: The examples to score.
+        baseline: The values that ablated heads take.
+
+    Raises:
+        InputError: There are no examples, or a prompt is longer than the model's context.
+        ArtifactError: The baseline belongs to another model.
+    """
     view = view_of(model)
     check_examples(view, examples)
-    slopes = resolve_slopes(slopes)
     baseline.check_model(view)
-    options = {
-        "method": method,
-        "slopes": asdict(slopes),
-        "steps": steps,
-        **recorded_options(baseline, direction),
-        "heads": "all",
-    }
-    gated = GatedPass(view, slopes)
+    return view
+
+
+def score_batches(
+    view: ModelView,
+    examples: Examples,
+    baseline: Baseline,
+    scores: Callable[[Batch, BaselineAt], BatchScores],
+    options: Mapping[str, Any],
+    direction: Direction,
+    passes: Passes,
+    seed: int | None = None,
+) -> HeadScores:
+    """Score all heads batch by batch, and collect the scores.
+
+    Args:
+        view: The model.
+        examples: The examples to score.
+        baseline: The values that ablated heads take.
+        scores: Scores a batch, given its reference values of z.
+        options: Options that the provenance records, "method" among them.
+        direction: "mean" or "strongest".
+        passes: Sizes of the forward passes.
+        seed: Seed that the provenance records.
+
+    Returns:
+        Signed scores in logits with standard errors.
+    """
+    method = str(options["method"])
     items: list[tuple[int, Tensor]] = []
     for batch in passes.bar(passes.batches(examples, view.longrope_limit), name=method):
         batch = batch.to(view.device)
-        at = baseline.for_batch(view, batch)
-        by_position, full = gated.scores(batch, at, points_of(steps), direction)
+        by_position, full = scores(batch, baseline.for_batch(view, batch))
         relevant = reduce(by_position, "example layer head pos -> example layer head", "sum")
         rows = torch.cat([relevant.flatten(1), full[:, None]], 1).float().cpu()
         items += list(zip(batch.index, rows, strict=True))
     done = dict(gather_items(items))
-    provenance = provenance_of(view, examples, options=options)
+    recorded = {**options, **recorded_options(baseline, direction), "heads": "all"}
+    provenance = provenance_of(view, examples, options=recorded, seed=seed)
     return collect_scores(view, examples, done, None, method, provenance)
 
 
@@ -132,9 +182,7 @@ def position_relevance(
     Raises:
         InputError, UnsupportedModelError, NonFiniteError: As `one_pass`.
     """
-    view = view_of(model)
-    check_examples(view, examples)
-    baseline.check_model(view)
+    view = checked_view(model, examples, baseline)
     gated = GatedPass(view, resolve_slopes(slopes))
     longest = max(len(example.tokens) for example in examples)
     out = torch.full((len(examples), view.n_layers, view.n_heads, longest), torch.nan)

@@ -15,6 +15,7 @@ from helpers.wrapped import wrap
 from torch import Tensor
 
 from cdt_lens.core.errors import InputError, UnsupportedModelError
+from cdt_lens.decomposition import slopes as slopes_module
 from cdt_lens.decomposition.baseline import Baseline, mean_activations, zero_baseline
 from cdt_lens.decomposition.gated_pass import GatedPass
 from cdt_lens.decomposition.propagate import Propagator
@@ -145,6 +146,111 @@ def test_half_attention_lies_midway_between_pattern_and_values(family, backend, 
         half = found("half")
     assert_close(half, (by_values + by_pattern) / 2, atol=1e-12)
     assert float((by_values - by_pattern).abs().max()) > 1e-3
+
+
+# Gradient interaction modifications by hand ---------------------------------------------------------
+
+
+class TemperedSoftmax(torch.autograd.Function):
+    """The softmax, with the slope of one at temperature 2 as GIM's authors define it."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        ctx.save_for_backward(scores)
+        return scores.softmax(-1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        soft = (ctx.saved_tensors[0] / 2).softmax(-1)
+        return soft * (gradient - (soft * gradient).sum(-1, keepdim=True))
+
+
+def shared_out(value: Tensor, by: int) -> Tensor:
+    """The value, with its gradient divided."""
+    return value / by + (value - value / by).detach()
+
+
+def frozen_norm(x: Tensor, norm: Any) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    scale = (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt().detach()
+    return centred / scale * norm.weight + norm.bias
+
+
+def gim_by_hand(view: ModelView, item: Example, baseline: Baseline) -> Tensor:
+    """GPT-2 from Hugging Face's weights, from the z of layer 0 on; z of layer 1 on the way."""
+    hf_model: Any = build("gpt2").transformer
+    more = {"use_cache": False} if view.is_bridge else {}
+    with torch.no_grad():
+        _, cache = view.tl.run_with_cache(torch.tensor([item.tokens]), **more)
+    n = len(item.tokens)
+    z = [cache[f"blocks.{layer}.attn.hook_z"][0].clone() for layer in (0, 1)]
+    z[0].requires_grad_()
+    resid = cache["blocks.0.hook_resid_pre"][0]
+    zs: list[Tensor] = []
+    for layer, block in enumerate(hf_model.h):
+        if layer == 0:
+            mixed = z[0]
+        else:
+            q, k, v = block.attn.c_attn(frozen_norm(resid, block.ln_1)).view(n, 3, 4, 16).unbind(1)
+            q, k, v = shared_out(q, 4), shared_out(k, 4), shared_out(v, 2)
+            scores = torch.einsum("qhd,khd->hqk", q, k) / 4
+            scores = scores.masked_fill(~torch.ones(n, n).tril().bool(), -torch.inf)
+            mixed = torch.einsum("hqk,khd->qhd", TemperedSoftmax.apply(scores), v)
+        zs.append(mixed)
+        resid = resid + block.attn.c_proj(mixed.reshape(n, 64))
+        resid = resid + block.mlp(frozen_norm(resid, block.ln_2))
+    logits = frozen_norm(resid[-1], hf_model.ln_f) @ hf_model.wte.weight.T
+    d = logits[list(item.answers)].mean() - logits[list(item.others)].mean()
+    gradients = torch.autograd.grad(d, zs)
+    rows = []
+    for layer, gradient in enumerate(gradients):
+        mean = baseline.means[layer, 0].expand(n, 4, 16).clone()
+        mean[-1] = baseline.means[layer, 1]
+        rows.append((gradient * (zs[layer].detach() - mean)).sum((0, 2)))
+    return torch.stack(rows)
+
+
+@models(("gpt2",))
+def test_gim_slopes_by_hand(family, backend, tokenizer_folder):
+    with Float64Throughout():
+        view, data = shared(family, backend, tokenizer_folder), examples()
+        baseline = means(view, data)
+        found = one_pass(view, data, baseline, slopes="gim", batch_size=4, progress=False)
+        for number, item in enumerate(data):
+            assert_close(found.per_example[number], gim_by_hand(view, item, baseline), atol=KEPT)
+        plain = one_pass(view, data, baseline, slopes="gradient", progress=False)
+    assert not torch.allclose(found.per_example[:, 0], plain.per_example[:, 0], atol=1e-3)
+
+
+@models(("llama",))
+def test_a_tempered_pattern_with_values_and_gates_shared_by_halves(
+    family, backend, tokenizer_folder
+):
+    """One MLP lies above layer 1: each factor of its product gets half of its gradient."""
+    with Float64Throughout():
+        view, data = shared(family, backend, tokenizer_folder), examples()
+        batch = next(data.batches(len(data)))
+        at = means(view, data).for_batch(view, batch)
+
+        def found(slopes: Slopes, cut: str = "") -> Tensor:
+            with view.hooked({(cut, 1): Tensor.detach} if cut else {}):
+                return GatedPass(view, slopes).scores(batch, at, [1.0], "mean")[0][:, 1]
+
+        plain = Slopes("tangent", "tangent", "tangent", "tangent")
+        by_gate, by_linear = found(plain, "pre_linear"), found(plain, "pre")
+        half = found(Slopes("tangent", "tempered", "tangent", "half"))
+    assert_close(half, (by_gate + by_linear) / 2, atol=1e-12)
+
+
+def test_a_tempered_pattern_bears_entries_of_0():
+    """Masked keys have no gradient, and rounding to 0 makes no NaN."""
+    scores = torch.tensor([[0.0, -300.0, 1.0, -torch.inf]], requires_grad=True)
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    pattern = slopes_module._tempered_softmax(scores.softmax(-1))
+    (found,) = torch.autograd.grad((pattern * weights).sum(), scores)
+    (expected,) = torch.autograd.grad((TemperedSoftmax.apply(scores) * weights).sum(), scores)
+    assert_close(found, expected, atol=1e-6)
+    assert_same_bits(pattern, scores.softmax(-1))
 
 
 # What the hooks leave alone -------------------------------------------------------------------------

@@ -27,9 +27,13 @@ from cdt_lens.interchange.graphs import circuit_from_graph
 from cdt_lens.models import provenance, session
 from cdt_lens.models.view import ModelView
 from cdt_lens.scoring.edge_scores import score_edges
+from cdt_lens.scoring.ensemble import ensemble_scores
+from cdt_lens.scoring.expected_gradients import expected_gradients
+from cdt_lens.scoring.gates import learned_gates
 from cdt_lens.scoring.methods import direct_attribution, random_scores
 from cdt_lens.scoring.one_pass import position_relevance
 from cdt_lens.scoring.prompt_views import attention_view, token_relevance
+from cdt_lens.scoring.replay import replayed_scores
 from cdt_lens.tasks.evaluate import label_prior
 from helpers.checks import _state
 from helpers.tiny_tasks import examples
@@ -141,6 +145,10 @@ CALLS: dict[str, Callable[[Subject], Any]] = {
     "integrated_gradients": lambda s: cdt.integrated_gradients(
         s.model, s.data, s.baseline, **QUIET
     ),
+    "expected_gradients": lambda s: expected_gradients(s.model, s.data, s.baseline, **QUIET),
+    "replayed_scores": lambda s: replayed_scores(s.model, s.data, s.baseline, **QUIET),
+    "ensemble_scores": lambda s: ensemble_scores(s.model, s.data, s.baseline, **QUIET),
+    "learned_gates": lambda s: learned_gates(s.model, s.data, s.baseline, **QUIET),
     "direct_attribution": lambda s: direct_attribution(s.model, s.data, s.baseline, **QUIET),
     "random_scores": lambda s: random_scores(s.model, s.data, s.baseline),
     "score_edges": lambda s: score_edges(s.model, s.data, s.baseline, **QUIET),

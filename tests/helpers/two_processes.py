@@ -44,6 +44,12 @@ def measure(out: Path, data: Examples, *, checkpoint: Path | None = None) -> Non
     baseline.save(folder / "baseline.json")
     scores = score_heads(model, data, baseline, batch_size=2, checkpoint=checkpoint, progress=False)
     scores.save(folder / "scores.json")
+    if len(data) > 4:
+        kept = None if checkpoint is None else checkpoint.with_stem("estimate")
+        estimate = score_heads(
+            model, data, baseline, exact=4, batch_size=1, checkpoint=kept, progress=False
+        )
+        estimate.save(folder / "estimate.json")
     metric = circuit_metric(model, CIRCUITS, data, baseline, batch_size=2, progress=False)
     (folder / "metric.json").write_text(json.dumps(metric.tolist()))
 

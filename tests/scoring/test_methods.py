@@ -23,6 +23,9 @@ from cdt_lens.decomposition.rules import PRESETS, Rules
 from cdt_lens.decomposition.slopes import SLOPES, Slopes
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.view import ModelView
+from cdt_lens.scoring.ensemble import ensemble_scores
+from cdt_lens.scoring.expected_gradients import expected_gradients
+from cdt_lens.scoring.gates import learned_gates
 from cdt_lens.scoring.methods import (
     METHODS,
     attribution_patching,
@@ -34,6 +37,7 @@ from cdt_lens.scoring.methods import (
     score_by,
 )
 from cdt_lens.scoring.one_pass import one_pass
+from cdt_lens.scoring.replay import replayed_scores
 from cdt_lens.scoring.sweep import score_heads
 from cdt_lens.tasks.task import Example, Examples
 
@@ -145,7 +149,7 @@ def test_more_steps_are_the_mean_over_midpoints(family, backend, tokenizer_folde
 def alone(name: str, view: ModelView, data: Examples, baseline: Baseline) -> HeadScores:
     """What the function behind a method gives."""
     kind, _, preset = name.partition(":")
-    if kind == "cdt":
+    if kind in ("cdt", "estimate"):
         return score_heads(view, data, baseline, rules=preset, progress=False)
     if name == "random":
         return random_scores(view, data, baseline)
@@ -156,6 +160,8 @@ def alone(name: str, view: ModelView, data: Examples, baseline: Baseline) -> Hea
     function = {
         "exact": exact_ablation, "attribution-patching": attribution_patching,
         "integrated-gradients": integrated_gradients, "direct": direct_attribution,
+        "expected-gradients": expected_gradients, "replay:two-ended": replayed_scores,
+        "ensemble": ensemble_scores, "gates": learned_gates,
     }[name]  # fmt: skip
     return function(view, data, baseline, progress=False)
 
@@ -220,6 +226,30 @@ def test_rules_and_slopes_by_name_or_spelt_out(name, choices, tokenizer_folder):
 def test_a_name_that_is_no_method_is_refused_with_what_is(name, words):
     with pytest.raises(InputError, match=words):
         method_of(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "backward", "others"),
+    [
+        ("expected-gradients", 5, 5),
+        ("ensemble", 8, 0),
+        ("replay:two-ended", 2, 5),
+        ("gates", 22, 1),
+    ],
+)
+def test_a_cost_has_two_passes_for_each_gradient(name, backward, others, tokenizer_folder):
+    """The forward passes that record a gradient are counted; the others are given."""
+    view, data = shared("llama", "bridge", tokenizer_folder, torch.float32), examples()[:1]
+    baseline, modes = zero_baseline(view, data), []
+    handle = view.blocks[0].register_forward_pre_hook(
+        lambda *_: modes.append(torch.is_grad_enabled())
+    )
+    try:
+        score_by(name, view, data, baseline, progress=False)
+    finally:
+        handle.remove()
+    assert sum(modes) == backward
+    assert METHODS[name].cost(view.n_layers, view.n_heads) == 2 * backward + others
 
 
 def test_random_scores_come_from_the_seed(tokenizer_folder):
