@@ -2,6 +2,7 @@
 
     python benchmarks/sweep.py                      # GPT-2-small shape, 4 prompts of 16 tokens
     python benchmarks/sweep.py --memory             # extra memory of a sweep, two vocabularies
+    python benchmarks/sweep.py --processes          # two processes of one thread against one
 
 One pass is the model's blocks without the unembedding, timed in the same run at the same number of
 rows (12 sources x 4 prompts) and divided by the number of sources: what one source would cost from
@@ -27,6 +28,7 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from cdt_lens.core.processes import wait_for_all
 from cdt_lens.decomposition.baseline import zero_baseline
 from cdt_lens.decomposition.decompose import irrelevant_logits
 from cdt_lens.decomposition.propagate import Propagator
@@ -35,6 +37,7 @@ from cdt_lens.models.heads import all_heads
 from cdt_lens.models.loading import _bridge, _hooked, has_hooked_transformer
 from cdt_lens.models.support import check_supported
 from cdt_lens.models.view import ModelView
+from cdt_lens.scoring.sweep import score_heads
 from cdt_lens.tasks.task import Example, Examples
 
 N_PROMPTS, N_TOKENS = 4, 16
@@ -84,9 +87,9 @@ def median_seconds(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def prompts(d_vocab: int) -> Examples:
+def prompts(d_vocab: int, n: int = N_PROMPTS) -> Examples:
     generator = torch.Generator().manual_seed(1)
-    rows = torch.randint(3, d_vocab, (N_PROMPTS, N_TOKENS), generator=generator).tolist()
+    rows = torch.randint(3, d_vocab, (n, N_TOKENS), generator=generator).tolist()
     items = [Example(str(i), tuple(row), "a", (1,), (2,)) for i, row in enumerate(rows)]
     return Examples(tuple(items), ("a",), "random tokens")
 
@@ -144,6 +147,48 @@ def memory_of(d_vocab: int) -> None:
     print(f"vocabulary {d_vocab}: memory grows by up to {seen[0] - before:.0f} MiB during a sweep")
 
 
+def report_processes(repeats: int) -> None:
+    """Time sweeps of one process and of two in turn; imports and the model do not count."""
+    two = [
+        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_port", "0",
+    ]  # fmt: skip
+    ratios = []
+    for _ in range(repeats):
+        one, both = (_seconds(launcher) for launcher in ([], two))
+        ratios.append(one / both)
+        print(
+            f"one process {one:.1f} s, two processes {both:.1f} s: {one / both:.2f} times as fast"
+        )
+    print(f"median {statistics.median(ratios):.2f}")
+
+
+def _seconds(launcher: list[str]) -> float:
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    command = [sys.executable, *launcher, __file__, "--share"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return max(float(line.split()[1]) for line in done.stdout.splitlines() if "seconds" in line)
+
+
+def one_share() -> None:
+    """Score all heads on 16 prompts, or this process's share of them, and print the time."""
+    torch.set_num_threads(1)
+    view = gpt2_small(5_000, "bridge")
+    examples = prompts(5_000, 16)
+    baseline = zero_baseline(view, examples)
+    score_heads(view, examples[:2], baseline, rules="ablation", exact="all", progress=False)
+    wait_for_all()
+    began = time.perf_counter()
+    score_heads(
+        view, examples, baseline, rules="ablation", exact="all", batch_size=4, progress=False
+    )
+    print(f"seconds {time.perf_counter() - began:.3f}", flush=True)
+
+
 def resident() -> float:
     """Resident memory of this process in MiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
@@ -155,11 +200,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--processes", action="store_true")
+    parser.add_argument("--share", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--vocabulary", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.vocabulary:
         memory_of(options.vocabulary)
+    elif options.share:
+        one_share()
+    elif options.processes:
+        report_processes(options.repeats)
     elif options.memory:
         for d_vocab in (5_000, 200_000):
             command = [sys.executable, __file__, "--vocabulary", str(d_vocab)]

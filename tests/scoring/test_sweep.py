@@ -254,9 +254,9 @@ trained = pytest.mark.parametrize(
 )
 
 
-def planted_scores(circuit: PlantedCircuit, rules: str | Rules):
+def planted_scores(circuit: PlantedCircuit, rules: str | Rules, **options: Any):
     view = view_of(circuit.model)
-    return score(view, circuit.valid, means(view, circuit.train), rules=rules)
+    return score(view, circuit.valid, means(view, circuit.train), rules=rules, **options)
 
 
 @pytest.mark.parametrize("backend", BOTH)
@@ -300,7 +300,9 @@ def test_frozen_attention_does_not_see_what_acts_through_a_pattern(name):
     """A limit to know, not to wish for: the direct and value paths are all that it follows."""
     circuit = planted_circuit(name, backend="bridge", noise=0.1)
     first, last = PAIR
-    frozen, exact = (planted_scores(circuit, rules).values for rules in ("stable", "ablation"))
+    frozen, exact = (
+        planted_scores(circuit, rules, exact="all").values for rules in ("stable", "ablation")
+    )
     assert float(exact[first.layer, first.head]) > 4.0
     assert abs(float(frozen[first.layer, first.head])) < 0.2 * float(exact[first.layer, first.head])
     assert_close(frozen[last.layer, last.head], exact[last.layer, last.head], atol=1e-4)
