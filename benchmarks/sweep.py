@@ -175,10 +175,10 @@ def _seconds(launcher: list[str]) -> float:
 
 
 def one_share() -> None:
-    """Score all heads on 16 prompts, or this process's share of them, and print the time."""
+    """Score all heads on 40 prompts, or this process's share of them, and print the time."""
     torch.set_num_threads(1)
     view = gpt2_small(5_000, "bridge")
-    examples = prompts(5_000, 16)
+    examples = prompts(5_000, 40)
     baseline = zero_baseline(view, examples)
     score_heads(view, examples[:2], baseline, rules="ablation", exact="all", progress=False)
     wait_for_all()
