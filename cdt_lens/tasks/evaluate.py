@@ -8,7 +8,7 @@ answer is right if its logit minus its prior is the largest.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -25,6 +25,7 @@ from cdt_lens.core.processes import gather_items
 from cdt_lens.models.session import uses_model
 from cdt_lens.models.support import check_caller_hooks, check_supported
 from cdt_lens.models.view import ModelView, at_answer, view_of
+from cdt_lens.tasks.intervals import balanced_share_interval, mean_interval, share_interval
 from cdt_lens.tasks.metrics import (
     answer_loss,
     average,
@@ -49,6 +50,8 @@ class Evaluation(EqualByContent):
         loss: Mean cross-entropy over the candidates, in nats.
         examples: Number of examples.
         balanced_accuracy: Share of right answers within each label, averaged over the labels.
+        intervals: 95 % confidence intervals over the population of examples, by "accuracy",
+            "balanced_accuracy" and "direction" (`tasks.intervals`).
         confusion: Number of examples by gold label (rows) and predicted label (columns).
     """
 
@@ -59,14 +62,21 @@ class Evaluation(EqualByContent):
     loss: float
     examples: int
     balanced_accuracy: float
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict, repr=False)
     confusion: pd.DataFrame | None = field(default=None, repr=False)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Return one row: shares from 0 to 1, the direction in logits, the loss in nats."""
+        """Return one row: shares from 0 to 1, the direction in logits, the loss in nats.
+
+        Columns such as "accuracy low" hold the limits of the 95 % intervals.
+        """
         names = (
             "split", "examples", "accuracy", "balanced_accuracy", "macro_f1", "direction", "loss",
         )  # fmt: skip
-        return pd.DataFrame([{name: getattr(self, name) for name in names}])
+        row = {name: getattr(self, name) for name in names}
+        for name, (low, high) in self.intervals.items():
+            row |= {f"{name} low": low, f"{name} high": high}
+        return pd.DataFrame([row])
 
     def _repr_html_(self) -> str:
         parts = [self.to_dataframe()]
@@ -130,15 +140,22 @@ def evaluate(
     rows = [gathered[i] for i in range(len(examples))]
     labels = label_numbers([example.label for example in examples], examples.labels)
     right = torch.tensor([row[0] for row in rows], dtype=torch.float64)
+    directions = torch.tensor([row[1] for row in rows])
+    low, high = mean_interval(directions, labels)
     f1, confusion = _by_label(examples, [row[-1] for row in rows], task)
     return Evaluation(
         split=examples.name,
         accuracy=float(average("accuracy", right, labels)),
         macro_f1=f1,
-        direction=float(average("direction", torch.tensor([row[1] for row in rows]), labels)),
+        direction=float(average("direction", directions, labels)),
         loss=math.fsum(row[2] for row in rows) / len(rows),
         examples=len(rows),
         balanced_accuracy=float(average("balanced_accuracy", right, labels)),
+        intervals={
+            "accuracy": share_interval(int(right.sum()), len(rows)),
+            "balanced_accuracy": balanced_share_interval(right, labels),
+            "direction": (float(low), float(high)),
+        },
         confusion=confusion,
     )
 

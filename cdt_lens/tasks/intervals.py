@@ -79,26 +79,6 @@ def t_interval(
     return middle - margin, middle + margin
 
 
-def ratio_interval(
-    numerator: Float[Tensor, "*rows example"],
-    denominator: Float[Tensor, "*#rows example"],
-    labels: Int[Tensor, " example"],
-    level: float = 0.95,
-) -> Interval:
-    """Compute the confidence interval of the ratio of two label-balanced means, such as f.
-
-    Args:
-        numerator: The numerator's value for each example.
-        denominator: The denominator's value for each example.
-        labels: Number of each example's label.
-        level: Confidence level, above 0 and below 1.
-
-    Returns:
-        The lower and the upper limit, without unit; NaN if a label has a single example.
-    """
-    return mean_interval(ratio_effects(numerator, denominator, labels), labels, level)
-
-
 def ratio_effects(
     numerator: Float[Tensor, "*rows example"],
     denominator: Float[Tensor, "*#rows example"],

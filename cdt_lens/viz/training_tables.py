@@ -18,10 +18,12 @@ import pandas as pd
 from cdt_lens.core.table import BELOW, BEST, Marked, Table, star_best
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.transfer_result import TransferResult
+from cdt_lens.tasks.intervals import share_interval
 from cdt_lens.viz.words import (
     Read,
     count,
     duration,
+    limits,
     mean_and_spread,
     mean_in_words,
     percent,
@@ -62,6 +64,7 @@ _RUNS: Columns = {
     "scope": ("scope", str),
     "seed": ("seed", str),
     "accuracy": ("target accuracy", score),
+    "interval": ("95 % interval", str),
     "macro_f1": (_MACRO_F1, score),
     "retention": ("retention", score),
     "valid_accuracy": ("validation accuracy", score),
@@ -158,6 +161,17 @@ def runs_table(result: TransferResult) -> Table:
     rows = [row for part in runs for row in _cells(part, _RUNS)]
     caption = "Every run: on test data, and on validation data in training"
     return Table(_headings(_RUNS), rows, caption, grouped=True)
+
+
+def _interval(result: TransferResult, target: str, runs: pd.DataFrame) -> list[str]:
+    """Return the interval of each run's accuracy over the population of test examples."""
+    examples = untouched(result, target, "examples")
+    return [
+        limits(share_interval(round(accuracy * examples), int(examples)), ".3f")
+        if np.isfinite(accuracy * examples)
+        else "n/a"
+        for accuracy in runs["accuracy"].astype(float)
+    ]
 
 
 def choices_table(result: TransferResult) -> Table:

@@ -37,7 +37,7 @@ from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.loading import _bridge
 from cdt_lens.models.view import ModelView
 from cdt_lens.scoring.sweep import score_heads
-from cdt_lens.tasks.intervals import mean_interval, ratio_interval
+from cdt_lens.tasks.intervals import mean_interval, ratio_effects
 from cdt_lens.tasks.metrics import balanced_mean
 from cdt_lens.tasks.task import Examples, Task
 
@@ -254,7 +254,7 @@ def test_intervals_are_those_of_the_ratio_of_two_means(metric, tokenizer_folder)
     full, empty, own = alone[0], alone[1], alone[2:]
     index = torch.tensor([data.labels.index(item.label) for item in data])
     strata = torch.zeros_like(index) if metric == "accuracy" else index
-    low, high = ratio_interval(own - empty, (full - empty)[None], strata)
+    low, high = mean_interval(ratio_effects(own - empty, (full - empty)[None], strata), strata)
     for found, rows in (
         (curve.interval(), slice(0, 3)), (curve.completeness_interval(), slice(3, 6)),
     ):  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_task
+from scipy.stats import binomtest
 
 from cdt_lens.core.errors import InputError
 from cdt_lens.models.loading import load_model
@@ -51,6 +52,14 @@ def test_equals_the_models_own_answers(model_and_task):
     assert found.balanced_accuracy == pytest.approx(sum(shares) / 3)
     by_label = [sum(d) / len(d) for d in directions.values()]
     assert found.direction == pytest.approx(sum(by_label) / 3, abs=1e-5)
+    right = round(found.accuracy * len(gold))
+    wilson = binomtest(right, len(gold)).proportion_ci(method="wilson")
+    assert found.intervals["accuracy"] == pytest.approx((wilson.low, wilson.high))
+    low, high = found.intervals["balanced_accuracy"]
+    assert 0 <= low < found.balanced_accuracy < high <= 1
+    low, high = found.intervals["direction"]
+    assert (low + high) / 2 == pytest.approx(found.direction, abs=1e-5) and low < high
+    assert found.to_dataframe()["accuracy low"].item() == pytest.approx(wilson.low)
     assert found.confusion is not None and int(found.confusion.to_numpy().sum()) == len(gold)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from cdt_lens.tasks.intervals import (
     balanced_share_interval,
     mean_interval,
-    ratio_interval,
+    ratio_effects,
     share_interval,
 )
 
@@ -85,7 +85,9 @@ def test_ratios_are_covered(counts):
     size, labels = (DRAWS, sum(counts)), labels_of(counts)
     gap = np.array([4.0, 3.0, 5.0])[labels] + generator.normal(size=size)
     own = 0.8 * gap + 0.5 * generator.normal(size=size)
-    low, high = ratio_interval(torch.from_numpy(own), torch.from_numpy(gap), labels)
+    low, high = mean_interval(
+        ratio_effects(torch.from_numpy(own), torch.from_numpy(gap), labels), labels
+    )
     assert 0.93 <= covered(low, high, 0.8) <= 0.97
 
 

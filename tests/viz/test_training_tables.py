@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import sample_results as sample
+from scipy.stats import binomtest
 
 from cdt_lens.core.table import BEST, Table
 from cdt_lens.viz import training_tables as tables, words
@@ -141,12 +142,15 @@ def test_every_run_is_listed_by_target_scope_and_seed():
     shuffled = replace(result, cells=result.cells.sample(frac=1, random_state=0))
     shown = rows(tables.runs_table(shuffled))
     assert len(shown) == len(result.cells) == 54
-    assert [row[0] for row in shown if len(row) == 11] == list(result.targets)
-    assert [row[-10:-8] for row in shown[:4]] == [
+    assert [row[0] for row in shown if len(row) == 12] == list(result.targets)
+    assert [row[-11:-9] for row in shown[:4]] == [
         ["decision", "0"], ["decision", "1"], ["decision", "2"], ["near-zero", "0"],
     ]  # fmt: skip
     run = result.cells.iloc[0]
     assert shown[0][3] == f"{run['accuracy']:.3f}"
+    right, n = round(run["accuracy"] * 400), 400
+    wilson = binomtest(right, n).proportion_ci(method="wilson")
+    assert shown[0][4] == f"[{wilson.low:.3f}, {wilson.high:.3f}]"
     assert shown[0][-1] == "all epochs"
 
 

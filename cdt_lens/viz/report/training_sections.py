@@ -10,6 +10,7 @@ import numpy as np
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.transfer_result import TransferResult
 from cdt_lens.models.heads import Head, all_heads
+from cdt_lens.tasks.intervals import share_interval
 from cdt_lens.viz import training_tables
 from cdt_lens.viz.report.sections import Section
 from cdt_lens.viz.svg import figure_html
@@ -132,13 +133,13 @@ def _chance(result: TransferResult) -> str:
 
 
 def _test_examples(result: TransferResult) -> str:
-    """Return the number of test examples, and the standard error that it gives an accuracy."""
+    """Return the number of test examples, and the widest interval that it gives an accuracy."""
     counts = [int(n) for n in result.before["examples"]]
     if not counts or min(counts) < 1:
         return "n/a"
     many = str(counts[0]) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
-    error = 0.5 / min(counts) ** 0.5
-    return f"{many} a language (standard error of an accuracy at most \u00b1{error:.3f})"
+    low, high = share_interval(min(counts) // 2, min(counts))
+    return f"{many} a language (95 % interval of an accuracy at most \u00b1{(high - low) / 2:.3f})"
 
 
 def _outcome(result: TransferResult) -> tuple[str, str]:

@@ -119,12 +119,12 @@ def test_a_transfer_tells_how_much_of_it_is_there_and_how_sure_an_accuracy_is():
         "Seeds": "0, 1, 2",
         "Runs finished": "52 of 54",
         "Chance (always the commonest label)": "javanese 0.383, sundanese 0.393, minangkabau 0.403",
-        "Test examples": "400 a language (standard error of an accuracy at most \u00b10.025)",
+        "Test examples": "400 a language (95 % interval of an accuracy at most \u00b10.049)",
         "Automatic choice right": "gap 5 of 8 (1 tie), race 5 of 8 (1 tie)",
     }
     uneven = result.before.assign(examples=[400, 100, 200, 300])
     told = transfer(replace(result, before=uneven)).facts["Test examples"]
-    assert told == "100 to 400 a language (standard error of an accuracy at most \u00b10.050)"
+    assert told == "100 to 400 a language (95 % interval of an accuracy at most \u00b10.096)"
 
 
 def test_the_tables_stand_in_the_order_of_what_matters():
