@@ -157,7 +157,11 @@ def comparison_table(result: TransferResult) -> Table:
 
 def runs_table(result: TransferResult) -> Table:
     """Return every finished run, with the validation numbers of its training."""
-    runs = [runs_of(result, t, scope) for t in result.targets for scope in result.scopes]
+    runs = [
+        runs_of(result, target, scope).assign(interval=partial(_interval, result, target))
+        for target in result.targets
+        for scope in result.scopes
+    ]
     rows = [row for part in runs for row in _cells(part, _RUNS)]
     caption = "Every run: on test data, and on validation data in training"
     return Table(_headings(_RUNS), rows, caption, grouped=True)
