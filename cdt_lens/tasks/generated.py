@@ -30,7 +30,7 @@ from cdt_lens.tasks.prompts import (
 )
 from cdt_lens.tasks.task import Example, Examples, Task
 
-DEFAULT_SIZES = (128, 64, 64)
+DEFAULT_SIZES = (128, 128, 128)
 # The text before a word while its tokens are read: every prompt ends in a word.
 _CONTEXT = "The"
 
