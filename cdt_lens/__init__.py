@@ -25,6 +25,11 @@ if TYPE_CHECKING:  # The same names for type checkers; a test compares the two l
     from cdt_lens.circuits.graph import Graph as Graph
     from cdt_lens.circuits.greedy import greedy_circuit as greedy_circuit
     from cdt_lens.circuits.head_scores import HeadScores as HeadScores
+    from cdt_lens.circuits.reliability import (
+        membership as membership,
+        reliability as reliability,
+    )
+    from cdt_lens.circuits.smallest import smallest_circuit as smallest_circuit
     from cdt_lens.comparing.compare import compare_methods as compare_methods
     from cdt_lens.comparing.comparison import Comparison as Comparison
     from cdt_lens.core.errors import (
@@ -112,6 +117,8 @@ _PUBLIC = {
     "circuits.graph": ("Graph",),
     "circuits.greedy": ("greedy_circuit",),
     "circuits.head_scores": ("HeadScores",),
+    "circuits.reliability": ("membership", "reliability"),
+    "circuits.smallest": ("smallest_circuit",),
     "scoring.agreement": ("compare_scores",),
     "scoring.iterative": ("trace_circuit",),
     "scoring.methods": (

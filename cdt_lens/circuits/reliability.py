@@ -18,7 +18,8 @@ from torch import Tensor
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.head_scores import HeadScores, label_index
 from cdt_lens.circuits.sampled import filled
-from cdt_lens.core.choices import Ranking
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Count, Ranking, Seed
 from cdt_lens.core.errors import InputError
 from cdt_lens.models.heads import Head
 from cdt_lens.tasks.metrics import balanced_mean
@@ -46,7 +47,8 @@ class Reliability:
     examples: int
 
 
-def reliability(scores: HeadScores, *, splits: int = 50, seed: int = 0) -> Reliability:
+@checked_arguments
+def reliability(scores: HeadScores, *, splits: Count = 50, seed: Seed = 0) -> Reliability:
     """Measure how far the ranking of the heads depends on the draw of the prompts.
 
     Args:
@@ -55,8 +57,10 @@ def reliability(scores: HeadScores, *, splits: int = 50, seed: int = 0) -> Relia
         seed: Seed of the splits.
 
     Returns:
-        The reliability; NaN where a label has fewer than two examples, or fewer than two with an
-        exact sweep.
+        `split_half`, the mean Spearman correlation of two halves; `full`, the same for two sets of
+        as many examples as were scored; `resolved`, the share of the heads whose 95 % interval
+        leaves 0 out; and `examples`, their number. NaN where a label has fewer than two examples,
+        or fewer than two with an exact sweep.
     """
     generator = torch.Generator().manual_seed(seed)
     found = [_split(scores, generator) for _ in range(splits)]
@@ -104,8 +108,9 @@ def _means(scores: HeadScores, rows: Bool[Tensor, " example"]) -> Float[Tensor, 
     return balanced_mean(values.permute(1, 2, 0), labels)
 
 
+@checked_arguments
 def membership(
-    scores: HeadScores, circuit: Circuit, *, resamples: int = 1000, seed: int = 0
+    scores: HeadScores, circuit: Circuit, *, resamples: Count = 1000, seed: Seed = 0
 ) -> dict[Head, float]:
     """Return the probability that each head of a circuit belongs to it, by a bootstrap.
 

@@ -17,12 +17,14 @@ from cdt_lens.circuits.ablation import measure_circuits
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import f_of
 from cdt_lens.circuits.head_scores import HeadScores
-from cdt_lens.core.choices import Metric, Ranking
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Count, Fraction, Level, Metric, Ranking
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.passes import Passes
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import hashed_once
+from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.intervals import mean_interval
 from cdt_lens.tasks.task import Examples, Task
@@ -33,6 +35,8 @@ _WEAK, _NEXT = 4, 16  # heads inside and outside of the circuit that are exchang
 _EXCHANGES = 3
 
 
+@checked_arguments
+@uses_model
 @hashed_once()
 def smallest_circuit(
     model: nn.Module | ModelView,
@@ -40,13 +44,13 @@ def smallest_circuit(
     examples: Examples,
     baseline: Baseline,
     *,
-    target: float = 0.8,
-    level: float = 0.95,
+    target: Fraction = 0.8,
+    level: Level = 0.95,
     by: Ranking = "signed",
     metric: Metric = "direction",
     task: Task | None = None,
-    batch_size: int = 16,
-    rows: int | None = None,
+    batch_size: Count = 16,
+    rows: Count | None = None,
     progress: bool = True,
 ) -> Circuit:
     """Find a small circuit whose faithfulness reaches a target, with confidence.
@@ -76,10 +80,6 @@ def smallest_circuit(
             reaches the target.
         ArtifactError: The scores belong to another model.
     """
-    if not 0 < target <= 1:
-        raise InputError(f"smallest_circuit: target={target}: expected above 0 and at most 1")
-    if not 0 < level < 1:
-        raise InputError(f"smallest_circuit: level={level}: expected between 0 and 1")
     view = view_of(model)
     scores.provenance.check_model(view, "these scores")
     ranking = scores.ranking(by)

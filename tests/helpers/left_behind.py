@@ -134,7 +134,13 @@ CALLS: dict[str, Callable[[Subject], Any]] = {
     "greedy_circuit": lambda s: cdt.greedy_circuit(
         s.model, s.scores, s.data, s.baseline, k=2, **QUIET
     ),
+    "smallest_circuit": lambda s: cdt.smallest_circuit(
+        s.model, s.scores, s.task.valid, s.baseline, target=0.1, **QUIET
+    ),
     "score_heads": lambda s: cdt.score_heads(s.model, s.data, s.baseline, **QUIET),
+    "score_heads of a sample": lambda s: cdt.score_heads(
+        s.model, s.data, s.baseline, exact=4, **QUIET
+    ),
     "score_by": lambda s: cdt.score_by("cdt:official", s.model, s.data, s.baseline, **QUIET),
     "exact_ablation": lambda s: cdt.exact_ablation(s.model, s.data, s.baseline, **QUIET),
     "one_pass": lambda s: cdt.one_pass(s.model, s.data, s.baseline, **QUIET),
