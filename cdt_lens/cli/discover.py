@@ -24,7 +24,7 @@ from cdt_lens.experiments.settings import Settings
 
 _OPTIONS = (
     "model", "task", "language", "data", "template", "label_column", "split", "shots", "calibrate",
-    "examples", "baseline_examples", "exact", "precision", "minutes", "rules",
+    "examples", "baseline_examples", "exact", "precision", "minutes", "decide", "rules",
     "positions", "direction", "k", "fraction", "by", "backend", "device", "dtype",
     "batch_size", "rows", "seed",
 )  # fmt: skip

@@ -221,7 +221,20 @@ def show_heads(scores: Any, circuit: Any, limit: int = 12) -> None:
     found = reliability(scores)
     tell(
         f"split-half reliability {found.split_half:.2f} on {found.examples} examples; the 95 % "
-        f"interval of {found.resolved:.0%} of the heads leaves 0 out"
+        f"interval of {found.resolved:.0%} of the heads leaves 0 out; {_open(scores, circuit)}"
+    )
+
+
+def _open(scores: Any, circuit: Any) -> str:
+    """Return how many heads of the circuit are sure, and how many outside may belong to it."""
+    chosen = {
+        name: circuit.selection[name] for name in ("k", "fraction") if name in circuit.selection
+    }
+    left = scores.undecided(**chosen, by=circuit.selection["by"])
+    inside = sum(head in circuit for head in left)
+    return (
+        f"the place of {inside} of the circuit's {len(circuit)} heads is open, and that of "
+        f"{len(left) - inside} outside of it"
     )
 
 

@@ -10,6 +10,7 @@ import itertools
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve, faithfulness_curve
@@ -416,6 +417,7 @@ def _scores(run: Run, baseline: Baseline) -> HeadScores:
     scores = score_heads(
         run.model, run.scored(), baseline, rules=settings.rules, direction=settings.direction,
         exact=settings.exact, precision=settings.precision, minutes=settings.minutes,
+        decide={**_size(settings), "by": settings.by} if settings.decide else None,
         seed=settings.seed, batch_size=settings.batch_size, rows=settings.rows,
         checkpoint=run.path("scores.partial.json"),
     )  # fmt: skip
@@ -440,6 +442,11 @@ def _tell_noise(run: Run, scores: HeadScores, seconds: float, say: Say) -> None:
 
 
 def _select(scores: HeadScores, settings: Settings) -> Circuit:
+    return scores.select(**_size(settings), by=settings.by)
+
+
+def _size(settings: Settings) -> dict[str, Any]:
+    """Return the size of the circuit as an argument of `HeadScores.select`."""
     if settings.k is None and settings.fraction is None:
-        return scores.select(fraction=0.1, by=settings.by)
-    return scores.select(k=settings.k, fraction=settings.fraction, by=settings.by)
+        return {"fraction": 0.1}
+    return {"fraction": settings.fraction} if settings.k is None else {"k": settings.k}

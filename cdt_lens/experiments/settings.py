@@ -96,6 +96,9 @@ class CircuitSettings(Checked):
         ),
     ] = None  # fmt: skip
     k: Annotated[int | None, Field(ge=1, description="Number of heads in the circuit.")] = None
+    decide: Annotated[
+        bool, Field(description="Sweep on only with heads whose place in the circuit is open.")
+    ] = False
     fraction: Annotated[
         float | None,
         Field(gt=0, le=1, description="Share of all heads in the circuit; default: 0.1."),

@@ -411,4 +411,4 @@ def _set(settings: Any) -> Any:
     """Return the settings of a section that are set; earlier versions did not know all of them."""
     if not isinstance(settings, dict):
         return settings
-    return {name: value for name, value in settings.items() if value is not None}
+    return {n: value for n, value in settings.items() if value is not None and value is not False}

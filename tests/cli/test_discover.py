@@ -9,14 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_task
 from typer.testing import CliRunner
 
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve
 from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.circuits.reliability import reliability
 from cdt_lens.cli import app as cli
-from cdt_lens.core.errors import CdtLensError
+from cdt_lens.core.errors import CdtLensError, InputError
 from cdt_lens.experiments import inputs, runs
 from cdt_lens.tasks.task import Task
 
@@ -29,12 +31,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def discover(place: Path, out: Path, *more: str) -> list[str]:
+def discover(place: Path, out: Path, *more: str, examples: int = 6) -> list[str]:
     files = [x for s in ("train", "valid") for x in (f"--{s}", str(place / "data" / f"{s}.csv"))]
     words = [x for label, word in VERBALIZER.items() for x in ("--verbalizer", f"{label}={word}")]
     return [
         "discover", "--model", str(place / "tiny"), "--out", str(out), "--task", "files", *files,
-        "--template", TEMPLATE, *words, "--examples", "6", "--k", "2", *more,
+        "--template", TEMPLATE, *words, "--examples", str(examples), "--k", "2", *more,
     ]  # fmt: skip
 
 
@@ -74,6 +76,27 @@ def test_from_files_to_the_report(place: Path, tmp_path: Path):
     assert not list(out.glob("*partial*"))
 
     assert "weights" not in run("show", str(out / "circuit.json"))
+
+
+def test_a_sample_is_swept_where_the_circuit_is_open(place: Path, tmp_path: Path):
+    """Twelve prompts; all heads are swept on six of them, and the open ones on twelve."""
+    out, other = tmp_path / "run", tmp_path / "other"
+    printed = run(*discover(place, out, "--exact", "12", "--decide", examples=15))
+    scores = HeadScores.load(out / "scores.json")
+    known = set((~torch.isnan(scores.corrections[0])).sum(0).flatten().tolist())
+    assert scores.looks == 2 and known <= {6, 12} and len(scores.example_labels) == 15
+    assert f"split-half reliability {reliability(scores).split_half:.2f} on 15" in printed
+    left = scores.undecided(k=2)
+    inside = sum(head in scores.select(k=2) for head in left)
+    assert f"the place of {inside} of the circuit's 2 heads is open" in printed
+    assert f"that of {len(left) - inside} outside" in printed
+    page = Path(run("report", str(out)).split()[-1]).read_text("utf-8")
+    assert "12 of 15 examples" in page and "selected again" in page
+    run(*discover(place, other, "--exact", "6", examples=15))
+    plain = HeadScores.load(other / "scores.json")
+    assert plain.looks == 1 and int((~torch.isnan(plain.corrections[0][:, 0, 0])).sum()) == 6
+    with pytest.raises(InputError, match=r"other settings \(exact, decide\)"):
+        run(*discover(place, out, examples=15))
 
 
 def test_a_run_goes_on_and_keeps_what_it_has(place: Path, tmp_path: Path):
