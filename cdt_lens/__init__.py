@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # The same names for type checkers; a test compares the two l
     from cdt_lens.circuits.greedy import greedy_circuit as greedy_circuit
     from cdt_lens.circuits.head_scores import HeadScores as HeadScores
     from cdt_lens.circuits.reliability import (
+        Reliability as Reliability,
         membership as membership,
         reliability as reliability,
     )
@@ -117,7 +118,7 @@ _PUBLIC = {
     "circuits.graph": ("Graph",),
     "circuits.greedy": ("greedy_circuit",),
     "circuits.head_scores": ("HeadScores",),
-    "circuits.reliability": ("membership", "reliability"),
+    "circuits.reliability": ("Reliability", "membership", "reliability"),
     "circuits.smallest": ("smallest_circuit",),
     "scoring.agreement": ("compare_scores",),
     "scoring.iterative": ("trace_circuit",),

@@ -368,13 +368,14 @@ class HeadScores(Saved):
         return display.page(self)
 
     def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
-        body = {
+        body: dict[str, Any] = {
             "example_labels": list(self.example_labels),
             "direction": self.direction,
             "method": self.method,
             "provenance": self.provenance.to_dict(),
-            "looks": self.looks,
         }
+        if self.looks > 1:
+            body["looks"] = self.looks
         tensors = {"values": self.values, "stderr": self.stderr, "per_example": self.per_example}
         if self.cheap is not None:
             tensors["cheap"] = self.cheap

@@ -7,9 +7,10 @@ prompts of IOI agree with scores on 16 others at a rank correlation of some 0.6;
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from scipy import stats
@@ -18,6 +19,7 @@ from torch import Tensor
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.head_scores import HeadScores, label_index
 from cdt_lens.circuits.sampled import filled
+from cdt_lens.core import display
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Count, Ranking, Seed
 from cdt_lens.core.errors import InputError
@@ -45,6 +47,13 @@ class Reliability:
     full: float
     resolved: float
     examples: int
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return one row with the four numbers."""
+        return pd.DataFrame([asdict(self)])
+
+    def _repr_html_(self) -> str:
+        return display.html("Reliability of a ranking", self.to_dataframe())
 
 
 @checked_arguments

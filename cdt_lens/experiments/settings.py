@@ -74,8 +74,8 @@ class CircuitSettings(Checked):
         int | None,
         Field(
             ge=1, description="Number of scored examples that get the exact sweep, too; the others "
-            "get first-order scores. Default: 15 where the rules have a first-order form, else "
-            "all.",
+            "get first-order scores. Default: 15 where the rules have a first-order form, and "
+            "more where these scores are poor; else all.",
         ),
     ] = None  # fmt: skip
     precision: Annotated[

@@ -26,6 +26,8 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from cdt_lens.circuits.head_scores import HeadScores, label_index
+from cdt_lens.circuits.measures import heads_at
 from cdt_lens.circuits.sampled import sample_order
 from cdt_lens.core.choices import Direction
 from cdt_lens.core.errors import ArtifactError, InputError
@@ -40,8 +42,10 @@ from cdt_lens.models.heads import Head
 from cdt_lens.models.view import ModelView
 from cdt_lens.tasks.task import Batch, Examples
 
-# The number of prompts with an exact sweep, unless the caller asks for another one.
+# The number of prompts with an exact sweep, unless the caller asks for another one. It is doubled
+# while the standard error is more than `_WORSE` times that of a sweep over all prompts.
 EXACT = 15
+_WORSE = 2.0
 # The first-order form of rules that have one (docs/method/decomposition.md).
 _SLOPES: Mapping[Rules, str] = {
     PRESETS["ablation"]: "gradient",
@@ -103,18 +107,23 @@ def parts_of(rules: Rules) -> tuple[Part, ...]:
 class Budget:
     """When the exact sweep ends: after a number of prompts, at a precision, or after a time.
 
+    With none of `precision`, `minutes` and `decide`, and `grows`, it ends when the scores are good
+    enough for their cost (`good_enough`).
+
     Args:
         exact: Largest number of prompts with an exact sweep.
         precision: Standard error, as a share of the task direction, that is precise enough: the
             median over the tenth of the heads with the largest scores.
         minutes: Largest time of the exact sweep.
         decide: Arguments of `HeadScores.undecided`: the circuit that the scores shall decide.
+        grows: Whether the sample is doubled from `EXACT` on.
     """
 
     exact: int
     precision: float | None = None
     minutes: float | None = None
     decide: Mapping[str, Any] | None = None
+    grows: bool = False
 
     def check(self, examples: Examples) -> None:
         """Refuse a budget that is too small for one prompt of each label.
@@ -206,7 +215,7 @@ class Estimator:
         Args:
             budget: When to stop.
             kept: Where finished rows are kept.
-            enough: Whether the rows so far are precise enough.
+            enough: Whether the rows so far are precise enough to end before the budget does.
             wanted: The heads that the rows so far leave open.
 
         Returns:
@@ -226,16 +235,18 @@ class Estimator:
             self._round(self.order[start:end], done, kept, heads)
             start = end
             late = budget.minutes is not None and time.monotonic() - began > 60 * budget.minutes
-            if any(gather_items([late])) or (budget.precision is not None and enough(done)):
+            if any(gather_items([late])) or enough(done):
                 break
         return self._of(done, self.order[:start])
 
     def ends(self, budget: Budget) -> list[int]:
         """Return the size of the sample after each round of a budget."""
-        if budget.decide is None and budget.precision is None and budget.minutes is None:
-            return [budget.exact]
+        if budget.grows:
+            doubled = [EXACT * 2**n for n in range(budget.exact.bit_length())]
+            return [*(end for end in doubled if end < budget.exact), budget.exact]
         if budget.decide is None:
-            size = self.passes.batch_size
+            stops = budget.precision is not None or budget.minutes is not None
+            size = self.passes.batch_size if stops else budget.exact
             return [*range(size, budget.exact, size), budget.exact]
         ends, least = [budget.exact], _FIRST * len(set(self.labels))
         while ends[0] // 2 >= least and len(ends) < _ROUNDS:
@@ -290,3 +301,28 @@ class Estimator:
         if len(done) != len(self.parts) or not whole:
             raise ArtifactError(f"{kept.path}: damaged: rows are missing; remove it to begin anew")
         return done
+
+
+def good_enough(scores: HeadScores) -> bool:
+    """Return whether a sweep over all examples would not be much better.
+
+    Its standard error follows from the exact values of the sample. The median over the tenth of the
+    heads with the largest scores decides.
+
+    Args:
+        scores: The estimate.
+    """
+    swept = (~torch.isnan(scores.corrections[0])).flatten(1).any(1)
+    labels = label_index(scores.example_labels)
+    variances = [
+        scores.per_example[swept & (labels == label)].var(0) / int((labels == label).sum())
+        for label in labels.unique()
+    ]
+    whole = torch.stack(variances).sum(0).sqrt() / len(variances)
+    ratios = [scores.stderr[h.layer, h.head] / whole[h.layer, h.head] for h in largest(scores)]
+    return float(torch.stack(ratios).median()) <= _WORSE
+
+
+def largest(scores: HeadScores) -> tuple[Head, ...]:
+    """Return the tenth of the scored heads with the largest scores."""
+    return scores.top(max(1, heads_at(0.1, len(scores.ranking()))), by="magnitude")

@@ -31,7 +31,7 @@ from cdt_lens.scoring.one_pass import IG_STEPS, BatchScores, checked_view, score
 from cdt_lens.tasks.task import Batch, Examples
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Draw:
     """The random part of one step.
 

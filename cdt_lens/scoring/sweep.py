@@ -23,7 +23,6 @@ from tqdm.auto import tqdm
 from typing_extensions import TypedDict
 
 from cdt_lens.circuits.head_scores import HeadScores, combined, label_index
-from cdt_lens.circuits.measures import heads_at
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import DEFAULT_RULES, Count, Direction, Positive, Preset, Seed
 from cdt_lens.core.errors import ArtifactError, InputError
@@ -39,7 +38,17 @@ from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of
 from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
-from cdt_lens.scoring.estimate import EXACT, Budget, Estimator, Part, Rows, Sampled, parts_of
+from cdt_lens.scoring.estimate import (
+    EXACT,
+    Budget,
+    Estimator,
+    Part,
+    Rows,
+    Sampled,
+    good_enough,
+    largest,
+    parts_of,
+)
 from cdt_lens.tasks.metrics import (
     balanced_mean,
     balanced_stderr,
@@ -99,7 +108,9 @@ def score_heads(
             rates highest.
         exact: Number of examples that get the exact sweep, drawn equally from the labels, or
             "all". None takes 15 where the rules have a first-order form (the presets "two-ended",
-            "ablation", "stable", "shared" and "linear"), and all for other rules.
+            "ablation", "stable", "shared" and "linear"), and doubles them while the standard error
+            is more than twice that of a sweep over all examples. It takes all for other rules, and
+            30 with `decide`.
         precision: Stops the sweep earlier, when the standard error is at most this share of the
             task direction: the median over the tenth of the heads with the largest scores.
         minutes: Stops the sweep earlier, after this time.
@@ -166,10 +177,16 @@ def _budget(
                 "possible; score fewer examples, or use another preset"
             )
         return None
-    wanted = len(examples) if exact == "all" or (exact is None and stops) else exact or EXACT
-    budget = Budget(min(int(wanted), len(examples)), precision, minutes, decide)
+    grows = exact is None and not stops
+    most = len(examples)
+    if exact not in (None, "all"):
+        most = min(int(exact), most)
+    elif decide is not None:
+        most = min(2 * EXACT, most)
+    budget = Budget(most, precision, minutes, decide, grows)
     budget.check(examples)
-    return None if budget.exact == len(examples) and not stops else budget
+    whole = most == len(examples) and (most <= EXACT or not grows)
+    return None if whole and not stops else budget
 
 
 def _estimate(
@@ -185,7 +202,8 @@ def _estimate(
     # The rows of finished examples do not depend on where the sweep stops.
     whole = budget if budget.decide is not None else Budget(0)
     made_from = replace(provenance, options={**provenance.options, **asdict(whole), "seed": seed})
-    bar = sweep.passes.bar(name="heads", total=budget.exact * len(sweep.sources), unit="head")
+    first = min(EXACT, budget.exact) if budget.grows else budget.exact
+    bar = sweep.passes.bar(name="heads", total=first * len(sweep.sources), unit="head")
     estimator = Estimator(
         view, examples, sweep.baseline, parts, sweep.direction, sweep.passes, seed,
         lambda rules, batch, heads: replace(sweep, rules=rules).some(batch, bar, heads),
@@ -202,7 +220,12 @@ def _estimate(
         return replace(scores, looks=looks)
 
     def enough(done: list[Rows]) -> bool:
-        return relative_error(collected(done)) <= (budget.precision or 0.0)
+        if budget.precision is not None:
+            return relative_error(collected(done)) <= budget.precision
+        if not budget.grows or good_enough(collected(done)):
+            return budget.grows
+        bar.total = min(2 * bar.total, budget.exact * len(sweep.sources))
+        return False
 
     def wanted(done: list[Rows]) -> tuple[Head, ...]:
         return collected(done).undecided(**(budget.decide or {}))
@@ -214,8 +237,7 @@ def _estimate(
 
 def relative_error(scores: HeadScores) -> float:
     """Return the standard error of the largest tenth of the heads (median) over the direction."""
-    largest = scores.top(max(1, heads_at(0.1, len(scores.ranking()))), by="magnitude")
-    errors = torch.tensor([scores.stderr[h.layer, h.head] for h in largest])
+    errors = torch.stack([scores.stderr[h.layer, h.head] for h in largest(scores)])
     return float(errors.median()) / abs(scores.direction)
 
 

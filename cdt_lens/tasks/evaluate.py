@@ -50,9 +50,9 @@ class Evaluation(EqualByContent):
         loss: Mean cross-entropy over the candidates, in nats.
         examples: Number of examples.
         balanced_accuracy: Share of right answers within each label, averaged over the labels.
+        confusion: Number of examples by gold label (rows) and predicted label (columns).
         intervals: 95 % confidence intervals over the population of examples, by "accuracy",
             "balanced_accuracy" and "direction" (`tasks.intervals`).
-        confusion: Number of examples by gold label (rows) and predicted label (columns).
     """
 
     split: str
@@ -62,8 +62,8 @@ class Evaluation(EqualByContent):
     loss: float
     examples: int
     balanced_accuracy: float
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict, repr=False)
     confusion: pd.DataFrame | None = field(default=None, repr=False)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict, repr=False)
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return one row: shares from 0 to 1, the direction in logits, the loss in nats.

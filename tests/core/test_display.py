@@ -101,6 +101,7 @@ RESULTS: dict[str, Callable[[], Any]] = {
     "Decomposition": decomposition,
     "EdgeScores": edge_scores,
     "Evaluation": evaluation,
+    "Reliability": lambda: cdt.Reliability(0.86, 0.92, 0.4, 128),
     "Example": lambda: task().train[0],
     "Examples": lambda: task().train,
     "FaithfulnessCurve": sample.curve,

@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 import torch
 from helpers.checks import assert_close, assert_same_bits
+from helpers.sample_results import provenance
 from helpers.shared import models, shared
 from helpers.tiny_tasks import LABELS, examples
 
-from cdt_lens.circuits.head_scores import HeadScores, label_index
+from cdt_lens.circuits.head_scores import HeadScores, combined, label_index
 from cdt_lens.core.errors import InputError
 from cdt_lens.decomposition.baseline import mean_activations
 from cdt_lens.models.heads import all_heads
 from cdt_lens.models.view import ModelView
 from cdt_lens.scoring import sweep
+from cdt_lens.scoring.estimate import good_enough
 from cdt_lens.scoring.one_pass import one_pass
 from cdt_lens.scoring.sweep import score_heads
 from cdt_lens.tasks.metrics import balanced_mean
@@ -185,3 +187,34 @@ def test_a_checkpoint_serves_other_sizes_of_the_sample(tmp_path: Path, tokenizer
     view, kept = shared("llama", "bridge", tokenizer_folder, torch.float32), tmp_path / "kept.json"
     score(view, exact=9, checkpoint=kept)
     assert_same_bits(score(view, exact=15, checkpoint=kept).values, score(view, exact=15).values)
+
+
+# The default -----------------------------------------------------------------------------------------
+
+
+def test_the_sample_grows_only_while_first_order_scores_are_poor(tokenizer_folder):
+    """The linear rules are their own first order; those of two ends are far from it here."""
+    view = shared("llama", "bridge", tokenizer_folder, torch.float32)
+
+    def swept(**options: Any) -> int:
+        scores = score(view, **options)
+        assert scores.provenance.options["exact"] == len(data())
+        return int((~torch.isnan(scores.corrections[0][:, 0, 0])).sum())
+
+    assert swept(rules="linear") == 15
+    assert swept() == 30
+
+
+def test_scores_are_good_enough_up_to_twice_the_error_of_the_whole_sweep():
+    """One label, one head, y = g + noise of known size: the ratio of errors by hand."""
+    n, N = 15, 240
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(N, 1, 1, generator=generator)
+    noise = torch.randn(N, 1, 1, generator=generator)
+    for size in (0.2, 0.6):
+        part = (size * noise).masked_fill(torch.arange(N)[:, None, None] >= n, torch.nan)
+        scores = combined(g, (part,), ["a"] * N, direction=1.0, method="m", provenance=provenance())
+        whole = (g + size * noise)[:n].std() / N**0.5
+        ratio = float(scores.stderr / whole)
+        assert good_enough(scores) == (ratio <= 2)
+        assert (size == 0.2) == (ratio <= 2)
