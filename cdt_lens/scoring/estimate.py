@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 from typing_extensions import TypedDict
 
 from cdt_lens.circuits.head_scores import HeadScores, label_index
@@ -155,7 +156,9 @@ class Estimator:
         direction: "mean" or "strongest".
         passes: Sizes of the forward passes.
         seed: Seed of the sample.
-        exact_rows: Computes the exact rows of a batch under some rules.
+        exact_rows: Computes the exact rows of a batch under some rules, for some heads or all.
+        sources: Number of scored heads.
+        bar: The progress bar of the exact sweep.
     """
 
     view: ModelView
@@ -166,6 +169,8 @@ class Estimator:
     passes: Passes
     seed: int
     exact_rows: ExactRows
+    sources: int
+    bar: tqdm
 
     def __post_init__(self) -> None:
         self.labels = [example.label for example in self.examples]
@@ -265,18 +270,29 @@ class Estimator:
         kept: Kept | None,
         heads: tuple[Head, ...] | None,
     ) -> None:
+        batches = [self._batches(chunk, number, done) for number in range(len(self.parts))]
+        count = self.sources if heads is None else len(heads)
+        self.bar.total = self.bar.n + count * sum(map(len, batches))
         for number, part in enumerate(self.parts):
-            wanted = [i for i in chunk if i not in done[number] and self._has(part, i)]
-            chosen = replace(self.examples, items=tuple(self.examples[i] for i in wanted))
             own: list[tuple[int, Tensor]] = []
-            batches = self.passes.batches(chosen, self.view.longrope_limit) if wanted else []
-            for batch in batches:
+            for positions, batch in batches[number]:
                 rows = self.exact_rows(part.rules, batch.to(self.view.device), heads)
-                own += [(wanted[i], row) for i, row in rows.items()]
+                own += [(positions[i], row) for i, row in rows.items()]
                 if kept is not None:
                     so_far = [*done[:number], done[number] | dict(own), *done[number + 1 :]]
                     self._write(kept, so_far)
             done[number].update(gather_items(own))
+
+    def _batches(
+        self, chunk: Sequence[int], number: int, done: Sequence[Rows]
+    ) -> list[tuple[list[int], Batch]]:
+        """Return this process's batches of the examples without rows, with their positions."""
+        wanted = [i for i in chunk if i not in done[number] and self._has(self.parts[number], i)]
+        if not wanted:
+            return []
+        chosen = replace(self.examples, items=tuple(self.examples[i] for i in wanted))
+        batches = self.passes.batches(chosen, self.view.longrope_limit)
+        return [(wanted, batch) for batch in batches]
 
     def _has(self, part: Part, position: int) -> bool:
         """Return whether an example of the sample gets the exact pass of a part."""

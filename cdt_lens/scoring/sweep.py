@@ -202,11 +202,11 @@ def _estimate(
     # The rows of finished examples do not depend on where the sweep stops.
     whole = budget if budget.decide is not None else Budget(0)
     made_from = replace(provenance, options={**provenance.options, **asdict(whole), "seed": seed})
-    first = min(EXACT, budget.exact) if budget.grows else budget.exact
-    bar = sweep.passes.bar(name="heads", total=first * len(sweep.sources), unit="head")
+    bar = sweep.passes.bar(name="heads", total=0, unit="head")
     estimator = Estimator(
         view, examples, sweep.baseline, parts, sweep.direction, sweep.passes, seed,
         lambda rules, batch, heads: replace(sweep, rules=rules).some(batch, bar, heads),
+        len(sweep.sources), bar,
     )  # fmt: skip
     kept = None if checkpoint is None else sweep.kept(Path(checkpoint), made_from, Sampled)
     looks = 1 if budget.decide is None else len(estimator.ends(budget))
@@ -222,10 +222,7 @@ def _estimate(
     def enough(done: list[Rows]) -> bool:
         if budget.precision is not None:
             return relative_error(collected(done)) <= budget.precision
-        if not budget.grows or good_enough(collected(done)):
-            return budget.grows
-        bar.total = min(2 * bar.total, budget.exact * len(sweep.sources))
-        return False
+        return budget.grows and good_enough(collected(done))
 
     def wanted(done: list[Rows]) -> tuple[Head, ...]:
         return collected(done).undecided(**(budget.decide or {}))

@@ -44,7 +44,9 @@ def population(family: str, folder: str) -> tuple[Tensor, tuple[Tensor, ...], Te
     baseline = mean_activations(view, data, progress=False)
     parts = parts_of(PRESETS["two-ended"])
     passes = Passes(64, progress=False)
-    cheap = Estimator(view, data, baseline, parts, "mean", passes, 0, dict).cheap()
+    cheap = Estimator(
+        view, data, baseline, parts, "mean", passes, 0, dict, 0, passes.bar(name="none")
+    ).cheap()
     exact = [
         score_heads(
             view, data, baseline, rules=part.rules, exact="all", batch_size=64, progress=False

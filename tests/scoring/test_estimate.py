@@ -18,6 +18,7 @@ from helpers.tiny_tasks import LABELS, examples
 
 from cdt_lens.circuits.head_scores import HeadScores, combined, label_index
 from cdt_lens.core.errors import InputError
+from cdt_lens.core.passes import Passes
 from cdt_lens.decomposition.baseline import mean_activations
 from cdt_lens.models.heads import all_heads
 from cdt_lens.models.view import ModelView
@@ -218,3 +219,19 @@ def test_scores_are_good_enough_up_to_twice_the_error_of_the_whole_sweep():
         ratio = float(scores.stderr / whole)
         assert good_enough(scores) == (ratio <= 2)
         assert (size == 0.2) == (ratio <= 2)
+
+
+def test_the_bar_ends_at_its_total(tokenizer_folder, monkeypatch):
+    view, bars, make = shared("llama", "bridge", tokenizer_folder, torch.float32), [], Passes.bar
+
+    def bar(*args: Any, **kwargs: Any) -> Any:
+        bars.append(make(*args, **kwargs))
+        return bars[-1]
+
+    monkeypatch.setattr(Passes, "bar", bar)
+    baseline = mean_activations(view, data(), progress=False)
+    bars.clear()
+    for options in ({"exact": 20}, {"exact": 28, "decide": {"threshold": 0.3}}):
+        score_heads(view, data(), baseline, batch_size=4, **options)
+    heads = [each for each in bars if each.unit == "head"]
+    assert len(heads) == 2 and all(0 < each.n == each.total for each in heads)
