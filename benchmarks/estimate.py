@@ -1,7 +1,9 @@
 """Compare estimates of head scores with the whole sweep: agreement, errors and cost.
 
 The truth is the two-ended sweep over all prompts. It takes most of an hour for each task on two
-cores; an interrupted run resumes in `--out`. An estimate is then drawn with several seeds. Usage:
+cores; an interrupted run resumes in `--out`. An estimate is then drawn with several seeds. Last,
+samples of the sweep's own values are drawn again and again: at random and spread over the
+first-order effects, and with the sweep going on only where the top tenth is open. Usage:
 `python benchmarks/estimate.py models/smollm2-135m --task ioi --out runs/truth`.
 """
 
@@ -14,9 +16,11 @@ from pathlib import Path
 
 import torch
 from scipy.stats import spearmanr
+from torch import Tensor
 
 import cdt_lens as cdt
-from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.circuits.head_scores import HeadScores, combined
+from cdt_lens.circuits.sampled import sample_order
 from cdt_lens.scoring.estimate import EXACT
 from cdt_lens.scoring.methods import METHODS
 
@@ -29,6 +33,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--exact", type=int, nargs="+", default=[EXACT])
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--draws", type=int, default=40, help="of the samples that are simulated")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     model = cdt.load_model(options.model)
@@ -61,6 +66,54 @@ def main() -> None:
             f"  {exact} exact, mean: Spearman {means[0]:.3f} (shrunk {means[1]:.3f}), "
             f"standard error {means[2]:.2f} of the sweep's"
         )
+    if scores.cheap is not None:
+        redraw(scores.cheap, truth, options.draws)
+
+
+def redraw(cheap: Tensor, truth: HeadScores, draws: int) -> None:
+    """Draw samples of the truth's own values, and print how far the estimates are from it."""
+    total = cheap.flatten(1).sum(1).tolist()
+    for size in (8, 15, 30):
+        for name, key in (("at random", None), ("spread", total)):
+            found = [estimate_of(cheap, truth, (size,), seed, key)[:2] for seed in range(draws)]
+            error, spearman = (statistics.fmean(column) for column in zip(*found, strict=True))
+            print(
+                f"  {size} of {len(total)} {name}: Spearman {spearman:.3f}, root mean square error "
+                f"of the largest tenth {error:.4f} logits"
+            )
+    tenth = truth.values.numel() // 10
+    for ends in ((15,), (30,), (60,), (7, 15, 30), (15, 30, 60)):
+        found = [estimate_of(cheap, truth, ends, seed, total)[2:] for seed in range(draws)]
+        shared, swept = (statistics.fmean(column) for column in zip(*found, strict=True))
+        print(
+            f"  rounds to {', '.join(map(str, ends))}: {shared:.1f} of the {tenth} largest heads, "
+            f"{swept:.1f} exact prompts a head"
+        )
+
+
+def estimate_of(
+    cheap: Tensor, truth: HeadScores, ends: tuple[int, ...], seed: int, key: list[float] | None
+) -> tuple[float, float, float, float]:
+    """Return error, rank correlation, shared top heads, and exact prompts a head of one sample."""
+    order = sample_order(truth.example_labels, seed, key)
+    exact, tenth = truth.per_example - cheap, truth.values.numel() // 10
+    known = torch.full_like(exact, torch.nan)
+    open_heads = torch.ones_like(truth.values, dtype=torch.bool)
+    for start, end in zip((0, *ends), ends, strict=False):
+        known[order[start:end]] = torch.where(open_heads, exact[order[start:end]], torch.nan)
+        scores = combined(
+            cheap, (known,), truth.example_labels, direction=truth.direction, method="simulated",
+            provenance=truth.provenance, looks=len(ends),
+        )  # fmt: skip
+        open_heads = torch.zeros_like(open_heads)
+        for head in scores.undecided(k=tenth):
+            open_heads[head.layer, head.head] = True
+    largest = truth.values.abs().flatten().topk(tenth).indices
+    error = (scores.values - truth.values).flatten()[largest].square().mean().sqrt()
+    rank = spearmanr(scores.values.flatten(), truth.values.flatten()).statistic
+    shared = len(set(scores.top(tenth)) & set(truth.top(tenth)))
+    swept = (~torch.isnan(known)).sum() / truth.values.numel()
+    return float(error), float(rank), float(shared), float(swept)
 
 
 def whole_sweep(
