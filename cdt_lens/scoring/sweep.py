@@ -229,7 +229,9 @@ def _estimate(
 
     with bar:
         done = estimator.exact(budget, kept, enough, wanted)
-    return collected(done)
+    scores = collected(done)
+    warn_at_chance(examples.name, "direction", scores.direction, len(examples.labels))
+    return scores
 
 
 def relative_error(scores: HeadScores) -> float:

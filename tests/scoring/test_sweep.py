@@ -93,7 +93,8 @@ def test_one_example_of_a_label_has_a_score_without_standard_error_and_no_warnin
     assert not bool(found.values.isnan().any())
 
 
-def test_a_task_that_the_model_does_not_solve_is_said(tokenizer_folder):
+@pytest.mark.parametrize("exact", ["all", 3])
+def test_a_task_that_the_model_does_not_solve_is_said(exact, tokenizer_folder):
     """With answers and competitors exchanged every direction has the other sign."""
     view, data = shared("gpt2", "bridge", tokenizer_folder), examples()
     turned = tuple(replace(item, answers=item.others, others=item.answers) for item in data)
@@ -101,7 +102,7 @@ def test_a_task_that_the_model_does_not_solve_is_said(tokenizer_folder):
     for given in (data, replace(data, items=turned)):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            found = score(view, given)
+            found = score(view, given, exact=exact)
             curve = faithfulness_curve(
                 view, found, given, means(view, given), draws=1, progress=False
             )
