@@ -23,6 +23,7 @@ from cdt_lens.core.axes import along
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Count, Fraction, FromZeroCount, Level, Ranking
 from cdt_lens.core.errors import InputError
+from cdt_lens.core.per_example import by_layer, table
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.heads import Head, all_heads, check_heads
 from cdt_lens.models.provenance import Provenance
@@ -113,7 +114,7 @@ class HeadScores(Saved):
         """
         labels = label_index(self.example_labels)
         first = self.per_example if self.cheap is None else self.cheap
-        freedom = degrees_of_freedom(first, self.corrections, labels)
+        freedom = by_layer(degrees_of_freedom, first, self.corrections, labels)
         level = 1 - (1 - level) / self.looks
         return t_interval(self.values.double(), self.stderr.double(), freedom, level)
 
@@ -174,7 +175,8 @@ class HeadScores(Saved):
         """
         if self.cheap is None:
             return self
-        values = shrunk(self.cheap, self.corrections, label_index(self.example_labels))
+        labels = label_index(self.example_labels)
+        values = by_layer(shrunk, self.cheap, self.corrections, labels)
         return replace(self, values=values.float(), method=f"{self.method}, shrunk")
 
     def fitted(self) -> HeadScores:
@@ -424,12 +426,16 @@ def combined(
         The scores with their standard errors.
     """
     index = label_index(labels)
-    spread = effects(cheap, corrections, index).permute(1, 2, 0)
-    best = filled(cheap, corrections, index)
+    per_example = table(*cheap.shape, dtype=torch.float32)
+    stderr = by_layer(_stderr, cheap, corrections, index)
+    for layer in range(cheap.shape[1]):
+        own = [part[:, layer : layer + 1] for part in corrections]
+        per_example[:, layer : layer + 1] = filled(cheap[:, layer : layer + 1], own, index).float()
+    values = by_layer(_mean, cheap, corrections, index)
     return HeadScores(
-        values=balanced_mean(best.permute(1, 2, 0), index).float(),
-        stderr=balanced_stderr(spread, index).float(),
-        per_example=best.float(),
+        values=values.float(),
+        stderr=stderr.float(),
+        per_example=per_example,
         example_labels=tuple(labels),
         direction=direction,
         method=method,
@@ -438,6 +444,14 @@ def combined(
         corrections=tuple(corrections),
         looks=looks,
     )
+
+
+def _mean(cheap: Tensor, corrections: Sequence[Tensor], labels: Tensor) -> Tensor:
+    return balanced_mean(filled(cheap, corrections, labels).permute(1, 2, 0), labels)
+
+
+def _stderr(cheap: Tensor, corrections: Sequence[Tensor], labels: Tensor) -> Tensor:
+    return balanced_stderr(effects(cheap, corrections, labels).permute(1, 2, 0), labels)
 
 
 def _largest_of(values: Float[Tensor, "layer head"], place: int) -> Float[Tensor, ""]:

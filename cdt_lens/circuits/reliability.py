@@ -7,6 +7,7 @@ prompts of IOI agree with scores on 16 others at a rank correlation of some 0.6;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.head_scores import HeadScores, label_index
-from cdt_lens.circuits.sampled import filled
+from cdt_lens.circuits.sampled import effects, filled
 from cdt_lens.core import display
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Count, Ranking, Seed
 from cdt_lens.core.errors import InputError
+from cdt_lens.core.per_example import by_layer
 from cdt_lens.models.heads import Head
 from cdt_lens.tasks.metrics import balanced_mean
 
@@ -110,11 +112,13 @@ def _means(scores: HeadScores, rows: Bool[Tensor, " example"]) -> Float[Tensor, 
     labels = label_index(scores.example_labels)[rows]
     if len(labels.unique()) < len(set(scores.example_labels)):
         return torch.full_like(scores.values, torch.nan)
-    if scores.cheap is None:
-        values = scores.per_example[rows].double()
-    else:
-        values = filled(scores.cheap[rows], [part[rows] for part in scores.corrections], labels)
-    return balanced_mean(values.permute(1, 2, 0), labels)
+    first = scores.per_example if scores.cheap is None else scores.cheap
+
+    def mean(cheap: Tensor, corrections: Sequence[Tensor]) -> Tensor:
+        values = filled(cheap[rows], [part[rows] for part in corrections], labels)
+        return balanced_mean(values.permute(1, 2, 0), labels)
+
+    return by_layer(mean, first, scores.corrections)
 
 
 @checked_arguments
@@ -156,14 +160,18 @@ def membership(
 def _resampled(scores: HeadScores, resamples: int, seed: int) -> Float[Tensor, "resample head"]:
     """Return the scores of examples drawn again within each label."""
     generator = torch.Generator().manual_seed(seed)
-    labels, flat = label_index(scores.example_labels), scores.effects.flatten(1)
-    total = torch.zeros(resamples, flat.shape[1], dtype=torch.float64)
+    labels = label_index(scores.example_labels)
+    weights = torch.zeros(resamples, len(labels), dtype=torch.float64)
     for label in labels.unique():
-        group = flat[labels == label]
-        if len(group) < 2:
+        rows = (labels == label).nonzero().flatten()
+        if len(rows) < 2:
             raise InputError("membership: expected at least two examples of each label")
-        draw = torch.randint(len(group), (resamples, len(group)), generator=generator)
-        weights = torch.zeros(resamples, len(group), dtype=torch.float64)
-        weights.scatter_add_(1, draw, torch.ones_like(draw, dtype=torch.float64))
-        total += weights @ group / len(group)
-    return total / len(labels.unique())
+        drawn = rows[torch.randint(len(rows), (resamples, len(rows)), generator=generator)]
+        weights.scatter_add_(1, drawn, torch.full(drawn.shape, 1 / len(rows), dtype=torch.float64))
+    first = scores.per_example if scores.cheap is None else scores.cheap
+
+    def means(cheap: Tensor, corrections: Sequence[Tensor]) -> Tensor:
+        return (weights @ effects(cheap, corrections, labels).flatten(1)).T[None]
+
+    by_head = by_layer(means, first, scores.corrections)
+    return by_head.flatten(0, 1).T / len(labels.unique())

@@ -34,6 +34,7 @@ from cdt_lens.core.choices import Direction
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.core.kept import Kept
 from cdt_lens.core.passes import Passes
+from cdt_lens.core.per_example import share_rows, table
 from cdt_lens.core.processes import gather_items
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.gated_pass import GatedPass
@@ -192,7 +193,9 @@ class Estimator:
 
     def cheap(self) -> Float[Tensor, "part_and_direction example layer head"]:
         """Compute the first-order score of every example under each part, then d(full)."""
-        items: list[tuple[int, Tensor]] = []
+        shape = self.view.n_layers, self.view.n_heads
+        out = table(len(self.parts) + 1, len(self.examples), *shape, dtype=torch.float32)
+        finished: list[int] = []
         gated = [GatedPass(self.view, SLOPES[part.slopes]) for part in self.parts]
         batches = self.passes.batches(self.examples, self.view.longrope_limit)
         for batch in self.passes.bar(batches, name="first order"):
@@ -203,10 +206,10 @@ class Estimator:
                 by_position, full = run.scores(batch, at, [part.point], self.direction)
                 rows.append(by_position.sum(-1))
             rows.append(full[:, None, None].expand_as(rows[0]))
-            table = torch.stack(rows, 1).float().cpu()
-            items += list(zip(batch.index, table, strict=True))
-        ordered = dict(gather_items(items))
-        return torch.stack([ordered[i] for i in range(len(self.examples))], 1)
+            out[:, list(batch.index)] = torch.stack(rows).float().cpu()
+            finished += batch.index
+        share_rows(out.transpose(0, 1), finished)
+        return out
 
     def exact(
         self,

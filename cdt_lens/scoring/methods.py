@@ -33,12 +33,13 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import DEFAULT_RULES, Count, Direction, Seed
 from cdt_lens.core.errors import InputError, did_you_mean
+from cdt_lens.core.per_example import table
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.decompose import check_finite
 from cdt_lens.decomposition.gated_pass import Steps
@@ -256,18 +257,19 @@ def random_scores(
     baseline.check_model(view)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(view.n_layers * view.n_heads, generator=generator)
-    done: dict[int, Tensor] = {}
+    rows = table(len(examples), len(scores) + 1, dtype=torch.float32)
+    rows[:, :-1] = scores
     for batch in examples.batches(batch_size, apart=view.longrope_limit):
         batch = batch.to(view.device)
         run = Propagator(
             view, batch.tokens, batch.lengths, baseline.for_batch(view, batch), PRESETS["ablation"]
         )
         check_finite(run, (), batch, run.full_logits(batch.candidates)[None, :0])
-        full = task_direction(run.full_logits(batch.candidates), batch.direction).float().cpu()
-        done |= {i: torch.cat([scores, d[None]]) for i, d in zip(batch.index, full, strict=True)}
+        full = task_direction(run.full_logits(batch.candidates), batch.direction)
+        rows[list(batch.index), -1] = full.float().cpu()
     options = {"method": "random", "seed": seed, "baseline_hash": baseline.hash}
     provenance = provenance_of(view, examples, options=options)
-    return collect_scores(view, examples, done, None, "random", provenance)
+    return collect_scores(view, examples, rows, None, "random", provenance)
 
 
 _SWEEP = ("batch_size", "rows", "checkpoint", "progress")

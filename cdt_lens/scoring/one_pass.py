@@ -30,7 +30,7 @@ from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Count, Direction
 from cdt_lens.core.passes import Passes
-from cdt_lens.core.processes import gather_items
+from cdt_lens.core.per_example import share_rows, table
 from cdt_lens.decomposition.baseline import Baseline, BaselineAt
 from cdt_lens.decomposition.gated_pass import GatedPass, Steps, points_of
 from cdt_lens.decomposition.slopes import Slopes, resolve_slopes
@@ -143,17 +143,18 @@ def score_batches(
         Signed scores in logits with standard errors.
     """
     method = str(options["method"])
-    items: list[tuple[int, Tensor]] = []
+    rows = table(len(examples), view.n_layers * view.n_heads + 1, dtype=torch.float32)
+    finished: list[int] = []
     for batch in passes.bar(passes.batches(examples, view.longrope_limit), name=method):
         batch = batch.to(view.device)
         by_position, full = scores(batch, baseline.for_batch(view, batch))
         relevant = reduce(by_position, "example layer head pos -> example layer head", "sum")
-        rows = torch.cat([relevant.flatten(1), full[:, None]], 1).float().cpu()
-        items += list(zip(batch.index, rows, strict=True))
-    done = dict(gather_items(items))
+        rows[list(batch.index)] = torch.cat([relevant.flatten(1), full[:, None]], 1).float().cpu()
+        finished += batch.index
+    share_rows(rows, finished)
     recorded = {**options, **recorded_options(baseline, direction), "heads": "all"}
     provenance = provenance_of(view, examples, options=recorded, seed=seed)
-    return collect_scores(view, examples, done, None, method, provenance)
+    return collect_scores(view, examples, rows, None, method, provenance)
 
 
 @checked_arguments

@@ -28,7 +28,8 @@ from cdt_lens.core.choices import DEFAULT_RULES, Count, Direction, Positive, Pre
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.core.kept import Kept
 from cdt_lens.core.passes import Passes
-from cdt_lens.core.processes import gather_items, shard
+from cdt_lens.core.per_example import by_layer, share_rows, table
+from cdt_lens.core.processes import shard
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.decompose import irrelevant_logits
 from cdt_lens.decomposition.propagate import Propagator
@@ -244,8 +245,11 @@ def first_of(
     cheap: Float[Tensor, "part_and_direction example layer head"], parts: Sequence[Part]
 ) -> Float[Tensor, "example layer head"]:
     """Return the first-order score: the weighted sum of its parts."""
-    weights = torch.tensor([part.weight for part in parts])[:, None, None, None]
-    return (weights * cheap[:-1]).sum(0)
+    weights = torch.tensor([part.weight for part in parts])[:, None, None]
+    out = table(*cheap.shape[1:], dtype=torch.float32)
+    for layer in range(out.shape[1]):
+        out[:, layer] = (weights * cheap[:-1, :, layer]).sum(0)
+    return out
 
 
 def collect_estimate(
@@ -272,16 +276,17 @@ def collect_estimate(
     """
     labels = tuple(example.label for example in examples)
     scored = torch.full((view.n_layers, view.n_heads), torch.nan)
-    for head in sources:
-        scored[head.layer, head.head] = 0.0
-    first = first_of(cheap, parts) + scored
-    corrections = []
+    layers, heads = [h.layer for h in sources], [h.head for h in sources]
+    scored[layers, heads] = 0.0
+    first, corrections = first_of(cheap, parts), []
+    first += scored
     for part, rows, own in zip(parts, done, cheap, strict=False):
-        correction = torch.full_like(first, torch.nan)
+        correction = table(*first.shape, dtype=torch.float32)
         for position, row in rows.items():
-            for column, head in enumerate(sources):
-                correction[position, head.layer, head.head] = row[column]
-        corrections.append(part.weight * (correction - own))
+            exact = scored.clone()
+            exact[layers, heads] = row[:-1]
+            correction[position] = part.weight * (exact - own[position])
+        corrections.append(correction)
     direction = balanced_mean(cheap[-1, :, 0, 0].double(), label_index(labels))
     return combined(
         first, corrections, labels, direction=float(direction), method=method,
@@ -316,21 +321,22 @@ class _Sweep:
     direction: Direction
     passes: Passes
 
-    def run(self, kept: Kept | None) -> dict[int, Float[Tensor, " source_and_direction"]]:
+    def run(self, kept: Kept | None) -> Float[Tensor, "example source_and_direction"]:
         """Compute d(rel) of each source, then d(full), of each example, in all processes."""
+        rows = table(len(self.examples), len(self.sources) + 1, dtype=torch.float32)
         batches = self.passes.batches(self.examples, self.view.longrope_limit)
         wanted = {index for batch in batches for index in batch.index}
-        done = _read_rows(kept, wanted, len(self.sources) + 1)
+        done = _read_rows(kept, wanted, rows)
         batches = [batch for batch in batches if not set(batch.index) <= done.keys()]
         total = len(batches) * len(self.sources)
         with self.passes.bar(name="heads", total=total, unit="head") as bar:
             for batch in batches:
-                done |= self._batch(batch.to(self.view.device), bar)
+                for index, row in self._batch(batch.to(self.view.device), bar).items():
+                    rows[index], done[index] = row, None
                 if kept is not None:
-                    rows = torch.stack(list(done.values()))
-                    kept.write({"index": list(done)}, {"rows": rows})
-        items = gather_items(list(done.items()))
-        return dict(items)
+                    kept.write({"index": list(done)}, {"rows": rows[list(done)]})
+        share_rows(rows, done)
+        return rows
 
     def kept(self, path: Path, provenance: Provenance, holds: type = _Finished) -> Kept:
         """Return where this process keeps its finished examples, under all that changes a number.
@@ -392,7 +398,7 @@ class _Sweep:
 def collect_scores(
     view: ModelView,
     examples: Examples,
-    done: Mapping[int, Tensor],
+    rows: Float[Tensor, "example source_and_direction"],
     sources: Sequence[Head] | None,
     method: str,
     provenance: Provenance,
@@ -402,24 +408,26 @@ def collect_scores(
     Args:
         view: The model.
         examples: The scored examples.
-        done: For the index of each example d(rel) of every source, then d(full), in logits.
+        rows: d(rel) of every source, then d(full), of each example, in logits.
         sources: The scored heads; None for all.
         method: Name of the method.
         provenance: Origin of the scores.
     """
     sources = all_heads(view.n_layers, view.n_heads) if sources is None else sources
-    table = torch.stack([done[i] for i in range(len(examples))])
     labels = tuple(example.label for example in examples)
     index = label_index(labels)
-    per_example = torch.full((len(examples), view.n_layers, view.n_heads), torch.nan)
+    per_example = table(len(examples), view.n_layers, view.n_heads)
     for column, head in enumerate(sources):
-        per_example[:, head.layer, head.head] = table[:, column]
-    by_head = per_example.double().permute(1, 2, 0)
-    direction = float(balanced_mean(table[:, -1].double(), index))
+        per_example[:, head.layer, head.head] = rows[:, column]
+    direction = float(balanced_mean(rows[:, -1].double(), index))
     warn_at_chance(examples.name, "direction", direction, len(examples.labels))
+    mean, error = (
+        by_layer(lambda own, _, f=f: f(own.double().permute(1, 2, 0), index), per_example, ())
+        for f in (balanced_mean, balanced_stderr)
+    )
     return HeadScores(
-        values=balanced_mean(by_head, index).float(),
-        stderr=balanced_stderr(by_head, index).float(),
+        values=mean.float(),
+        stderr=error.float(),
         per_example=per_example,
         example_labels=labels,
         direction=direction,
@@ -428,15 +436,18 @@ def collect_scores(
     )
 
 
-def _read_rows(kept: Kept | None, wanted: set[int], columns: int) -> dict[int, Tensor]:
-    """Return the rows of the examples that an interrupted call had finished, by their index."""
-    kept_rows = None if kept is None else kept.read(lambda body: wanted <= set(body["index"]))
-    if kept is None or kept_rows is None:
+def _read_rows(
+    kept: Kept | None, wanted: set[int], rows: Float[Tensor, "example source_and_direction"]
+) -> dict[int, None]:
+    """Fill in the rows that an interrupted call had finished, and return their examples."""
+    found = None if kept is None else kept.read(lambda body: wanted <= set(body["index"]))
+    if kept is None or found is None:
         return {}
-    body, tensors = kept_rows
-    rows = tensors.get("rows", torch.empty(0))
-    if rows.shape != (len(body["index"]), columns):
+    body, tensors = found
+    own = tensors.get("rows", torch.empty(0))
+    if own.shape != (len(body["index"]), rows.shape[1]):
         raise ArtifactError(
-            f"{kept.path}: damaged: rows of shape {tuple(rows.shape)}; remove it to begin anew"
+            f"{kept.path}: damaged: rows of shape {tuple(own.shape)}; remove it to begin anew"
         )
-    return dict(zip(body["index"], rows, strict=True))
+    rows[body["index"]] = own
+    return dict.fromkeys(body["index"])
