@@ -63,7 +63,7 @@ def share_rows(rows: Float[Tensor, "example ..."], own: Iterable[int]) -> None:
 
 def by_layer(
     function: Callable[..., Tensor], first: Tensor, more: Slices, *rest: object
-) -> Float[Tensor, "layer head"]:
+) -> Float[Tensor, "layer head *rest"]:
     """Apply a function that reduces examples to one layer at a time, so that little is copied.
 
     Args:
@@ -73,7 +73,7 @@ def by_layer(
         rest: Further arguments of the function.
 
     Returns:
-        The results [1, head] of all layers.
+        The results [1, head, ...] of all layers.
     """
     layers = range(first.shape[1])
     parts = (

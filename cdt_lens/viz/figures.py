@@ -75,7 +75,7 @@ def heatmap(
         *style.outline(axes, outlined),
         *style.mark(axes, "negative", "_", values < -_DASH_FROM * end, values < -0.55 * end),
         *style.mark(axes, "not scored", "x", ~np.isfinite(values)),
-        *style.mark(axes, "interval holds 0", ".", as_array(scores.unresolved)),
+        *style.mark(axes, "interval holds 0", ".", scores.unresolved.cpu().numpy()),
     ]
     extend = "both" if largest > end else "neither"
     figure.colorbar(cells, ax=axes, label=UNIT, extend=extend, aspect=30).outline.set_visible(False)
