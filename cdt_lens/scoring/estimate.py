@@ -3,7 +3,8 @@
 1. One backward pass for each end that the rules name gives every prompt its first-order score
    (`GatedPass`).
 2. A random sample of the prompts, drawn within labels, gets the exact sweep, too. It is spread
-   evenly over the prompts' total first-order effect, which makes the errors a fifth smaller.
+   evenly over the prompts' total first-order effect, which leaves less to chance
+   (docs/results/estimates.md).
 3. The two are combined without bias (`circuits.sampled`).
 
 The effect of adding a head to the empty model is so close to its gradient there that a quarter of
