@@ -7,8 +7,8 @@
    (docs/results/estimates.md).
 3. The two are combined without bias (`circuits.sampled`).
 
-The effect of adding a head to the empty model is so close to its gradient there that a quarter of
-the sample is enough for it (docs/method/scores.md).
+The effect of adding a head to the empty model is so close to its gradient there that the first two
+prompts of a label and a quarter of the others are enough for it (docs/method/scores.md).
 
 If the scores shall decide a circuit, the sample comes in rounds that double. After each round the
 sweep goes on only with the heads whose place in or out of the circuit is open. The first round is
@@ -56,9 +56,9 @@ _SLOPES: Mapping[Rules, str] = {
     PRESETS["shared"]: "shared",
     PRESETS["linear"]: "linear",
 }
-# How many of the sampled prompts of a label get one exact pass of a part: the first ones, and of
-# the others one in so many.
-_FIRST, _EVERY = 2, 8
+# Which sampled prompts of a label get the exact pass of a sparse part: the first ones, and of the
+# others one in so many.
+_FIRST, _EVERY = 2, 4
 # Each further round makes the intervals of all rounds wider (`HeadScores.interval`).
 _ROUNDS = 3
 
@@ -300,8 +300,7 @@ class Estimator:
 
     def _has(self, part: Part, position: int) -> bool:
         """Return whether an example of the sample gets the exact pass of a part."""
-        rank = self.rank[position]
-        return not part.sparse or rank < _FIRST or rank % _EVERY == 0
+        return not part.sparse or in_sparse_part(self.rank[position])
 
     def _write(self, kept: Kept, done: Sequence[Rows]) -> None:
         index = [list(rows) for rows in done]
@@ -321,6 +320,15 @@ class Estimator:
         if len(done) != len(self.parts) or not whole:
             raise ArtifactError(f"{kept.path}: damaged: rows are missing; remove it to begin anew")
         return done
+
+
+def in_sparse_part(rank: int) -> bool:
+    """Return whether a sampled example gets the exact pass of a sparse part.
+
+    Args:
+        rank: Its place in the sample among the examples of its label, from 0 on.
+    """
+    return rank < _FIRST or rank % _EVERY == 0
 
 
 def good_enough(scores: HeadScores) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from cdt_lens.circuits.sampled import (
 from cdt_lens.core.passes import Passes
 from cdt_lens.decomposition.baseline import mean_activations
 from cdt_lens.decomposition.rules import PRESETS
-from cdt_lens.scoring.estimate import Estimator, parts_of
+from cdt_lens.scoring.estimate import Estimator, in_sparse_part, parts_of
 from cdt_lens.scoring.sweep import score_heads
 from cdt_lens.tasks.intervals import t_interval
 from cdt_lens.tasks.metrics import balanced_mean, balanced_stderr
@@ -59,17 +60,27 @@ def population(family: str, folder: str) -> tuple[Tensor, tuple[Tensor, ...], Te
 
 
 def sampled(
-    corrections: tuple[Tensor, ...], labels: Tensor, seed: int, cheap: Tensor | None = None
+    corrections: tuple[Tensor, ...],
+    labels: Tensor,
+    seed: int,
+    cheap: Tensor | None = None,
+    n: int = 24,
 ) -> tuple[Tensor, ...]:
-    """Corrections of 24 prompts for the first part and of 12 for the second."""
+    """Corrections of n prompts for the first part, and of some of them for the sparse second."""
+    names = [str(int(label)) for label in labels]
     key = None if cheap is None else cheap.flatten(1).sum(1).tolist()
-    order = sample_order([str(int(label)) for label in labels], seed, key)
+    order = sample_order(names, seed, key)[:n]
+    rank = {i: [j for j in order if names[j] == names[i]].index(i) for i in order}
     out = []
-    for part, n in zip(corrections, (24, 12), strict=True):
-        hidden = torch.full_like(part, torch.nan)
-        hidden[order[:n]] = part[order[:n]]
+    for part, inside in zip(corrections, (order, filter(chosen(rank), order)), strict=True):
+        hidden, rows = torch.full_like(part, torch.nan), list(inside)
+        hidden[rows] = part[rows]
         out.append(hidden)
     return tuple(out)
+
+
+def chosen(rank: dict[int, int]) -> Callable[[int], bool]:
+    return lambda i: in_sparse_part(rank[i])
 
 
 def means(values: Tensor, labels: Tensor) -> Tensor:
@@ -84,9 +95,10 @@ def draw(labels: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat(rows)
 
 
+@pytest.mark.parametrize("n", [15, 24])
 @pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("family", ARCHITECTURES)
-def test_it_is_unbiased_and_its_intervals_cover(family, spread, tokenizer_folder):
+def test_it_is_unbiased_and_its_intervals_cover(family, spread, n, tokenizer_folder):
     """400 draws of prompts and of samples among them, against the sweep over all prompts."""
     cheap, corrections, labels = population(family, tokenizer_folder)
     truth = means(cheap + sum(corrections), labels)
@@ -95,7 +107,7 @@ def test_it_is_unbiased_and_its_intervals_cover(family, spread, tokenizer_folder
     for seed in range(400):
         rows = draw(labels, generator)
         own, g = labels[rows], cheap[rows] if spread else None
-        known = sampled(tuple(c[rows] for c in corrections), own, seed, g)
+        known = sampled(tuple(c[rows] for c in corrections), own, seed, g, n)
         theta = means(filled(cheap[rows], known, own), own)
         error = balanced_stderr(effects(cheap[rows], known, own).permute(1, 2, 0), own)
         freedom = degrees_of_freedom(cheap[rows], known, own)
