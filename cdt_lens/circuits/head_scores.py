@@ -118,6 +118,12 @@ class HeadScores(Saved):
         level = 1 - (1 - level) / self.looks
         return t_interval(self.values.double(), self.stderr.double(), freedom, level)
 
+    @property
+    def has_intervals(self) -> bool:
+        """Whether each scored head has an interval: two examples of each label, two swept ones."""
+        low, _ = self.interval()
+        return not bool(torch.isnan(low[~torch.isnan(self.values)]).any())
+
     @checked_arguments
     def undecided(
         self,
@@ -319,11 +325,11 @@ class HeadScores(Saved):
         return abs(value) if by == "magnitude" else value
 
     def _confident(self, level: float, by: str) -> tuple[Head, ...]:
-        fewest = min(self.example_labels.count(label) for label in set(self.example_labels))
-        if fewest < 2:
+        if not self.has_intervals:
             raise InputError(
-                "select: confidence needs at least two examples of each label; "
-                "score more examples, or select by k or fraction"
+                "select: confidence needs at least two examples of each label, two of them with an "
+                "exact sweep; score more examples (or sweep more: exact=), or select by k or "
+                "fraction"
             )
         low, high = self.interval(level)
         keep = low > 0 if by == "signed" else (low > 0) | (high < 0)

@@ -7,6 +7,7 @@ prompts of IOI agree with scores on 16 others at a rank correlation of some 0.6;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -79,7 +80,7 @@ def reliability(scores: HeadScores, *, splits: Count = 50, seed: Seed = 0) -> Re
     low, high = scores.interval(0.95)
     scored = ~torch.isnan(scores.values)
     resolved = ((low > 0) | (high < 0)) & scored
-    share = float(resolved.sum() / scored.sum())
+    share = float(resolved.sum() / scored.sum()) if scores.has_intervals else math.nan
     return Reliability(half, 2 * half / (1 + half), share, len(scores.example_labels))
 
 
@@ -139,8 +140,22 @@ def membership(
         The share of the samples in which each of the circuit's heads is selected.
 
     Raises:
-        InputError: The circuit was selected by another rule, or a label has a single example.
+        InputError: The circuit was selected by another rule, or is of another shape, or a label has
+            a single example or a single one with an exact sweep.
     """
+    if circuit.mask.shape != scores.values.shape:
+        raise InputError(
+            f"membership: the circuit is of {circuit.n_layers} layers of {circuit.n_heads} heads, "
+            f"the scores of {scores.n_layers} of {scores.n_heads}; give the scores that it was "
+            "selected from"
+        )
+    if not scores.has_intervals:
+        raise InputError(
+            "membership: expected at least two examples of each label, two of them with an exact "
+            "sweep; score more examples"
+        )
+    if not circuit.heads:
+        return {}
     by: Ranking = circuit.selection.get("by", "signed")
     threshold = circuit.selection.get("threshold")
     if threshold is None and not {"k", "fraction"} & circuit.selection.keys():
@@ -164,8 +179,6 @@ def _resampled(scores: HeadScores, resamples: int, seed: int) -> Float[Tensor, "
     weights = torch.zeros(resamples, len(labels), dtype=torch.float64)
     for label in labels.unique():
         rows = (labels == label).nonzero().flatten()
-        if len(rows) < 2:
-            raise InputError("membership: expected at least two examples of each label")
         drawn = rows[torch.randint(len(rows), (resamples, len(rows)), generator=generator)]
         weights.scatter_add_(1, drawn, torch.full(drawn.shape, 1 / len(rows), dtype=torch.float64))
     first = scores.per_example if scores.cheap is None else scores.cheap

@@ -218,11 +218,13 @@ def show_heads(scores: Any, circuit: Any, limit: int = 12) -> None:
     tell_table(table.headings, table.rows)
     if len(heads) > limit:
         tell(f"... and {len(heads) - limit} more heads of the circuit")
+    if not scores.has_intervals:
+        tell("no intervals: a label has a single example, or a single one with an exact sweep")
+        return
     found = reliability(scores)
-    tell(
-        f"split-half reliability {found.split_half:.2f} on {found.examples} examples; the 95 % "
-        f"interval of {found.resolved:.0%} of the heads leaves 0 out; {_open(scores, circuit)}"
-    )
+    tell(f"split-half reliability {found.split_half:.2f} on {found.examples} examples")
+    tell(f"the 95 % interval of {found.resolved:.0%} of the heads excludes 0")
+    tell(_open(scores, circuit))
 
 
 def _open(scores: Any, circuit: Any) -> str:
@@ -233,8 +235,8 @@ def _open(scores: Any, circuit: Any) -> str:
     left = scores.undecided(**chosen, by=circuit.selection["by"])
     inside = sum(head in circuit for head in left)
     return (
-        f"the place of {inside} of the circuit's {len(circuit)} heads is open, and that of "
-        f"{len(left) - inside} outside of it"
+        f"at 95 % confidence {len(circuit) - inside} of the circuit's {len(circuit)} heads belong "
+        f"to it; {len(left) - inside} heads outside of it may as well"
     )
 
 

@@ -75,7 +75,7 @@ class CircuitSettings(Checked):
         Field(
             ge=1, description="Number of scored examples that get the exact sweep, too; the others "
             "get first-order scores. Default: 15 where the rules have a first-order form, and "
-            "more where these scores are poor; else all.",
+            "more where these scores are poor; all in small models and for other rules.",
         ),
     ] = None  # fmt: skip
     precision: Annotated[

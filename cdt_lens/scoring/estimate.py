@@ -49,6 +49,8 @@ from cdt_lens.tasks.task import Batch, Examples
 # while the standard error is more than `_WORSE` times that of a sweep over all prompts.
 EXACT = 15
 _WORSE = 2.0
+# In a small model, whose sweep of a prompt costs fewer forward passes, every prompt is swept.
+_SMALL = 64.0
 # The first-order form of rules that have one (docs/method/decomposition.md).
 _SLOPES: Mapping[Rules, str] = {
     PRESETS["ablation"]: "gradient",
@@ -104,6 +106,31 @@ def parts_of(rules: Rules) -> tuple[Part, ...]:
     if rules.context == "full":
         return (removed,)
     return replace(removed, weight=0.5), replace(added, weight=0.5)
+
+
+def sweep_cost(rules: Rules, layers: int, heads: int) -> float:
+    """Return the cost of an exact sweep of one example: a head costs the layers from its own on.
+
+    Args:
+        rules: The propagation rules.
+        layers: Number of layers.
+        heads: Number of heads in a layer.
+
+    Returns:
+        The cost in forward passes.
+    """
+    ends = 2 if rules.context == "both" else 1
+    return 1 + ends * heads * (layers + 1) / 2
+
+
+def is_small(view: ModelView, rules: Rules) -> bool:
+    """Return whether a model is so small that a sample of the prompts saves nothing.
+
+    Args:
+        view: The model.
+        rules: The propagation rules.
+    """
+    return sweep_cost(rules, view.n_layers, view.n_heads) < _SMALL
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.scoring import gates
 from cdt_lens.scoring.ensemble import MEMBERS, ensemble_scores
-from cdt_lens.scoring.estimate import Part, parts_of
+from cdt_lens.scoring.estimate import Part, parts_of, sweep_cost
 from cdt_lens.scoring.expected_gradients import expected_gradients
 from cdt_lens.scoring.one_pass import IG_STEPS, one_pass
 from cdt_lens.scoring.replay import replayed_scores
@@ -280,9 +280,7 @@ Cost = Callable[[int, int], float]
 
 
 def _sweep_cost(rules: Rules) -> Cost:
-    """Return the cost of a sweep by layers and heads: a head costs the layers from its own on."""
-    ends = 2 if rules.context == "both" else 1
-    return lambda layers, heads: 1 + ends * heads * (layers + 1) / 2
+    return partial(sweep_cost, rules)
 
 
 def _sample_cost(parts: Sequence[Part]) -> Cost:

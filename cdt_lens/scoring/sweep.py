@@ -47,6 +47,7 @@ from cdt_lens.scoring.estimate import (
     Rows,
     Sampled,
     good_enough,
+    is_small,
     largest,
     parts_of,
 )
@@ -110,8 +111,9 @@ def score_heads(
         exact: Number of examples that get the exact sweep, drawn equally from the labels, or
             "all". None takes 15 where the rules have a first-order form (the presets "two-ended",
             "ablation", "stable", "shared" and "linear"), and doubles them while the standard error
-            is more than twice that of a sweep over all examples. It takes all for other rules, and
-            30 with `decide`.
+            is more than twice that of a sweep over all examples. It takes all for other rules and
+            for small models (whose sweep of an example costs fewer than 64 forward passes), and 30
+            with `decide`.
         precision: Stops the sweep earlier, when the standard error is at most this share of the
             task direction: the median over the tenth of the heads with the largest scores.
         minutes: Stops the sweep earlier, after this time.
@@ -151,7 +153,7 @@ def score_heads(
         **recorded_options(baseline, direction),
         "heads": "all" if chosen is None else [str(h) for h in chosen],
     }
-    budget = _budget(rules, examples, exact, precision, minutes, decide)
+    budget = _budget(view, rules, examples, exact, precision, minutes, decide)
     sweep = _Sweep(view, examples, baseline, rules, sources, direction, passes)
     if budget is None:
         provenance = provenance_of(view, examples, options=options)
@@ -162,6 +164,7 @@ def score_heads(
 
 
 def _budget(
+    view: ModelView,
     rules: Rules,
     examples: Examples,
     exact: int | Literal["all"] | None,
@@ -178,7 +181,7 @@ def _budget(
                 "possible; score fewer examples, or use another preset"
             )
         return None
-    grows = exact is None and not stops
+    grows = exact is None and not stops and not is_small(view, rules)
     most = len(examples)
     if exact not in (None, "all"):
         most = min(int(exact), most)

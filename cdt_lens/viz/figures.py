@@ -51,7 +51,7 @@ def heatmap(
     """Draw the score of every head, layers down and heads across.
 
     Blue pushes towards the gold label, red (with a dash) away from it. Heads without a score are
-    grey with a cross, and those whose 95 % interval holds 0 have a dot. The cells are the
+    grey with a cross. Those whose 95 % interval does not exclude 0 have a dot. The cells are the
     collection with gid "cells", row by row.
 
     Args:
@@ -75,7 +75,7 @@ def heatmap(
         *style.outline(axes, outlined),
         *style.mark(axes, "negative", "_", values < -_DASH_FROM * end, values < -0.55 * end),
         *style.mark(axes, "not scored", "x", ~np.isfinite(values)),
-        *style.mark(axes, "interval holds 0", ".", scores.unresolved.cpu().numpy()),
+        *style.mark(axes, "0 not excluded", ".", scores.unresolved.cpu().numpy()),
     ]
     extend = "both" if largest > end else "neither"
     figure.colorbar(cells, ax=axes, label=UNIT, extend=extend, aspect=30).outline.set_visible(False)

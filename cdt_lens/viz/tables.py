@@ -47,15 +47,15 @@ class Scored:
     @classmethod
     def of(cls, scores: HeadScores) -> Scored:
         """Return the part of `scores` that is about heads."""
-        limits = scores.interval()
-        return cls(scores.values, scores.stderr, scores.method, scores.direction, *limits)
+        low, high = scores.interval()
+        return cls(scores.values, scores.stderr, scores.method, scores.direction, low, high)
 
     @property
     def unresolved(self) -> Bool[Tensor, "layer head"]:
-        """True for scored heads whose 95 % interval holds 0."""
+        """True for scored heads whose 95 % interval holds 0 or is not known."""
         if self.low is None or self.high is None:
             return torch.zeros_like(self.values, dtype=torch.bool)
-        return (self.low <= 0) & (self.high >= 0) & self.values.isfinite()
+        return ~((self.low > 0) | (self.high < 0)) & self.values.isfinite()
 
     @classmethod
     def kept_by(cls, circuit: Circuit) -> Scored | None:

@@ -93,3 +93,11 @@ def test_what_has_no_rule_to_repeat_is_refused():
     with pytest.raises(InputError, match="at least two examples of each label"):
         membership(single, single.select(k=1))
     assert math.isnan(reliability(single).split_half)
+
+
+def test_a_circuit_of_another_shape_is_refused_and_an_empty_one_has_no_members():
+    made = noisy(1.0)
+    assert membership(made, made.select(k=0)) == {}
+    table = torch.randn(80, 2, 3, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match="10 layers of 10 heads, the scores of 2 of 3"):
+        membership(scores(table.mean(0), table, LABELS), made.select(k=2))

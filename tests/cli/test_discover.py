@@ -88,8 +88,8 @@ def test_a_sample_is_swept_where_the_circuit_is_open(place: Path, tmp_path: Path
     assert f"split-half reliability {reliability(scores).split_half:.2f} on 15" in printed
     left = scores.undecided(k=2)
     inside = sum(head in scores.select(k=2) for head in left)
-    assert f"the place of {inside} of the circuit's 2 heads is open" in printed
-    assert f"that of {len(left) - inside} outside" in printed
+    words = f"at 95 % confidence {2 - inside} of the circuit's 2 heads belong to it; "
+    assert f"{words}{len(left) - inside} heads outside of it may" in printed.replace("\n", " ")
     page = Path(run("report", str(out)).split()[-1]).read_text("utf-8")
     assert "12 of 15 examples" in page and "selected again" in page
     run(*discover(place, other, "--exact", "6", examples=15))

@@ -5,6 +5,7 @@ That the estimator is unbiased and its intervals cover is in circuits/test_sampl
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from helpers.shared import models, shared
 from helpers.tiny_tasks import LABELS, examples
 
 from cdt_lens.circuits.head_scores import HeadScores, combined, label_index
+from cdt_lens.circuits.reliability import membership, reliability
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.passes import Passes
 from cdt_lens.decomposition.baseline import mean_activations
 from cdt_lens.models.heads import all_heads
 from cdt_lens.models.view import ModelView
-from cdt_lens.scoring import sweep
+from cdt_lens.planted.catalogue import planted_circuit
+from cdt_lens.scoring import estimate, sweep
 from cdt_lens.scoring.estimate import good_enough
 from cdt_lens.scoring.one_pass import one_pass
 from cdt_lens.scoring.sweep import score_heads
@@ -135,6 +138,11 @@ def test_one_prompt_of_a_label_gives_scores_without_intervals(tokenizer_folder):
     assert bool(torch.isfinite(found.values).all())
     assert bool(torch.isnan(found.stderr).all())
     assert len(found.undecided(k=2)) == len(found.ranking())
+    assert not found.has_intervals and math.isnan(reliability(found, splits=2).resolved)
+    with pytest.raises(InputError, match="two of them with an exact sweep"):
+        found.select(confidence=0.95)
+    with pytest.raises(InputError, match="two of them with an exact sweep"):
+        membership(found, found.select(k=2))
 
 
 # Exact passes where they decide --------------------------------------------------------------------
@@ -193,17 +201,30 @@ def test_a_checkpoint_serves_other_sizes_of_the_sample(tmp_path: Path, tokenizer
 # The default -----------------------------------------------------------------------------------------
 
 
-def test_the_sample_grows_only_while_first_order_scores_are_poor(tokenizer_folder):
-    """The linear rules are their own first order; those of two ends are far from it here."""
+def test_the_sample_grows_only_while_first_order_scores_are_poor(tokenizer_folder, monkeypatch):
+    """The linear rules are their own first order; those of a trained model's two ends are not."""
+    monkeypatch.setattr(estimate, "_SMALL", 0.0)
     view = shared("llama", "bridge", tokenizer_folder, torch.float32)
+    assert swept(score(view, rules="linear")) == 15
+    planted = planted_circuit("trained-llama", backend="bridge")
+    baseline = mean_activations(planted.model, planted.train, progress=False)
+    found = score_heads(planted.model, planted.train, baseline, progress=False)
+    assert swept(found) == 30 and found.provenance.options["exact"] == 60
 
-    def swept(**options: Any) -> int:
-        scores = score(view, **options)
-        assert scores.provenance.options["exact"] == len(data())
-        return int((~torch.isnan(scores.corrections[0][:, 0, 0])).sum())
 
-    assert swept(rules="linear") == 15
-    assert swept() == 30
+def swept(scores: HeadScores) -> int:
+    return int((~torch.isnan(scores.corrections[0][:, 0, 0])).sum())
+
+
+def test_a_small_model_is_swept_whole(tokenizer_folder, monkeypatch):
+    """2 layers of 4 heads: 1 + 2 * 4 * 3 / 2 = 13 forward passes a prompt."""
+    view = shared("llama", "bridge", tokenizer_folder, torch.float32)
+    whole = score(view, exact="all")
+    assert_same_bits(score(view).values, whole.values)
+    monkeypatch.setattr(estimate, "_SMALL", 13.0)
+    assert score(view).cheap is not None
+    monkeypatch.setattr(estimate, "_SMALL", 13.1)
+    assert score(view).cheap is None
 
 
 def test_scores_are_good_enough_up_to_twice_the_error_of_the_whole_sweep():

@@ -84,8 +84,8 @@ def test_heatmap_marks_negative_and_unscored_cells_without_relying_on_colour():
     figure = figures.heatmap(scored)
     assert collection(figure, "negative").get_offsets().tolist() == [[1, 0]]
     assert collection(figure, "not scored").get_offsets().tolist() == [[1, 1]]
-    assert collection(figure, "interval holds 0").get_offsets().tolist() == [[0, 1]]
-    assert legend_words(figure) == ["negative", "not scored", "interval holds 0"]
+    assert collection(figure, "0 not excluded").get_offsets().tolist() == [[0, 1]]
+    assert legend_words(figure) == ["negative", "not scored", "0 not excluded"]
 
 
 @pytest.mark.parametrize("fill", [0.0, torch.nan])

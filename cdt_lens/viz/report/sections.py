@@ -118,7 +118,7 @@ def _reliability(scores: HeadScores) -> dict[str, str]:
         facts["Exact sweep"] = f"{exact} of {found.examples} examples"
     if np.isfinite(found.split_half):
         facts["Split-half reliability"] = f"{found.split_half:.2f} (Spearman)"
-    facts["Heads with an interval without 0"] = f"{found.resolved:.0%}"
+    facts["Heads with an interval without 0"] = words.number(found.resolved, ".0%")
     return facts
 
 
