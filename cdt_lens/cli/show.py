@@ -216,6 +216,8 @@ def show_heads(scores: Any, circuit: Any, limit: int = 12) -> None:
     members = members_of(scores, circuit)
     table = heads_table(Scored.of(scores), heads[:limit], caption="", members=members)
     tell_table(table.headings, table.rows)
+    if table.caption:
+        tell(table.caption)
     if len(heads) > limit:
         tell(f"... and {len(heads) - limit} more heads of the circuit")
     if not scores.has_intervals:

@@ -89,6 +89,9 @@ class Scored:
         return f"{head}: {value:+.4g} \u00b1 {error:.2g} logits ({self.method})"
 
 
+SELECTED_AGAIN = "selected again: how often prompts that are drawn anew select the head, too"
+
+
 def heads_table(
     scored: Scored,
     heads: Iterable[Head],
@@ -110,6 +113,7 @@ def heads_table(
         columns.append("share of direction")
     if members:
         columns.append("selected again")
+        caption = f"{caption}; {SELECTED_AGAIN}".removeprefix("; ")
     rows = []
     for head in heads:
         value, error = scored.at(head)
