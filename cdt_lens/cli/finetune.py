@@ -181,6 +181,12 @@ def transfer(
     ],
     out: Out,
     given: dict[str, Any],
+    hours: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Begin no run after this time; the same command goes on with those left."
+        ),
+    ] = None,
 ) -> None:
     """Run a transfer experiment: proxy stage, discovery, and training of every scope.
 
@@ -191,7 +197,8 @@ def transfer(
     from cdt_lens.experiments.transfer_config import read_config
 
     read = read_config(config)
-    show_transfer(run_transfer(replace(read, device=given["device"] or read.device), out, say))
+    config_read = replace(read, device=given["device"] or read.device)
+    show_transfer(run_transfer(config_read, out, say, hours=hours))
     tell(str(out / "report.html"))
 
 

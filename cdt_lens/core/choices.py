@@ -25,6 +25,12 @@ Area = Literal["cpr", "cmd", "log_area"]
 KeyValue = Literal["shared", "skip", "groups"]
 Norms = Literal["all", "circuit", "none"]
 Scope = Literal["decision", "near-zero", "random", "random-per-layer", "norms", "full", "lora"]
+# The scopes that train heads.
+HEAD_SCOPES = ("decision", "near-zero", "random", "random-per-layer")
+# How the heads of the scope `decision` are chosen.
+HeadChoice = Literal["circuit", "gradient", "both"]
+Protocol = Literal["tuned", "paper"]
+LoraModules = Literal["attention", "all"]
 
 Count = Annotated[int, Field(ge=1)]
 FromZeroCount = Annotated[int, Field(ge=0)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -28,7 +28,7 @@ from cdt_lens.experiments.settings import Settings
 from cdt_lens.models.provenance import model_key
 from cdt_lens.models.view import view_of
 from cdt_lens.scoring.sweep import SWEEP_FORMAT
-from cdt_lens.tasks.evaluate import calibrate
+from cdt_lens.tasks.evaluate import calibrate, evaluate
 from cdt_lens.tasks.task import Examples, Task, most_balanced
 
 Result = TypeVar("Result")
@@ -112,7 +112,8 @@ def _start(settings: Settings, folder: Path, say: Say, check: Check | None) -> R
         different = [
             name
             for name, value in wanted.items()
-            if name not in _FREE_SETTINGS and kept.get(name) != value
+            # Earlier versions did not know every setting.
+            if name not in _FREE_SETTINGS and (kept.get(name) or None) != (value or None)
         ]
         if different:
             raise InputError(
@@ -195,7 +196,28 @@ def _open(folder: Path, settings: Settings, say: Say, check: Check | None) -> Ru
     task = make_task(settings, model.tokenizer)
     if settings.calibrate:
         task = calibrate(model, task)
-    return Run(folder, settings, model, task)
+    return Run(folder, settings, model, discovered_on(settings, model, task))
+
+
+def discovered_on(settings: Settings, model: nn.Module, task: Task) -> Task:
+    """Return the task of a run, with the training examples that `correct_only` leaves.
+
+    Raises:
+        InputError: The model answers no example of a label right.
+    """
+    if not settings.correct_only:
+        return task
+    answers = evaluate(model, task.train, task).answers
+    right = [] if answers is None else answers["right"].tolist()
+    kept = tuple(item for item, is_right in zip(task.train, right, strict=True) if is_right)
+    train = replace(task.train, items=kept)
+    none = [label for label, count in train.counts.items() if not count]
+    if none:
+        raise InputError(
+            f"correct_only: of the {len(right)} examples of {train.name} the model answers none "
+            f"of label {none[0]!r} right; omit correct_only, or take a model that does the task"
+        )
+    return replace(task, train=train)
 
 
 def _check_size(run: Run) -> None:

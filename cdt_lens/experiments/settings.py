@@ -95,6 +95,9 @@ class CircuitSettings(Checked):
             "the training split.",
         ),
     ] = None  # fmt: skip
+    correct_only: Annotated[
+        bool, Field(description="Score and average only examples that the model answers right.")
+    ] = False
     k: Annotated[int | None, Field(ge=1, description="Number of heads in the circuit.")] = None
     decide: Annotated[
         bool, Field(description="Sweep on only with heads whose place in the circuit is open.")

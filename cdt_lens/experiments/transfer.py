@@ -13,10 +13,13 @@ interrupted cell resumes from its last checkpoint. Targets, scopes and seeds may
 
 from __future__ import annotations
 
+import math
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from cdt_lens.circuits.faithfulness import FaithfulnessCurve, f_of
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.artifacts import atomic_write, load_artifact, remove_artifact, save_artifact
 from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Positive
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.core.folders import check_run_folder
 from cdt_lens.core.kept import Cell, Kept, as_json
@@ -38,17 +42,19 @@ from cdt_lens.core.processes import is_main, wait_for_all
 from cdt_lens.core.run_lock import locked
 from cdt_lens.experiments.discovery import discover, judged_on, load_baseline, make_curve
 from cdt_lens.experiments.inputs import check_inputs, make_task, with_train
-from cdt_lens.experiments.runs import Run, keep_settings, kept_settings
+from cdt_lens.experiments.runs import Run, discovered_on, keep_settings, kept_settings
 from cdt_lens.experiments.scope_choices import choices
 from cdt_lens.experiments.transfer_cells import Cells
 from cdt_lens.experiments.transfer_config import TransferConfig
 from cdt_lens.finetuning.export import export
 from cdt_lens.finetuning.finetune import drop_stale_checkpoint, finetune
-from cdt_lens.finetuning.options import DEFAULT_RATES
+from cdt_lens.finetuning.options import DEFAULT_RATES, TrainingOptions
 from cdt_lens.finetuning.transfer_result import (
     AUTO_COLUMNS,
     BEFORE_COLUMNS,
     CELL_COLUMNS,
+    LATER_BEFORE_COLUMNS,
+    LATER_CELL_COLUMNS,
     TransferResult,
     table,
 )
@@ -56,7 +62,7 @@ from cdt_lens.models.heads import all_heads
 from cdt_lens.models.loading import load_model
 from cdt_lens.models.provenance import model_key, provenance_of
 from cdt_lens.models.view import view_of
-from cdt_lens.tasks.task import Task, most_balanced
+from cdt_lens.tasks.task import Examples, Task, drawn, most_balanced
 from cdt_lens.viz.report.report import render_report
 
 Say = Callable[[str], None]
@@ -70,21 +76,24 @@ class _Proxy(TypedDict):
 
 @checked_arguments
 def run_transfer(
-    config: TransferConfig, folder: str | Path, say: Say, *, progress: bool = True
-) -> TransferResult:
+    config: TransferConfig, folder: str | Path, say: Say, *, progress: bool = True,
+    hours: Positive | None = None,
+) -> TransferResult:  # fmt: skip
     """Run what is left of an experiment and write its result, figures and report.
 
-    The folder then holds `result.json`, `cells.csv`, `summary.csv`, two PNG figures and
-    `report.html`.
+    The tables are written after every cell. In the end the folder holds `result.json`, `cells.csv`,
+    `summary.csv`, two PNG figures and `report.html`.
 
     Args:
         config: The settings, such as `read_config` returns.
         folder: The run directory. An interrupted experiment resumes there.
         say: Receives one line of progress.
         progress: Whether to show progress bars.
+        hours: Begin no cell after this time; None runs all. `say` receives the number of those
+            left, and the same call goes on with them.
 
     Returns:
-        The measurements of every scope, target and seed.
+        The measurements of every scope, target and seed that has finished.
 
     Raises:
         InputError: The settings cannot be run, a prompt is longer than the model's context, the
@@ -92,7 +101,8 @@ def run_transfer(
     """
     folder = check_run_folder(folder, "transfer.json")
     with locked(folder):
-        experiment = Transfer(config, folder, say, progress)
+        end = math.inf if hours is None else time.monotonic() + 3600 * hours
+        experiment = Transfer(config, folder, say, progress, lambda: time.monotonic() > end)
         result = experiment.run()
         if is_main():
             _write(experiment, result)
@@ -106,9 +116,7 @@ def _write(experiment: Transfer, result: TransferResult) -> None:
     from cdt_lens.viz.training_figures import accuracies, trade_off
 
     folder = experiment.folder
-    result.save(folder / "result.json")
-    atomic_write(folder / "cells.csv", result.cells.to_csv(index=False))
-    atomic_write(folder / "summary.csv", result.summary().to_csv(index=False))
+    _write_tables(folder, result)
     for name, draw in (("trade_off", trade_off), ("accuracies", accuracies)):
         picture = io.BytesIO()
         draw(result).savefig(picture, format="png", dpi=150, bbox_inches="tight")
@@ -121,6 +129,16 @@ def _write(experiment: Transfer, result: TransferResult) -> None:
     render_report(*parts, path=folder / "report.html", title=title)
 
 
+def _write_tables(folder: Path, result: TransferResult) -> None:
+    result.save(folder / "result.json")
+    atomic_write(folder / "cells.csv", result.cells.to_csv(index=False))
+    atomic_write(folder / "summary.csv", result.summary().to_csv(index=False))
+
+
+def _never() -> bool:
+    return False
+
+
 @dataclass
 class Transfer:
     """The run directory of a transfer experiment; `run` computes the parts that are missing."""
@@ -129,6 +147,7 @@ class Transfer:
     folder: Path
     say: Say
     progress: bool = True
+    over: Callable[[], bool] = _never
 
     def run(self) -> TransferResult:
         """Run every stage that is not finished.
@@ -141,14 +160,27 @@ class Transfer:
         self._train_proxy()
         self._discover()
         before = [self.cells.before(language) for language in self.languages]
-        transfer = self.config.transfer
-        cells = [
-            self.cells.cell(target, scope, seed)
-            for target in self.config.task.targets
-            for seed in transfer.seeds
-            for scope in transfer.scopes
-        ]
-        return self._result(before, cells)
+        self.cells.before_related()
+        return self._result(before, self._cells(before))
+
+    def _cells(self, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the cells by target and seed, the unfinished ones while there is time."""
+        transfer, found, left = self.config.transfer, {}, 0
+        searched = self.cells.search(self.over)
+        # Seed by seed, so that the first sitting already compares the scopes.
+        for seed, target, name in product(transfer.seeds, self.config.task.targets, transfer.runs):
+            place = target, seed, name
+            new = not self.cells.finished(target, name, seed)
+            if new and (not searched or self.over()):
+                left += 1
+                continue
+            found[place] = self.cells.cell(target, name, seed)
+            if new and is_main():
+                _write_tables(self.folder, self._result(before, list(found.values())))
+        if left:
+            self.say(f"the time is over: {left} cells are left; the same command goes on with them")
+        places = product(self.config.task.targets, transfer.seeds, transfer.runs)
+        return [found[place] for place in places if place in found]
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -167,7 +199,9 @@ class Transfer:
             self._read_with(self.proxy)
 
     def _read_with(self, model: str) -> None:
-        check_inputs(*(self.config.settings(name, model=model) for name in self.languages))
+        related = self.config.related_settings()
+        others = [] if related is None else [replace(related, model=model)]
+        check_inputs(*(self.config.settings(name, model=model) for name in self.languages), *others)
 
     def settle(self) -> None:
         """Save the settings in the folder, or compare them with the saved ones.
@@ -181,7 +215,7 @@ class Transfer:
         wanted = self.config.to_dict()
         # Cells know their own data, so that targets, and their files, may be added later.
         wanted = {**wanted, "task": {**wanted["task"], "targets": (), "files": {}}}
-        for free in ("transfer", "device"):
+        for free in ("transfer", "device", "related", "protocol"):
             wanted.pop(free)
         wanted = as_json(wanted)
         if path.exists():
@@ -214,7 +248,8 @@ class Transfer:
         model, base, missing = self._base()
         tasks = self._tasks(model.tokenizer)
         _check_data(model, tasks)
-        task = with_train(tasks[self.config.task.source], proxy.examples, proxy.training.seed)
+        source = self._without_apart(tasks[self.config.task.source])
+        task = with_train(source, proxy.examples, proxy.training.seed)
         made_from = {
             "train": task.train.hash, "valid": task.valid.hash, "model": base,
             "options": asdict(proxy.training),
@@ -306,13 +341,40 @@ class Transfer:
     def source(self) -> Task:
         return self.tasks[self.config.task.source]
 
+    def _apart(self, task: Task) -> Examples:
+        """Return the training examples that the proxy is not trained on."""
+        apart = self.config.discovery.apart or 0
+        if apart >= len(task.train):
+            raise InputError(
+                f"[discovery]: apart={apart}: {task.train.name} has {len(task.train)} examples, so "
+                "none would be left for the proxy stage; set fewer apart"
+            )
+        return drawn(task.train, apart, self.config.task.seed)
+
+    def _without_apart(self, task: Task) -> Task:
+        """Return the source task with the training examples of the proxy stage."""
+        if self.config.discovery.apart is None:
+            return task
+        apart = set(map(id, self._apart(task)))
+        rest = tuple(item for item in task.train if id(item) not in apart)
+        return replace(task, train=replace(task.train, items=rest))
+
+    @cached_property
+    def _related(self) -> Task | None:
+        settings = self.config.related_settings()
+        return None if settings is None else make_task(settings, self.model.tokenizer)
+
     # ------------------------------------------------------------------ discovery
 
     @cached_property
     def discovery(self) -> Run:
         """The discovery run of the proxy model on the source language."""
         settings = self.config.settings(self.config.task.source, model=self.proxy)
-        return Run(self.folder / "discovery", settings, self.model, self.source)
+        task = self.source
+        if self.config.discovery.apart is not None:
+            task = replace(task, train=self._apart(task))
+        task = discovered_on(settings, self.model, task)
+        return Run(self.folder / "discovery", settings, self.model, task)
 
     @property
     def circuit(self) -> Circuit:
@@ -336,7 +398,8 @@ class Transfer:
     def cells(self) -> Cells:
         """The cells, which are trained or read from the run directory."""
         return Cells(
-            self.config, self.folder, self.model, self.tasks, self.circuit,
+            self.config, self.folder, self.model, self.tasks, self._related, self.circuit,
+            HeadScores.load(self.discovery.path("scores.json")),
             load_baseline(self.discovery).hash, self._faithfulness, self.say, self.progress,
         )  # fmt: skip
 
@@ -370,15 +433,18 @@ class Transfer:
         }
         for row in before:
             facts[f"f(circuit) on {row['language']}"] = round(row["faithfulness"], 3)
+        if self._related is not None:
+            accuracy = round(self.cells.before_related(), 3)
+            facts[f"accuracy of the untouched proxy on {self._related.name}"] = accuracy
         if curve is not None:
             facts |= {"CPR": round(curve.cpr, 3), "CMD": round(curve.cmd, 3)}
         return TransferResult(
             task=config.task.name,
             proxy=config.task.source,
             targets=config.task.targets,
-            scopes=config.transfer.scopes,
-            cells=table([cell["row"] for cell in cells], CELL_COLUMNS),
-            before=table(before, BEFORE_COLUMNS),
+            scopes=tuple(config.transfer.runs),
+            cells=table([cell["row"] for cell in cells], (*CELL_COLUMNS, *LATER_CELL_COLUMNS)),
+            before=table(before, (*BEFORE_COLUMNS, *LATER_BEFORE_COLUMNS)),
             chance={
                 target: self.cells.judged(self.tasks[target]).chance
                 for target in config.task.targets
@@ -389,6 +455,13 @@ class Transfer:
             provenance=provenance_of(
                 view_of(self.model), self.source.train, options={"proxy": self.proxy}
             ),
+            per_example={
+                "|".join(
+                    (name, *(str(cell["row"][key]) for key in ("target", "scope", "seed")))
+                ): values
+                for cell in cells
+                for name, values in cell["per_example"].items()
+            },
         )
 
 
@@ -411,4 +484,9 @@ def _set(settings: Any) -> Any:
     """Return the settings of a section that are set; earlier versions did not know all of them."""
     if not isinstance(settings, dict):
         return settings
-    return {n: value for n, value in settings.items() if value is not None and value is not False}
+    found = {n: value for n, value in settings.items() if value is not None and value is not False}
+    if isinstance(found.get("training"), dict):
+        plain = as_json(asdict(TrainingOptions()))
+        training = found["training"].items()
+        found["training"] = {n: value for n, value in training if value != plain.get(n)}
+    return found

@@ -1,41 +1,53 @@
-"""Cells of a transfer experiment: one target, scope and seed, trained and evaluated once.
+"""Cells of a transfer experiment: one run, target and seed, trained and evaluated once.
 
-Each cell is a file with its row of the table, its history and the key of what it was made from
+A run is a scope, or a variant of one with other heads or options. Each cell is a file with its row
+of the table, its history, what it made of every test example, and the key of what it was made from
 (model, data, heads, options, version). An interrupted cell resumes from its last checkpoint.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from cdt_lens.circuits.circuit import Circuit
+from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.artifacts import remove_artifact
+from cdt_lens.core.choices import HEAD_SCOPES
 from cdt_lens.core.errors import NonFiniteError
 from cdt_lens.core.kept import Cell, Kept, file_name
 from cdt_lens.core.processes import is_main
 from cdt_lens.experiments.inputs import with_train
-from cdt_lens.experiments.transfer_config import TransferConfig
+from cdt_lens.experiments.transfer_config import TransferConfig, Variant
 from cdt_lens.finetuning.adapter import ADAPTER_FILE
 from cdt_lens.finetuning.answer_pass import AnswerPass
-from cdt_lens.finetuning.finetune import drop_stale_checkpoint, finetune
+from cdt_lens.finetuning.finetune import count_trained, drop_stale_checkpoint, finetune
+from cdt_lens.finetuning.lora import parameters_of_rank
 from cdt_lens.finetuning.options import DEFAULT_RATES, TrainingOptions
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.scopes import scope_heads
-from cdt_lens.finetuning.transfer_result import CELL_COLUMNS
+from cdt_lens.finetuning.trainer import rank_of
+from cdt_lens.finetuning.training_signal import choose_heads, training_signal
+from cdt_lens.finetuning.transfer_result import CELL_COLUMNS, PER_EXAMPLE
+from cdt_lens.models.heads import Head
 from cdt_lens.models.provenance import model_key
-from cdt_lens.models.view import view_of
+from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.evaluate import Evaluation, evaluate
 from cdt_lens.tasks.task import Batch, Examples, Task, drawn
+from cdt_lens.tasks.text_loss import text_loss
 
 Say = Callable[[str], None]
-_CELL, _BEFORE = "cdt_lens.transfer_cell", "cdt_lens.transfer_before"
+_CELL, _BEFORE, _TRIED = (
+    "cdt_lens.transfer_cell", "cdt_lens.transfer_before", "cdt_lens.transfer_tried",
+)  # fmt: skip
 
 
 class _Finished(TypedDict):
@@ -43,8 +55,43 @@ class _Finished(TypedDict):
     history: list[dict[str, Cell]]
 
 
+class _Tried(TypedDict):
+    history: list[dict[str, Cell]]
+
+
 class _Before(TypedDict):
     row: dict[str, Cell]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One cell: what is trained, on what, and where it is kept."""
+
+    target: str
+    name: str
+    seed: int
+    scope: str
+    heads: tuple[Head, ...]
+    options: TrainingOptions
+    task: Task
+    kept: Kept
+    checkpoint: Path
+    adapter: Path | None
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One training of the search for a learning rate."""
+
+    scope: str
+    heads: tuple[Head, ...]
+    options: TrainingOptions
+    task: Task
+    kept: Kept
+
+    def history(self, say: Say) -> list[dict[str, Any]] | None:
+        finished = self.kept.reuse(say)
+        return None if finished is None else finished["history"]
 
 
 @dataclass
@@ -56,7 +103,9 @@ class Cells:
         folder: The run directory.
         model: The proxy checkpoint.
         tasks: The task by language.
+        related: Another task, whose accuracy shows what else a transfer forgets, or None.
         circuit: The circuit of the proxy checkpoint.
+        scores: The scores that the circuit was selected by.
         baseline_hash: Hash of the source's baseline.
         faithfulness: Returns f of the circuit on a task's validation prompts.
         say: Receives one line of progress.
@@ -67,7 +116,9 @@ class Cells:
     folder: Path
     model: Any
     tasks: Mapping[str, Task]
+    related: Task | None
     circuit: Circuit
+    scores: HeadScores
     baseline_hash: str
     faithfulness: Callable[[Task], float]
     say: Say
@@ -75,11 +126,17 @@ class Cells:
 
     @cached_property
     def _hash(self) -> str:
-        return model_key(view_of(self.model))
+        return model_key(self._view)
+
+    @property
+    def _view(self) -> ModelView:
+        return view_of(self.model)
 
     @property
     def _source(self) -> Task:
         return self.tasks[self.config.task.source]
+
+    # ------------------------------------------------------------------ the untouched model
 
     def before(self, language: str) -> dict[str, Any]:
         """Evaluate the untouched proxy model on a language."""
@@ -87,6 +144,7 @@ class Cells:
         made_from = {
             "model": self._hash, "task": task.hash, "baseline": self.baseline_hash,
             "circuit": [str(head) for head in self.circuit.heads],
+            "text": self.config.transfer.text_examples,
         }  # fmt: skip
         path = self.folder / "before" / f"{file_name(language)}.json"
         kept = Kept(path, _BEFORE, made_from, holds=_Before)
@@ -98,70 +156,236 @@ class Cells:
         row = {
             "language": language, "accuracy": test.accuracy, "macro_f1": test.macro_f1,
             "valid_accuracy": evaluate(self.model, task.valid, task).accuracy,
-            "examples": test.examples, "faithfulness": self.faithfulness(task),
+            "examples": test.examples, "loss": test.loss, "text_loss": self._text_loss(task),
+            "faithfulness": self.faithfulness(task),
         }  # fmt: skip
         kept.keep({"row": row})
         return row
 
-    def cell(self, target: str, scope: str, seed: int) -> dict[str, Any]:
-        """Train one target, scope and seed, then evaluate on the test splits."""
-        place = self.folder / "cells" / file_name(target) / f"{scope}-{seed}"
-        checkpoint = place.with_name(f"{place.name}.checkpoint.json")
-        options = self._options(scope, seed)
-        task = with_train(self.tasks[target], self.config.transfer.examples, seed)
-        heads = scope_heads(scope, self.circuit, seed=seed)
-        made_from = {
-            "model": self._hash, "task": task.hash, "source": self._source.hash,
-            "heads": [str(head) for head in heads], "options": asdict(options),
-        }  # fmt: skip
-        adapter = self.folder / "adapters" / file_name(target) / place.name
-        kept = Kept(
-            place.with_name(f"{place.name}.json"), _CELL, made_from, holds=_Finished,
-            beside=adapter if self._keeps_adapter(scope) else None,
-        )  # fmt: skip
+    def before_related(self) -> float:
+        """Return the untouched model's accuracy on the related task; NaN without one."""
+        if self.related is None:
+            return float("nan")
+        path = self.folder / "before" / "related task.json"
+        made_from = {"model": self._hash, "task": self.related.hash}
+        kept = Kept(path, _BEFORE, made_from, holds=_Before)
         finished = kept.reuse(self.say)
+        if finished is None:
+            self.say(f"the proxy model as it is on {self.related.name}")
+            finished = {"row": {"accuracy": self._on_related()}}
+            kept.keep(finished)
+        return float(finished["row"]["accuracy"])
+
+    # ------------------------------------------------------------------ one cell
+
+    def finished(self, target: str, name: str, seed: int) -> bool:
+        """Return whether the cell is kept and need not be trained."""
+        return self._plan(target, name, seed).kept.reuse(lambda _: None) is not None
+
+    def cell(self, target: str, name: str, seed: int) -> dict[str, Any]:
+        """Train one target, scope or variant, and seed, then evaluate on the test splits.
+
+        Returns:
+            The row of the table, the history, and the tensors of `per_example` by measure.
+        """
+        plan = self._plan(target, name, seed)
+        finished = plan.kept.reuse_with_tensors(self.say)
         if finished is not None:
-            return finished
-        training: dict[str, Any] = {
-            "heads": self.circuit, "scope": scope, "source": self._source, "options": options,
+            return {**finished[0], "per_example": finished[1]}
+        self.say(f"{target}, {name}, seed {seed}")
+        common = {
+            "target": target, "scope": name, "seed": seed, "heads": len(plan.heads),
+            "learning_rate": plan.options.learning_rate, "trains": plan.scope,
         }  # fmt: skip
-        if is_main():
-            remove_artifact(adapter / ADAPTER_FILE)  # that of another call
-        drop_stale_checkpoint(checkpoint, self.model, task, self.say, **training)
-        self.say(f"{target}, {scope}, seed {seed}")
-        cell: dict[str, Any] = {"history": []}
-        common = {"target": target, "scope": scope, "seed": seed, "heads": len(heads)}
-        common |= {"learning_rate": options.learning_rate}
         try:
-            result = finetune(
-                self.model, task, **training, checkpoint=checkpoint, keep_checkpoint=True,
-                judge=lambda: (self._on_test(self.tasks[target]), self._on_test(self._source)),
-                log=place.with_name(f"{place.name}.log.jsonl"), progress=self.progress,
-            )  # fmt: skip
+            result = self._train(plan)
         except NonFiniteError as error:
             self.say(str(error))
             nothing = dict.fromkeys(CELL_COLUMNS, float("nan"))
-            cell["row"] = nothing | common | {"stopped": f"diverged: {error}"}
+            row = nothing | common | {"stopped": f"diverged: {error}"}
+            cell: dict[str, Any] = {"row": row, "history": [], "per_example": {}}
         else:
-            cell["row"] = common | self._judged(result, target)
-            cell["history"] = result.history.to_dict("records")
-            if self._keeps_adapter(scope) and is_main():
-                result.adapter.save(adapter)
-        kept.keep(cell)
+            cell = {
+                "row": common | self._judged(result, target),
+                "history": result.history.to_dict("records"),
+                "per_example": _per_example(result),
+            }
+            if plan.adapter is not None and is_main():
+                replace(result.adapter, scope=plan.scope).save(plan.adapter)
+        plan.kept.keep({"row": cell["row"], "history": cell["history"]}, cell["per_example"])
         if is_main():
-            remove_artifact(checkpoint)
+            remove_artifact(plan.checkpoint)
         return cell
 
-    def _options(self, scope: str, seed: int) -> TrainingOptions:
+    def _plan(self, target: str, name: str, seed: int) -> _Plan:
+        variant = self.config.transfer.runs[name]
+        place = self.folder / "cells" / file_name(target) / f"{file_name(name)}-{seed}"
+        task = with_train(self.tasks[target], self.config.transfer.examples, seed)
+        heads = self._heads(variant, target, task, seed)
+        options = self._options(variant, seed, heads)
+        rate = (options.learning_rate or 0.0) * self._factors.get(name, 1.0)
+        options = replace(options, learning_rate=rate)
+        made_from = {
+            "model": self._hash, "task": task.hash, "source": self._source.hash,
+            "heads": [str(head) for head in heads], "options": asdict(options),
+            "scope": variant.scope, "text": self.config.transfer.text_examples,
+            "related": None if self.related is None else self.related.hash,
+        }  # fmt: skip
+        keeps = self.config.transfer.save_adapters and variant.scope not in ("full", "lora")
+        adapter = self.folder / "adapters" / file_name(target) / place.name if keeps else None
+        kept = Kept(
+            place.with_name(f"{place.name}.json"), _CELL, made_from, holds=_Finished,
+            beside=adapter,
+        )  # fmt: skip
+        checkpoint = place.with_name(f"{place.name}.checkpoint.json")
+        return _Plan(
+            target, name, seed, variant.scope, heads, options, task, kept, checkpoint, adapter
+        )
+
+    def _train(self, plan: _Plan) -> FineTuneResult:
+        """Train a cell and judge it on the test splits, with the trained values in the model."""
+        if plan.adapter is not None and is_main():
+            remove_artifact(plan.adapter / ADAPTER_FILE)  # that of another call
+        training = _training(plan.scope, plan.heads, plan.options) | {"source": self._source}
+        drop_stale_checkpoint(plan.checkpoint, self.model, plan.task, self.say, **training)
+        return finetune(
+            self.model, plan.task, **training, checkpoint=plan.checkpoint, keep_checkpoint=True,
+            judge=lambda: self._judge(plan.target),
+            log=plan.checkpoint.with_name(f"{plan.kept.path.stem}.log.jsonl"),
+            progress=self.progress,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ heads and options
+
+    def _heads(self, variant: Variant, target: str, task: Task, seed: int) -> tuple[Head, ...]:
+        """Return the heads that a cell trains."""
+        if variant.scope not in HEAD_SCOPES:
+            return ()
+        circuit = self.circuit
+        if variant.k is not None or variant.heads != "circuit":
+            k = len(circuit) if variant.k is None else variant.k
+            signal = None if variant.heads == "circuit" else self._signal(target, task)
+            by = self.config.discovery.by
+            circuit = choose_heads(self.scores, k, by, variant.heads, signal)
+        draw = seed if variant.draw is None else variant.draw
+        return scope_heads(variant.scope, circuit, seed=draw)
+
+    def _signal(self, target: str, task: Task) -> Tensor:
+        """Return the gradient of the target's training loss by head, computed once per data."""
+        key = f"{target}/{task.train.hash}"
+        if key not in self._signals:
+            self.say(f"gradients by head on {task.train.name}")
+            self._signals[key] = training_signal(self.model, task.train)
+        return self._signals[key]
+
+    @cached_property
+    def _signals(self) -> dict[str, Tensor]:
+        return {}
+
+    def _options(self, variant: Variant, seed: int, heads: tuple[Head, ...]) -> TrainingOptions:
         transfer = self.config.transfer
-        rate = transfer.learning_rates.get(scope, transfer.training.learning_rate)
-        rate = DEFAULT_RATES[scope] if rate is None else rate
-        return replace(transfer.training, seed=seed, learning_rate=rate)
+        rate = transfer.learning_rates.get(variant.scope, transfer.training.learning_rate)
+        options = replace(
+            transfer.training, seed=seed,
+            learning_rate=DEFAULT_RATES[variant.scope] if rate is None else rate,
+        ).changed(**variant.training)  # fmt: skip
+        if variant.match is None:
+            return options
+        rank = self._matched_rank(variant.match, options, seed)
+        return replace(options, lora_rank=rank, lora_alpha=2 * rank)
+
+    def _matched_rank(self, match: str, options: TrainingOptions, seed: int) -> int:
+        """Return the rank of LoRA that trains about as many parameters as another run."""
+        other, target = self.config.transfer.runs[match], self.config.task.targets[0]
+        task = with_train(self.tasks[target], self.config.transfer.examples, seed)
+        heads = self._heads(other, target, task, seed)
+        wanted = count_trained(self._view, other.scope, heads, self._options(other, seed, heads))
+        return max(1, round(wanted / parameters_of_rank(self._view, options.lora_modules)))
+
+    # ------------------------------------------------------------------ the search for rates
+
+    def search(self, over: Callable[[], bool]) -> bool:
+        """Choose the learning rate of every run on validation data; test data are not read.
+
+        Every run is given the same trials: one training for each factor, on the first target with
+        the first seed.
+
+        Args:
+            over: Says whether the time is over; asked before each trial.
+
+        Returns:
+            Whether the search is finished.
+        """
+        training = self.config.transfer.training
+        for name in self.config.transfer.runs if self.config.transfer.search else ():
+            found: dict[float, tuple[float, float]] = {}
+            for factor in self.config.transfer.search or ():
+                kept = self._trial(name, factor)
+                history = kept.history(self.say)
+                if history is None:
+                    if over():
+                        return False
+                    history = self._try(kept)
+                best = _best_of(history, training)
+                found[factor] = (-math.inf, -math.inf) if best is None else rank_of(best, training)
+            self._factors[name] = max(found, key=lambda factor: found[factor])
+            self.say(f"search: {name}: {self._factors[name]:g} times its learning rate is best")
+        return True
+
+    @cached_property
+    def _factors(self) -> dict[str, float]:
+        return {}
+
+    def _trial(self, name: str, factor: float) -> _Trial:
+        variant, target = self.config.transfer.runs[name], self.config.task.targets[0]
+        seed = self.config.transfer.seeds[0]
+        task = with_train(self.tasks[target], self.config.transfer.examples, seed)
+        heads = self._heads(variant, target, task, seed)
+        options = self._options(variant, seed, heads)
+        options = replace(options, learning_rate=(options.learning_rate or 0.0) * factor)
+        made_from = {
+            "model": self._hash, "task": task.hash, "heads": [str(head) for head in heads],
+            "options": asdict(options), "scope": variant.scope,
+        }  # fmt: skip
+        path = self.folder / "search" / f"{file_name(name)}-{factor:g}.json"
+        kept = Kept(path, _TRIED, made_from, holds=_Tried)
+        return _Trial(variant.scope, heads, options, task, kept)
+
+    def _try(self, trial: _Trial) -> list[dict[str, Any]]:
+        path = trial.kept.path
+        self.say(f"search: {path.stem}, learning rate {trial.options.learning_rate:g}")
+        checkpoint = path.with_name(f"{path.stem}.checkpoint.json")
+        training = _training(trial.scope, trial.heads, trial.options)
+        drop_stale_checkpoint(checkpoint, self.model, trial.task, self.say, **training)
+        history: list[dict[str, Any]] = []
+        try:
+            result = finetune(
+                self.model, trial.task, **training, checkpoint=checkpoint, progress=self.progress
+            )
+            history += result.history.to_dict("records")  # type: ignore[arg-type]
+        except NonFiniteError as error:
+            self.say(str(error))
+            if is_main():
+                remove_artifact(checkpoint)
+        trial.kept.keep({"history": history})
+        return history
+
+    # ------------------------------------------------------------------ test data
+
+    def _judge(self, target: str) -> dict[str, Any]:
+        """Measure the trained model: both languages, their text, and the related task."""
+        return {
+            "target": self._on_test(self.tasks[target]), "source": self._on_test(self._source),
+            "target_text_loss": self._text_loss(self.tasks[target]),
+            "source_text_loss": self._text_loss(self._source),
+            "related_accuracy": self._on_related(),
+        }  # fmt: skip
 
     def _judged(self, result: FineTuneResult, target: str) -> dict[str, Any]:
         """Return the row of a finished cell."""
-        on_target, on_source = result.judged
+        on_target, on_source = result.judged["target"], result.judged["source"]
         before = self.before(self.config.task.source)["accuracy"]
+        related, related_before = result.judged["related_accuracy"], self.before_related()
         self.say(
             f"  test accuracy {on_target.accuracy:.3f}, source {on_source.accuracy:.3f} "
             f"(was {before:.3f}), {result.seconds:.0f} s"
@@ -176,6 +400,10 @@ class Cells:
             "valid_loss": float(result.after["target_loss"]), "best_epoch": result.best_epoch,
             "trained_parameters": result.trained_parameters, "share": result.share,
             "seconds": result.seconds, "stopped": result.stopped,
+            "loss": on_target.loss, "source_loss": on_source.loss, "related_accuracy": related,
+            "related_retention": related / related_before if related_before else float("nan"),
+            "target_text_loss": result.judged["target_text_loss"],
+            "source_text_loss": result.judged["source_text_loss"],
         }  # fmt: skip
 
     def judged(self, task: Task) -> Examples:
@@ -185,14 +413,47 @@ class Cells:
 
     def _on_test(self, task: Task) -> Evaluation:
         """Evaluate on the test split, once per cell and once for the untouched model."""
-        test = self.judged(task)
-        view = view_of(self.model)
+        return self._evaluated(self.judged(task), task)
+
+    def _on_related(self) -> float:
+        related, settings = self.related, self.config.related
+        if related is None or settings is None:
+            return float("nan")
+        test = drawn(related.test, settings.examples, settings.seed)
+        return self._evaluated(test, related).accuracy
+
+    def _text_loss(self, task: Task) -> float:
+        n = self.config.transfer.text_examples
+        if n is None:
+            return float("nan")
+        return text_loss(self.model, drawn(task.test, n, self.config.task.seed))
+
+    def _evaluated(self, examples: Examples, task: Task) -> Evaluation:
+        view = self._view
 
         def logits(batch: Batch) -> Tensor:
             with view.quiet():
                 return AnswerPass(view).candidates(batch).float().cpu()
 
-        return evaluate(view, test, task, logits_of=logits)
+        return evaluate(view, examples, task, logits_of=logits)
 
-    def _keeps_adapter(self, scope: str) -> bool:
-        return self.config.transfer.save_adapters and scope not in ("full", "lora")
+
+def _training(scope: str, heads: tuple[Head, ...], options: TrainingOptions) -> dict[str, Any]:
+    """Return the arguments of `finetune`; chosen heads are `decision`, whatever chose them."""
+    return {
+        "heads": heads or None, "scope": "decision" if heads else scope, "options": options,
+    }  # fmt: skip
+
+
+def _best_of(history: list[dict[str, Any]], options: TrainingOptions) -> Mapping[str, Any] | None:
+    """Return the best row of a history, as the training loop chooses it."""
+    trained = [row for row in history if row["epoch"]]
+    return max(trained, key=lambda row: rank_of(row, options)) if trained else None
+
+
+def _per_example(result: FineTuneResult) -> dict[str, Tensor]:
+    """Return what a run made of every test example, by measure."""
+    target, source = (result.judged[name].answers for name in ("target", "source"))
+    values = (target["right"], target["loss"], source["right"], source["loss"])
+    tensors = [torch.tensor(value.to_numpy(), dtype=torch.float32) for value in values]
+    return dict(zip(PER_EXAMPLE, tensors, strict=True))

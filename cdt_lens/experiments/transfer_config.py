@@ -11,20 +11,23 @@ targets = ["indonesian", "javanese"]
 [discovery]                     # of the circuit, in the proxy checkpoint
 [transfer]                      # scopes, seeds, training options
 [transfer.learning_rates]       # by scope
+[transfer.variants.NAME]        # a scope with other heads or other training options
+[related]                       # another task, whose accuracy shows what else was forgotten
 """
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from cdt_lens.core.checked import Checked, check_names, checked_arguments, from_values
-from cdt_lens.core.choices import Backend, Preset, Ranking
+from cdt_lens.core.choices import HEAD_SCOPES, Backend, HeadChoice, Preset, Protocol, Ranking, Scope
 from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.core.kept import file_name
 from cdt_lens.experiments.settings import (
@@ -40,6 +43,7 @@ from cdt_lens.finetuning.options import SCOPES, TrainingOptions
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
 Rate = Annotated[float, Field(gt=0)]
+Rates = Annotated[tuple[Rate, ...], Field(strict=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +98,8 @@ class DiscoverySettings(CircuitSettings):
     """[discovery]: how the circuit is found, and how its faithfulness is measured.
 
     Args:
+        apart: Number of training examples of the source that are set aside for the discovery. The
+            proxy is not trained on them. None takes all training examples for both.
         faithfulness_examples: Number of validation examples to measure faithfulness on.
         draws: Number of random circuits of each kind and size.
     """
@@ -102,29 +108,80 @@ class DiscoverySettings(CircuitSettings):
     # measured speaks against it (docs/results/adaptation.md).
     by: Ranking = "magnitude"
     rules: Preset = "stable"
+    apart: Annotated[int | None, Field(ge=1)] = None
     faithfulness_examples: Annotated[int, Field(ge=1)] = 24
     draws: Annotated[int, Field(ge=1)] = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransferSettings(Checked):
-    """[transfer]: the runs, one for each scope, target and seed.
+class Variant(Checked):
+    """[transfer.variants.NAME]: a scope with other heads or other training options.
 
     Args:
-        scopes: The scopes to train.
-        seeds: The seeds to train each scope with.
+        scope: The scope.
+        k: Number of heads; None takes as many as the circuit has.
+        heads: How the heads of `decision` are chosen: "circuit" takes the first of the circuit's
+            ranking, "gradient" those with the largest gradient of the target's training loss,
+            "both" those for which the two together are largest (`training_signal`).
+        sets: Number of random sets of heads. The runs are NAME-1, NAME-2 and so on, each with every
+            seed. None draws one set with each seed.
+        draw: Number of one random set, where `sets` asks for several.
+        match: Name of a scope or variant. The rank of `lora` is the one whose number of trained
+            parameters is nearest to it, with `lora_alpha` twice the rank.
+        training: Training options by name, in place of those of [transfer].
+    """
+
+    scope: Scope
+    k: Annotated[int | None, Field(ge=1)] = None
+    heads: HeadChoice = "circuit"
+    sets: Annotated[int | None, Field(ge=1)] = None
+    draw: Annotated[int | None, Field(ge=0)] = None
+    match: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        TrainingOptions().changed(**self.training)
+        for option, value, only in (
+            ("heads", self.heads != "circuit", ("decision",)),
+            ("sets", self.sets is not None, ("random", "random-per-layer")),
+            ("match", self.match is not None, ("lora",)),
+            ("k", self.k is not None, HEAD_SCOPES),
+        ):
+            if value and self.scope not in only:
+                raise InputError(f"{option}: for the scope {' or '.join(only)}, not {self.scope}")
+        if "seed" in self.training:
+            raise InputError("seed: every run is made with each of `seeds`; omit it here")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferSettings(Checked):
+    """[transfer]: the runs, one for each scope or variant, target and seed.
+
+    Args:
+        scopes: What is trained in turn.
+        variants: More runs by name: a scope with other heads or training options.
+        seeds: Seeds of training; each draws its own training examples and random heads.
         examples: Number of training examples of each target; None takes all.
         race_epochs: Number of epochs after which the race rule chooses a scope.
         learning_rates: Peak learning rates by scope; the others take that of `training`.
+        search: Factors of the learning rate that are tried for every scope and variant, on the
+            first target with the first seed. The one with the best validation result is taken for
+            all runs. None tries none.
+        text_examples: Number of test prompts of the source and the target on whose own text the
+            loss of the language model is measured; None measures none.
         save_adapters: Whether the adapters of the head scopes and of `norms` are kept.
         training: The training options.
     """
 
     scopes: Names = ("full", "decision", "near-zero", "random", "norms", "lora")
+    variants: dict[str, Variant] = field(default_factory=dict)
     seeds: Seeds = (0,)
     examples: Annotated[int | None, Field(ge=1)] = None
     race_epochs: Annotated[int, Field(ge=1)] = 1
     learning_rates: dict[str, Rate] = field(default_factory=dict)
+    search: Rates | None = None
+    text_examples: Annotated[int | None, Field(ge=1)] = 64
     save_adapters: bool = True
     training: TrainingOptions = field(default_factory=TrainingOptions)
 
@@ -132,15 +189,63 @@ class TransferSettings(Checked):
         super().__post_init__()
         _check_once("scopes", self.scopes)
         _check_once("seeds", self.seeds)
+        if self.search is not None:
+            _check_once("search", self.search)
         for scope in (*self.scopes, *self.learning_rates):
             if scope not in SCOPES:
                 raise InputError(
                     f"scope {scope!r}: unknown{did_you_mean(scope, SCOPES)}; expected some of "
                     f"{', '.join(SCOPES)}"
                 )
+        _check_variants(self)
         if self.training.seed:
             seed = self.training.seed
             raise InputError(f"[transfer] has no option `seed`; write `seeds = [{seed}]`")
+
+    @cached_property
+    def runs(self) -> Mapping[str, Variant]:
+        """What is trained, by name: the scopes, the variants, and each of their random sets."""
+        found = {scope: Variant(scope=scope) for scope in self.scopes}  # type: ignore[arg-type]
+        for name, variant in self.variants.items():
+            if variant.sets is None:
+                found[name] = variant
+            for number in range(variant.sets or 0):
+                found[f"{name}-{number + 1}"] = replace(variant, sets=None, draw=number)
+        return found
+
+
+def _check_variants(settings: TransferSettings) -> None:
+    for name, variant in settings.variants.items():
+        if name in SCOPES:
+            raise InputError(f"variants: {name!r} is the name of a scope; give it another name")
+        if variant.match is not None and variant.match not in settings.runs:
+            raise InputError(
+                f"variants: {name}: match={variant.match!r}: expected one of "
+                f"{', '.join(settings.runs)}"
+            )
+    if len(settings.runs) < len(settings.scopes) + sum(
+        v.sets or 1 for v in settings.variants.values()
+    ):
+        raise InputError("variants: two of the runs have the same name; rename one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelatedSettings(DataSettings):
+    """[related]: another task that the proxy can do, to measure what else a transfer forgets.
+
+    Args:
+        name: The task, as for `Settings.task`.
+        language: The language of the task.
+        files: Paths by split, for the task "files".
+        shots: Number of solved examples before every prompt.
+        examples: Number of test examples to judge on, drawn once.
+    """
+
+    name: str
+    language: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    shots: Annotated[int, Field(ge=0)] = 0
+    examples: Annotated[int, Field(ge=1)] = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,13 +261,19 @@ class TransferConfig(ModelSettings):
         proxy: The stage that fine-tunes the model on the source language.
         discovery: How the circuit is found, and how its faithfulness is measured.
         transfer: The runs, one for each scope, target and seed.
+        related: Another task, to measure what else a transfer forgets; None measures none.
+        protocol: "tuned" takes our defaults. "paper" takes those of arXiv 2601.08146 (version 1)
+            for every key that is left out: the mean and the scores of 50 correctly answered
+            examples apart from those of the proxy stage, 5 epochs, and 5e-5 as every rate.
     """
 
     backend: Backend = "bridge"
+    protocol: Protocol = "tuned"
     task: TaskSettings
     proxy: ProxySettings = field(default_factory=ProxySettings)
     discovery: DiscoverySettings = field(default_factory=DiscoverySettings)
     transfer: TransferSettings = field(default_factory=TransferSettings)
+    related: RelatedSettings | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain nested values."""
@@ -188,6 +299,20 @@ class TransferConfig(ModelSettings):
         values |= values_of(self.discovery, CircuitSettings) | {"model": model or self.model}
         files = task.files[language] if task.name == "files" else {}
         return Settings(task=task.name, language=language, files=files, **values)
+
+    def related_settings(self) -> Settings | None:
+        """Return the settings of a run on the related task, if there is one."""
+        if self.related is None:
+            return None
+        values = values_of(self, ModelSettings) | values_of(self.related, DataSettings)
+        related = self.related
+        return Settings(
+            task=related.name,
+            language=related.language,
+            files=related.files,
+            shots=related.shots,
+            **values,
+        )
 
 
 @checked_arguments
@@ -226,8 +351,22 @@ def _bounded(text: str) -> str:
 
 
 _SECTIONS: Mapping[str, type] = {
-    "task": TaskSettings, "proxy": ProxySettings, "discovery": DiscoverySettings,
+    "task": TaskSettings,
+    "proxy": ProxySettings,
+    "discovery": DiscoverySettings,
     "transfer": TransferSettings,
+    "related": RelatedSettings,
+}
+# The values of arXiv 2601.08146, version 1, for keys that are left out under protocol = "paper".
+_PAPER: Mapping[str, Mapping[str, Any]] = {
+    "proxy": {"epochs": 5, "learning_rate": 5e-5},
+    "discovery": {
+        "correct_only": True, "apart": 150, "examples": 50, "exact": 50, "baseline_examples": 50,
+    },
+    "transfer": {
+        "scopes": ["full", "decision", "near-zero", "random"], "seeds": [0, 1, 2, 3], "epochs": 5,
+        "learning_rate": 5e-5,
+    },
 }  # fmt: skip
 
 
@@ -242,15 +381,50 @@ def config_of(values: Mapping[str, Any], *, where: str = "settings") -> Transfer
         InputError: A key or value that does not belong.
     """
     filled = dict(values)
+    paper = filled.get("protocol") == "paper"
     for name, kind in _SECTIONS.items():
         section = filled.get(name, {})
+        if name == "related" and not section:
+            filled.pop(name, None)
+            continue
         if not isinstance(section, Mapping):
             raise InputError(f"{where}: {name}: expected a section [{name}], got {section!r}")
         at = f"{where}: [{name}]"
+        if paper:
+            section = {**_left_out(_PAPER.get(name, {}), section), **section}
+        if name == "transfer":
+            section = _with_variants(section, at)
         if "training" in {item.name for item in fields(kind)}:
             section = _with_training(kind, section, at)
         filled[name] = from_values(kind, section, at)
     return from_values(TransferConfig, filled, where)
+
+
+def _left_out(values: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that a section does not set, under their name or within `training`."""
+    nested = section.get("training")
+    if isinstance(nested, Mapping):  # a configuration that was written whole
+        return {}
+    return {name: value for name, value in values.items() if name not in section}
+
+
+def _with_variants(section: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Make the variants of [transfer], whose keys are those of `Variant` and training options."""
+    variants = section.get("variants", {})
+    if not isinstance(variants, Mapping):
+        raise InputError(f"{where}: variants: expected sections [transfer.variants.NAME]")
+    own = {item.name for item in fields(Variant)}
+    made = {}
+    for name, values in variants.items():
+        at = f"{where[:-1]}.variants.{name}]"
+        if not isinstance(values, Mapping):
+            raise InputError(f"{at}: expected a section, got {values!r}")
+        check_names(values, own | {item.name for item in fields(TrainingOptions)}, at)
+        loose = {key: value for key, value in values.items() if key not in own}
+        training = {**values.get("training", {}), **loose}
+        given = {key: value for key, value in values.items() if key in own}
+        made[name] = from_values(Variant, given | {"training": training}, at)
+    return {**section, "variants": made} if variants else dict(section)
 
 
 def _with_training(kind: type, section: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.core.checked import Fix, checked_arguments
-from cdt_lens.core.choices import Scope
+from cdt_lens.core.choices import HEAD_SCOPES, Scope
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.kept import Behaviour, Say
 from cdt_lens.core.undo import take_back_if_failed, unbroken, undoing
@@ -30,7 +30,6 @@ from cdt_lens.finetuning.lora import LowRank
 from cdt_lens.finetuning.options import DEFAULT_RATES, TrainingOptions
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.scopes import (
-    HEAD_SCOPES,
     ScopeChoice,
     check_scope,
     choose_by_gap,
@@ -343,7 +342,10 @@ def make_trainable(
         UnsupportedModelError: a weight is missing, tied, or not what the model runs.
     """
     if scope == "lora":
-        return LowRank(view, rank=options.lora_rank, alpha=options.lora_alpha, seed=options.seed)
+        return LowRank(
+            view, rank=options.lora_rank, alpha=options.lora_alpha, seed=options.seed,
+            modules=options.lora_modules,
+        )  # fmt: skip
     if scope == "full":
         return SlicesAndWholes(view, (), tuple(own_weights(view)))
     if scope == "norms":
@@ -351,6 +353,26 @@ def make_trainable(
     slices = head_slices(view, heads, kv=options.kv)
     check_slices(view, slices)
     return SlicesAndWholes(view, slices, tuple(norm_weights(view, options.norms, heads)))
+
+
+def count_trained(
+    view: ModelView, scope: str, heads: tuple[Head, ...], options: TrainingOptions
+) -> int:
+    """Return how many parameters a scope trains, without making anything to train.
+
+    Args:
+        view: The model.
+        scope: One of `options.SCOPES`, but not "lora".
+        heads: The heads of a head scope.
+        options: The training options.
+    """
+    if scope == "full":
+        return count_parameters(view)
+    norms = norm_weights(view, "all" if scope == "norms" else options.norms, heads)
+    slices = head_slices(view, heads, kv=options.kv) if heads else ()
+    return sum(value.numel() for value in norms.values()) + sum(
+        part.whole[0].numel() * len(part.index) for part in slices
+    )
 
 
 def _circuit(view: ModelView, heads: Circuit | Iterable[Head | str] | None) -> Circuit | None:

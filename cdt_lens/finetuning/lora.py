@@ -1,14 +1,15 @@
 """Train low-rank adapters with the peft library, as a `Trainable` (LoRA, arXiv 2106.09685).
 
-1. Let peft insert its layers at the q, k, v and output projections of every layer of a bridge.
+1. Let peft insert its layers at the q, k, v and output projections of every layer of a bridge, and
+   with `modules="all"` at the linear maps of the MLPs as well.
 2. Train their matrices A and B in float32, as the loop trains slices.
-3. Return the result merged, as whole W_Q, W_K, W_V and W_O, so that it is saved, applied and
+3. Return the result merged, as whole weights such as W_Q, so that it is saved, applied and
    exported like any other scope. Remove peft's layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cdt_lens.core.choices import LoraModules
 from cdt_lens.core.errors import InputError, UnsupportedModelError
 from cdt_lens.core.process_wide import ignored, seeded
 from cdt_lens.core.undo import take_back_at_end, undoing
@@ -23,7 +25,9 @@ from cdt_lens.finetuning.trainable import Learnt, Master, flags_kept
 from cdt_lens.models.view import ModelView, at_least_float32
 from cdt_lens.models.weights import own_weights
 
-_PROJECTIONS = ("q", "k", "v", "o")
+# The linear maps of a bridge's attention and MLP, with the weights that they hold.
+_ATTENTION = {"q": "W_Q", "k": "W_K", "v": "W_V", "o": "W_O"}
+_MLP = {"in": "W_in", "gate": "W_gate", "out": "W_out"}
 
 
 class LowRank:
@@ -34,6 +38,7 @@ class LowRank:
         rank: rank of A and B.
         alpha: scale of the adapter; the update is multiplied by `alpha / rank`.
         seed: seed of the initial A.
+        modules: "attention" adapts the four projections of attention, "all" the MLPs as well.
 
     Attributes:
         masters: the matrices A and B, for the optimiser.
@@ -44,7 +49,10 @@ class LowRank:
         InputError: peft is not installed.
     """
 
-    def __init__(self, view: ModelView, *, rank: int = 8, alpha: int = 16, seed: int = 0) -> None:
+    def __init__(
+        self, view: ModelView, *, rank: int = 8, alpha: int = 16, seed: int = 0,
+        modules: LoraModules = "attention",
+    ) -> None:  # fmt: skip
         if not view.is_bridge:
             raise UnsupportedModelError(
                 f"{view.name}: scope 'lora' needs a TransformerBridge. Load the model with "
@@ -56,10 +64,9 @@ class LowRank:
             raise InputError("scope 'lora' needs the peft library: pip install peft") from error
         _refuse_peft(view)
         self.view = view
-        self.names = tuple(
-            f"blocks.{layer}.attn.W_{role}" for layer in range(view.n_layers) for role in "QKVO"
-        )
-        names = _module_names(view)
+        maps = linear_maps(view, modules)
+        self.names = tuple(maps)
+        names = _module_names(view, maps.values())
         self._config = LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names, bias="none"
         )
@@ -158,18 +165,61 @@ def _refuse_peft(view: ModelView) -> None:
         )
 
 
-def _module_names(view: ModelView) -> list[str]:
-    """Return the names, in the Hugging Face model, of the modules that run the projections."""
-    wanted = {
-        id(getattr(block.attn, name).original_component)
-        for block in view.blocks
-        for name in _PROJECTIONS
-    }
+def linear_maps(view: ModelView, modules: LoraModules) -> dict[str, nn.Module]:
+    """Return the linear maps that are adapted, by the TransformerLens name of their weight.
+
+    Args:
+        view: the model, a bridge.
+        modules: see `LowRank`.
+
+    Raises:
+        UnsupportedModelError: the MLP is not made of linear maps of its own.
+    """
+    own = own_weights(view)
+    found: dict[str, nn.Module] = {}
+    for layer, block in enumerate(view.blocks):
+        parts = [("attn", block.attn, _ATTENTION)]
+        parts += [("mlp", block.mlp, _MLP)] if modules == "all" else []
+        for part, module, roles in parts:
+            for name, role in roles.items():
+                weight = f"blocks.{layer}.{part}.{role}"
+                if weight in own and hasattr(module, name):
+                    found[weight] = getattr(module, name).original_component
+        if modules == "all" and f"blocks.{layer}.mlp.W_out" not in found:
+            raise UnsupportedModelError(
+                f"{view.name}: the MLP of layer {layer} is not made of linear maps of its own; use "
+                'lora_modules="attention"'
+            )
+    return found
+
+
+def parameters_of_rank(view: ModelView, modules: LoraModules) -> int:
+    """Return the number of parameters that a low-rank update of rank 1 trains.
+
+    Args:
+        view: the model, a bridge.
+        modules: see `LowRank`.
+    """
+    own = own_weights(view)
+    return sum(_ends(own[name].shape, name) for name in linear_maps(view, modules))
+
+
+def _ends(shape: Sequence[int], name: str) -> int:
+    """Return the sum of a map's input and output widths; a head's axis is part of one of them."""
+    if len(shape) == 2:
+        return shape[0] + shape[1]
+    heads, first, last = shape
+    return heads * first + last if name.endswith("W_O") else first + heads * last
+
+
+def _module_names(view: ModelView, modules: Iterable[nn.Module]) -> list[str]:
+    """Return the names of modules in the Hugging Face model."""
+    wanted = {id(module) for module in modules}
     named = view.tl.original_model.named_modules()
     names = [name for name, module in named if id(module) in wanted]
     if len(names) != len(wanted):
         raise UnsupportedModelError(
-            f"{view.name}: {len(names)} of {len(wanted)} attention projections were found for "
-            "scope 'lora'. Use another scope."
+            f"{view.name}: {len(names)} of {len(wanted)} linear maps were found for scope 'lora'. "
+            "Use another scope."
         )
     return names

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from cdt_lens.core.checked import Checked
-from cdt_lens.core.choices import Count, FromZero, KeyValue, Norms, Scope, Seed
+from cdt_lens.core.choices import Count, FromZero, KeyValue, LoraModules, Norms, Scope, Seed
 from cdt_lens.core.errors import InputError, did_you_mean
 
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -50,6 +50,7 @@ class TrainingOptions(Checked):
             every epoch. Needs norms="circuit" or "none": otherwise every layer is trained.
         lora_rank: Rank of the low-rank updates of the scope `lora`.
         lora_alpha: Scale of the low-rank updates, in units of the rank.
+        lora_modules: Whether low-rank updates are of the attention's linear maps or of all.
         checkpoint_every: Number of steps between checkpoints within an epoch; None writes one at
             its end only.
         seed: Seed of every random draw.
@@ -85,6 +86,7 @@ class TrainingOptions(Checked):
     keep_frozen: bool = False
     lora_rank: Count = 8
     lora_alpha: Count = 16
+    lora_modules: LoraModules = "attention"
     checkpoint_every: Count | None = None
     seed: Annotated[Seed, Field(description="Seed of every random draw.")] = 0
 

@@ -15,12 +15,11 @@ from typing import Any
 
 from cdt_lens.circuits.circuit import Circuit, near_zero_heads, random_heads, random_heads_like
 from cdt_lens.core.checked import checked_arguments
-from cdt_lens.core.choices import Scope, Seed
+from cdt_lens.core.choices import HEAD_SCOPES, Scope, Seed
 from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.finetuning.options import SCOPES
 from cdt_lens.models.heads import Head
 
-HEAD_SCOPES = ("decision", "near-zero", "random", "random-per-layer")
 _HARD = 0.5
 
 

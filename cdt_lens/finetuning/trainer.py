@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,9 +234,9 @@ class Trainer:
         state.loss_sum, state.loss_count = 0.0, 0
         rows = [*state.history]
         row = self._add_row(state, train_loss=mean)
-        best = max(rows, key=lambda r: _rank(r, self.options))
+        best = max(rows, key=lambda r: rank_of(r, self.options))
         # Without validation data the last epoch is kept.
-        if not len(self.task.valid) or _rank(row, self.options) > _rank(best, self.options):
+        if not len(self.task.valid) or rank_of(row, self.options) > rank_of(best, self.options):
             state.best_epoch, state.best = state.epoch, self._values()
         best_row = [r["epoch"] for r in state.history].index(state.best_epoch)
         since = len(state.history) - 1 - best_row
@@ -337,8 +337,16 @@ def _rates(options: TrainingOptions, steps: int) -> Callable[[int], float]:
     return lambda step: options.learning_rate * factor(step + 1 if step < warm else step)
 
 
-def _rank(row: dict[str, Any], options: TrainingOptions) -> tuple[float, float]:
-    """Return a key that is greater for a better row; the loss decides between equal accuracies."""
+def rank_of(row: Mapping[str, Any], options: TrainingOptions) -> tuple[float, float]:
+    """Return a key that is greater for a better row; the loss decides between equal accuracies.
+
+    Args:
+        row: a row of the history.
+        options: the training options, with the metric.
+
+    Returns:
+        The metric, and minus the loss in nats.
+    """
     loss = -row["target_loss"]
     return (loss, loss) if options.metric == "loss" else (row[f"target_{options.metric}"], loss)
 

@@ -5,17 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
+import torch
+from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from cdt_lens.core import display
 from cdt_lens.core.axes import adapter_of, check_value
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Level
+from cdt_lens.core.errors import InputError
 from cdt_lens.core.kept import Cell
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.provenance import Provenance
+from cdt_lens.tasks.intervals import crossed_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,11 +31,21 @@ CELL_COLUMNS = (
     "retention", "valid_accuracy", "valid_loss", "best_epoch", "heads", "trained_parameters",
     "share", "seconds", "learning_rate", "stopped",
 )  # fmt: skip
+# Columns that files of 0.3 lack: losses on test examples, in nats; losses of the language model on
+# the text of the prompts, in nats a token; the accuracy on a related task, and after / before.
+LATER_CELL_COLUMNS = (
+    "trains", "loss", "source_loss", "source_text_loss", "target_text_loss", "related_accuracy",
+    "related_retention",
+)  # fmt: skip
 BEFORE_COLUMNS = ("language", "accuracy", "macro_f1", "valid_accuracy", "examples")
-_WORDS = {"target", "scope", "language", "rule", "chosen", "better", "inputs"}
+LATER_BEFORE_COLUMNS = ("loss", "text_loss")
+# What is kept of every test example.
+PER_EXAMPLE = ("right", "loss", "source_right", "source_loss")
+_WORDS = {"target", "scope", "language", "rule", "chosen", "better", "inputs", "trains"}
 _TEXT = {*_WORDS, "stopped", "right"}
 AUTO_COLUMNS = ("target", "seed", "rule", "chosen", "better", "right", "inputs")
 _TABLES = {"cells": CELL_COLUMNS, "before": BEFORE_COLUMNS, "auto": AUTO_COLUMNS}
+_LATER = {"cells": LATER_CELL_COLUMNS, "before": LATER_BEFORE_COLUMNS, "auto": ()}
 
 
 class _Table(TypedDict):
@@ -45,10 +61,10 @@ class TransferResult(Saved):
         task: name of the task.
         proxy: the source language.
         targets: the target languages.
-        scopes: the scopes.
+        scopes: the names of the runs: scopes and variants of scopes.
         cells: one row for each (target, scope, seed), measured on the test split. It has accuracy
             and macro-F1 on the target, accuracy on the source after the transfer, and retention
-            (after / before).
+            (after / before). `trains` is the scope of the run, losses are in nats.
         before: one row for each language, measured with the untouched proxy checkpoint.
         chance: by target, the accuracy of always choosing its most frequent label. Files of 0.3
             hold that of the first target only.
@@ -58,6 +74,9 @@ class TransferResult(Saved):
             direction in logits and its faithfulness.
         settings: the settings of the experiment.
         provenance: origin of the result, or None.
+        per_example: for each run what it made of every test example, by
+            `"measure|target|scope|seed"`: whether it was `right` (1 or 0) and the `loss` in nats,
+            and the same of the source as `source_right` and `source_loss`. Empty in files of 0.3.
     """
 
     task: str
@@ -71,6 +90,7 @@ class TransferResult(Saved):
     discovery: Mapping[str, Any] = field(default_factory=dict, repr=False)
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
     provenance: Provenance | None = field(default=None, repr=False)
+    per_example: Mapping[str, Float[Tensor, " _example"]] = field(default_factory=dict, repr=False)
     _format, _kind = "cdt_lens.transfer", "transfer result"
 
     def __repr__(self) -> str:
@@ -105,6 +125,62 @@ class TransferResult(Saved):
                 rows.append(row)
         return pd.DataFrame(rows)
 
+    @checked_arguments
+    def differences(
+        self,
+        of: str = "decision",
+        measure: Literal["right", "loss", "source_right", "source_loss"] = "right",
+        level: Level = 0.95,
+    ) -> pd.DataFrame:
+        """Compare one scope with every other, example by example and seed by seed.
+
+        Args:
+            of: name of the scope or variant.
+            measure: "right" compares accuracies on the target, "loss" the losses there in nats, and
+                "source_right" and "source_loss" the same on the source.
+            level: confidence level, above 0 and below 1.
+
+        Returns:
+            One row for each target and other scope: the mean `difference` (`of` minus the other)
+            over the seeds that both have, and its limits `low` and `high`. Examples and seeds are
+            seen as samples (`tasks.intervals.crossed_interval`). With one seed the limits say
+            nothing about other seeds.
+
+        Raises:
+            InputError: there is no such run, or the file is of 0.3 and holds no test examples.
+        """
+        if of not in self.scopes:
+            raise InputError(f"of={of!r}: expected one of {', '.join(self.scopes)}")
+        if not self.per_example:
+            raise InputError("differences: a result of cdt_lens 0.3 holds no test examples")
+        rows = [
+            self._difference(target, of, other, measure, level)
+            for target in self.targets
+            for other in self.scopes
+            if other != of
+        ]
+        return pd.DataFrame([row for row in rows if row])
+
+    def _difference(
+        self, target: str, of: str, other: str, measure: str, level: float
+    ) -> dict[str, Any]:
+        """Return the row of two runs on one target; empty without a seed that both have."""
+        values, seeds = [], []
+        for seed in self.seeds:
+            pair = [self.per_example.get(f"{measure}|{target}|{s}|{seed}") for s in (of, other)]
+            if pair[0] is not None and pair[1] is not None:
+                values.append(pair[0] - pair[1])
+                seeds.append(seed)
+        if not values:
+            return {}
+        stacked = torch.stack(values)
+        low, high = crossed_interval(stacked, level)
+        return {
+            "target": target, "scope": of, "other": other, "difference": float(stacked.mean()),
+            "low": float(low), "high": float(high), "seeds": len(seeds),
+            "examples": stacked.shape[1],
+        }  # fmt: skip
+
     @property
     def seeds(self) -> list[Any]:
         """Every seed that has a run, finished or diverged."""
@@ -129,7 +205,8 @@ class TransferResult(Saved):
             "discovery": dict(self.discovery), "settings": dict(self.settings),
             "provenance": None if self.provenance is None else self.provenance.to_dict(),
         }  # fmt: skip
-        return body | {name: _to_json(getattr(self, name)) for name in _TABLES}, {}
+        tables = {name: _to_json(getattr(self, name)) for name in _TABLES}
+        return body | tables, dict(self.per_example)
 
     @classmethod
     def _from_file(cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TransferResult:
@@ -139,6 +216,7 @@ class TransferResult(Saved):
             scopes=tuple(body["scopes"]), chance=_chance(body),
             discovery=body["discovery"], settings=body["settings"],
             provenance=None if provenance is None else Provenance.from_dict(provenance),
+            per_example=tensors,
             **{name: _from_json(name, body[name]) for name in _TABLES},
         )  # fmt: skip
 
@@ -167,9 +245,12 @@ def _from_json(name: str, table: Mapping[str, Any]) -> pd.DataFrame:
     if not {*_TABLES[name]} <= {*columns} or len({*columns}) < len(columns):
         raise ValueError(f"{name}: expected the columns {', '.join(_TABLES[name])}")
     frame = pd.DataFrame(table["rows"], columns=columns)
-    for column in set(frame) - _TEXT:
+    later: set[str] = set(_LATER[name]) - {*columns}
+    for column in later:
+        frame[column] = None if column in _TEXT else math.nan
+    for column in {*map(str, frame)} - _TEXT:
         frame[column] = pd.to_numeric(frame[column])
-    for column in set(frame) & _WORDS:
+    for column in {*map(str, frame)} & _WORDS:
         check_value(f"{name}.{column}", frame[column].tolist(), adapter_of(list[str | None]))
     return frame
 

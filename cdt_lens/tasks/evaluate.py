@@ -53,6 +53,9 @@ class Evaluation(EqualByContent):
         confusion: Number of examples by gold label (rows) and predicted label (columns).
         intervals: 95 % confidence intervals over the population of examples, by "accuracy",
             "balanced_accuracy" and "direction" (`tasks.intervals`).
+        answers: One row for each example, in their order: the gold `label`, the `answer` (a label;
+            a token id where labels do not name the answers), whether it is `right`, the `direction`
+            in logits and the `loss` in nats.
     """
 
     split: str
@@ -64,6 +67,7 @@ class Evaluation(EqualByContent):
     balanced_accuracy: float
     confusion: pd.DataFrame | None = field(default=None, repr=False)
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict, repr=False)
+    answers: pd.DataFrame | None = field(default=None, repr=False)
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return one row: shares from 0 to 1, the direction in logits, the loss in nats.
@@ -157,7 +161,19 @@ def evaluate(
             "direction": (float(low), float(high)),
         },
         confusion=confusion,
+        answers=_answers(examples, rows, task),
     )
+
+
+def _answers(
+    examples: Examples, rows: list[tuple[bool, float, float, int]], task: Task | None
+) -> pd.DataFrame:
+    """Return one row for each example: what was answered, and how well."""
+    table = pd.DataFrame(rows, columns=["right", "direction", "loss", "answer"])
+    names = {} if task is None else {id: label for label, id in task.verbalizer_ids.items()}
+    table["answer"] = [names.get(token, token) for token in table["answer"]]
+    table.insert(0, "label", [example.label for example in examples])
+    return table[["label", "answer", "right", "direction", "loss"]]
 
 
 def candidate_logits(view: ModelView, batch: Batch) -> Tensor:

@@ -583,3 +583,148 @@ def test_a_mean_over_fewer_seeds_than_asked_says_so(own: Path, monkeypatch, caps
     section = transfer_section(result, "s", [result])
     assert section.facts["Runs finished"] == "1 of 2; 1 diverged"
     assert section.headline[1].endswith("one target, 1 of 2 seeds")
+
+
+VARIANTS: dict[str, Any] = {
+    "three": {"scope": "decision", "k": 3, "epochs": 1},
+    "by-gradient": {"scope": "decision", "heads": "gradient"},
+    "by-both": {"scope": "decision", "heads": "both"},
+    "drawn": {"scope": "random", "sets": 2},
+    "low-rank": {"scope": "lora", "lora_modules": "all", "match": "three"},
+}
+
+
+@pytest.fixture(scope="module")
+def varied(place: Path) -> tuple[TransferResult, Path]:
+    changes = {"scopes": ["decision", "norms"], "variants": VARIANTS, "seeds": [0, 1]}
+    config = settings(place, task={"targets": ["near"]}, transfer=changes)
+    return stages(config, place / "varied", quiet), place / "varied"
+
+
+def test_variants_train_other_heads_with_other_options(varied: tuple[TransferResult, Path]):
+    result, _ = varied
+    names = (
+        "decision",
+        "norms",
+        "three",
+        "by-gradient",
+        "by-both",
+        "drawn-1",
+        "drawn-2",
+        "low-rank",
+    )
+    assert result.scopes == names
+    cells = result.cells.set_index(["scope", "seed"])
+    assert cells.loc["three", "heads"].tolist() == [3, 3]
+    assert cells.loc["by-gradient", "heads"].tolist() == [2, 2]
+    assert set(cells.loc["drawn-1", "trains"]) == {"random"}
+    assert max(cells.loc["three", "best_epoch"]) <= 1
+    # Rank of LoRA: that with the nearest number of parameters; a rank is 4 widths a layer.
+    wanted, found = (
+        cells.loc[name, "trained_parameters"].iloc[0] for name in ("three", "low-rank")
+    )
+    assert abs(found - wanted) <= found / 2
+
+
+def test_a_random_set_is_the_same_with_every_seed(varied: tuple[TransferResult, Path]):
+    _, out = varied
+    heads = {
+        (name, seed): Adapter.load(out / "adapters" / "near" / f"{name}-{seed}").heads
+        for name in ("drawn-1", "drawn-2")
+        for seed in (0, 1)
+    }
+    assert heads["drawn-1", 0] == heads["drawn-1", 1] != heads["drawn-2", 0]
+    assert Adapter.load(out / "adapters" / "near" / "drawn-1-0").scope == "random"
+
+
+def test_differences_are_those_of_the_test_examples(varied: tuple[TransferResult, Path]):
+    result, _ = varied
+    again = result.differences("decision").set_index("other")
+    means = result.cells.groupby("scope")[["accuracy", "source_accuracy", "loss"]].mean()
+    for name, column in (
+        ("right", "accuracy"),
+        ("source_right", "source_accuracy"),
+        ("loss", "loss"),
+    ):
+        found = result.differences("decision", name).set_index("other")["difference"]
+        for other in ("norms", "three", "drawn-2"):
+            expected = means.loc["decision", column] - means.loc[other, column]
+            assert found[other] == pytest.approx(expected, abs=1e-6)
+    assert (again["low"] <= again["difference"]).all() and (again["seeds"] == 2).all()
+    with pytest.raises(InputError, match="expected one of decision, norms"):
+        result.differences("other")
+
+
+def test_text_and_related_task_are_measured(place: Path):
+    related = {
+        "name": "files", "files": files(place, "far"), "template": TEMPLATE,
+        "verbalizer": VERBALIZER, "examples": 12,
+    }  # fmt: skip
+    config = settings(place, **FEW)
+    config = dataclasses.replace(
+        config, related=config_of({**config.to_dict(), "related": related}).related
+    )
+    result = stages(config, place / "related", quiet)
+    row, before = result.cells.iloc[0], result.before.set_index("language")
+    for name in ("source_text_loss", "target_text_loss", "related_accuracy", "related_retention"):
+        assert math.isfinite(row[name]), name
+    assert before["text_loss"].notna().all()
+
+
+def test_the_search_takes_the_best_rate_on_validation_data(place: Path, monkeypatch):
+    said: list[str] = []
+    changes = {"scopes": ["decision", "norms"], "search": [1e-6, 1.0]}
+    config = settings(place, task={"targets": ["near"]}, transfer=changes)
+    monkeypatch.setattr(cells.Cells, "_judge", lambda *_: pytest.fail("test data were read"))
+    run = transfer.Transfer(config, place / "searched", said.append, progress=False)
+    run.settle()
+    run._train_proxy()
+    run._discover()
+    assert run.cells.search(lambda: False)
+    for name in ("decision", "norms"):
+        histories = {
+            factor: load_artifact(
+                place / "searched" / "search" / f"{name}-{factor:g}.json",
+                format="cdt_lens.transfer_tried", version=1,
+            )[0]["history"]
+            for factor in (1e-6, 1.0)
+        }  # fmt: skip
+        best = {f: max((r["target_accuracy"], -r["target_loss"]) for r in rows if r["epoch"])
+                for f, rows in histories.items()}  # fmt: skip
+        assert run.cells._factors[name] == max(best, key=lambda factor: best[factor])
+    monkeypatch.undo()
+    cell = run.cells.cell("near", "norms", 0)
+    assert cell["row"]["learning_rate"] == pytest.approx(1e-2 * run.cells._factors["norms"])
+
+
+def test_a_run_stops_at_the_end_of_a_cell_and_goes_on(place: Path):
+    said: list[str] = []
+    config = settings(place, task={"targets": ["near"]}, transfer={"scopes": ["decision", "norms"]})
+    out, asked = place / "in sittings", iter([False, True])
+    first = transfer.Transfer(config, out, said.append, False, lambda: next(asked)).run()
+    assert first.cells["scope"].tolist() == ["decision"]
+    assert "the time is over: 1 cells are left; the same command goes on with them" in said
+    assert TransferResult.load(out / "result.json") == first  # written as the cell ended
+    assert stages(config, out, quiet).cells["scope"].tolist() == ["decision", "norms"]
+
+
+def test_the_protocol_of_the_paper(place: Path):
+    values = settings(place).to_dict()
+    values = {name: values[name] for name in ("model", "task")} | {"protocol": "paper"}
+    values["discovery"] = {
+        "apart": 12,
+        "k": 2,
+        "examples": 6,
+        "exact": 6,
+        "faithfulness_examples": 6,
+    }
+    read = config_of(values | {"transfer": {"seeds": [0], "scopes": ["decision"]}})
+    assert (read.proxy.training.epochs, read.transfer.training.learning_rate) == (5, 5e-5)
+    assert config_of(read.to_dict()) == read
+    run = transfer.Transfer(read, place / "paper", quiet, progress=False)
+    run.settle()
+    run._train_proxy()
+    whole, kept = run.source.train, run._without_apart(run.source).train
+    pool = run._apart(run.source)
+    assert len(pool) == 12 and len(kept) == len(whole) - 12
+    assert not set(map(id, pool)) & set(map(id, kept))

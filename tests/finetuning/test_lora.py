@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import peft
 import pytest
@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from cdt_lens.core.choices import LoraModules
 from cdt_lens.core.errors import InputError, UnsupportedModelError
 from cdt_lens.finetuning.answer_pass import AnswerPass
 from cdt_lens.finetuning.finetune import finetune
-from cdt_lens.finetuning.lora import LowRank
+from cdt_lens.finetuning.lora import LowRank, parameters_of_rank
 from cdt_lens.finetuning.options import TrainingOptions
 from cdt_lens.finetuning.trainer import Trainer, _rates, epoch_batches
 from cdt_lens.models.view import ModelView
@@ -29,8 +30,11 @@ from cdt_lens.models.weights import named_weights
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def names_of(seen: ModelView) -> list[str]:
-    return [f"blocks.{layer}.attn.W_{r}" for layer in range(seen.n_layers) for r in "QKVO"]
+def names_of(seen: ModelView, modules: LoraModules = "attention") -> list[str]:
+    names = [f"blocks.{layer}.attn.W_{r}" for layer in range(seen.n_layers) for r in "QKVO"]
+    if modules == "attention":
+        return names
+    return names + [n for n in named_weights(seen) if ".mlp.W_" in n]
 
 
 def disturb(low: LowRank) -> None:
@@ -42,25 +46,29 @@ def disturb(low: LowRank) -> None:
             master.value.copy_(0.1 * noise)
 
 
+@pytest.mark.parametrize("modules", get_args(LoraModules))
 @pytest.mark.parametrize("family", EVERY_FAMILY)
-def test_what_is_learnt_is_merged_exactly_and_taken_out(family, tokenizer_folder):
+def test_what_is_learnt_is_merged_exactly_and_taken_out(family, modules, tokenizer_folder):
     """Fused projections and Conv1D included: the merged weights give the logits of peft's layers."""
     seen = view(family, "bridge", tokenizer_folder)
     tokens, plain = prompts(), seen.logits(prompts())
     before = values(seen)
     with left_untouched(seen.tl):
-        low = LowRank(seen, rank=3, alpha=6, seed=1)
+        low = LowRank(seen, rank=3, alpha=6, seed=1, modules=modules)
+        assert sum(m.value.numel() for m in low.masters) == 3 * parameters_of_rank(seen, modules)
         assert torch.equal(seen.logits(tokens), plain)  # B is 0: the model is as it was
         disturb(low)
         trained = seen.logits(tokens)
         learnt = low.learnt()
     assert torch.equal(seen.logits(tokens), plain)
-    assert list(learnt.whole) == names_of(seen) and not learnt.slices
+    assert set(learnt.whole) == set(names_of(seen, modules)) and not learnt.slices
     weights = named_weights(seen)
     for name, value in learnt.whole.items():
         assert_same_bits(weights[name], before[name])
         delta = value - before[name]
-        flat = delta.flatten(0, 1) if name.endswith("W_O") else delta.transpose(0, 1).flatten(1)
+        flat = delta
+        if ".attn." in name:
+            flat = delta.flatten(0, 1) if name[-1] == "O" else delta.transpose(0, 1).flatten(1)
         singular = torch.linalg.svdvals(flat)
         # Peft keeps A and B in float32.
         assert float(singular[2]) > 1e-3 and float(singular[3]) < 1e-6 * float(singular[0]), name

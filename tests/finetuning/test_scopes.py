@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from cdt_lens.circuits.circuit import Circuit, random_heads, random_heads_like
+from cdt_lens.core.choices import HEAD_SCOPES
 from cdt_lens.core.errors import InputError
 from cdt_lens.finetuning.options import SCOPES
 from cdt_lens.finetuning.scopes import (
-    HEAD_SCOPES,
     check_scope,
     choose_by_gap,
     choose_by_race,

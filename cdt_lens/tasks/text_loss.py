@@ -1,0 +1,72 @@
+"""The loss of the language model on the text of a task's prompts: what fine-tuning forgets of it.
+
+Training for a task moves the model at one position, the answer. Whether it still knows the language
+shows in the loss of every other token. Tokens that all prompts share at the start and at the end
+belong to the template and are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import takewhile
+
+import torch
+from torch import Tensor, nn
+
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.choices import Count
+from cdt_lens.models.session import uses_model
+from cdt_lens.models.view import ModelView, at_least_float32, view_of
+from cdt_lens.tasks.task import Examples, check_examples
+
+
+@checked_arguments
+@uses_model
+def text_loss(model: nn.Module | ModelView, examples: Examples, *, batch_size: Count = 4) -> float:
+    """Compute the mean cross-entropy of the prompts' own text.
+
+    Args:
+        model: A TransformerLens model or its `ModelView`.
+        examples: The prompts. Their labels and answers have no meaning here.
+        batch_size: Number of prompts per forward pass, whose logits are held for the whole
+            vocabulary.
+
+    Returns:
+        The loss in nats a token: the mean over the tokens of all prompts, each predicted from those
+        before it. NaN if the prompts have no text of their own.
+    """
+    view = view_of(model)
+    check_examples(view, examples)
+    first, last = _shared([example.tokens for example in examples])
+    total, count = 0.0, 0
+    for batch in examples.batches(batch_size, apart=view.longrope_limit):
+        losses = _token_losses(view, batch.tokens)
+        for row, length in zip(losses, batch.lengths.tolist(), strict=True):
+            # Row i holds the loss of token i + 1.
+            own = row[max(first, 1) - 1 : length - last - 1].double()
+            total, count = total + float(own.sum()), count + own.numel()
+    return total / count if count else math.nan
+
+
+@torch.no_grad()
+def _token_losses(view: ModelView, tokens: Tensor) -> Tensor:
+    logits = at_least_float32(view.logits(tokens)[:, :-1])
+    targets = tokens[:, 1:].to(logits.device)
+    # One row at a time: a second copy of all logits would double the memory.
+    losses = [
+        nn.functional.cross_entropy(row, target, reduction="none")
+        for row, target in zip(logits, targets, strict=True)
+    ]
+    return torch.stack(losses).cpu()
+
+
+def _shared(prompts: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """Return how many tokens all prompts share at the start, and how many at the end."""
+    start = _alike(prompts)
+    return start, min(_alike([prompt[::-1] for prompt in prompts]), min(map(len, prompts)) - start)
+
+
+def _alike(prompts: Sequence[Sequence[int]]) -> int:
+    columns = zip(*prompts, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
