@@ -88,6 +88,31 @@ def test_what_is_kept_in_a_run_reads_back():
         ({"transfer": {"scopes": ["decison"]}}, "'decison': unknown; did you mean 'decision'?"),
         ({"transfer": {"learning_rates": {"loar": 1e-3}}}, "'loar': unknown; did you mean 'lora'?"),
         ({"transfer": {"seeds": []}}, r"\[transfer\]: seeds: expected at least one"),
+        (
+            {"transfer": {"variants": {"x": {"scope": "norms", "k": 3}}}},
+            r"\[transfer.variants.x\]: k: for the scope decision or near-zero",
+        ),
+        (
+            {"transfer": {"variants": {"x": {"scope": "lora", "match": "y"}}}},
+            "variants: x: match='y': expected one of full, decision",
+        ),
+        (
+            {"transfer": {"variants": {"x": {"scope": "decision", "epoch": 2}}}},
+            r"\[transfer.variants.x\]: unknown key 'epoch'; did you mean 'epochs'?",
+        ),
+        (
+            {"transfer": {"variants": {"norms": {"scope": "norms", "epochs": 2}}}},
+            "'norms' is the name of a scope; give it another name",
+        ),
+        (
+            {
+                "transfer": {
+                    "variants": {"x": {"scope": "random", "sets": 1}, "x-1": {"scope": "norms"}}
+                }
+            },
+            "two of the runs have the same name",
+        ),
+        ({"protocol": "papre"}, "protocol='papre': expected one of tuned, paper"),
         ({"dtype": "float16"}, "dtype='float16': expected one of float32, bfloat16, float64"),
     ],
 )

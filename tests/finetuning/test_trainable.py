@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 from helpers.checks import assert_same_bits, left_untouched
-from helpers.hf_layout import home, norms
+from helpers.hf_layout import dense_gradients, home, norms
 from helpers.shared import EVERY_FAMILY, models
 from helpers.tiny_models import Float64Throughout, build, prompts
 from helpers.tiny_tasks import examples
 from helpers.tiny_training import HEADS, assert_moved_only, may_move, values
 from helpers.wrapped import needs_hooked, view
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from cdt_lens.core.errors import UnsupportedModelError
 from cdt_lens.finetuning.answer_pass import AnswerPass
@@ -25,17 +24,7 @@ from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.view import ModelView
 from cdt_lens.models.weights import named_weights, own_weights
 from cdt_lens.tasks.metrics import answer_loss
-from cdt_lens.tasks.task import Batch, Examples
-
-
-def dense_gradients(model: Any, data: Examples) -> dict[str, Tensor]:
-    """Hugging Face's model, its own parameters, plain autograd: each prompt alone, unpadded."""
-    model.requires_grad_(True)
-    model.zero_grad()
-    for item in data:
-        logits = model(torch.tensor([item.tokens])).logits[0, -1]
-        cross_entropy(logits[[*item.answers, *item.others]], torch.tensor(0)).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+from cdt_lens.tasks.task import Batch
 
 
 def backward(

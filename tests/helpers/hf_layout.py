@@ -9,10 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
+
+from cdt_lens.tasks.task import Examples
 
 ROLES = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V")
 _NORMS = {
@@ -138,3 +142,13 @@ def selected(
         for name in norms(model):
             masks[name][:] = True
     return masks
+
+
+def dense_gradients(model: Any, data: Examples) -> dict[str, Tensor]:
+    """Hugging Face's model, its own parameters, plain autograd: each prompt alone, unpadded."""
+    model.requires_grad_(True)
+    model.zero_grad()
+    for item in data:
+        logits = model(torch.tensor([item.tokens])).logits[0, -1]
+        cross_entropy(logits[[*item.answers, *item.others]], torch.tensor(0)).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

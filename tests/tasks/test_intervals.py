@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cdt_lens.tasks.intervals import (
     balanced_share_interval,
+    crossed_interval,
     mean_interval,
     ratio_effects,
     share_interval,
@@ -108,3 +109,30 @@ def test_a_share_is_wilsons():
     assert (low, high) == pytest.approx((centre - half, centre + half))
     assert share_interval(10, 10)[0] < 1.0 == share_interval(10, 10)[1]
     assert all(map(math.isnan, share_interval(0, 0)))
+
+
+@pytest.mark.parametrize(
+    ("seeds", "examples", "spread"),
+    [(1, 400, 0.0), (2, 400, 0.02), (3, 400, 0.0), (3, 400, 0.05), (5, 100, 0.03)],
+)
+def test_a_mean_over_seeds_and_examples_is_covered(seeds: int, examples: int, spread: float):
+    """Effects of examples (0.4), seeds (`spread`) and rest (0.4), as differences of answers have."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    hits = []
+    for _ in range(1000):
+        values = 0.4 * normal(1, examples) + 0.4 * normal(seeds, examples)
+        low, high = crossed_interval(values + spread * normal(seeds, 1))
+        hits.append(bool(low <= 0 <= high))
+    # Monte Carlo error 0.007; it may be too wide where the seeds do not differ.
+    assert 0.93 <= sum(hits) / len(hits) <= 0.99
+
+
+def test_with_one_seed_the_interval_is_students():
+    values = torch.randn(1, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    low, high = crossed_interval(values, 0.9)
+    expected = stats.ttest_1samp(values[0].numpy(), 0).confidence_interval(0.9)
+    assert (float(low), float(high)) == pytest.approx((expected.low, expected.high), rel=1e-12)
