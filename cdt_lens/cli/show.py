@@ -33,7 +33,7 @@ def show_transfer(result: Any) -> None:
         "before; (none): the proxy checkpoint without training on the target"
     )
     for rule, right in right_of(result).items():
-        tell(f"scope auto, {rule} rule: chose the better of decision and near-zero in {right}")
+        tell(f"scope auto, {rule} rule: chose the best of its scopes in {right}")
 
 
 def _untouched(result: Any, target: str) -> list[list[str]]:

@@ -1,20 +1,58 @@
 """The scope that each rule for `scope="auto"` would have chosen in a transfer.
 
 The rules see validation data only. The race rule reads the runs of the cells after `race_epochs`.
-Whether a choice was right is judged on the test split, afterwards.
+Whether a choice was right is judged on the test split, afterwards. What the rules are is written
+down before the first cell is judged (`fix_rules`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+from cdt_lens.core.artifacts import content_hash, load_artifact, save_artifact
 from cdt_lens.core.choices import Scope
 from cdt_lens.experiments.transfer_config import TransferConfig
-from cdt_lens.finetuning.scopes import choose_by_gap, choose_by_race
+from cdt_lens.finetuning.scopes import RACERS, ScopeChoice, choose_by_gap, choose_by_race
 from cdt_lens.tasks.task import Task
 
-_RACERS: tuple[Scope, Scope] = ("decision", "near-zero")
+_PAIR: tuple[Scope, ...] = ("decision", "near-zero")
+_RULES = "cdt_lens.auto_rules"
+# The cells of one target and seed by scope.
+_Cells = Mapping[Scope, Mapping[str, Any]]
+
+
+def fix_rules(config: TransferConfig, path: Path, finished_cells: int) -> None:
+    """Write the rules down, with the time and a hash; rules that have changed are added.
+
+    The file proves that the rules were fixed before a test split was read: `finished_cells` of its
+    first entry is 0.
+
+    Args:
+        config: The settings of the experiment.
+        path: The JSON file.
+        finished_cells: Number of cells that are finished by now, whose test splits were read.
+
+    Raises:
+        ArtifactError: The file is damaged.
+    """
+    kept = load_artifact(path, format=_RULES, version=1)[0]["rules"] if path.exists() else []
+    transfer = config.transfer
+    rule = {
+        "gap": {"scopes": list(_PAIR)},
+        "race": {
+            "scopes": [scope for scope in RACERS if scope in transfer.scopes],
+            "epochs": transfer.race_epochs, "least_retention": transfer.least_retention,
+        },
+    }  # fmt: skip
+    digest = content_hash(rule)
+    if kept and kept[-1]["sha256"] == digest:
+        return
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    entry = {"rule": rule, "sha256": digest, "created": now, "finished_cells": finished_cells}
+    save_artifact(path, {"rules": [*kept, entry]}, format=_RULES, version=1)
 
 
 def choices(
@@ -27,42 +65,59 @@ def choices(
         config: The settings of the experiment.
         tasks: The task in each language.
         before: The rows of the untouched proxy model.
-        cells: The finished cells. A target and seed is left out unless both scopes finished.
+        cells: The finished cells. A rule is left out for a target and seed unless two of its scopes
+            finished, and all of those that are run.
     """
     by_place = {(c["row"]["target"], c["row"]["seed"], c["row"]["scope"]): c for c in cells}
     judged = {row["language"]: row["valid_accuracy"] for row in before}
     rows: list[dict[str, Any]] = []
     for target in config.task.targets:
         for seed in config.transfer.seeds:
-            racers = {
-                scope: by_place[target, seed, scope]
-                for scope in _RACERS
-                if by_place.get((target, seed, scope), {}).get("history")
-            }
-            if len(racers) == len(_RACERS):
+            own = {s: by_place.get((target, seed, s), {}) for s in config.transfer.scopes}
+            place = {"target": target, "seed": seed}
+            if pair := _finished(own, _PAIR):
                 gap = choose_by_gap(
                     judged[config.task.source], judged[target], tasks[target].valid.chance
                 )
-                race = choose_by_race(_raced(racers, config.transfer.race_epochs))
-                place = {"target": target, "seed": seed}
-                rows += [place | _judged(choice, racers) for choice in (gap, race)]
+                rows.append(place | _judged(gap, pair, None))
+            if racers := _finished(own, [s for s in RACERS if s in config.transfer.scopes]):
+                rows.append(place | _race(config, racers, judged[config.task.source]))
     return rows
 
 
-def _raced(racers: Mapping[Scope, Any], epochs: int) -> dict[Scope, Mapping[str, Any]]:
-    """Return the first evaluation of each scope from this epoch on."""
-    return {
-        scope: next((row for row in cell["history"] if row["epoch"] >= epochs), cell["history"][-1])
+def _finished(cells: Mapping[str, Mapping[str, Any]], scopes: Sequence[Scope]) -> _Cells:
+    """Return the cells of these scopes; none unless two or more are asked for and all finished."""
+    found: dict[Scope, Mapping[str, Any]] = {
+        s: cells[s] for s in scopes if cells.get(s, {}).get("history")
+    }
+    return found if 2 <= len(scopes) == len(found) else {}
+
+
+def _race(config: TransferConfig, racers: _Cells, source_before: float) -> dict[str, Any]:
+    least = config.transfer.least_retention
+    rows = {
+        scope: next(
+            (row for row in cell["history"] if row["epoch"] >= config.transfer.race_epochs),
+            cell["history"][-1],
+        )
         for scope, cell in racers.items()
     }
+    choice = choose_by_race(rows, least_retention=least, source_before=source_before)
+    return _judged(choice, racers, least)
 
 
-def _judged(choice: Any, racers: Mapping[Scope, Any]) -> dict[str, Any]:
-    accuracy = {scope: cell["row"]["accuracy"] for scope, cell in racers.items()}
-    tie = len(set(accuracy.values())) == 1
-    better: str = "tie" if tie else max(accuracy, key=lambda scope: accuracy[scope])
+def _judged(choice: ScopeChoice, racers: _Cells, least_retention: float | None) -> dict[str, Any]:
+    """Return whether the test split agrees: the best scope among those that keep enough there."""
+    kept = {
+        scope: cell["row"]["accuracy"]
+        for scope, cell in racers.items()
+        if least_retention is None or cell["row"]["retention"] >= least_retention
+    }
+    best = [scope for scope in kept if kept[scope] == max(kept.values())]
+    tie = len(best) == len(racers)
+    better: str = "tie" if tie else ", ".join(best) or "none keeps enough"
     return {
         "rule": choice.rule, "chosen": choice.scope, "better": better,
-        "right": tie or better == choice.scope,
+        "right": tie or choice.scope in best,
         "inputs": ", ".join(f"{name} {value:.3f}" for name, value in choice.inputs.items()),
     }  # fmt: skip

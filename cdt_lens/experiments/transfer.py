@@ -43,7 +43,7 @@ from cdt_lens.core.run_lock import locked
 from cdt_lens.experiments.discovery import discover, judged_on, load_baseline, make_curve
 from cdt_lens.experiments.inputs import check_inputs, make_task, with_train
 from cdt_lens.experiments.runs import Run, discovered_on, keep_settings, kept_settings
-from cdt_lens.experiments.scope_choices import choices
+from cdt_lens.experiments.scope_choices import choices, fix_rules
 from cdt_lens.experiments.transfer_cells import Cells
 from cdt_lens.experiments.transfer_config import TransferConfig
 from cdt_lens.finetuning.export import export
@@ -166,6 +166,9 @@ class Transfer:
     def _cells(self, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the cells by target and seed, the unfinished ones while there is time."""
         transfer, found, left = self.config.transfer, {}, 0
+        if is_main():
+            finished = len(list((self.folder / "cells").glob("*/*.json")))
+            fix_rules(self.config, self.folder / "auto-rules.json", finished)
         searched = self.cells.search(self.over)
         # Seed by seed, so that the first sitting already compares the scopes.
         for seed, target, name in product(transfer.seeds, self.config.task.targets, transfer.runs):

@@ -164,6 +164,8 @@ class TransferSettings(Checked):
         seeds: Seeds of training; each draws its own training examples and random heads.
         examples: Number of training examples of each target; None takes all.
         race_epochs: Number of epochs after which the race rule chooses a scope.
+        least_retention: The share of the source accuracy that the race rule's choice has to keep;
+            None asks for none.
         learning_rates: Peak learning rates by scope; the others take that of `training`.
         search: Factors of the learning rate that are tried for every scope and variant, on the
             first target with the first seed. The one with the best validation result is taken for
@@ -179,6 +181,7 @@ class TransferSettings(Checked):
     seeds: Seeds = (0,)
     examples: Annotated[int | None, Field(ge=1)] = None
     race_epochs: Annotated[int, Field(ge=1)] = 1
+    least_retention: Annotated[float | None, Field(gt=0, le=1)] = None
     learning_rates: dict[str, Rate] = field(default_factory=dict)
     search: Rates | None = None
     text_examples: Annotated[int | None, Field(ge=1)] = 64

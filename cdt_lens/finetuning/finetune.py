@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
+from pydantic import Field
 from torch import nn
 
 from cdt_lens.circuits.circuit import Circuit
@@ -30,6 +32,7 @@ from cdt_lens.finetuning.lora import LowRank
 from cdt_lens.finetuning.options import DEFAULT_RATES, TrainingOptions
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.scopes import (
+    RACERS,
     ScopeChoice,
     check_scope,
     choose_by_gap,
@@ -68,6 +71,7 @@ def finetune(
     source: Task | None = None,
     options: Annotated[TrainingOptions | None, Fix("or give them by name: epochs=5")] = None,
     rule: Literal["gap", "race"] = "gap",
+    least_retention: Annotated[float, Field(gt=0, le=1)] | None = None,
     checkpoint: str | Path | None = None,
     keep_checkpoint: bool = False,
     log: str | Path | None = None,
@@ -85,14 +89,16 @@ def finetune(
         task: The task in the target language.
         heads: The circuit, or its heads as `Head` or by name such as "L9H6". The scope
             `near-zero` needs a circuit with scores; `norms`, `full` and `lora` need no heads.
-        scope: One of `options.SCOPES`, or "auto", which chooses `decision` or `near-zero` by `rule`
-            from validation data before training; the result records the choice. The default is
-            `decision` if heads are given; without heads a scope must be named.
+        scope: One of `options.SCOPES`, or "auto", which chooses a scope by `rule` from validation
+            data before training; the result records the choice. The default is `decision` if heads
+            are given; without heads a scope must be named.
         source: The task in the source language. Its validation split measures forgetting; it is
             never trained on.
         options: Training options.
-        rule: How "auto" chooses: "gap" (`scopes.choose_by_gap`; needs `source`), or "race", which
-            trains one epoch of each scope.
+        rule: How "auto" chooses: "gap" (`scopes.choose_by_gap`; needs `source`) decides between
+            `decision` and `near-zero`. "race" trains one epoch of each of `scopes.RACERS`.
+        least_retention: With the race rule, the share of the source accuracy that the chosen scope
+            has to keep, on the source's validation split; needs `source`. None asks for none.
         checkpoint: A JSON file from which an interrupted run resumes. A finished run removes it.
         keep_checkpoint: Keep the checkpoint of a finished run; the same call then returns the same
             result at once.
@@ -114,11 +120,15 @@ def finetune(
         NonFiniteError: A loss or gradient became NaN or infinite; the message names the step.
     """
     view = view_of(model)
+    if least_retention is not None and (scope, rule) != ("auto", "race"):
+        raise InputError(
+            'least_retention: for scope="auto" with rule="race", which compares scopes by it'
+        )
     if scope is None:
         scope = _default_scope(heads)
     options = (options or TrainingOptions()).changed(**changes)
     if scope == "auto":
-        choice = _choose(view, task, heads, source, options, rule, progress)
+        choice = _choose(view, task, heads, source, options, rule, least_retention, progress)
         result = finetune(
             view, task, heads=heads, scope=choice.scope, source=source, options=options,
             checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, log=log, keep=keep,
@@ -279,9 +289,10 @@ def _chosen(
 
 def _choose(
     view: ModelView, task: Task, heads: Circuit | Iterable[Head | str] | None,
-    source: Task | None, options: TrainingOptions, rule: str, progress: bool,
+    source: Task | None, options: TrainingOptions, rule: str, least_retention: float | None,
+    progress: bool,
 ) -> ScopeChoice:  # fmt: skip
-    """Decide between `decision` and `near-zero` before the run, on validation data only."""
+    """Choose a scope before the run, on validation data only."""
     if not len(task.valid):
         raise InputError(f"scope 'auto': {task.name} has no validation split to choose by")
     if rule == "gap":
@@ -291,13 +302,37 @@ def _choose(
         before = evaluate(view, source.valid, source).accuracy
         now = evaluate(view, task.valid, task).accuracy
         return choose_by_gap(before, now, task.valid.chance)
+    if least_retention is not None and source is None:
+        raise InputError("least_retention: pass source=, the task in the language to keep")
+    raced = _race(view, task, heads, source, options, progress)
+    kept = None if source is None else evaluate(view, source.valid, source).accuracy
+    return choose_by_race(raced, least_retention=least_retention, source_before=kept)
+
+
+def _race(
+    view: ModelView, task: Task, heads: Circuit | Iterable[Head | str] | None,
+    source: Task | None, options: TrainingOptions, progress: bool,
+) -> dict[Scope, dict[str, Any]]:  # fmt: skip
+    """Train every scope that can be trained for one epoch, and return the last row of each."""
     short = options.changed(epochs=1, patience=None, evaluate_every=1)
     raced: dict[Scope, dict[str, Any]] = {}
-    scopes: tuple[Scope, Scope] = ("decision", "near-zero")
-    for scope in scopes:
-        result = finetune(view, task, heads=heads, scope=scope, options=short, progress=progress)
+    for scope in _racers(view, heads):
+        result = finetune(
+            view, task, heads=heads, scope=scope, source=source, options=short, progress=progress
+        )
         raced[scope] = result.to_dataframe().to_dict("records")[-1]  # type: ignore[assignment]
-    return choose_by_race(raced)
+    return raced
+
+
+def _racers(view: ModelView, heads: Circuit | Iterable[Head | str] | None) -> list[Scope]:
+    """Return the scopes of `RACERS` that this model and these heads allow."""
+    scored = isinstance(heads, Circuit) and heads.scores is not None
+    possible = {
+        "decision": heads is not None,
+        "near-zero": scored,
+        "lora": view.is_bridge and find_spec("peft") is not None,
+    }
+    return [scope for scope in RACERS if possible.get(scope, True)]
 
 
 def check_splits(task: Task, source: Task | None, options: TrainingOptions) -> None:

@@ -5,6 +5,8 @@ Scopes (CT-SFT, arXiv 2601.08146): `decision` is the circuit; `near-zero` (`near
 The `gap` rule calls a transfer hard if the proxy model loses at least half of its margin over
 chance between the source and the target language. Hard transfers take `decision`, easy ones
 `near-zero`. The rule uses validation data and the untouched proxy model only.
+The `race` rule trains each of `RACERS` for a short time. It takes the one with the best validation
+result among those that keep enough of the source accuracy.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.finetuning.options import SCOPES
 from cdt_lens.models.heads import Head
 
+# The scopes that the race rule compares, the smallest first: a tie goes to it.
+RACERS: tuple[Scope, ...] = ("norms", "near-zero", "decision", "lora", "full")
 _HARD = 0.5
 
 
@@ -106,17 +110,32 @@ def choose_by_gap(source: float, target: float, chance: float) -> ScopeChoice:
     )
 
 
-def choose_by_race(rows: Mapping[Scope, Mapping[str, Any]]) -> ScopeChoice:
-    """Choose by the `race` rule: the scope with the better validation accuracy after a short run.
+def choose_by_race(
+    rows: Mapping[Scope, Mapping[str, Any]], *, least_retention: float | None = None,
+    source_before: float | None = None,
+) -> ScopeChoice:  # fmt: skip
+    """Choose by the `race` rule: the best scope on validation data after a short run.
 
     Args:
         rows: One row of the training history of each scope (`FineTuneResult.history`). A tie in
             accuracy goes to the lower loss.
+        least_retention: Only scopes whose source accuracy is at least this share of that before are
+            considered. If there is none, the scope with the highest source accuracy is chosen.
+            None considers all.
+        source_before: The source accuracy of the untouched model, from 0 to 1; needed with
+            `least_retention`.
     """
-    keys = {s: (rows[s]["target_accuracy"], -rows[s]["target_loss"]) for s in rows}
     inputs = {
         f"{scope}_{name}": float(row[f"target_{name}"])
         for scope, row in rows.items()
         for name in ("accuracy", "loss")
     }
+    able = list(rows)
+    if least_retention is not None:
+        kept = {scope: float(row["source_accuracy"]) for scope, row in rows.items()}
+        inputs |= {f"{scope}_source_accuracy": value for scope, value in kept.items()}
+        enough = least_retention * (source_before or 0.0)
+        able = [scope for scope in rows if kept[scope] >= enough]
+        able = able or [scope for scope in rows if kept[scope] == max(kept.values())]
+    keys = {s: (rows[s]["target_accuracy"], -rows[s]["target_loss"]) for s in able}
     return ScopeChoice("race", max(keys, key=lambda scope: keys[scope]), inputs)

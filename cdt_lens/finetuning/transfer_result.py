@@ -40,7 +40,8 @@ LATER_CELL_COLUMNS = (
 BEFORE_COLUMNS = ("language", "accuracy", "macro_f1", "valid_accuracy", "examples")
 LATER_BEFORE_COLUMNS = ("loss", "text_loss")
 # What is kept of every test example.
-PER_EXAMPLE = ("right", "loss", "source_right", "source_loss")
+Measure = Literal["right", "loss", "source_right", "source_loss"]
+PER_EXAMPLE: tuple[Measure, ...] = ("right", "loss", "source_right", "source_loss")
 _WORDS = {"target", "scope", "language", "rule", "chosen", "better", "inputs", "trains"}
 _TEXT = {*_WORDS, "stopped", "right"}
 AUTO_COLUMNS = ("target", "seed", "rule", "chosen", "better", "right", "inputs")
@@ -129,7 +130,7 @@ class TransferResult(Saved):
     def differences(
         self,
         of: str = "decision",
-        measure: Literal["right", "loss", "source_right", "source_loss"] = "right",
+        measure: Measure = "right",
         level: Level = 0.95,
     ) -> pd.DataFrame:
         """Compare one scope with every other, example by example and seed by seed.

@@ -18,7 +18,7 @@ import pandas as pd
 
 from cdt_lens.core.table import BELOW, BEST, Marked, Table, star_best
 from cdt_lens.finetuning.result import FineTuneResult
-from cdt_lens.finetuning.transfer_result import TransferResult
+from cdt_lens.finetuning.transfer_result import Measure, TransferResult
 from cdt_lens.tasks.intervals import share_interval
 from cdt_lens.viz.words import (
     Read,
@@ -57,6 +57,9 @@ _MEASURES = {
     "macro_f1": _Measure(_MACRO_F1),
     "retention": _Measure("retention"),
     "source_accuracy": _Measure("source accuracy"),
+    "related_retention": _Measure("retention of the related task"),
+    "source_text_loss": _Measure("source text (nats a token)", best=min),
+    "target_text_loss": _Measure("target text (nats a token)", best=min),
     "trained_parameters": _Measure("parameters trained (share)", short_count, min, spread=False),
     "seconds": _Measure("training time", duration, min, spread=False),
 }
@@ -124,7 +127,7 @@ def untouched(result: TransferResult, language: str, measure: str) -> float:
         measure: The name of the measure.
     """
     rows = result.before[result.before["language"] == language]
-    return float(rows[measure].iloc[0]) if len(rows) else float("nan")
+    return float(rows[measure].iloc[0]) if len(rows) and measure in rows else float("nan")
 
 
 def trained_in_words(result: FineTuneResult) -> str:
@@ -152,8 +155,51 @@ def comparison_table(result: TransferResult) -> Table:
     several = len(result.seeds) > 1
     notes = ["mean \u00b1 standard deviation over seeds (costs: mean)"] if several else []
     notes += [f"{BEST} best of the scopes", f"{BELOW} below the untouched proxy checkpoint"]
-    headings = ["target", "scope", "seeds", *(measure.heading for measure in _MEASURES.values())]
+    measures = _measured(result)
+    headings = ["target", "scope", "seeds", *(_MEASURES[name].heading for name in measures)]
     return Table(headings, rows, f"Scopes on test data; {', '.join(notes)}", grouped=True)
+
+
+def _measured(result: TransferResult) -> list[str]:
+    """Return the measures of the comparison; those that this result has no value of are left out.
+
+    Files of 0.3 have no related task and no loss on text.
+    """
+    always = set(_MEASURES) - {"related_retention", "source_text_loss", "target_text_loss"}
+    known = set(result.cells.columns[result.cells.notna().any()])
+    return [name for name in _MEASURES if name in always | known]
+
+
+def differences_table(result: TransferResult, of: str) -> Table:
+    """Return the paired differences between one scope and every other, in accuracy and in loss.
+
+    Args:
+        result: The transfer.
+        of: The scope.
+    """
+    columns = [
+        "target",
+        "compared with",
+        "target accuracy",
+        "target loss (nats)",
+        "source accuracy",
+    ]
+    measures: tuple[Measure, ...] = ("right", "loss", "source_right")
+    frames = [result.differences(of, name) for name in measures]
+    rows = [
+        [own[0]["target"], own[0]["other"], *map(_difference, own)]
+        for own in zip(*(frame.to_dict("records") for frame in frames), strict=True)
+    ]
+    several = "test examples and seeds" if len(result.seeds) > 1 else "test examples, for one seed"
+    caption = (
+        f"{of} minus each other scope, on the same test examples: mean and 95 % interval over "
+        f"{several}"
+    )
+    return Table(columns, rows, caption, grouped=True)
+
+
+def _difference(row: Mapping[Any, Any]) -> str:
+    return f"{row['difference']:+.3f} {limits((row['low'], row['high']), '+.3f')}"
 
 
 def runs_table(result: TransferResult) -> Table:
@@ -183,7 +229,7 @@ def choices_table(result: TransferResult) -> Table:
     """Return the scope that each rule chose, beside the one that was better on test data."""
     shares = (f"{rule} {share}" for rule, share in right_of(result).items())
     caption = (
-        f"Automatic choice of scope; right about the better of decision and near-zero: "
+        f"Automatic choice of scope; right about the best scope of those that the rule compares: "
         f"{', '.join(shares)}; {_always(result.auto)}"
     )
     return Table(_headings(_CHOICES), _cells(result.auto, _CHOICES), caption)
@@ -234,23 +280,28 @@ def _cells(frame: pd.DataFrame, columns: Columns) -> list[list[object]]:
 
 def _always(auto: pd.DataFrame) -> str:
     """Return how often always the same scope would have been right, which the rules must beat."""
-    known = auto[auto["right"].notna()].drop_duplicates(["target", "seed"])
-    decided = known[known["better"] != "tie"]
-    shares = (
-        f"{scope} {int((decided['better'] == scope).sum())} of {len(decided)}"
-        for scope in ("decision", "near-zero")
-    )
-    return f"always taking {', always '.join(shares)}"
+    decided = auto[auto["right"].notna() & (auto["better"] != "tie")]
+    shares = []
+    for rule, own in decided.groupby("rule", sort=False):
+        better = own["better"].str.split(", ")
+        for scope in sorted({scope for scopes in better for scope in scopes}):
+            right = sum(scope in scopes for scopes in better)
+            shares.append(f"{scope} ({rule}) {right} of {len(own)}")
+    return f"always taking one scope: {', '.join(shares) or 'all tie'}"
 
 
 def _untouched_row(result: TransferResult, target: str) -> list[object]:
-    scores = (
-        untouched(result, target, "accuracy"),
-        untouched(result, target, "macro_f1"),
-        1.0,  # the retention, by definition
-        untouched(result, result.proxy, "accuracy"),
-    )
-    return [UNTOUCHED, "\u2013", *map(score, scores), "0 (0 %)", "\u2013"]
+    values = {
+        "accuracy": score(untouched(result, target, "accuracy")),
+        "macro_f1": score(untouched(result, target, "macro_f1")),
+        "retention": score(1.0),  # by definition
+        "source_accuracy": score(untouched(result, result.proxy, "accuracy")),
+        "related_retention": score(1.0),
+        "source_text_loss": score(untouched(result, result.proxy, "text_loss")),
+        "target_text_loss": score(untouched(result, target, "text_loss")),
+        "trained_parameters": "0 (0 %)",
+    }
+    return [UNTOUCHED, "\u2013", *(values.get(name, "\u2013") for name in _measured(result))]
 
 
 def _scope_rows(result: TransferResult, target: str) -> list[list[object]]:
@@ -258,7 +309,8 @@ def _scope_rows(result: TransferResult, target: str) -> list[list[object]]:
     planned = len(result.seeds)
     seeds = [str(n) if n == planned else f"{n} of {planned}" for n in map(finished, runs)]
     columns = []
-    for name, measure in _MEASURES.items():
+    for name in _measured(result):
+        measure = _MEASURES[name]
         before = untouched(result, target, name) if name in ("accuracy", "macro_f1") else np.nan
         shares = [part["share"] for part in runs] if name == "trained_parameters" else None
         columns.append(_column([part[name] for part in runs], measure, before, shares))

@@ -273,11 +273,10 @@ def test_the_choice_of_scope_uses_validation_data_only(
     judged = result.before.set_index("language")["valid_accuracy"]
     for row in result.auto.to_dict("records"):
         own = result.cells[result.cells.target == row["target"]].set_index("scope")["accuracy"]
-        if own["decision"] == own["near-zero"]:
-            assert row["better"] == "tie" and row["right"]
-        else:
-            better = "decision" if own["decision"] > own["near-zero"] else "near-zero"
-            assert row["better"] == better and row["right"] == (row["chosen"] == better)
+        compared = ["decision", "near-zero"] if row["rule"] == "gap" else SCOPES
+        best = {scope for scope in compared if own[scope] == own[compared].max()}
+        assert row["right"] == (row["chosen"] in best)
+        assert set(row["better"].split(", ")) == ({"tie"} if len(best) == len(compared) else best)
         if row["rule"] == "gap":
             assert f"target_accuracy {judged[row['target']]:.3f}" in row["inputs"]
         else:
@@ -728,3 +727,29 @@ def test_the_protocol_of_the_paper(place: Path):
     pool = run._apart(run.source)
     assert len(pool) == 12 and len(kept) == len(whole) - 12
     assert not set(map(id, pool)) & set(map(id, kept))
+
+
+def test_the_report_holds_the_differences(varied: tuple[TransferResult, Path]):
+    result, _ = varied
+    section = transfer_section(result, "x", [])
+    captions = [table.caption for table in section.tables]
+    assert captions[1] == (
+        "decision minus each other scope, on the same test examples: mean and 95 % interval over "
+        "test examples and seeds"
+    )
+    found = result.differences("decision").iloc[0]
+    assert section.tables[1].rows[0][:2] == ["near", "norms"]
+    assert str(section.tables[1].rows[0][2]).startswith(f"{found['difference']:+.3f} [")
+
+
+def test_the_rules_are_written_down_before_a_test_split_is_read(
+    finished: tuple[TransferResult, Path],
+):
+    _, out = finished
+    (entry,) = load_artifact(out / "auto-rules.json", format="cdt_lens.auto_rules", version=1)[0][
+        "rules"
+    ]
+    assert entry["finished_cells"] == 0 and len(entry["sha256"]) == 64
+    assert entry["rule"]["race"]["scopes"] == ["norms", "near-zero", "decision", "full"]
+    first = min(path.stat().st_mtime for path in (out / "cells").glob("*/*.json"))
+    assert (out / "auto-rules.json").stat().st_mtime <= first

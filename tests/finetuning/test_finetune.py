@@ -640,7 +640,7 @@ def test_auto_by_the_race_takes_the_better_after_one_epoch(tokenizer_folder):
         result = finetune(seen, task(), scope="auto", rule="race", **given)
     after = {
         scope: finetune(seen, task(), scope=scope, **given | {"epochs": 1}).history.iloc[-1]
-        for scope in ("decision", "near-zero")
+        for scope in ("norms", "near-zero", "decision", "lora", "full")
     }
     keys = {scope: (row["target_accuracy"], -row["target_loss"]) for scope, row in after.items()}
     assert result.scope == max(keys, key=lambda scope: keys[scope])
@@ -651,6 +651,14 @@ def test_auto_by_the_race_takes_the_better_after_one_epoch(tokenizer_folder):
         for name in ("accuracy", "loss")
     }
     assert result.history["epoch"].tolist() == [0, 1, 2]
+
+
+def test_the_race_runs_what_the_model_and_the_heads_allow(tokenizer_folder):
+    seen = view("llama", "bridge", tokenizer_folder, torch.float32)
+    every = ["norms", "near-zero", "decision", "lora", "full"]
+    assert fine_tuning._racers(seen, circuit_for(seen)) == every
+    assert fine_tuning._racers(seen, HEADS) == ["norms", "decision", "lora", "full"]
+    assert fine_tuning._racers(seen, None) == ["norms", "lora", "full"]
 
 
 def test_auto_says_what_it_needs(tokenizer_folder):
@@ -665,8 +673,10 @@ def test_auto_says_what_it_needs(tokenizer_folder):
         pytest.raises(InputError, match="rule='best': expected one of gap, race"),
     ):
         finetune(seen, task(), rule="best", **given)
-    with pytest.raises(InputError, match="near-zero.*no scores"):
-        finetune(seen, task(), rule="race", **given | {"heads": HEADS})
+    with pytest.raises(InputError, match="least_retention: pass source="):
+        finetune(seen, task(), rule="race", least_retention=0.9, **given)
+    with pytest.raises(InputError, match='least_retention: for scope="auto" with rule="race"'):
+        finetune(seen, task(), source=task(), least_retention=0.9, **given)
 
 
 # Refusals ------------------------------------------------------------------------------------------

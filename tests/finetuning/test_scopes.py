@@ -120,7 +120,23 @@ def test_the_race_rule_takes_the_better_and_in_a_tie_the_lower_loss(decision, ne
     }
     choice = choose_by_race(rows)
     assert (choice.rule, choice.scope) == ("race", scope)
+    assert choose_by_race(rows, least_retention=None, source_before=1.0) == choice
     assert choice.inputs == {
         "decision_accuracy": decision[0], "decision_loss": decision[1],
         "near-zero_accuracy": near_zero[0], "near-zero_loss": near_zero[1],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("least", "scope"), [(0.5, "full"), (0.8, "decision"), (0.95, "norms"), (1.0, "norms")]
+)
+def test_the_race_rule_takes_the_best_of_those_that_keep_enough(least, scope):
+    """Source accuracy 0.9 before: `full` keeps 0.6 / 0.9 of it, `decision` 0.75, `norms` 0.88."""
+    values = {"full": (0.9, 0.6), "decision": (0.8, 0.75), "norms": (0.7, 0.88)}
+    rows = {
+        name: {"target_accuracy": target, "target_loss": 0.1, "source_accuracy": source}
+        for name, (target, source) in values.items()
+    }
+    choice = choose_by_race(rows, least_retention=least, source_before=0.9)
+    assert choice.scope == scope
+    assert choice.inputs["full_source_accuracy"] == 0.6

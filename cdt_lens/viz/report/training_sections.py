@@ -60,6 +60,9 @@ def transfer_section(result: TransferResult, id: str, _: Sequence[object]) -> Se
         )
     ]
     tables = [training_tables.comparison_table(result)]
+    compared = "decision" if "decision" in result.scopes else result.scopes[0]
+    if result.per_example and len(result.scopes) > 1:
+        tables.append(training_tables.differences_table(result, compared))
     if len(result.auto):
         tables.append(training_tables.choices_table(result))
     if len(result.cells):
