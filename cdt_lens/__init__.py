@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # The same names for type checkers; a test compares the two l
     from cdt_lens.decomposition.rules import PRESETS as PRESETS, Rules as Rules
     from cdt_lens.experiments.transfer import run_transfer as run_transfer
     from cdt_lens.experiments.transfer_config import read_config as read_config
+    from cdt_lens.finetuning.adapt_result import AdaptResult as AdaptResult
     from cdt_lens.finetuning.adapter import Adapter as Adapter
     from cdt_lens.finetuning.export import export as export
     from cdt_lens.finetuning.finetune import finetune as finetune
@@ -136,6 +137,7 @@ _PUBLIC = {
     "finetuning.export": ("export",),
     "finetuning.finetune": ("finetune",),
     "finetuning.options": ("TrainingOptions",),
+    "finetuning.adapt_result": ("AdaptResult",),
     "finetuning.result": ("FineTuneResult",),
     "finetuning.transfer_result": ("TransferResult",),
     "interchange.graphs": ("read_graph", "write_graph"),

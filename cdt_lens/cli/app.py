@@ -14,6 +14,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from cdt_lens.cli.adapt import adapt
 from cdt_lens.cli.compare import compare
 from cdt_lens.cli.console import err
 from cdt_lens.cli.convert import convert, fetch
@@ -87,8 +88,8 @@ app = typer.Typer(
 )
 
 for _command in (
-    demo, discover, faithfulness, trace, report, show, compare, finetune, transfer, export, predict,
-    convert, fetch,
+    demo, adapt, discover, faithfulness, trace, report, show, compare, finetune, transfer, export,
+    predict, convert, fetch,
 ):  # fmt: skip
     app.command(cls=Command)(_command)
 

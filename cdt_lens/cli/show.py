@@ -11,7 +11,7 @@ from cdt_lens.cli.console import tell, tell_table
 from cdt_lens.core.errors import InputError
 
 # The files that show a folder's result, the most of it first.
-_RESULTS = ("adapter.json", "result.json", "comparison.json", "circuit.json")
+_RESULTS = ("adapt.json", "adapter.json", "result.json", "comparison.json", "circuit.json")
 
 
 def show_transfer(result: Any) -> None:
@@ -97,6 +97,17 @@ def tell_graph(graph: Any, limit: int = 12) -> None:
         tell_table(["edge", f"score{unit}"], rows)
 
 
+def show_adaptation(result: Any) -> None:
+    """Print what was tried, and the accuracies before and after."""
+    from cdt_lens.viz.training_tables import languages_table, trials_table
+
+    for table in (trials_table(result), languages_table(result)):
+        tell(table.caption)
+        tell_table(table.headings, table.rows)
+    if result.nothing_learnt:
+        tell(result.nothing_learnt)
+
+
 def show_comparison(result: Any) -> None:
     """Print agreement and cost, then faithfulness, then what differs and what was refused."""
     from cdt_lens.viz.comparison_tables import agreement, differences, use
@@ -150,11 +161,12 @@ def show(
     show_it = {
         "cdt_lens.circuit": _show_circuit, "cdt_lens.adapter": _show_adapter,
         "cdt_lens.transfer": _show_transfer_file, "cdt_lens.comparison": _show_comparison_file,
-        "cdt_lens.planted_comparison": _show_planted_file,
+        "cdt_lens.planted_comparison": _show_planted_file, "cdt_lens.adapt": _show_adapt_file,
     }  # fmt: skip
     if kind not in show_it:
         raise InputError(
-            f"{path}: expected a circuit, an adapter, a comparison or a transfer result, got {kind}"
+            f"{path}: expected a circuit, an adapter, a comparison, or a result of transfer or "
+            f"adapt, got {kind}"
         )
     provenance = show_it[kind](path)
     if provenance is not None:
@@ -178,6 +190,14 @@ def _show_transfer_file(path: Path) -> Any:
 
     result = TransferResult.load(path)
     show_transfer(result)
+    return result.provenance
+
+
+def _show_adapt_file(path: Path) -> Any:
+    from cdt_lens.finetuning.adapt_result import AdaptResult
+
+    result = AdaptResult.load(path)
+    show_adaptation(result)
     return result.provenance
 
 

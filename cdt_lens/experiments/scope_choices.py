@@ -44,7 +44,7 @@ def fix_rules(config: TransferConfig, path: Path, finished_cells: int) -> None:
         "gap": {"scopes": list(_PAIR)},
         "race": {
             "scopes": [scope for scope in RACERS if scope in transfer.scopes],
-            "epochs": transfer.race_epochs, "least_retention": transfer.least_retention,
+            "epochs": transfer.race_epochs, "least_retention": transfer.training.least_retention,
         },
     }  # fmt: skip
     digest = content_hash(rule)
@@ -94,7 +94,7 @@ def _finished(cells: Mapping[str, Mapping[str, Any]], scopes: Sequence[Scope]) -
 
 
 def _race(config: TransferConfig, racers: _Cells, source_before: float) -> dict[str, Any]:
-    least = config.transfer.least_retention
+    least = config.transfer.training.least_retention
     rows = {
         scope: next(
             (row for row in cell["history"] if row["epoch"] >= config.transfer.race_epochs),

@@ -17,6 +17,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -34,7 +35,7 @@ from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.artifacts import atomic_write, load_artifact, remove_artifact, save_artifact
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Positive
-from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.core.errors import ArtifactError, InputError, NonFiniteError
 from cdt_lens.core.folders import check_run_folder
 from cdt_lens.core.kept import Cell, Kept, as_json
 from cdt_lens.core.passes import Passes
@@ -67,6 +68,8 @@ from cdt_lens.viz.report.report import render_report
 
 Say = Callable[[str], None]
 _RUN, _PROXY = "cdt_lens.transfer_run", "cdt_lens.transfer_proxy"
+_TRIED_PROXY = "cdt_lens.transfer_tried_proxy"
+_TRIED_EXAMPLES = 200
 
 
 class _Proxy(TypedDict):
@@ -155,9 +158,7 @@ class Transfer:
         Raises:
             InputError: The folder holds an experiment with another model, task or proxy.
         """
-        self.settle()
-        self._check_inputs()
-        self._train_proxy()
+        self.prepare()
         self._discover()
         before = [self.cells.before(language) for language in self.languages]
         self.cells.before_related()
@@ -184,6 +185,16 @@ class Transfer:
             self.say(f"the time is over: {left} cells are left; the same command goes on with them")
         places = product(self.config.task.targets, transfer.seeds, transfer.runs)
         return [found[place] for place in places if place in found]
+
+    def prepare(self) -> None:
+        """Check and save the settings, check the data, and train the proxy or keep it.
+
+        Raises:
+            InputError: The folder holds an experiment with another model, task or proxy.
+        """
+        self.settle()
+        self._check_inputs()
+        self._train_proxy()
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -255,7 +266,7 @@ class Transfer:
         task = with_train(source, proxy.examples, proxy.training.seed)
         made_from = {
             "train": task.train.hash, "valid": task.valid.hash, "model": base,
-            "options": asdict(proxy.training),
+            "options": asdict(proxy.training), "search": proxy.search,
         }  # fmt: skip
         kept = self._kept_proxy(made_from)
         if kept.reuse(self.say) is not None:
@@ -295,8 +306,12 @@ class Transfer:
     def _make_proxy(self, model: nn.Module, task: Task, kept: Kept) -> None:
         config = self.config
         self.say(f"proxy stage: {config.model} on {config.task.source}")
-        rate = config.proxy.training.learning_rate
-        options = replace(config.proxy.training, learning_rate=rate or DEFAULT_RATES["full"])
+        rate = config.proxy.training.learning_rate or DEFAULT_RATES["full"]
+        factors = config.proxy.search or (1.0,)
+        if len(factors) > 1:
+            losses = {f: self._tried_proxy(model, task, rate * f) for f in factors}
+            factors = (min(losses, key=lambda factor: losses[factor]),)
+        options = replace(config.proxy.training, learning_rate=rate * factors[0])
         checkpoint = self.folder / "proxy.checkpoint.json"
         drop_stale_checkpoint(checkpoint, model, task, self.say, scope="full", options=options)
         tuned = finetune(
@@ -321,6 +336,27 @@ class Transfer:
         if is_main():
             remove_artifact(checkpoint)
         wait_for_all()
+
+    def _tried_proxy(self, model: nn.Module, task: Task, rate: float) -> float:
+        """Return the validation loss after one epoch at a learning rate; inf if it diverges."""
+        options = replace(self.config.proxy.training, learning_rate=rate, epochs=1)
+        task = with_train(task, _TRIED_EXAMPLES, options.seed)
+        made_from = {
+            "model": model_key(view_of(model)), "task": task.hash, "options": asdict(options),
+        }  # fmt: skip
+        kept = Kept(self.folder / "search" / f"proxy-{rate:g}.json", _TRIED_PROXY, made_from)
+        finished = kept.reuse(self.say)
+        if finished is None:
+            self.say(f"search: proxy, learning rate {rate:g}")
+            loss = None
+            with suppress(NonFiniteError):
+                result = finetune(
+                    model, task, scope="full", options=options, progress=self.progress
+                )
+                loss = float(result.to_dataframe()["target_loss"].iloc[-1])
+            finished = {"loss": loss}
+            kept.keep(finished)
+        return math.inf if finished["loss"] is None else float(finished["loss"])
 
     def _load(self, source: str) -> Any:
         config = self.config

@@ -20,6 +20,7 @@ from typing_extensions import TypedDict
 
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.circuits.measures import heads_at
 from cdt_lens.core.artifacts import remove_artifact
 from cdt_lens.core.choices import HEAD_SCOPES
 from cdt_lens.core.errors import NonFiniteError
@@ -80,7 +81,7 @@ class _Plan:
 
 
 @dataclass(frozen=True)
-class _Trial:
+class Trial:
     """One training of the search for a learning rate."""
 
     scope: str
@@ -246,7 +247,7 @@ class Cells:
         """Train a cell and judge it on the test splits, with the trained values in the model."""
         if plan.adapter is not None and is_main():
             remove_artifact(plan.adapter / ADAPTER_FILE)  # that of another call
-        training = _training(plan.scope, plan.heads, plan.options) | {"source": self._source}
+        training = training_of(plan.scope, plan.heads, plan.options) | {"source": self._source}
         drop_stale_checkpoint(plan.checkpoint, self.model, plan.task, self.say, **training)
         return finetune(
             self.model, plan.task, **training, checkpoint=plan.checkpoint, keep_checkpoint=True,
@@ -262,13 +263,21 @@ class Cells:
         if variant.scope not in HEAD_SCOPES:
             return ()
         circuit = self.circuit
-        if variant.k is not None or variant.heads != "circuit":
-            k = len(circuit) if variant.k is None else variant.k
+        k = self._size(variant)
+        if k is not None or variant.heads != "circuit":
+            k = len(circuit) if k is None else k
             signal = None if variant.heads == "circuit" else self._signal(target, task)
             by = self.config.discovery.by
             circuit = choose_heads(self.scores, k, by, variant.heads, signal)
         draw = seed if variant.draw is None else variant.draw
         return scope_heads(variant.scope, circuit, seed=draw)
+
+    def _size(self, variant: Variant) -> int | None:
+        """Return the number of heads that a variant asks for, or None."""
+        if variant.fraction is None:
+            return variant.k
+        everyone = self.scores.n_layers * self.scores.n_heads
+        return max(1, heads_at(variant.fraction, everyone))
 
     def _signal(self, target: str, task: Task) -> Tensor:
         """Return the gradient of the target's training loss by head, computed once per data."""
@@ -316,18 +325,15 @@ class Cells:
         Returns:
             Whether the search is finished.
         """
-        training = self.config.transfer.training
         for name in self.config.transfer.runs if self.config.transfer.search else ():
-            found: dict[float, tuple[float, float]] = {}
+            found: dict[float, tuple[float, ...]] = {}
             for factor in self.config.transfer.search or ():
-                kept = self._trial(name, factor)
-                history = kept.history(self.say)
-                if history is None:
-                    if over():
-                        return False
-                    history = self._try(kept)
-                best = _best_of(history, training)
-                found[factor] = (-math.inf, -math.inf) if best is None else rank_of(best, training)
+                trial = self.trial(name, factor)
+                if trial.history(self.say) is None and over():
+                    return False
+                best = self.tried(trial)
+                options = trial.options
+                found[factor] = (-math.inf,) if not best else rank_of(best[-1], best[0], options)
             self._factors[name] = max(found, key=lambda factor: found[factor])
             self.say(f"search: {name}: {self._factors[name]:g} times its learning rate is best")
         return True
@@ -336,7 +342,8 @@ class Cells:
     def _factors(self) -> dict[str, float]:
         return {}
 
-    def _trial(self, name: str, factor: float) -> _Trial:
+    def trial(self, name: str, factor: float) -> Trial:
+        """Return the training of a run at a factor of its learning rate, on the first target."""
         variant, target = self.config.transfer.runs[name], self.config.task.targets[0]
         seed = self.config.transfer.seeds[0]
         task = with_train(self.tasks[target], self.config.transfer.examples, seed)
@@ -344,18 +351,32 @@ class Cells:
         options = self._options(variant, seed, heads)
         options = replace(options, learning_rate=(options.learning_rate or 0.0) * factor)
         made_from = {
-            "model": self._hash, "task": task.hash, "heads": [str(head) for head in heads],
-            "options": asdict(options), "scope": variant.scope,
+            "model": self._hash, "task": task.hash, "source": self._source.hash,
+            "heads": [str(head) for head in heads], "options": asdict(options),
+            "scope": variant.scope,
         }  # fmt: skip
         path = self.folder / "search" / f"{file_name(name)}-{factor:g}.json"
         kept = Kept(path, _TRIED, made_from, holds=_Tried)
-        return _Trial(variant.scope, heads, options, task, kept)
+        return Trial(variant.scope, heads, options, task, kept)
 
-    def _try(self, trial: _Trial) -> list[dict[str, Any]]:
+    def tried(self, trial: Trial) -> list[dict[str, Any]]:
+        """Train a trial unless it is kept.
+
+        Returns:
+            The first and the best row of its history; nothing where it diverged.
+        """
+        history = trial.history(self.say)
+        if history is None:
+            history = self._try(trial)
+        if not history:
+            return []
+        return [history[0], max(history, key=lambda row: rank_of(row, history[0], trial.options))]
+
+    def _try(self, trial: Trial) -> list[dict[str, Any]]:
         path = trial.kept.path
         self.say(f"search: {path.stem}, learning rate {trial.options.learning_rate:g}")
         checkpoint = path.with_name(f"{path.stem}.checkpoint.json")
-        training = _training(trial.scope, trial.heads, trial.options)
+        training = training_of(trial.scope, trial.heads, trial.options) | {"source": self._source}
         drop_stale_checkpoint(checkpoint, self.model, trial.task, self.say, **training)
         history: list[dict[str, Any]] = []
         try:
@@ -438,17 +459,11 @@ class Cells:
         return evaluate(view, examples, task, logits_of=logits)
 
 
-def _training(scope: str, heads: tuple[Head, ...], options: TrainingOptions) -> dict[str, Any]:
+def training_of(scope: str, heads: tuple[Head, ...], options: TrainingOptions) -> dict[str, Any]:
     """Return the arguments of `finetune`; chosen heads are `decision`, whatever chose them."""
     return {
         "heads": heads or None, "scope": "decision" if heads else scope, "options": options,
     }  # fmt: skip
-
-
-def _best_of(history: list[dict[str, Any]], options: TrainingOptions) -> Mapping[str, Any] | None:
-    """Return the best row of a history, as the training loop chooses it."""
-    trained = [row for row in history if row["epoch"]]
-    return max(trained, key=lambda row: rank_of(row, options)) if trained else None
 
 
 def _per_example(result: FineTuneResult) -> dict[str, Tensor]:

@@ -85,11 +85,14 @@ class ProxySettings(Checked):
     Args:
         checkpoint: A model that is fine-tuned already; the stage is then left out.
         examples: Number of training examples of the source; None takes all.
+        search: Factors of the learning rate that are tried for one epoch on at most 200 examples.
+            The one with the lowest validation loss is taken. None tries none.
         training: The training options.
     """
 
     checkpoint: str | None = None
     examples: Annotated[int | None, Field(ge=1)] = None
+    search: Rates | None = None
     training: TrainingOptions = field(default_factory=lambda: TrainingOptions(epochs=2))
 
 
@@ -120,6 +123,7 @@ class Variant(Checked):
     Args:
         scope: The scope.
         k: Number of heads; None takes as many as the circuit has.
+        fraction: Number of heads as a share of all, in place of `k`.
         heads: How the heads of `decision` are chosen: "circuit" takes the first of the circuit's
             ranking, "gradient" those with the largest gradient of the target's training loss,
             "both" those for which the two together are largest (`training_signal`).
@@ -133,6 +137,7 @@ class Variant(Checked):
 
     scope: Scope
     k: Annotated[int | None, Field(ge=1)] = None
+    fraction: Annotated[float | None, Field(gt=0, le=1)] = None
     heads: HeadChoice = "circuit"
     sets: Annotated[int | None, Field(ge=1)] = None
     draw: Annotated[int | None, Field(ge=0)] = None
@@ -147,9 +152,12 @@ class Variant(Checked):
             ("sets", self.sets is not None, ("random", "random-per-layer")),
             ("match", self.match is not None, ("lora",)),
             ("k", self.k is not None, HEAD_SCOPES),
+            ("fraction", self.fraction is not None, HEAD_SCOPES),
         ):
             if value and self.scope not in only:
                 raise InputError(f"{option}: for the scope {' or '.join(only)}, not {self.scope}")
+        if self.k is not None and self.fraction is not None:
+            raise InputError("number of heads: expected k or fraction, got both")
         if "seed" in self.training:
             raise InputError("seed: every run is made with each of `seeds`; omit it here")
 
@@ -164,8 +172,6 @@ class TransferSettings(Checked):
         seeds: Seeds of training; each draws its own training examples and random heads.
         examples: Number of training examples of each target; None takes all.
         race_epochs: Number of epochs after which the race rule chooses a scope.
-        least_retention: The share of the source accuracy that the race rule's choice has to keep;
-            None asks for none.
         learning_rates: Peak learning rates by scope; the others take that of `training`.
         search: Factors of the learning rate that are tried for every scope and variant, on the
             first target with the first seed. The one with the best validation result is taken for
@@ -181,7 +187,6 @@ class TransferSettings(Checked):
     seeds: Seeds = (0,)
     examples: Annotated[int | None, Field(ge=1)] = None
     race_epochs: Annotated[int, Field(ge=1)] = 1
-    least_retention: Annotated[float | None, Field(gt=0, le=1)] = None
     learning_rates: dict[str, Rate] = field(default_factory=dict)
     search: Rates | None = None
     text_examples: Annotated[int | None, Field(ge=1)] = 64

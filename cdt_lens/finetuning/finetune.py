@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
-from pydantic import Field
 from torch import nn
 
 from cdt_lens.circuits.circuit import Circuit
@@ -71,7 +70,6 @@ def finetune(
     source: Task | None = None,
     options: Annotated[TrainingOptions | None, Fix("or give them by name: epochs=5")] = None,
     rule: Literal["gap", "race"] = "gap",
-    least_retention: Annotated[float, Field(gt=0, le=1)] | None = None,
     checkpoint: str | Path | None = None,
     keep_checkpoint: bool = False,
     log: str | Path | None = None,
@@ -96,9 +94,8 @@ def finetune(
             never trained on.
         options: Training options.
         rule: How "auto" chooses: "gap" (`scopes.choose_by_gap`; needs `source`) decides between
-            `decision` and `near-zero`. "race" trains one epoch of each of `scopes.RACERS`.
-        least_retention: With the race rule, the share of the source accuracy that the chosen scope
-            has to keep, on the source's validation split; needs `source`. None asks for none.
+            `decision` and `near-zero`. "race" trains one epoch of each of `scopes.RACERS`, and
+            takes the best of those that keep `least_retention` of the source accuracy.
         checkpoint: A JSON file from which an interrupted run resumes. A finished run removes it.
         keep_checkpoint: Keep the checkpoint of a finished run; the same call then returns the same
             result at once.
@@ -120,15 +117,11 @@ def finetune(
         NonFiniteError: A loss or gradient became NaN or infinite; the message names the step.
     """
     view = view_of(model)
-    if least_retention is not None and (scope, rule) != ("auto", "race"):
-        raise InputError(
-            'least_retention: for scope="auto" with rule="race", which compares scopes by it'
-        )
     if scope is None:
         scope = _default_scope(heads)
     options = (options or TrainingOptions()).changed(**changes)
     if scope == "auto":
-        choice = _choose(view, task, heads, source, options, rule, least_retention, progress)
+        choice = _choose(view, task, heads, source, options, rule, progress)
         result = finetune(
             view, task, heads=heads, scope=choice.scope, source=source, options=options,
             checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, log=log, keep=keep,
@@ -289,8 +282,7 @@ def _chosen(
 
 def _choose(
     view: ModelView, task: Task, heads: Circuit | Iterable[Head | str] | None,
-    source: Task | None, options: TrainingOptions, rule: str, least_retention: float | None,
-    progress: bool,
+    source: Task | None, options: TrainingOptions, rule: str, progress: bool,
 ) -> ScopeChoice:  # fmt: skip
     """Choose a scope before the run, on validation data only."""
     if not len(task.valid):
@@ -302,11 +294,9 @@ def _choose(
         before = evaluate(view, source.valid, source).accuracy
         now = evaluate(view, task.valid, task).accuracy
         return choose_by_gap(before, now, task.valid.chance)
-    if least_retention is not None and source is None:
-        raise InputError("least_retention: pass source=, the task in the language to keep")
     raced = _race(view, task, heads, source, options, progress)
     kept = None if source is None else evaluate(view, source.valid, source).accuracy
-    return choose_by_race(raced, least_retention=least_retention, source_before=kept)
+    return choose_by_race(raced, least_retention=options.least_retention, source_before=kept)
 
 
 def _race(
@@ -352,6 +342,11 @@ def check_splits(task: Task, source: Task | None, options: TrainingOptions) -> N
     if options.patience is not None and not len(task.valid):
         raise InputError(
             f"patience={options.patience}: {task.name} has no validation split to judge by"
+        )
+    if options.least_retention is not None and source is None:
+        raise InputError(
+            f"least_retention={options.least_retention:g}: pass source=, the task in the language "
+            "whose accuracy is to be kept"
         )
     if options.metric == "macro_f1" and not task.verbalizer_ids:
         raise InputError(f"metric='macro_f1': {task.name} has no verbalizer; use accuracy")

@@ -43,6 +43,9 @@ class TrainingOptions(Checked):
         evaluate_every: Number of epochs between evaluations on the validation split.
         patience: Stop after this many evaluations without improvement; None never stops early.
         metric: The validation metric that selects the best epoch.
+        least_retention: The best epoch is one of those that keep at least this share of the
+            untouched model's accuracy on the source's validation split. Where none does, the
+            untouched values are kept. None asks for none.
         norms: Which norms the head scopes train: all, those of the circuit's layers, or none.
         kv: How key/value heads that several query heads share are trained, as in
             `slices.head_slices`.
@@ -81,6 +84,7 @@ class TrainingOptions(Checked):
         Field(ge=1, description="Stop after this many evaluations without improvement."),
     ] = None
     metric: Literal["accuracy", "macro_f1", "loss"] = "accuracy"
+    least_retention: Annotated[float | None, Field(gt=0, le=1)] = None
     norms: Norms = "all"
     kv: KeyValue = "shared"
     keep_frozen: bool = False

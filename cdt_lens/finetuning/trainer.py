@@ -234,9 +234,11 @@ class Trainer:
         state.loss_sum, state.loss_count = 0.0, 0
         rows = [*state.history]
         row = self._add_row(state, train_loss=mean)
-        best = max(rows, key=lambda r: rank_of(r, self.options))
+        first = rows[0]
+        best = max(rows, key=lambda r: rank_of(r, first, self.options))
         # Without validation data the last epoch is kept.
-        if not len(self.task.valid) or rank_of(row, self.options) > rank_of(best, self.options):
+        better = rank_of(row, first, self.options) > rank_of(best, first, self.options)
+        if not len(self.task.valid) or better:
             state.best_epoch, state.best = state.epoch, self._values()
         best_row = [r["epoch"] for r in state.history].index(state.best_epoch)
         since = len(state.history) - 1 - best_row
@@ -337,18 +339,23 @@ def _rates(options: TrainingOptions, steps: int) -> Callable[[int], float]:
     return lambda step: options.learning_rate * factor(step + 1 if step < warm else step)
 
 
-def rank_of(row: Mapping[str, Any], options: TrainingOptions) -> tuple[float, float]:
+def rank_of(
+    row: Mapping[str, Any], first: Mapping[str, Any], options: TrainingOptions
+) -> tuple[float, float, float]:
     """Return a key that is greater for a better row; the loss decides between equal accuracies.
 
     Args:
         row: a row of the history.
-        options: the training options, with the metric.
+        first: the row before the first step.
+        options: the training options, with the metric and the least retention.
 
     Returns:
-        The metric, and minus the loss in nats.
+        Whether the row keeps enough of the source accuracy, the metric, and minus the loss in nats.
     """
+    least = options.least_retention
+    keeps = least is None or row["source_accuracy"] >= least * first["source_accuracy"]
     loss = -row["target_loss"]
-    return (loss, loss) if options.metric == "loss" else (row[f"target_{options.metric}"], loss)
+    return float(keeps), loss if options.metric == "loss" else row[f"target_{options.metric}"], loss
 
 
 def _sum_gradients(masters: Sequence[nn.Parameter]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -206,7 +206,7 @@ class TransferResult(Saved):
             "discovery": dict(self.discovery), "settings": dict(self.settings),
             "provenance": None if self.provenance is None else self.provenance.to_dict(),
         }  # fmt: skip
-        tables = {name: _to_json(getattr(self, name)) for name in _TABLES}
+        tables = {name: frame_to_json(getattr(self, name)) for name in _TABLES}
         return body | tables, dict(self.per_example)
 
     @classmethod
@@ -228,8 +228,12 @@ def _chance(body: Mapping[str, Any]) -> dict[str, float]:
     return dict(chance) if isinstance(chance, Mapping) else {body["targets"][0]: float(chance)}
 
 
-def _to_json(values: pd.DataFrame) -> dict[str, Any]:
-    # JSON has no NaN; numpy's numbers are no JSON.
+def frame_to_json(values: pd.DataFrame) -> dict[str, Any]:
+    """Return a table as JSON, which has no NaN and no numbers of numpy.
+
+    Args:
+        values: the table.
+    """
     rows = [[_plain(cell) for cell in row] for row in values.itertuples(index=False)]
     return {"columns": list(values.columns), "rows": rows}
 
@@ -239,18 +243,35 @@ def _plain(cell: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _from_json(name: str, table: Mapping[str, Any]) -> pd.DataFrame:
-    """As it was: a target called "0.3" stays text, a missing number is NaN again."""
+def frame_from_json(
+    name: str, table: Mapping[str, Any], columns: Sequence[str], *, text: Set[str]
+) -> pd.DataFrame:
+    """Return the table that `frame_to_json` wrote: a target called "0.3" stays text.
+
+    Args:
+        name: name of the table in messages.
+        table: the JSON.
+        columns: columns that it has to have; it may have more.
+        text: columns that are not numbers.
+
+    Raises:
+        ValueError: it is no such table.
+    """
     check_value(name, table, adapter_of(_Table))
-    columns = table["columns"]
-    if not {*_TABLES[name]} <= {*columns} or len({*columns}) < len(columns):
-        raise ValueError(f"{name}: expected the columns {', '.join(_TABLES[name])}")
-    frame = pd.DataFrame(table["rows"], columns=columns)
-    later: set[str] = set(_LATER[name]) - {*columns}
+    found = table["columns"]
+    if not {*columns} <= {*found} or len({*found}) < len(found):
+        raise ValueError(f"{name}: expected the columns {', '.join(columns)}")
+    frame = pd.DataFrame(table["rows"], columns=found)
+    for column in {*map(str, frame)} - text:
+        frame[column] = pd.to_numeric(frame[column])
+    return frame
+
+
+def _from_json(name: str, table: Mapping[str, Any]) -> pd.DataFrame:
+    frame = frame_from_json(name, table, _TABLES[name], text=_TEXT)
+    later: set[str] = set(_LATER[name]) - {*map(str, frame)}
     for column in later:
         frame[column] = None if column in _TEXT else math.nan
-    for column in {*map(str, frame)} - _TEXT:
-        frame[column] = pd.to_numeric(frame[column])
     for column in {*map(str, frame)} & _WORDS:
         check_value(f"{name}.{column}", frame[column].tolist(), adapter_of(list[str | None]))
     return frame

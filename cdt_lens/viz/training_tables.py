@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from cdt_lens.core.table import BELOW, BEST, Marked, Table, star_best
+from cdt_lens.finetuning.adapt_result import AdaptResult
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.transfer_result import Measure, TransferResult
 from cdt_lens.tasks.intervals import share_interval
@@ -251,6 +252,69 @@ def _right(choices: pd.DataFrame) -> str:
     ties = len(choices) - len(decided)
     tied = f" ({ties} tie{'s' if ties > 1 else ''})" if ties else ""
     return f"{int(decided['right'].astype(bool).sum())} of {len(decided)}{tied}"
+
+
+def languages_table(result: AdaptResult) -> Table:
+    """Return the accuracy of both languages before and after an adaptation, and the change."""
+    rows = [
+        [
+            row["language"], count(row["examples"]),
+            *(_with_limits(row, name) for name in ("before", "after")),
+            _with_limits(row, "change", "+.3f"),
+        ]
+        for row in result.languages.to_dict("records")
+    ]  # fmt: skip
+    headings = ["language", "test rows", "accuracy before", "accuracy after", "change"]
+    caption = "Accuracy on test rows, with 95 % intervals over the rows; the change is row by row"
+    return Table(headings, rows, caption)
+
+
+def _with_limits(row: Mapping[Any, Any], name: str, read: str = ".3f") -> str:
+    return f"{row[name]:{read}} {limits((row[f'{name}_low'], row[f'{name}_high']), read)}"
+
+
+def trials_table(result: AdaptResult) -> Table:
+    """Return the trainings of a search, the chosen one starred."""
+    columns: Columns = {
+        "run": ("run", str), "heads": ("heads", count), "learning_rate": ("learning rate", rate),
+        "epoch": ("best epoch", count), "target_accuracy": ("target accuracy", score),
+        "target_loss": ("target loss (nats)", score),
+        "source_accuracy": ("source accuracy", score), "seconds": ("time", duration),
+    }  # fmt: skip
+    rows = _cells(result.trials, columns)
+    chosen = (result.trials["run"] == result.chosen) & (
+        result.trials["learning_rate"] == result.learning_rate
+    )
+    for row, is_chosen in zip(rows, chosen, strict=True):
+        if is_chosen:
+            row[0] = Marked(row[0], BEST)
+    caption = (
+        f"What was tried, on validation rows; {BEST} chosen. Each row is the best epoch that keeps "
+        f"{result.keep:.0%} of the source accuracy; epoch 0 is the untouched model"
+    )
+    return Table(_headings(columns), rows, caption)
+
+
+def changes_table(result: AdaptResult) -> Table:
+    """Return the test rows whose answer changed, with what it was and what it is."""
+    known = result.changes
+    rows = [
+        [row["language"], row["text"], row["label"], row["before"], row["after"], _verdict(row)]
+        for row in known.to_dict("records")
+    ]
+    verdicts = [row[-1] for row in rows]
+    caption = (
+        f"Test rows whose answer changed: {verdicts.count('now right')} now right, "
+        f"{verdicts.count('now wrong')} now wrong, {verdicts.count('still wrong')} still wrong"
+    )
+    headings = ["language", "text", "gold label", "answer before", "answer after", "verdict"]
+    return Table(headings, rows, caption, sentences=True)
+
+
+def _verdict(row: Mapping[Any, Any]) -> str:
+    if row["after"] == row["label"]:
+        return "now right"
+    return "now wrong" if row["before"] == row["label"] else "still wrong"
 
 
 def settings_table(entries: Mapping[str, Any], *, caption: str) -> Table:

@@ -26,6 +26,7 @@ from cdt_lens.core.artifacts import atomic_write
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.table import Table
+from cdt_lens.finetuning.adapt_result import AdaptResult
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.transfer_result import TransferResult
 from cdt_lens.scoring.agreement import MethodAgreement
@@ -59,6 +60,7 @@ _section.register(AttentionView, sections.attention_section)
 _section.register(TokenRelevance, sections.relevance_section)
 _section.register(FineTuneResult, training_sections.fine_tune_section)
 _section.register(TransferResult, training_sections.transfer_section)
+_section.register(AdaptResult, training_sections.adapt_section)
 
 
 @checked_arguments
@@ -71,7 +73,7 @@ def render_report(*results: object, path: str | Path, title: str | None = None) 
     Args:
         *results: The results: Circuit (whose graph gets a section of its own), Graph, HeadScores,
             FaithfulnessCurve, MethodAgreement, Comparison, PlantedComparison, AttentionView,
-            TokenRelevance, FineTuneResult, TransferResult, or subclasses of these.
+            TokenRelevance, FineTuneResult, TransferResult, AdaptResult, or subclasses of these.
         path: The file to write.
         title: The title of the page.
 

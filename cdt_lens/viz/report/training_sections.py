@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cdt_lens.finetuning.adapt_result import AdaptResult
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.transfer_result import TransferResult
 from cdt_lens.models.heads import Head, all_heads
@@ -79,6 +80,45 @@ def transfer_section(result: TransferResult, id: str, _: Sequence[object]) -> Se
         tables=tuple(tables),
         provenance=_origin(name, result.provenance),
     )
+
+
+def adapt_section(result: AdaptResult, id: str, _: Sequence[object]) -> Section:
+    """Return what an adaptation gained and lost, what was tried, and which answers changed."""
+    target = result.languages.iloc[0]
+    tables = [
+        training_tables.languages_table(result), training_tables.trials_table(result),
+    ]  # fmt: skip
+    if len(result.changes):
+        tables.append(training_tables.changes_table(result))
+    if result.settings:
+        tables.append(training_tables.settings_table(result.settings, caption="Settings"))
+    name = "Adaptation"
+    return Section(
+        title=name,
+        headline=(
+            _change(target["before"], target["after"]),
+            f"accuracy on {int(target['examples'])} test rows of the target language, before and "
+            "after",
+        ),
+        facts=_adaptation_facts(result),
+        tables=tuple(tables),
+        provenance=_origin(name, result.provenance),
+    )
+
+
+def _adaptation_facts(result: AdaptResult) -> dict[str, str]:
+    source = result.languages.iloc[1]
+    trained = f"{result.trained_parameters:,} of {result.total_parameters:,} numbers"
+    share = result.trained_parameters / max(result.total_parameters, 1)
+    heads = f"{result.heads} attention heads and the norms; " if result.heads else ""
+    facts = {
+        "Base model": result.model,
+        "What was trained": f"{result.chosen}: {heads}{trained} ({share:.2%})",
+        "Source language": f"accuracy {_change(source['before'], source['after'])}",
+        "Least share of it to keep": f"{result.keep:.0%}, on validation rows",
+        "Adapted model": result.exported or "none",
+    }
+    return {"Outcome": result.nothing_learnt} | facts if result.nothing_learnt else facts
 
 
 def _training_facts(result: FineTuneResult) -> dict[str, str]:

@@ -1,0 +1,385 @@
+"""`cdt-lens adapt`: adapt a model to a language with a few hundred labelled rows, in one command.
+
+1. The rows of each language are divided into train, valid and test, unless files for these are
+   given. Rows of train that are in valid or test as well are left out.
+2. The model is fine-tuned on the source language, at a rate that a short search finds (unless it
+   does the task already), and the circuit is found there.
+3. A search trains each of `_SCOPES` and `_VARIANTS` once, and the best of them at other rates while
+   there is time. Validation rows decide: the best target accuracy among epochs that keep enough of
+   the source accuracy. Where none does, nothing is learnt.
+4. The chosen run is trained, judged once on the test rows, exported, and explained on a page.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from cdt_lens.core.artifacts import atomic_write, remove_artifact
+from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.errors import CdtLensWarning, InputError
+from cdt_lens.core.folders import check_run_folder
+from cdt_lens.core.kept import Say, as_json
+from cdt_lens.core.processes import is_main, wait_for_all
+from cdt_lens.core.run_lock import locked
+from cdt_lens.experiments.adapt_settings import AdaptSettings
+from cdt_lens.experiments.discovery import discover
+from cdt_lens.experiments.runs import keep_settings
+from cdt_lens.experiments.transfer import Transfer
+from cdt_lens.experiments.transfer_cells import Cells, Trial, training_of
+from cdt_lens.experiments.transfer_config import TransferConfig, config_of
+from cdt_lens.finetuning.adapt_result import (
+    CHANGE_COLUMNS,
+    LANGUAGE_COLUMNS,
+    TRIAL_COLUMNS,
+    AdaptResult,
+)
+from cdt_lens.finetuning.export import export
+from cdt_lens.finetuning.finetune import drop_stale_checkpoint, finetune
+from cdt_lens.finetuning.result import FineTuneResult
+from cdt_lens.models.provenance import provenance_of
+from cdt_lens.models.view import view_of
+from cdt_lens.tasks.evaluate import Evaluation, evaluate
+from cdt_lens.tasks.intervals import crossed_interval, share_interval
+from cdt_lens.tasks.rows import SPLITS, Table, column_of, composed, no_column, read_table
+from cdt_lens.tasks.task import Task
+from cdt_lens.viz.report.report import render_report
+
+SOURCE, TARGET = "source", "target"
+# What the search trains, by name: sizes of the circuit as shares of the heads, and other scopes.
+_SCOPES = ("norms", "near-zero", "lora", "full")
+_VARIANTS = {
+    "few-heads": {"scope": "decision", "fraction": 0.03},
+    "heads": {"scope": "decision", "fraction": 0.1},
+    "many-heads": {"scope": "decision", "fraction": 0.3},
+}
+_FACTORS = (3.0, 0.3)  # other learning rates, relative to the usual one of the scope
+_BEST = 2  # runs that are tried at other rates
+_LEAST = 10  # rows of each label
+_SMALL = 100  # test rows below which the page warns
+
+
+@checked_arguments
+def run_adapt(
+    settings: AdaptSettings, folder: str | Path, say: Say, *, progress: bool = True
+) -> AdaptResult:
+    """Adapt a model to a language, and export and explain it.
+
+    The folder then holds the adapted model in `model`, the `adapter`, `adapt.json` and
+    `report.html`. An interrupted call resumes.
+
+    Args:
+        settings: The settings.
+        folder: The run directory.
+        say: Receives one line of progress.
+        progress: Whether to show progress bars.
+
+    Returns:
+        What was chosen, learnt and lost.
+
+    Raises:
+        InputError: The rows cannot be learnt from, the folder holds another experiment, or another
+            process writes in it.
+    """
+    folder = check_run_folder(folder, "transfer.json")
+    tables = {
+        SOURCE: _tables(settings, settings.source, SOURCE),
+        TARGET: _tables(settings, settings.target, TARGET),
+    }
+    _check_labels(settings, tables)
+    with locked(folder):
+        return _Adapting(settings, folder, tables, say, progress).run()
+
+
+# ---------------------------------------------------------------------- rows
+
+
+def _tables(settings: AdaptSettings, paths: Mapping[str, str], language: str) -> dict[str, Table]:
+    """Return the rows of each split of a language, divided where there is no file."""
+    if "train" not in paths:
+        raise InputError(f"{language}: expected a file of rows to train on")
+    tables = {split: read_table(path) for split, path in paths.items()}
+    for table in tables.values():
+        header = list(table.rows[0]) if table.rows else []
+        if column_of(header, settings.label_column) is None:
+            raise InputError(f"{table.header}: {no_column(settings.label_column, header)}")
+    share = settings.set_aside
+    for split in ("test", "valid"):
+        if split not in tables:
+            tables |= _divided(settings, tables["train"], split, language, share)
+            share /= 1 - share  # As many rows again, of those that are left.
+    return {**tables, "train": _apart(tables, language)}
+
+
+def _label(settings: AdaptSettings, row: Mapping[str, object]) -> str:
+    column = column_of(row, settings.label_column)
+    return composed(str(row[column])).strip() if column is not None else ""
+
+
+def _divided(
+    settings: AdaptSettings, table: Table, split: str, language: str, share: float
+) -> dict[str, Table]:
+    """Set aside a share of the rows of each label."""
+    labels = [_label(settings, row) for row in table.rows]
+    generator = random.Random(f"{settings.seed}/{split}")
+    chosen: set[int] = set()
+    for label in sorted(set(labels)):
+        own = [i for i, found in enumerate(labels) if found == label]
+        if len(own) < _LEAST:
+            raise InputError(
+                f"{language}: {len(own)} rows have the label {label!r}; expected at least {_LEAST} "
+                "of each label, to learn from, to choose by and to judge by"
+            )
+        n = round(share * len(own))
+        chosen |= set(generator.sample(own, max(2, n)))
+    rest = [i for i in range(len(labels)) if i not in chosen]
+    return {"train": table.pick(rest), split: table.pick(sorted(chosen))}
+
+
+def _apart(tables: Mapping[str, Table], language: str) -> Table:
+    """Return the rows of train that are in no other split."""
+    train = tables["train"]
+    others = {_key(row) for split in ("valid", "test") for row in tables[split].rows}
+    rest = [i for i, row in enumerate(train.rows) if _key(row) not in others]
+    twice = len(train.rows) - len(rest)
+    if twice:
+        warnings.warn(
+            f"{language}: {twice} of {len(train.rows)} rows to train on are also in the validation "
+            "or test rows, where they would be judged on what was learnt; they are left out",
+            CdtLensWarning, stacklevel=1,
+        )  # fmt: skip
+    if not rest:
+        raise InputError(f"{language}: every row to train on is also in the other files")
+    return train.pick(rest)
+
+
+def _key(row: Mapping[str, object]) -> tuple[str, ...]:
+    """Return what makes two rows the same: their text, without numbers such as ids."""
+    return tuple(composed(str(cell)).strip() for name, cell in row.items() if name.lower() != "id")
+
+
+def _check_labels(settings: AdaptSettings, tables: Mapping[str, Mapping[str, Table]]) -> None:
+    """Refuse labels that cannot be learnt, and warn of a small test split."""
+    counts = {
+        language: {
+            split: pd.Series([_label(settings, row) for row in table.rows]).value_counts()
+            for split, table in splits.items()
+        }
+        for language, splits in tables.items()
+    }
+    known = set(counts[SOURCE]["train"].index)
+    for label, n in counts[TARGET]["train"].items():
+        if label not in known:
+            raise InputError(
+                f"target: {n} rows have the label {label!r}, which no row of the source has "
+                f"({', '.join(map(repr, sorted(known)))}); the model never learnt it"
+            )
+    for split in SPLITS:
+        if len(counts[TARGET][split]) < 2:
+            only = ", ".join(map(repr, counts[TARGET][split].index)) or "none"
+            raise InputError(
+                f"target: the {split} rows have one label ({only}); expected two or more"
+            )
+    n = len(tables[TARGET]["test"].rows)
+    if n < _SMALL:
+        low, high = share_interval(round(0.7 * n), n)
+        warnings.warn(
+            f"target: {n} test rows: the 95 % interval of an accuracy of 0.7 is [{low:.2f}, "
+            f"{high:.2f}]; more rows tell more",
+            CdtLensWarning, stacklevel=1,
+        )  # fmt: skip
+
+
+def _write_rows(tables: Mapping[str, Mapping[str, Table]], folder: Path) -> None:
+    """Write the rows of each split, from which the run reads and resumes."""
+    for language, splits in tables.items():
+        for split, table in splits.items():
+            text = pd.DataFrame([dict(row) for row in table.rows]).to_csv(index=False)
+            path = folder / "rows" / language / f"{split}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists() or path.read_text("utf-8") != text:
+                atomic_write(path, text)
+
+
+# ---------------------------------------------------------------------- the run
+
+
+@dataclass
+class _Adapting:
+    settings: AdaptSettings
+    folder: Path
+    tables: Mapping[str, Mapping[str, Table]]
+    say: Say
+    progress: bool
+
+    def run(self) -> AdaptResult:
+        experiment = Transfer(self._config(), self.folder, self.say, self.progress)
+        end = time.monotonic() + 60 * self.settings.minutes
+        experiment.settle()
+        if is_main():
+            _write_rows(self.tables, self.folder)
+        wait_for_all()
+        experiment.prepare()
+        keep_settings(experiment.discovery)
+        discover(experiment.discovery, self.say)
+        trials = self._search(experiment.cells, end)
+        best = max(trials, key=lambda trial: _rank(trial[1]))
+        row = best[1]
+        self.say(f"chosen: {row['run']}, learning rate {row['learning_rate']:g}")
+        before = self._judge(experiment)
+        return self._finish(experiment, trials, best, self._train(experiment, best[0]), before)
+
+    def _config(self) -> TransferConfig:
+        """Return the settings as those of a transfer with files of its own."""
+        s = self.settings
+        files = {
+            language: {split: str(self.folder / "rows" / language / f"{split}.csv")
+                       for split in SPLITS}
+            for language in (SOURCE, TARGET)
+        }  # fmt: skip
+        return config_of(
+            {
+                "model": s.model, "device": s.device, "dtype": s.dtype,
+                "task": {
+                    "name": "files", "source": SOURCE, "targets": [TARGET], "files": files,
+                    "template": s.template, "verbalizer": s.verbalizer,
+                    "label_column": s.label_column, "seed": s.seed,
+                },
+                "proxy": (
+                    {"checkpoint": s.model} if s.ready
+                    else {"epochs": s.epochs, "search": [1.0, 5.0, 20.0]}
+                ),
+                "discovery": {"minutes": max(s.minutes / 3, 0.1)},
+                "transfer": {
+                    "seeds": [s.seed], "epochs": s.epochs, "least_retention": s.keep,
+                    "scopes": _SCOPES, "variants": _VARIANTS,
+                },
+            },
+            where="adapt",
+        )  # fmt: skip
+
+    def _search(self, cells: Cells, end: float) -> list[tuple[Trial, dict[str, Any]]]:
+        """Train every run once, and the best at other rates; return the trials with their rows.
+
+        The first round is finished whatever the time. The rest ends when the time is over.
+        """
+        names = list(cells.config.transfer.runs)
+        trials = [self._trial(cells, name, 1.0) for name in names]
+        ranked = sorted(trials, key=lambda trial: _rank(trial[1]), reverse=True)
+        for row in [trial[1] for trial in ranked[:_BEST]]:
+            for factor in _FACTORS:
+                if time.monotonic() < end:
+                    trials.append(self._trial(cells, row["run"], factor))
+        return trials
+
+    def _trial(self, cells: Cells, name: str, factor: float) -> tuple[Trial, dict[str, Any]]:
+        trial = cells.trial(name, factor)
+        rows = cells.tried(trial)
+        found: dict[str, Any] = dict.fromkeys(TRIAL_COLUMNS, float("nan"))
+        found |= {
+            "run": name, "scope": trial.scope, "heads": len(trial.heads),
+            "learning_rate": trial.options.learning_rate,
+        }  # fmt: skip
+        if rows:
+            names = ("epoch", "target_accuracy", "target_loss", "source_accuracy", "seconds")
+            found |= {column: rows[-1][column] for column in names}
+        return trial, found
+
+    def _train(self, experiment: Transfer, trial: Trial) -> FineTuneResult:
+        """Train the chosen run again, as in its trial, and judge it on the test rows."""
+        cells = experiment.cells
+        training = training_of(trial.scope, trial.heads, trial.options)
+        training["source"] = experiment.source
+        checkpoint = self.folder / "adapter.checkpoint.json"
+        drop_stale_checkpoint(checkpoint, cells.model, trial.task, self.say, **training)
+        return finetune(
+            cells.model, trial.task, **training, checkpoint=checkpoint, keep_checkpoint=True,
+            judge=lambda: self._judge(experiment), progress=self.progress,
+        )  # fmt: skip
+
+    def _judge(self, experiment: Transfer) -> dict[str, Evaluation]:
+        tasks = experiment.tasks
+        return {name: evaluate(experiment.model, tasks[name].test, tasks[name]) for name in tasks}
+
+    def _finish(
+        self, experiment: Transfer, trials: Sequence[tuple[Trial, dict[str, Any]]],
+        best: tuple[Trial, dict[str, Any]], result: FineTuneResult,
+        before: Mapping[str, Evaluation],
+    ) -> AdaptResult:  # fmt: skip
+        """Save the adapter, export the model, and write the result and its page."""
+        exported = "" if result.nothing_learnt else "model"
+        if is_main():
+            replace(result.adapter, scope=best[0].scope).save(self.folder / "adapter")
+            shutil.rmtree(self.folder / "model", ignore_errors=True)
+            if exported:
+                export(result.adapter, experiment.proxy, self.folder / exported)
+        tasks = experiment.tasks
+        found = AdaptResult(
+            model=self.settings.model, chosen=best[1]["run"], scope=best[0].scope,
+            heads=len(best[0].heads), learning_rate=best[0].options.learning_rate or 0.0,
+            trained_parameters=result.trained_parameters,
+            total_parameters=result.total_parameters, keep=self.settings.keep,
+            languages=_languages(before, result.judged),
+            trials=pd.DataFrame([row for _, row in trials], columns=list(TRIAL_COLUMNS)),
+            changes=_changes(tasks, before, result.judged),
+            nothing_learnt=result.nothing_learnt, exported=exported,
+            settings=as_json(asdict(self.settings)),
+            provenance=provenance_of(
+                view_of(experiment.model), tasks[TARGET].train, options={"run": best[1]["run"]}
+            ),
+        )  # fmt: skip
+        if is_main():
+            found.save(self.folder / "adapt.json")
+            title = f"{self.settings.model} adapted to a new language"
+            render_report(found, path=self.folder / "report.html", title=title)
+            remove_artifact(self.folder / "adapter.checkpoint.json")
+        wait_for_all()
+        return found
+
+
+def _rank(row: Mapping[str, Any]) -> tuple[float, float]:
+    """Return a key that is greater for a better trial; one that diverged comes last."""
+    loss = row["target_loss"]
+    return (-math.inf, -math.inf) if loss != loss else (row["target_accuracy"], -loss)
+
+
+def _languages(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]) -> pd.DataFrame:
+    """Return the accuracies on the test rows of both languages, and the paired changes."""
+    rows = []
+    for language in (TARGET, SOURCE):
+        one, other = before[language], after[language]
+        assert one.answers is not None and other.answers is not None
+        pair = [torch.tensor(e["right"].to_numpy(), dtype=torch.float64)
+                for e in (one.answers, other.answers)]  # fmt: skip
+        low, high = crossed_interval((pair[1] - pair[0])[None])
+        values = [one.accuracy, *one.intervals["accuracy"]]
+        values += [other.accuracy, *other.intervals["accuracy"]]
+        values += [other.accuracy - one.accuracy, float(low), float(high)]
+        rows.append([language, one.examples, *values])
+    return pd.DataFrame(rows, columns=list(LANGUAGE_COLUMNS))
+
+
+def _changes(
+    tasks: Mapping[str, Task], before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]
+) -> pd.DataFrame:
+    """Return the test rows whose answer changed."""
+    rows = []
+    for language in (TARGET, SOURCE):
+        one, other = before[language].answers, after[language].answers
+        assert one is not None and other is not None
+        for example, old, new in zip(
+            tasks[language].test, one["answer"], other["answer"], strict=True
+        ):
+            if old != new:
+                rows.append([language, example.prompt, example.label, str(old), str(new)])
+    return pd.DataFrame(rows, columns=list(CHANGE_COLUMNS))

@@ -1,0 +1,172 @@
+"""`adapt`: rows are divided and checked, the search is judged on validation rows, the model is exported."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_csv
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cdt_lens.core.errors import CdtLensWarning, InputError
+from cdt_lens.experiments import adapt as adapting
+from cdt_lens.experiments.adapt import run_adapt
+from cdt_lens.experiments.adapt_settings import AdaptSettings
+from cdt_lens.finetuning.adapt_result import AdaptResult
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapt")
+    save_model(folder / "tiny")
+    write_csv(folder / "source.csv", 60, 0)
+    write_csv(folder / "target.csv", 60, 1)
+    return folder
+
+
+def settings(place: Path, **changes: Any) -> AdaptSettings:
+    values: dict[str, Any] = {
+        "model": str(place / "tiny"), "template": TEMPLATE, "verbalizer": VERBALIZER,
+        "source": {"train": str(place / "source.csv")},
+        "target": {"train": str(place / "target.csv")}, "epochs": 1, "minutes": 0.001, "keep": 0.5,
+    }  # fmt: skip
+    return AdaptSettings(**values | changes)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def adapted(place: Path) -> tuple[AdaptResult, Path]:
+    out = place / "run"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CdtLensWarning)
+        return run_adapt(settings(place), out, quiet, progress=False), out
+
+
+def test_the_rows_are_divided_within_labels(adapted: tuple[AdaptResult, Path], place: Path):
+    _, out = adapted
+    for language in ("source", "target"):
+        splits = {
+            s: rows_of(out / "rows" / language / f"{s}.csv") for s in ("train", "valid", "test")
+        }
+        assert {s: len(rows) for s, rows in splits.items()} == {
+            "train": 36,
+            "valid": 12,
+            "test": 12,
+        }
+        together = [row["text"] for rows in splits.values() for row in rows]
+        assert sorted(together) == sorted(row["text"] for row in rows_of(place / f"{language}.csv"))
+        for rows in splits.values():
+            assert len({[row["label"] for row in rows].count(label) for label in VERBALIZER}) == 1
+
+
+def test_the_best_trial_is_chosen_on_validation_rows(adapted: tuple[AdaptResult, Path]):
+    result, _ = adapted
+    trials = result.trials
+    assert trials["run"].tolist() == [
+        "norms", "near-zero", "lora", "full", "few-heads", "heads", "many-heads"
+    ]  # fmt: skip
+    keys = list(zip(trials["target_accuracy"], -trials["target_loss"], strict=True))
+    best = trials.iloc[keys.index(max(keys))]
+    assert (result.chosen, result.learning_rate) == (best["run"], best["learning_rate"])
+
+
+def test_the_exported_model_answers_in_plain_transformers_as_it_was_judged(
+    adapted: tuple[AdaptResult, Path],
+):
+    result, out = adapted
+    if not result.exported:
+        pytest.skip("nothing was learnt")
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    ids = {label: tokenizer(word, add_special_tokens=False).input_ids[-1]
+           for label, word in VERBALIZER.items()}  # fmt: skip
+    for row in result.languages.to_dict("records"):
+        rows = rows_of(out / "rows" / row["language"] / "test.csv")
+        right = 0
+        for example in rows:
+            tokens = tokenizer(TEMPLATE.format(text=example["text"]), return_tensors="pt").input_ids
+            with torch.no_grad():
+                logits = model(tokens).logits[0, -1]
+            right += max(ids, key=lambda label: logits[ids[label]]) == example["label"]
+        assert row["after"] == pytest.approx(right / len(rows), abs=1e-12)
+
+
+def test_the_changes_explain_the_difference(adapted: tuple[AdaptResult, Path]):
+    result, _ = adapted
+    for row in result.languages.to_dict("records"):
+        own = result.changes[result.changes["language"] == row["language"]]
+        gained = int((own["after"] == own["label"]).sum())
+        lost = int((own["before"] == own["label"]).sum())
+        assert row["change"] == pytest.approx((gained - lost) / row["examples"], abs=1e-9)
+
+
+def test_the_result_is_kept_and_nothing_is_trained_twice(
+    adapted: tuple[AdaptResult, Path], place: Path, monkeypatch
+):
+    result, out = adapted
+    assert AdaptResult.load(out / "adapt.json") == result
+    assert "What was tried" in (out / "report.html").read_text("utf-8")
+    trained: list[Any] = []
+    true = adapting.finetune
+    monkeypatch.setattr(adapting, "finetune", lambda *a, **k: trained.append(k) or true(*a, **k))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CdtLensWarning)
+        again = run_adapt(settings(place), out, quiet, progress=False)
+    # Only the chosen run; the trials and the proxy are kept.
+    assert len(trained) == 1 and again.chosen == result.chosen
+    assert again.languages.equals(result.languages)
+
+
+def changed_rows(path: Path, rows: list[Mapping[str, str]]) -> str:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["text", "label"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+def test_what_cannot_be_learnt_is_refused_before_anything_runs(place: Path, tmp_path: Path):
+    rows = rows_of(place / "target.csv")
+    one = changed_rows(tmp_path / "one.csv", [{**row, "label": "good"} for row in rows])
+    few = changed_rows(tmp_path / "few.csv", rows[:12])
+    new = changed_rows(tmp_path / "new.csv", [*rows, *({**r, "label": "awful"} for r in rows[:20])])
+    cases = {
+        one: "target: the train rows have one label \\('good'\\)",
+        few: "target: 4 rows have the label 'bad'; expected at least 10 of each label",
+        new: "target: 12 rows have the label 'awful', which no row of the source has",
+    }
+    for path, told in cases.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CdtLensWarning)
+            with pytest.raises(InputError, match=told):
+                run_adapt(settings(place, target={"train": path}), tmp_path / "none", quiet)
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(InputError, match="no column 'lable'"):
+        run_adapt(settings(place, label_column="lable"), tmp_path / "none", quiet)
+
+
+def test_rows_that_are_judged_on_are_not_learnt(place: Path, tmp_path: Path):
+    rows = rows_of(place / "target.csv")
+    test = changed_rows(tmp_path / "test.csv", [*rows[:6], *rows_of(place / "source.csv")[:6]])
+    given = settings(place, target={"train": str(place / "target.csv"), "test": test})
+    with pytest.warns(CdtLensWarning) as caught:
+        tables = adapting._tables(given, given.target, "target")
+        adapting._check_labels(given, {"source": tables, "target": tables})
+    told = [str(warning.message) for warning in caught]
+    n = sum(row in rows[:6] for row in rows if row not in tables["valid"].rows)
+    assert f"target: {n} of 48 rows to train on are also in the validation or test rows" in told[0]
+    assert "12 test rows: the 95 % interval of an accuracy of 0.7 is [" in told[1]
+    assert not {row["text"] for row in tables["train"].rows} & {row["text"] for row in rows[:6]}
