@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -46,7 +47,6 @@ _WORDS = {"target", "scope", "language", "rule", "chosen", "better", "inputs", "
 _TEXT = {*_WORDS, "stopped", "right"}
 AUTO_COLUMNS = ("target", "seed", "rule", "chosen", "better", "right", "inputs")
 _TABLES = {"cells": CELL_COLUMNS, "before": BEFORE_COLUMNS, "auto": AUTO_COLUMNS}
-_LATER = {"cells": LATER_CELL_COLUMNS, "before": LATER_BEFORE_COLUMNS, "auto": ()}
 
 
 class _Table(TypedDict):
@@ -162,6 +162,40 @@ class TransferResult(Saved):
         ]
         return pd.DataFrame([row for row in rows if row])
 
+    @checked_arguments
+    def among(self, sets: str) -> pd.DataFrame:
+        """Place every run in the distribution of random sets of heads.
+
+        Args:
+            sets: name of a variant with `sets`, whose runs are `sets`-1, `sets`-2 and so on.
+
+        Returns:
+            One row for each target and other run, with means over its seeds: accuracy and loss (in
+            nats) on the target, accuracy on the source. `as_accurate` is the share of random sets
+            with at least that accuracy, `as_low_loss` the share with at most that loss, each a mean
+            over the set's seeds. `above_line` is the accuracy minus that of random sets of the same
+            source accuracy, by a straight line through them; NaN with fewer than three sets.
+
+        Raises:
+            InputError: there are no such runs.
+        """
+        drawn = [name for name in self.scopes if name.rpartition("-")[0] == sets]
+        if not drawn or sets in self.scopes:
+            raise InputError(f"sets={sets!r}: expected the name of a variant with random sets")
+        columns = ["accuracy", "loss", "source_accuracy"]
+        cells = self.cells.reindex(columns=["target", "scope", *columns])
+        rows: list[dict[str, Any]] = []
+        for target in self.targets:
+            own = cells[cells["target"] == target].groupby("scope")[columns].mean()
+            random: pd.DataFrame = own[own.index.isin(drawn)].dropna()
+            means = {str(scope): values for scope, values in own.iterrows()}
+            rows += [
+                {"target": target, "scope": scope, **means[scope], **_placed(means[scope], random)}
+                for scope in self.scopes
+                if scope in means and scope not in drawn
+            ]
+        return pd.DataFrame(rows)
+
     def _difference(
         self, target: str, of: str, other: str, measure: str, level: float
     ) -> dict[str, Any]:
@@ -222,6 +256,20 @@ class TransferResult(Saved):
         )  # fmt: skip
 
 
+def _placed(run: pd.Series, random: pd.DataFrame) -> dict[str, float]:
+    """Return where a run lies among random sets."""
+    line = math.nan
+    if len(random) > 2 and random["source_accuracy"].nunique() > 1:
+        slope, start = np.polyfit(random["source_accuracy"], random["accuracy"], 1)
+        line = float(run["accuracy"] - start - slope * run["source_accuracy"])
+    return {
+        "sets": len(random),
+        "as_accurate": float((random["accuracy"] >= run["accuracy"]).mean()),
+        "as_low_loss": float((random["loss"] <= run["loss"]).mean()),
+        "above_line": line,
+    }
+
+
 def _chance(body: Mapping[str, Any]) -> dict[str, float]:
     chance = body["chance"]
     # 0.3 kept one number, the first target's.
@@ -269,9 +317,6 @@ def frame_from_json(
 
 def _from_json(name: str, table: Mapping[str, Any]) -> pd.DataFrame:
     frame = frame_from_json(name, table, _TABLES[name], text=_TEXT)
-    later: set[str] = set(_LATER[name]) - {*map(str, frame)}
-    for column in later:
-        frame[column] = None if column in _TEXT else math.nan
     for column in {*map(str, frame)} & _WORDS:
         check_value(f"{name}.{column}", frame[column].tolist(), adapter_of(list[str | None]))
     return frame

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 from helpers.places import ROOT
 
-from cdt_lens.core.errors import ArtifactError
+from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.finetuning.transfer_result import (
     AUTO_COLUMNS,
     BEFORE_COLUMNS,
@@ -94,3 +95,25 @@ def test_damage_is_named(tmp_path: Path):
     path.write_text(path.read_text().replace('"b": 0.25', '"b": 0.5'))
     with pytest.raises(ArtifactError, match="result.json: damaged"):
         TransferResult.load(path)
+
+
+def test_every_run_is_placed_among_the_random_sets():
+    """Random sets on a line: accuracy 1 - source / 2. The run lies 0.1 above it."""
+    scopes = ("decision", *(f"drawn-{i}" for i in range(1, 5)))
+    rows = [
+        {**cell("b", f"drawn-{i}", seed, 1 - 0.1 * i / 2), "source_accuracy": 0.1 * i, "loss": i}
+        for i in range(1, 5)
+        for seed in (0, 1)
+    ]
+    rows += [{**cell("b", "decision", 0, 0.85), "source_accuracy": 0.5, "loss": 2.0}]
+    result = dataclasses.replace(
+        sample(rows), targets=("b",), scopes=scopes,
+        cells=table(rows, (*CELL_COLUMNS, "loss")),
+    )  # fmt: skip
+    (row,) = result.among("drawn").to_dict("records")
+    assert (row["target"], row["scope"], row["sets"]) == ("b", "decision", 4)
+    assert row["as_accurate"] == 0.75  # 0.95, 0.90, 0.85 and 0.80
+    assert row["as_low_loss"] == 0.5
+    assert row["above_line"] == pytest.approx(0.85 - (1 - 0.25))
+    with pytest.raises(InputError, match="expected the name of a variant with random sets"):
+        result.among("random")
