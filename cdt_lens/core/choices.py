@@ -30,6 +30,8 @@ HEAD_SCOPES = ("decision", "near-zero", "random", "random-per-layer")
 # How the heads of the scope `decision` are chosen.
 HeadChoice = Literal["circuit", "gradient", "both"]
 Protocol = Literal["tuned", "paper"]
+# How the MLP channels of the head scopes are chosen.
+ChannelChoice = Literal["random", "weight"]
 LoraModules = Literal["attention", "all"]
 
 Count = Annotated[int, Field(ge=1)]

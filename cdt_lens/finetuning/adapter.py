@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.saved import Saved
 from cdt_lens.core.undo import take_back_if_failed, unbroken
-from cdt_lens.finetuning.slices import HeadSlice
+from cdt_lens.finetuning.slices import HeadSlice, by_channel
 from cdt_lens.finetuning.trainable import Slices
 from cdt_lens.models.heads import Head
 from cdt_lens.models.provenance import Provenance
@@ -36,7 +36,7 @@ from cdt_lens.models.weights import check_fused, check_gradients, named_weights,
 from cdt_lens.tasks.card import TaskCard
 
 ADAPTER_FILE = "adapter.json"
-_SLICE = re.compile(r"blocks\.\d+\.attn\.[Wb]_[QKVO]")
+_SLICE = re.compile(r"blocks\.\d+\.(attn\.[Wb]_[QKVO]|mlp\.(W_in|W_gate|b_in|W_out))")
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,12 +178,14 @@ class Adapter(Saved):
     def _places(self, view: ModelView) -> tuple[dict[str, HeadSlice], dict[str, Tensor]]:
         weights = named_weights(view)
 
-        def weight(name: str, shape: tuple[int, ...], skip: int) -> Tensor:
+        def weight(name: str, shape: Sequence[int], role: str | None = None) -> Tensor:
             value = weights.get(name)
-            if value is None or tuple(value.shape[skip:]) != shape[skip:]:
+            # The axis of the heads or channels of a slice may be longer in the model.
+            own = None if role is None else -1 if role in ("W_in", "W_gate") else 0
+            if value is None or _but(value.shape, own) != _but(shape, own):
                 has = "no such weight" if value is None else f"shape {tuple(value.shape)}"
                 raise InputError(
-                    f"adapter: {name} of shape {shape} does not fit {view.name}: {has}. "
+                    f"adapter: {name} of shape {tuple(shape)} does not fit {view.name}: {has}. "
                     "Use the base model that it was trained on."
                 )
             return value
@@ -191,14 +193,14 @@ class Adapter(Saved):
         parts = {}
         for name, (index, values) in self.slices.items():
             _, layer, _, role = name.split(".")
-            whole = weight(name, tuple(values.shape), 1)
+            whole = by_channel(role, weight(name, by_channel(role, values).shape, role))
             if max(index) >= whole.shape[0]:
                 raise InputError(
-                    f"adapter: {name}: head {max(index)} is outside {view.name}. Use the base "
+                    f"adapter: {name}: number {max(index)} is outside {view.name}. Use the base "
                     "model that it was trained on."
                 )
             parts[name] = HeadSlice(int(layer), role, index, whole)
-        return parts, {n: weight(n, tuple(v.shape), 0) for n, v in self.whole.items()}
+        return parts, {n: weight(n, v.shape) for n, v in self.whole.items()}
 
     # ------------------------------------------------------------------ on disk
 
@@ -239,6 +241,11 @@ class Adapter(Saved):
     @classmethod
     def _path(cls, path: str | Path) -> Path:
         return Path(path) if Path(path).suffix == ".json" else Path(path) / ADAPTER_FILE
+
+
+def _but(shape: Sequence[int], axis: int | None) -> list[int]:
+    """Return a shape without one of its axes."""
+    return [n for i, n in enumerate(shape) if axis is None or i != axis % len(shape)]
 
 
 @dataclass(eq=False)

@@ -39,6 +39,8 @@ from cdt_lens.finetuning.scopes import (
     scope_heads,
 )
 from cdt_lens.finetuning.slices import (
+    HeadSlice,
+    channel_slices,
     check_slices,
     head_slices,
     norm_weights,
@@ -380,9 +382,20 @@ def make_trainable(
         return SlicesAndWholes(view, (), tuple(own_weights(view)))
     if scope == "norms":
         return SlicesAndWholes(view, (), tuple(norm_weights(view, "all")))
-    slices = head_slices(view, heads, kv=options.kv)
+    slices = _slices(view, heads, options)
     check_slices(view, slices)
     return SlicesAndWholes(view, slices, tuple(norm_weights(view, options.norms, heads)))
+
+
+def _slices(
+    view: ModelView, heads: tuple[Head, ...], options: TrainingOptions
+) -> tuple[HeadSlice, ...]:
+    """Return the slices of the heads, and those of the MLP channels beside them."""
+    slices = head_slices(view, heads, kv=options.kv)
+    if not options.channels:
+        return slices
+    seed, choice = options.seed, options.channel_choice
+    return slices + channel_slices(view, options.channels, choice=choice, seed=seed)
 
 
 def count_trained(
@@ -399,7 +412,7 @@ def count_trained(
     if scope == "full":
         return count_parameters(view)
     norms = norm_weights(view, "all" if scope == "norms" else options.norms, heads)
-    slices = head_slices(view, heads, kv=options.kv) if heads else ()
+    slices = _slices(view, heads, options) if heads else ()
     return sum(value.numel() for value in norms.values()) + sum(
         part.whole[0].numel() * len(part.index) for part in slices
     )

@@ -10,7 +10,17 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from cdt_lens.core.checked import Checked
-from cdt_lens.core.choices import Count, FromZero, KeyValue, LoraModules, Norms, Scope, Seed
+from cdt_lens.core.choices import (
+    ChannelChoice,
+    Count,
+    FromZero,
+    FromZeroCount,
+    KeyValue,
+    LoraModules,
+    Norms,
+    Scope,
+    Seed,
+)
 from cdt_lens.core.errors import InputError, did_you_mean
 
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -47,6 +57,9 @@ class TrainingOptions(Checked):
             untouched model's accuracy on the source's validation split. Where none does, the
             untouched values are kept. None asks for none.
         norms: Which norms the head scopes train: all, those of the circuit's layers, or none.
+        channels: Number of MLP channels of every layer that the head scopes train as well.
+        channel_choice: Whether these are drawn at random or have the largest weights
+            (`slices.channel_slices`).
         kv: How key/value heads that several query heads share are trained, as in
             `slices.head_slices`.
         keep_frozen: Run the layers below the lowest trained one once per example instead of in
@@ -86,6 +99,8 @@ class TrainingOptions(Checked):
     metric: Literal["accuracy", "macro_f1", "loss"] = "accuracy"
     least_retention: Annotated[float | None, Field(gt=0, le=1)] = None
     norms: Norms = "all"
+    channels: FromZeroCount = 0
+    channel_choice: ChannelChoice = "random"
     kv: KeyValue = "shared"
     keep_frozen: bool = False
     lora_rank: Count = 8

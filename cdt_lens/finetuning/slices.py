@@ -1,23 +1,27 @@
-"""Find the slices of the parameters that a set of heads owns (CT-SFT, arXiv 2601.08146, section 3).
+"""Find the slices of the parameters that heads and MLP channels own (CT-SFT, arXiv 2601.08146).
 
 1. Head h of layer l owns W_Q[h], W_O[h] and b_Q[h], and the slices of W_K, W_V, b_K and b_V of its
    key/value group. b_O belongs to no head.
 2. A grouped key/value slice serves several query heads. It is trained when any of them is selected,
    and the unselected ones are reported as siblings.
-3. Slices are views into the parameters that the forward pass reads, and never into stacked or
-   expanded copies. `check_slices` verifies this on a run: x W + b must be its q, k and v.
+3. Channel c of an MLP owns column c of W_in and W_gate, b_in[c] and row c of W_out. b_out belongs
+   to no channel. Training a few channels of every layer beside heads is the idea of S2FT (arXiv
+   2412.06289).
+4. Slices are views into the parameters that the forward pass reads, and never into stacked or
+   expanded copies. `check_slices` verifies this on a run: x W + b must be its activations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cdt_lens.core.choices import KeyValue, Norms
+from cdt_lens.core.choices import ChannelChoice, KeyValue, Norms
 from cdt_lens.core.errors import InputError, UnsupportedModelError
 from cdt_lens.models.heads import Head, check_heads
 from cdt_lens.models.support import output_site
@@ -28,34 +32,36 @@ from cdt_lens.models.weights import holders, is_norm, own_weights, place
 QUERY_ROLES = ("W_Q", "b_Q", "W_O")
 KEY_VALUE_ROLES = ("W_K", "b_K", "W_V", "b_V")
 ROLES = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V")
+CHANNEL_ROLES = ("W_in", "W_gate", "b_in", "W_out")
 
 
 @dataclass(frozen=True, eq=False)
 class HeadSlice:
-    """The slices of one weight that the selected heads own.
+    """The slices of one weight that the selected heads, or MLP channels, own.
 
     Attributes:
         layer: layer of the weight.
-        role: "W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K" or "b_V".
-        index: the query heads, or the key/value heads for keys and values, in order.
-        whole: the weight `[head, ...]`, a view into the model.
+        role: one of `ROLES` or `CHANNEL_ROLES`.
+        index: the query heads, the key/value heads for keys and values, or the channels, in order.
+        whole: the weight `[head, ...]` or `[channel, ...]`, a view into the model.
     """
 
     layer: int
     role: str
     index: tuple[int, ...]
-    whole: Float[Tensor, "head ..."] = field(repr=False)
+    whole: Float[Tensor, "slice ..."] = field(repr=False)
 
     @property
     def name(self) -> str:
         """The weight's name in TransformerLens layout, such as "blocks.3.attn.W_Q"."""
-        return f"blocks.{self.layer}.attn.{self.role}"
+        part = "mlp" if self.role in CHANNEL_ROLES else "attn"
+        return f"blocks.{self.layer}.{part}.{self.role}"
 
-    def read(self) -> Float[Tensor, "head ..."]:
+    def read(self) -> Float[Tensor, "slice ..."]:
         """Return a copy of the slices."""
         return self.whole[list(self.index)].clone()
 
-    def write(self, values: Float[Tensor, "head ..."]) -> None:
+    def write(self, values: Float[Tensor, "slice ..."]) -> None:
         """Write values into the model.
 
         Args:
@@ -102,6 +108,60 @@ def head_slices(
                 slices.append(HeadSlice(layer, role, index, whole))
     _check_untied(view, slices, weights)
     return tuple(slices)
+
+
+def channel_slices(
+    view: ModelView, count: int, *, choice: ChannelChoice = "random", seed: int = 0
+) -> tuple[HeadSlice, ...]:
+    """Return the slices of MLP channels, the same number in each layer.
+
+    Args:
+        view: the model.
+        count: number of channels of each layer.
+        choice: "weight" takes the channels whose rows of W_out have the largest norms, "random"
+            draws them.
+        seed: seed of the draw.
+
+    Returns:
+        The slices, layer by layer, in the order of `CHANNEL_ROLES`.
+
+    Raises:
+        InputError: a layer has fewer channels.
+        UnsupportedModelError: a weight is missing, tied to another weight, or a copy.
+    """
+    weights = own_weights(view)
+    slices: list[HeadSlice] = []
+    for layer in range(view.n_layers):
+        out = weights.get(f"blocks.{layer}.mlp.W_out")
+        if out is None or f"blocks.{layer}.mlp.W_in" not in weights:
+            raise UnsupportedModelError(
+                f"{view.name}: layer {layer} has no MLP of channels to train; pass channels=0"
+            )
+        if count > len(out):
+            raise InputError(f"channels={count}: the MLP of layer {layer} has {len(out)}")
+        index = _channels(out, count, choice, f"{seed}/{layer}")
+        for role in CHANNEL_ROLES:
+            whole = weights.get(f"blocks.{layer}.mlp.{role}")
+            if whole is not None:
+                slices.append(HeadSlice(layer, role, index, by_channel(role, whole)))
+    _check_untied(view, slices, weights)
+    return tuple(slices)
+
+
+def _channels(out: Tensor, count: int, choice: str, seed: str) -> tuple[int, ...]:
+    if choice == "random":
+        return tuple(sorted(random.Random(seed).sample(range(len(out)), count)))
+    return tuple(sorted(out.float().norm(dim=1).topk(count).indices.tolist()))
+
+
+def by_channel(role: str, weight: Tensor) -> Float[Tensor, "channel ..."]:
+    """Return a weight of an MLP with its channels first, as a view.
+
+    Args:
+        role: one of `CHANNEL_ROLES`.
+        weight: the weight in TransformerLens layout.
+    """
+    return weight.T if role in ("W_in", "W_gate") else weight
 
 
 def selected_heads(
@@ -226,12 +286,13 @@ def check_slices(view: ModelView, slices: Iterable[HeadSlice]) -> None:
     Raises:
         UnsupportedModelError: a weight is not the one that the forward pass uses.
     """
-    parts = {(part.layer, part.role): part for part in slices}
+    slices = tuple(slices)
+    _check_channels(view, [part for part in slices if part.role in CHANNEL_ROLES])
+    parts = {(p.layer, p.role): p for p in slices if p.role in ROLES}
     layers = {layer for layer, _ in parts}
     outputs = {layer: output_site(view, "attn_out", layer) for layer in layers}
     sites = [(site, layer) for layer in layers for site in ("attn.in", "q", "k", "v", "z")]
-    tokens = torch.arange(min(5, view.n_ctx)).unsqueeze(0) % view.tl.unembed.W_U.shape[-1]
-    trace = view.run(tokens, [*sites, *outputs.values()])
+    trace = view.run(_probe(view), [*sites, *outputs.values()])
     weights = own_weights(view)
     for (layer, role), part in parts.items():
         if role == "W_O":
@@ -244,10 +305,53 @@ def check_slices(view: ModelView, slices: Iterable[HeadSlice]) -> None:
             bias = weights.get(f"blocks.{layer}.attn.b_{role[-1]}")
         else:
             continue
-        made = made if bias is None else made + bias
-        tolerance = 1e-3 if made.dtype.itemsize >= 4 else 5e-2
-        if bool((made - expected).norm() > tolerance * (expected.norm() + 1e-6)):
-            raise UnsupportedModelError(
-                f"{view.name}: {part.name} does not produce the model's own activations, so its "
-                "slices cannot be trained"
-            )
+        _check_made(view, part, made if bias is None else made + bias, expected)
+
+
+def _check_channels(view: ModelView, parts: Sequence[HeadSlice]) -> None:
+    """Check that the weights produce the MLP's activations before and after its function."""
+    layers = sorted({part.layer for part in parts})
+    if not layers:
+        return
+    weights = own_weights(view)
+    sites = {
+        part.name: output_site(view, "mlp_out", part.layer) if part.role == "W_out"
+        else (channel_site(view, part.role, part.layer), part.layer)
+        for part in parts if part.role != "b_in"
+    }  # fmt: skip
+    needed = [(site, layer) for site in ("mlp.in", "post") for layer in layers]
+    trace = view.run(_probe(view), [*needed, *sites.values()])
+    for part in parts:
+        if part.role == "b_in":
+            continue
+        out = part.role == "W_out"
+        bias = weights.get(part.name.replace("W_", "b_"))
+        made = trace["post" if out else "mlp.in", part.layer] @ (
+            part.whole if out else part.whole.T
+        )
+        _check_made(view, part, made if bias is None else made + bias, trace[sites[part.name]])
+
+
+def channel_site(view: ModelView, role: str, layer: int) -> str:
+    """Return the name of the site at which the channels of a weight are computed.
+
+    Args:
+        view: the model.
+        role: "W_in", "W_gate" or "b_in".
+        layer: the layer.
+    """
+    gated = ("pre_linear", layer) in view.sites and hasattr(view.blocks[layer].mlp, "W_gate")
+    return "pre_linear" if gated and role != "W_gate" else "pre"
+
+
+def _probe(view: ModelView) -> Tensor:
+    return torch.arange(min(5, view.n_ctx)).unsqueeze(0) % view.tl.unembed.W_U.shape[-1]
+
+
+def _check_made(view: ModelView, part: HeadSlice, made: Tensor, expected: Tensor) -> None:
+    tolerance = 1e-3 if made.dtype.itemsize >= 4 else 5e-2
+    if bool((made - expected).norm() > tolerance * (expected.norm() + 1e-6)):
+        raise UnsupportedModelError(
+            f"{view.name}: {part.name} does not produce the model's own activations, so its "
+            "slices cannot be trained"
+        )

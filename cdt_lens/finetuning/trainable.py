@@ -4,8 +4,9 @@
    that is not selected has no gradient, no momentum and no decay. It is frozen by construction.
 2. Hooks compute the gradient of a head's slice. The forward pass is the model's own. In the
    backward pass the gradient g at q, k, v or at the output of attention gives dW_Q[h] = x^T g[h],
-   dW_O[h] = z[h]^T g and db_Q[h] = sum g[h], for the selected heads only. The gradient of a whole
-   weight matrix is never computed.
+   dW_O[h] = z[h]^T g and db_Q[h] = sum g[h], for the selected heads only. MLP channels get theirs
+   in the same way, from the MLP's input and its activations. The gradient of a whole weight matrix
+   is never computed.
 3. Autograd computes the gradients of whole weights (norms, or all weights in full fine-tuning). In
    float32 the parameter is its own master. In half precision the master is a float32 copy.
 4. After a step the masters are written into the model. `restore` restores the original values.
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from cdt_lens.core.errors import UnsupportedModelError
 from cdt_lens.core.undo import unbroken, undoing
-from cdt_lens.finetuning.slices import HeadSlice
+from cdt_lens.finetuning.slices import CHANNEL_ROLES, ROLES, HeadSlice, channel_site
 from cdt_lens.models.sites import Hook, Site
 from cdt_lens.models.support import output_site
 from cdt_lens.models.view import ModelView, at_least_float32
@@ -111,26 +112,40 @@ class _SliceGradient(torch.autograd.Function):
 
 def slice_gradient(
     role: str, index: tuple[int, ...], inputs: Tensor, grad: Tensor
-) -> Float[Tensor, "head ..."]:
+) -> Float[Tensor, "slice ..."]:
     """Compute the gradient of a weight's slices.
 
     Args:
-        role: role of the weight, see `slices.ROLES`.
-        index: heads of the slices.
-        inputs: input of the linear map, `[batch, pos, d_model]`, or z `[batch, pos, head, d_head]`
-            for W_O.
-        grad: gradient at the output of the map, `[batch, pos, head, d_head]` at q, k or v, or
-            `[batch, pos, d_model]` at the output of attention.
+        role: role of the weight, see `slices.ROLES` and `slices.CHANNEL_ROLES`.
+        index: heads or channels of the slices.
+        inputs: input of the linear map, `[batch, pos, d_model]`; z `[batch, pos, head, d_head]`
+            for W_O, and `[batch, pos, channel]` for W_out.
+        grad: gradient at the output of the map, `[batch, pos, head, d_head]` at q, k or v,
+            `[batch, pos, channel]` within the MLP, or `[batch, pos, d_model]` at the output of
+            attention or MLP.
 
     Returns:
         The gradient of each slice.
     """
+    if role in CHANNEL_ROLES:
+        return _channel_gradient(role, index, inputs, grad)
     if role == "W_O":
         return einsum(inputs[:, :, list(index)], grad, "b p h d, b p m -> h d m")
     chosen = grad[:, :, list(index)]
     if role.startswith("b"):
         return reduce(chosen, "b p h d -> h d", "sum")
     return einsum(inputs, chosen, "b p m, b p h d -> h m d")
+
+
+def _channel_gradient(
+    role: str, index: tuple[int, ...], inputs: Tensor, grad: Tensor
+) -> Float[Tensor, "channel ..."]:
+    if role == "W_out":
+        return einsum(inputs[:, :, list(index)], grad, "b p c, b p m -> c m")
+    chosen = grad[:, :, list(index)]
+    if role == "b_in":
+        return reduce(chosen, "b p c -> c", "sum")
+    return einsum(inputs, chosen, "b p m, b p c -> c m")
 
 
 class SlicesAndWholes:
@@ -218,6 +233,7 @@ class SlicesAndWholes:
 
     def _layer_hooks(self, layer: int, parts: Mapping[str, HeadSlice]) -> dict[Site, Hook]:
         inputs: dict[str, Tensor] = {}
+        last = {"W_O": ("input", "z"), "W_out": ("mlp", "post")}
 
         def keep(name: str) -> Hook:
             def hook(value: Tensor) -> None:
@@ -230,18 +246,23 @@ class SlicesAndWholes:
             def hook(value: Tensor) -> Tensor:
                 if not torch.is_grad_enabled():
                     return value
+                kept = inputs[source]
+                # The last use of an input; the graph holds the tensors. Gradient checkpointing may
+                # end the second forward pass within `apply`.
+                for name in last.get(roles[-1], ()):
+                    inputs.pop(name, None)
                 for role in roles:
                     part = parts[role]
                     value = _SliceGradient.apply(
-                        value, inputs[source], self._parts[part.name], role, part.index
+                        value, kept, self._parts[part.name], role, part.index
                     )
-                if source == "z":  # the last use in the layer; the graph holds the tensors
-                    inputs.clear()
                 return value
 
             return hook
 
-        hooks: dict[Site, Hook] = {("attn.in", layer): keep("input")}
+        hooks: dict[Site, Hook] = {}
+        if {*ROLES} & {*parts}:
+            hooks["attn.in", layer] = keep("input")
         for site in ("q", "k", "v"):
             roles = [r for r in (f"W_{site.upper()}", f"b_{site.upper()}") if r in parts]
             if roles:
@@ -249,6 +270,16 @@ class SlicesAndWholes:
         if "W_O" in parts:
             hooks["z", layer] = keep("z")
             hooks[output_site(self.view, "attn_out", layer)] = route(["W_O"], "z")
+        if "W_out" in parts:
+            hooks["mlp.in", layer] = keep("mlp")
+            inner: dict[str, list[str]] = {}
+            for role in ("W_in", "b_in", "W_gate"):
+                if role in parts:
+                    inner.setdefault(channel_site(self.view, role, layer), []).append(role)
+            for site, roles in inner.items():
+                hooks[site, layer] = route(roles, "mlp")
+            hooks["post", layer] = keep("post")
+            hooks[output_site(self.view, "mlp_out", layer)] = route(["W_out"], "post")
         return hooks
 
     # ------------------------------------------------------------------ values

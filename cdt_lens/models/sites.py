@@ -1,8 +1,9 @@
 """Name the activations that rules and recordings need, alike for both model classes.
 
 A site is (name, layer). Most sites are TransformerLens hook points. A norm also has sites for its
-input and its output, because its hook point lies before its weight and bias. The site "attn.in",
-the input of attention, is read-only: `HookedTransformer` passes it three times.
+input and its output, because its hook point lies before its weight and bias. The sites "attn.in"
+and "mlp.in", the inputs of attention and MLP, are read-only: `HookedTransformer` passes the first
+three times.
 """
 
 from __future__ import annotations
@@ -106,6 +107,9 @@ def find_sites(model: Any, n_layers: int) -> dict[Site, Place]:
         attention = _resolve(block, "attn")
         if attention is not None:
             places["attn.in", layer] = Place(attention, "input")
+        mlp = _resolve(block, "mlp")
+        if mlp is not None:
+            places["mlp.in", layer] = Place(mlp, "input")
         for name, path in NORMS.items():
             if name in absent:
                 continue

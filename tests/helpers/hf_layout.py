@@ -64,6 +64,28 @@ def home(model: PreTrainedModel, role: str, layer: int, head: int) -> Home | Non
     return Home(name, (slice(None), own) if role == "W_O" else (own, slice(None)), True)
 
 
+def channel_home(model: PreTrainedModel, role: str, layer: int, channel: int) -> Home | None:
+    """Where slice `role` of an MLP channel lies: W_in, W_gate, b_in or W_out; None: nowhere."""
+    family, own = model.config.model_type, slice(channel, channel + 1)
+    place, names = (
+        f"model.layers.{layer}.mlp",
+        {"in": "up_proj", "gate": "gate_proj", "out": "down_proj"},
+    )
+    if family == "gpt2":
+        place, names = f"transformer.h.{layer}.mlp", {"in": "c_fc", "out": "c_proj"}
+    if family == "gpt_neox":
+        place = f"gpt_neox.layers.{layer}.mlp"
+        names = {"in": "dense_h_to_4h", "out": "dense_4h_to_h"}
+    name = f"{place}.{names.get(role[2:])}.{'bias' if role[0] == 'b' else 'weight'}"
+    if name not in model.state_dict():
+        return None
+    if role[0] == "b":
+        return Home(name, (own,))
+    # Linear keeps [out, in], Conv1D [in, out].
+    columns = (role == "W_out") != (family == "gpt2")
+    return Home(name, (slice(None), own) if columns else (own, slice(None)))
+
+
 def _gpt2(model: PreTrainedModel, role: str, layer: int, head: int) -> Home:
     """Conv1D keeps `[in, out]`; c_attn's columns are all queries, then all keys, then all values."""
     place, d_head = f"transformer.h.{layer}.attn", _d_head(model)
