@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cdt_lens.core.errors import UnsupportedModelError
+from cdt_lens.core.set_aside import set_aside
 from cdt_lens.core.undo import unbroken, undoing
 from cdt_lens.finetuning.slices import HeadSlice
 from cdt_lens.models.sites import Hook, Site
@@ -163,7 +164,7 @@ class SlicesAndWholes:
             for name, leaf in self._leaves.items()
         }
         self._before = {part.name: part.read() for part in self.slices}
-        self._before_whole = {name: leaf.detach().clone() for name, leaf in self._leaves.items()}
+        self._before_whole = set_aside(self._leaves)
         masters = [
             Master(n, v, n.rsplit(".", 1)[-1].startswith("W")) for n, v in self._parts.items()
         ]
@@ -230,13 +231,16 @@ class SlicesAndWholes:
             def hook(value: Tensor) -> Tensor:
                 if not torch.is_grad_enabled():
                     return value
+                kept = inputs[source]
+                # The last use in the layer; the graph holds the tensors. Gradient checkpointing may
+                # end the second forward pass within `apply`.
+                if source == "z":
+                    inputs.clear()
                 for role in roles:
                     part = parts[role]
                     value = _SliceGradient.apply(
-                        value, inputs[source], self._parts[part.name], role, part.index
+                        value, kept, self._parts[part.name], role, part.index
                     )
-                if source == "z":  # the last use in the layer; the graph holds the tensors
-                    inputs.clear()
                 return value
 
             return hook
