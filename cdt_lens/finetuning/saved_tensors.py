@@ -1,7 +1,7 @@
 """Keep one copy of what `HookedTransformer` saves several times for the backward pass.
 
-1. Its MLPs, attention and unembedding multiply by contiguous transposed copies of their weights, and
-   autograd saves the copies. Here the parameter is kept instead, and the copy is made again when
+1. Its MLPs, attention and unembedding multiply by contiguous transposed copies of their weights.
+   Autograd saves the copies. Here the parameter is kept instead, and the copy is made again when
    the backward pass needs it.
 2. It norms the input of attention three times, for q, k and v, and copies the attention pattern
    where it replaces NaN. Of saved tensors with the same bits one is kept.
