@@ -83,6 +83,6 @@ def _reserve(handle: int, size: int) -> None:
 
 def _write(handle: int, value: Tensor) -> None:
     flat = value.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    rest = memoryview(flat.numpy())
+    rest: memoryview = flat.numpy().data
     while rest:  # a system call writes 2 GiB at most
         rest = rest[os.write(handle, rest) :]

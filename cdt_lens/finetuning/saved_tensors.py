@@ -112,7 +112,8 @@ def _flat(value: Tensor) -> Tensor | None:
     """Return the elements of a large tensor in the order of memory, as a view, or None."""
     if not _is_large(value) or value.dtype.itemsize not in _INTEGERS or value.is_complex():
         return None
-    order = sorted(range(value.ndim), key=lambda dim: -value.stride(dim))
+    strides = value.stride()
+    order = sorted(range(value.ndim), key=lambda dim: -strides[dim])
     ordered = value.permute(order)
     return ordered.reshape(-1) if ordered.is_contiguous() else None
 
