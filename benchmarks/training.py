@@ -1,10 +1,20 @@
-"""Cost of a training step by scope, side by side: time, peak memory, optimiser state.
+"""Cost of a training step by scope and with the plain tools: time, peak memory, optimiser state.
 
-python benchmarks/training.py MODEL [--repeats 5] [--batch 16] [--length 64] [--fraction 0.1]
+python benchmarks/training.py MODEL [--repeats 3] [--batch 16] [--length 64 ...] [--fraction 0.1]
 
-The scopes take turns, step by step, in one process each for memory (peak of the resident set over
-what the loaded model holds) and in one process together for time (median of the repeats after two
-warm-up steps; ratios to the full step and to the LoRA step of the same run).
+The plain tools are full fine-tuning with transformers and LoRA with peft (`plain_training.py`).
+Scopes and tools take turns, each in a new process that makes three steps. All processes import the
+same libraries.
+
+- Time: the median over the repeats of the second and third step, and the least. The ratio is to
+  plain full fine-tuning. `--cpu-time` counts the processor's seconds instead, for a machine with
+  other work.
+- Memory: the highest resident set after the model is loaded, with the model and with the copies
+  that training makes. The ratio is to plain full fine-tuning for `full`, and to plain LoRA for the
+  other scopes.
+
+A scope followed by `@hooked` runs in HookedTransformer, by `@checkpointed` with gradient
+checkpointing: `--scopes plain-full full full@hooked full@checkpointed`.
 """
 
 from __future__ import annotations
@@ -16,13 +26,17 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from plain_training import PLAIN, PlainStepper, load
 
 import cdt_lens as cdt
 from cdt_lens.circuits.circuit import random_heads
 from cdt_lens.circuits.measures import heads_at
+from cdt_lens.core.set_aside import set_aside
 from cdt_lens.finetuning.answer_pass import AnswerPass
 from cdt_lens.finetuning.checkpoints import State
 from cdt_lens.finetuning.finetune import make_trainable
@@ -32,6 +46,7 @@ from cdt_lens.models.view import view_of
 from cdt_lens.tasks.task import Example, Examples, Task
 
 SCOPES = ("full", "lora", "decision", "decision-circuit-norms", "norms")
+STEPS = 3  # of a process; the first makes the optimiser's state and is not timed
 
 
 def random_task(batch: int, length: int, vocabulary: int) -> Task:
@@ -60,14 +75,20 @@ class Stepper:
         self.trainable = make_trainable(view, scope.split("-")[0], heads, options)
         self.trainer = Trainer(AnswerPass(view), self.trainable, task, options, progress=False)
         self.optimizer = _optimizer(self.trainable, options)
-        self.state = State(masters={}, best={})
+        best = set_aside({m.name: m.value for m in self.trainable.masters})
+        self.state = State(masters={}, best=best)
 
-    def step(self) -> float:
-        """Seconds of one step."""
+    @contextmanager
+    def ready(self, *, checkpointed: bool = False) -> Iterator[None]:
+        """The context of the steps."""
+        recomputed = self.view.recomputed() if checkpointed else nullcontext()
+        with self.view.quiet(gradients=True), recomputed, self.trainable.attached():
+            yield
+
+    def step(self) -> None:
+        """Make one step."""
         index = range(len(self.trainer.task.train))
-        started = time.perf_counter()
         self.trainer._step(tuple(index), self.optimizer, self.state)
-        return time.perf_counter() - started
 
     def elements(self) -> tuple[int, int]:
         """Trained elements, and elements of the optimiser's state."""
@@ -81,99 +102,91 @@ class Stepper:
         return trained, kept
 
 
-def times(model: str, scopes: list[str], args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Median seconds a step: the scopes take turns, each with a model of its own."""
-    found: dict[str, list[float]] = {scope: [] for scope in scopes}
-    elements = {}
-    view = view_of(cdt.load_model(model, backend=args.backend))
-    task = random_task(args.batch, args.length, 1000)
-    for turn in range(args.repeats + 1):
-        for scope in scopes:
-            stepper = Stepper(view, scope, task, args.fraction)
-            try:
-                with view.quiet(gradients=True), stepper.trainable.attached():
-                    stepper.step()  # the first makes the optimiser's state
-                    seconds = [stepper.step() for _ in range(2)]
-                    elements[scope] = stepper.elements()
-            finally:
-                stepper.trainable.restore()
-            if turn:  # the first turn warms up
-                found[scope] += seconds
-    return {
-        scope: {
-            "seconds": statistics.median(found[scope]), "least": min(found[scope]),
-            "trained": elements[scope][0], "optimiser": elements[scope][1],
-        }
-        for scope in scopes
-    }  # fmt: skip
-
-
-def peak(model: str, scope: str, args: argparse.Namespace) -> float:
-    """MiB of resident memory at the peak of two steps, over the loaded model; in a new process."""
-    command = [
-        sys.executable, "-W", "ignore", __file__, model, "--memory-of", scope, "--batch",
-        str(args.batch), "--length", str(args.length), "--fraction", str(args.fraction),
-        "--backend", args.backend,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout.splitlines()[-1])["mib"])
-
-
-def memory_of(model: str, scope: str, args: argparse.Namespace) -> None:
-    """The child process: print the peak as JSON."""
-    view = view_of(cdt.load_model(model, backend=args.backend))
-    task = random_task(args.batch, args.length, 1000)
-    stepper = Stepper(view, scope, task, args.fraction)
-    before = _resident()
+def child(scope: str, args: argparse.Namespace) -> None:
+    """The new process: print the seconds of its steps, its peak and its elements as JSON."""
+    scope, *how = scope.split("@")
+    backend = "hooked" if "hooked" in how else args.backend
+    task = random_task(args.batch, args.length[0], 1000)
+    plain = scope in PLAIN
+    model = load(args.model) if plain else view_of(cdt.load_model(args.model, backend=backend))
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # forget the peak of loading
-    with view.quiet(gradients=True), stepper.trainable.attached():
-        stepper.step()
-        stepper.step()
-    print(json.dumps({"mib": _peak() - before}))
+    made: Any = PlainStepper if plain else lambda *of: Stepper(*of, args.fraction)
+    stepper = made(model, scope, task)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    seconds = []
+    with stepper.ready(checkpointed="checkpointed" in how):
+        for _ in range(STEPS):
+            started = clock()
+            stepper.step()
+            seconds.append(clock() - started)
+    trained, kept = stepper.elements()
+    row = {"seconds": seconds[1:], "mib": peak(), "trained": trained, "optimiser": kept}
+    print(json.dumps(row))
 
 
-def _resident() -> float:
-    return _status("VmRSS")
-
-
-def _peak() -> float:
-    return _status("VmHWM")
-
-
-def _status(name: str) -> float:
+def peak() -> float:
+    """MiB of resident memory at the highest point of this process."""
     with open("/proc/self/status") as file:
-        line = next(line for line in file if line.startswith(f"{name}:"))
+        line = next(line for line in file if line.startswith("VmHWM:"))
     return int(line.split()[1]) / 1024
+
+
+def measure(scope: str, length: int, args: argparse.Namespace) -> dict[str, Any]:
+    """What a new process measures."""
+    command = [
+        sys.executable, "-W", "ignore", __file__, args.model, "--child", scope, "--batch",
+        str(args.batch), "--length", str(length), "--fraction", str(args.fraction),
+        "--backend", args.backend, *(["--cpu-time"] * args.cpu_time),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def report(length: int, args: argparse.Namespace) -> None:
+    """Print the table of one length of prompts."""
+    found: dict[str, list[dict[str, Any]]] = {scope: [] for scope in args.scopes}
+    for _ in range(args.repeats):
+        for scope in args.scopes:
+            found[scope].append(measure(scope, length, args))
+    seconds = {s: [x for row in rows for x in row["seconds"]] for s, rows in found.items()}
+    time_of = {scope: statistics.median(values) for scope, values in seconds.items()}
+    mib = {scope: statistics.median(row["mib"] for row in rows) for scope, rows in found.items()}
+    print(f"\n{args.model}, batch {args.batch} x {length}, {torch.get_num_threads()} threads")
+    print("| scope | s/step (least) | of plain-full | peak MiB | of plain | trained | optimiser |")
+    print("|---|---|---|---|---|---|---|")
+    for scope, rows in found.items():
+        full = scope.split("@")[0] in ("full", "plain-full")
+        plain = mib.get("plain-full" if full else "plain-lora", float("nan"))
+        step = time_of[scope] / time_of.get("plain-full", float("nan"))
+        print(
+            f"| {scope} | {time_of[scope]:.2f} ({min(seconds[scope]):.2f}) | {step:.2f} "
+            f"| {mib[scope]:.0f} | {mib[scope] / plain:.2f} | {rows[0]['trained']:,} "
+            f"| {rows[0]['optimiser'] / rows[0]['trained']:.2f} of trained |",
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--length", type=int, nargs="+", default=[64])
     parser.add_argument("--fraction", type=float, default=0.1)
     parser.add_argument("--backend", default="bridge")
-    parser.add_argument("--scopes", nargs="+", default=list(SCOPES))
-    parser.add_argument("--memory-of", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--scopes", nargs="+", default=[*PLAIN, *SCOPES])
+    parser.add_argument("--child", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    if args.memory_of:
-        memory_of(args.model, args.memory_of, args)
+    if args.child:
+        child(args.child, args)
         return
-    found = times(args.model, args.scopes, args)
-    print(f"{args.model}, batch {args.batch} x {args.length}, {torch.get_num_threads()} threads")
-    full, lora = found.get("full"), found.get("lora")
-    print("| scope | s/step (min) | of full | of lora | trained | optimiser/trained | peak MiB |")
-    for scope, row in found.items():
-        ratio = [row["seconds"] / r["seconds"] if r else float("nan") for r in (full, lora)]
-        print(
-            f"| {scope} | {row['seconds']:.2f} ({row['least']:.2f}) | {ratio[0]:.2f} "
-            f"| {ratio[1]:.2f} | {row['trained']:,} | {row['optimiser'] / row['trained']:.2f} "
-            f"| {peak(args.model, scope, args):.0f} |",
-            flush=True,
-        )
+    for length in args.length:
+        report(length, args)
 
 
 if __name__ == "__main__":

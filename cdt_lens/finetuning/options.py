@@ -43,6 +43,9 @@ class TrainingOptions(Checked):
         batch_size: Number of examples per step, over all processes.
         micro_batch: Number of examples per forward pass, to save memory; None takes the whole
             batch.
+        gradient_checkpointing: Keep only the inputs of the blocks for the backward pass, which runs
+            each block again. It saves memory and takes more time; the gradients are the same.
+            Hooks of your own inside a block then run twice in a step.
         eval_batch_size: Number of validation examples per forward pass.
         learning_rate: Peak learning rate; None takes the default of the scope.
         weight_decay: Weight decay of weight matrices; norms and biases have none.
@@ -78,6 +81,7 @@ class TrainingOptions(Checked):
     epochs: Annotated[int, Field(ge=0, description="Maximum number of epochs.")] = 3
     batch_size: Annotated[int, Field(ge=1, description="Number of examples per step.")] = 16
     micro_batch: Count | None = None
+    gradient_checkpointing: bool = False
     eval_batch_size: Count = 32
     learning_rate: Annotated[
         float | None,

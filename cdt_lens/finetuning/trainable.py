@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cdt_lens.core.errors import UnsupportedModelError
+from cdt_lens.core.set_aside import set_aside
 from cdt_lens.core.undo import unbroken, undoing
 from cdt_lens.finetuning.slices import CHANNEL_ROLES, ROLES, HeadSlice, channel_site
 from cdt_lens.models.sites import Hook, Site
@@ -178,7 +179,7 @@ class SlicesAndWholes:
             for name, leaf in self._leaves.items()
         }
         self._before = {part.name: part.read() for part in self.slices}
-        self._before_whole = {name: leaf.detach().clone() for name, leaf in self._leaves.items()}
+        self._before_whole = set_aside(self._leaves)
         masters = [
             Master(n, v, n.rsplit(".", 1)[-1].startswith("W")) for n, v in self._parts.items()
         ]

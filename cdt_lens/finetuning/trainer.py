@@ -19,7 +19,9 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,9 +31,11 @@ from transformers import get_scheduler
 
 from cdt_lens.core.errors import InputError, NonFiniteError
 from cdt_lens.core.processes import is_main, shard, sum_over_processes
+from cdt_lens.core.set_aside import set_aside
 from cdt_lens.finetuning.answer_pass import AnswerPass
 from cdt_lens.finetuning.checkpoints import Checkpoint, Log, State
 from cdt_lens.finetuning.options import TrainingOptions
+from cdt_lens.finetuning.saved_tensors import SavedOnce
 from cdt_lens.finetuning.trainable import Trainable
 from cdt_lens.tasks.evaluate import evaluate
 from cdt_lens.tasks.metrics import answer_loss
@@ -105,6 +109,7 @@ class Trainer:
         total = self.options.epochs * self._steps_per_epoch
         with (
             self.passes.view.quiet(gradients=True),
+            self._recomputed(),
             tqdm(
                 total=total, initial=state.step, desc=self.name, unit="step", leave=False,
                 disable=not (self.progress and is_main()),
@@ -122,6 +127,20 @@ class Trainer:
     def _steps_per_epoch(self) -> int:
         return math.ceil(len(self.task.train) / self.options.batch_size)
 
+    @cached_property
+    def _saving(self) -> AbstractContextManager[Any]:
+        """How a forward pass saves tensors for the backward pass."""
+        view = self.passes.view
+        # A graphics processor would wait for each comparison.
+        if view.is_bridge or view.device.type != "cpu":
+            return nullcontext()
+        return SavedOnce(view.tl.parameters())
+
+    def _recomputed(self) -> AbstractContextManager[None]:
+        if self.options.gradient_checkpointing:
+            return self.passes.view.recomputed()
+        return nullcontext()
+
     def _begin(self, optimizer: torch.optim.Optimizer) -> State:
         # Store all streams before the first step, so that a resumed run keeps the same bits.
         source = () if self.source is None else (self.source.valid,)
@@ -134,10 +153,12 @@ class Trainer:
             self.checkpoint.check_tensors(state, self._values())
             self._put(state.masters)
             _load_moments(optimizer, self.trainable, state.moments)
+            state.best = set_aside(state.best)
+            state.masters, state.moments = {}, {}
         if self.log is not None:
             self.log.cut(-1 if state is None else state.step)
         if state is None:
-            state = State(masters={}, best=self._values())
+            state = State(masters={}, best=set_aside(self._values()))
             self._add_row(state, train_loss=math.nan)
         return state
 
@@ -173,7 +194,8 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64)
         for batch in self._parts(index):
-            loss = self._loss(batch) / len(index)
+            with self._saving:
+                loss = self._loss(batch) / len(index)
             total += loss.detach().double().cpu()
             loss.backward()
         total = sum_over_processes(total)
@@ -239,7 +261,7 @@ class Trainer:
         # Without validation data the last epoch is kept.
         better = rank_of(row, first, self.options) > rank_of(best, first, self.options)
         if not len(self.task.valid) or better:
-            state.best_epoch, state.best = state.epoch, self._values()
+            state.best_epoch, state.best = state.epoch, set_aside(self._values())
         best_row = [r["epoch"] for r in state.history].index(state.best_epoch)
         since = len(state.history) - 1 - best_row
         if self.options.patience is not None and since >= self.options.patience and not last:
@@ -281,9 +303,10 @@ class Trainer:
             state.masters = self._values()
             state.moments = _moments(optimizer, self.trainable)
             self.checkpoint.save(state)
+            state.masters, state.moments = {}, {}
 
     def _values(self) -> dict[str, Tensor]:
-        return {m.name: m.value.detach().clone() for m in self.trainable.masters}
+        return {m.name: m.value.detach() for m in self.trainable.masters}
 
     def _put(self, values: dict[str, Tensor]) -> None:
         with torch.no_grad():

@@ -25,6 +25,7 @@ import torch
 import transformer_lens
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from cdt_lens.core.errors import InputError, UnsupportedModelError
@@ -227,6 +228,21 @@ class ModelView:
             for module in training:
                 module.training = False
             torch.set_grad_enabled(gradients)
+            yield
+
+    @contextmanager
+    def recomputed(self) -> Iterator[None]:
+        """Use gradient checkpointing of every block within the `with` block.
+
+        A forward pass that autograd records keeps the inputs of the blocks only. The backward pass
+        runs each block again, with its hooks.
+        """
+        blocks = list(self.blocks)
+        # A library such as accelerate may have replaced the method of a module.
+        before = [(vars(block), vars(block).get("forward")) for block in blocks]
+        with undoing(functools.partial(_put_back_forward, before)):
+            for block in blocks:
+                vars(block)["forward"] = functools.partial(_recompute, block.forward)
             yield
 
     # ------------------------------------------------------------------ running it
@@ -517,6 +533,19 @@ def view_of(model: nn.Module | ModelView) -> ModelView:
         InputError: `model` is of another class.
     """
     return model if isinstance(model, ModelView) else ModelView(model)
+
+
+def _recompute(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def _put_back_forward(before: list[tuple[dict[str, Any], Any]]) -> None:
+    for attributes, forward in before:
+        attributes.pop("forward", None)
+        if forward is not None:
+            attributes["forward"] = forward
 
 
 def _remove(handles: list[Any]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +15,10 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from helpers.checks import assert_same_bits, left_untouched
 from helpers.hf_layout import selected
 from helpers.shared import models
-from helpers.tiny_models import Float64Throughout, build
+from helpers.tiny_models import Float64Throughout, build, prompts
 from helpers.tiny_tasks import ANSWERS
 from helpers.tiny_training import HEADS, QUICK, split, task
 from helpers.wrapped import tokenizer, view
@@ -23,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import get_scheduler
 
+from cdt_lens.core import set_aside as set_aside_module
 from cdt_lens.core.errors import InputError, NonFiniteError
 from cdt_lens.finetuning import trainer as training
 from cdt_lens.finetuning.answer_pass import AnswerPass
@@ -505,3 +509,78 @@ def test_the_loop_wants_a_rate(tokenizer_folder):
     seen = view("llama", "bridge", tokenizer_folder, torch.float32)
     with pytest.raises(InputError, match="learning_rate: expected a number"):
         train(seen, task(), options(learning_rate=None))
+
+
+@models(("gpt2", "qwen3"))
+@pytest.mark.parametrize(
+    ("scope", "more"),
+    [("full", {}), ("norms", {}), ("lora", {}), ("decision", {"micro_batch": 2}),
+     ("decision", {"norms": "circuit", "keep_frozen": True})],
+)  # fmt: skip
+def test_gradient_checkpointing_keeps_every_bit(family, backend, scope, more, tokenizer_folder):
+    """Each block runs twice in a step, and what is learnt has the same bits."""
+    if scope == "lora" and backend == "hooked":
+        pytest.skip("LoRA needs the bridge")
+    seen = view(family, backend, tokenizer_folder, torch.float32)
+    seen.logits(prompts())  # a bridge attaches hooks of its own at its first run
+    heads = ["L1H2", "L1H0"] if scope == "decision" else None
+    calls = [0]
+    last = seen.blocks[-1]
+    counted = last.attn.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    found, counts = [], []
+    for checkpointed in (False, True):
+        calls[0] = 0
+        with left_untouched(seen.tl):
+            result = finetune(
+                seen, task(), heads=heads, scope=scope, gradient_checkpointing=checkpointed,
+                **QUICK | more,
+            )  # fmt: skip
+        found.append(result)
+        counts.append(calls[0])
+        assert all("forward" not in vars(block) for block in seen.blocks)
+    counted.remove()
+    assert counts[1] > counts[0]
+    plain, recomputed = (result.adapter for result in found)
+    assert plain.elements and recomputed.slices.keys() == plain.slices.keys()
+    for name, (_, value) in plain.slices.items():
+        assert_same_bits(recomputed.slices[name][1], value)
+    for name, value in plain.whole.items():
+        assert_same_bits(recomputed.whole[name], value)
+    assert found[0].history.drop(columns="seconds").equals(found[1].history.drop(columns="seconds"))
+
+
+@models(("gpt2",))
+@pytest.mark.parametrize("scope", ["full", "decision"])
+def test_copies_on_the_disk_change_no_bit(family, backend, scope, tokenizer_folder, monkeypatch):
+    """Nor does a run that resumes, and the model is restored from the file."""
+    seen = view(family, backend, tokenizer_folder, torch.float32)
+    seen.logits(prompts())  # a bridge attaches hooks of its own at its first run
+    heads = ["L0H1"] if scope == "decision" else None
+    adapters = []
+    for limit in (2**28, 0):
+        monkeypatch.setattr(set_aside_module, "IN_MEMORY", limit)
+        with left_untouched(seen.tl):
+            adapters.append(finetune(seen, task(), heads=heads, scope=scope, **QUICK).adapter)
+    for name, value in adapters[0].whole.items():
+        assert_same_bits(adapters[1].whole[name], value)
+
+
+@models(("qwen3",))
+def test_a_disk_that_fills_up_in_training_leaves_the_model(
+    family, backend, tokenizer_folder, monkeypatch
+):
+    """The best values of the first evaluations are kept; there is no room for the next."""
+    seen = view(family, backend, tokenizer_folder, torch.float32)
+    seen.logits(prompts())  # a bridge attaches hooks of its own at its first run
+    left = [2]
+
+    def reserve(*_: object) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(set_aside_module, "IN_MEMORY", 0)
+    monkeypatch.setattr(set_aside_module, "_reserve", reserve)
+    with left_untouched(seen.tl), pytest.raises(InputError, match="GB of weights cannot be kept"):
+        finetune(seen, task(valid=0), scope="full", **QUICK)
+    assert left[0] < 0
