@@ -34,7 +34,7 @@ def demo_settings(model: Path, sets: int) -> TransferConfig:
             "proxy": {"epochs": 8, "batch_size": 32, "learning_rate": 2e-3},
             "discovery": {"examples": 128, "k": 6, "faithfulness_examples": 96},
             "transfer": {
-                "scopes": ["decision", "near-zero"], "seeds": [0, 1, 2, 3], "examples": 300,
+                "scopes": ["decision", "near-zero"], "seeds": [0, 1], "examples": 300,
                 "epochs": 6, "learning_rate": 3e-3, "norms": "none", "text_examples": 64,
                 "save_adapters": False,
                 "learning_rates": {"decision": 3e-3, "near-zero": 3e-3, "random": 3e-3},

@@ -174,7 +174,7 @@ def test_a_negative_seed_of_the_data_is_refused():
         config_of(LEAST | {"task": {**LEAST["task"], "seed": -1}})
 
 
-@pytest.mark.parametrize("name", ["nusax", "nusax-two-ended", "xnli"])
+@pytest.mark.parametrize("name", ["nusax", "nusax-two-ended", "xnli", "gemma-nusax", "gemma-heads"])
 def test_the_files_of_the_benchmarks_are_read(name: str):
     config = read_config(ROOT / "benchmarks" / f"{name}.toml")
     assert config.dtype == "bfloat16" and config.backend == "bridge"
