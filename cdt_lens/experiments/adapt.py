@@ -113,10 +113,12 @@ def _tables(settings: AdaptSettings, paths: Mapping[str, str], language: str) ->
         header = list(table.rows[0]) if table.rows else []
         if column_of(header, settings.label_column) is None:
             raise InputError(f"{table.header}: {no_column(settings.label_column, header)}")
+    if not {"test", "valid"} <= set(tables):
+        _check_enough(settings, tables["train"], language)
     share = settings.set_aside
     for split in ("test", "valid"):
         if split not in tables:
-            tables |= _divided(settings, tables["train"], split, language, share)
+            tables |= _divided(settings, tables["train"], split, share)
             share /= 1 - share  # As many rows again, of those that are left.
     return {**tables, "train": _apart(tables, language)}
 
@@ -126,22 +128,25 @@ def _label(settings: AdaptSettings, row: Mapping[str, object]) -> str:
     return composed(str(row[column])).strip() if column is not None else ""
 
 
-def _divided(
-    settings: AdaptSettings, table: Table, split: str, language: str, share: float
-) -> dict[str, Table]:
+def _check_enough(settings: AdaptSettings, table: Table, language: str) -> None:
+    """Refuse rows that cannot be divided."""
+    counts = pd.Series([_label(settings, row) for row in table.rows], dtype=str).value_counts()
+    for label, n in counts[counts < _LEAST].items():
+        raise InputError(
+            f"{language}: {n} rows have the label {label!r}; expected at least {_LEAST} of each "
+            "label, to learn from, to choose by and to judge by"
+        )
+
+
+def _divided(settings: AdaptSettings, table: Table, split: str, share: float) -> dict[str, Table]:
     """Set aside a share of the rows of each label."""
     labels = [_label(settings, row) for row in table.rows]
     generator = random.Random(f"{settings.seed}/{split}")
     chosen: set[int] = set()
     for label in sorted(set(labels)):
         own = [i for i, found in enumerate(labels) if found == label]
-        if len(own) < _LEAST:
-            raise InputError(
-                f"{language}: {len(own)} rows have the label {label!r}; expected at least {_LEAST} "
-                "of each label, to learn from, to choose by and to judge by"
-            )
-        n = round(share * len(own))
-        chosen |= set(generator.sample(own, max(2, n)))
+        n = max(2, round(share * len(own)))
+        chosen |= set(generator.sample(own, n))
     rest = [i for i in range(len(labels)) if i not in chosen]
     return {"train": table.pick(rest), split: table.pick(sorted(chosen))}
 

@@ -153,6 +153,11 @@ def test_what_cannot_be_learnt_is_refused_before_anything_runs(place: Path, tmp_
             warnings.simplefilter("ignore", CdtLensWarning)
             with pytest.raises(InputError, match=told):
                 run_adapt(settings(place, target={"train": path}), tmp_path / "none", quiet)
+    least = changed_rows(tmp_path / "least.csv", rows[:30])
+    tables = adapting._tables(settings(place), {"train": least}, "target")
+    assert {split: len(table.rows) for split, table in tables.items()} == {
+        "train": 18, "valid": 6, "test": 6,
+    }  # fmt: skip
     assert not (tmp_path / "none").exists()
     with pytest.raises(InputError, match="no column 'lable'"):
         run_adapt(settings(place, label_column="lable"), tmp_path / "none", quiet)
