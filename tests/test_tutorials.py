@@ -196,6 +196,8 @@ def test_both_legs_of_ci_run_them():
     script = ROOT / ".ci" / "run"
     if not script.exists():
         pytest.skip("no checkout: .ci is not part of a source archive")
-    pinned, newest = script.read_text("utf-8").split("== the newest transformer-lens 4")
-    assert "jupyter-execute" in pinned and "tutorials/*.ipynb" in pinned
-    assert "\n  tutorials pinned\n" in pinned and "\ntutorials newest >" in newest
+    text = script.read_text("utf-8")
+    assert "jupyter-execute" in text and "tutorials/*.ipynb" in text
+    assert "\nbackground tutorials tutorials newest\n" in text and "\nfinished tutorials\n" in text
+    checks = text.split("\nchecks() {")[1].split("\n}")[0]
+    assert "\n  tutorials pinned newest" in checks and "\nfinished checks\n" in text
