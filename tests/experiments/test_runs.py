@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.places import ROOT
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_csv, write_task
+from helpers.tiny_training import QUICK, task
+from helpers.wrapped import view
 
 from cdt_lens.core.errors import InputError
 from cdt_lens.experiments import discovery as experiment
-from cdt_lens.experiments.runs import Run, open_run, start_run
+from cdt_lens.experiments.runs import Run, discovered_on, open_run, start_run
 from cdt_lens.experiments.settings import Settings
+from cdt_lens.finetuning.finetune import finetune
+from cdt_lens.tasks.evaluate import evaluate
 
 
 def test_a_report_leaves_out_faithfulness_on_other_examples(tmp_path: Path):
@@ -52,3 +57,32 @@ def test_a_report_leaves_out_faithfulness_on_other_examples(tmp_path: Path):
 def test_the_discovery_of_a_transfer_of_0_3_is_refused_with_the_way_to_open_it():
     with pytest.raises(InputError, match="no run.json.*give the command that made it .* again"):
         open_run(ROOT / "tests" / "files_0_3" / "transfer" / "discovery", print)
+
+
+def test_correct_only_leaves_what_the_model_answers_right(tokenizer_folder: str):
+    seen, data = view("llama", "bridge", tokenizer_folder, torch.float32), task(train=24)
+    settings = Settings(model="tiny", correct_only=True)
+    for epochs in (1, 6):
+        finetune(seen, data, scope="full", keep=True, **QUICK | {"epochs": epochs})
+        answers = evaluate(seen, data.train, data).answers
+        right = [
+            item for item, is_right in zip(data.train, answers["right"], strict=True) if is_right
+        ]
+        if {item.label for item in right} == set(data.labels):
+            break
+    assert 0 < len(right) < len(data.train), "learnt too little or too much to tell"
+    kept = discovered_on(settings, seen.tl, data)
+    assert kept.train.items == tuple(right) and kept.valid is data.valid
+    assert discovered_on(Settings(model="tiny"), seen.tl, data) is data
+
+
+def test_correct_only_is_refused_where_a_label_is_never_right(tokenizer_folder: str):
+    seen, data = view("llama", "bridge", tokenizer_folder, torch.float32), task()
+    answers = evaluate(seen, data.train, data).answers
+    never = next(label for label in data.labels
+                 if not answers["right"][answers["label"] == label].any())  # fmt: skip
+    told = (
+        f"correct_only: of the 13 examples of tiny/train the model answers none of label '{never}'"
+    )
+    with pytest.raises(InputError, match=told):
+        discovered_on(Settings(model="tiny", correct_only=True), seen.tl, data)
