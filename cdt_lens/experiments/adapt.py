@@ -296,8 +296,9 @@ class _Adapting:
             "learning_rate": trial.options.learning_rate,
         }  # fmt: skip
         if rows:
-            names = ("epoch", "target_accuracy", "target_loss", "source_accuracy", "seconds")
+            names = ("epoch", "target_accuracy", "target_loss", "source_accuracy")
             found |= {column: rows[-1][column] for column in names}
+            found["seconds"] = (trial.history(self.say) or rows)[-1]["seconds"]
         return trial, found
 
     def _train(self, experiment: Transfer, trial: Trial) -> FineTuneResult:

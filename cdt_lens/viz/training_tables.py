@@ -270,7 +270,18 @@ def languages_table(result: AdaptResult) -> Table:
 
 
 def _with_limits(row: Mapping[Any, Any], name: str, read: str = ".3f") -> str:
-    return f"{row[name]:{read}} {limits((row[f'{name}_low'], row[f'{name}_high']), read)}"
+    return f"{row[name]:{read}} {limits_of(row, name, read)}"
+
+
+def limits_of(row: Any, name: str, read: str = "+.3f") -> str:
+    """Return the limits of a column of `AdaptResult.languages`, such as "[-0.054, +0.220]".
+
+    Args:
+        row: A row of the table.
+        name: The column.
+        read: The format of a number.
+    """
+    return limits((row[f"{name}_low"], row[f"{name}_high"]), read)
 
 
 def trials_table(result: AdaptResult) -> Table:

@@ -98,7 +98,7 @@ def adapt_section(result: AdaptResult, id: str, _: Sequence[object]) -> Section:
         headline=(
             _change(target["before"], target["after"]),
             f"accuracy on {int(target['examples'])} test rows of the target language, before and "
-            "after",
+            f"after (95 % interval of the change {training_tables.limits_of(target, 'change')})",
         ),
         facts=_adaptation_facts(result),
         tables=tuple(tables),
