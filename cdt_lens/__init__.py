@@ -51,6 +51,8 @@ if TYPE_CHECKING:  # The same names for type checkers; a test compares the two l
         decompose as decompose,
     )
     from cdt_lens.decomposition.rules import PRESETS as PRESETS, Rules as Rules
+    from cdt_lens.experiments.adapt import run_adapt as run_adapt
+    from cdt_lens.experiments.adapt_settings import AdaptSettings as AdaptSettings
     from cdt_lens.experiments.transfer import run_transfer as run_transfer
     from cdt_lens.experiments.transfer_config import read_config as read_config
     from cdt_lens.finetuning.adapt_result import AdaptResult as AdaptResult
@@ -137,6 +139,8 @@ _PUBLIC = {
     "finetuning.export": ("export",),
     "finetuning.finetune": ("finetune",),
     "finetuning.options": ("TrainingOptions",),
+    "experiments.adapt": ("run_adapt",),
+    "experiments.adapt_settings": ("AdaptSettings",),
     "finetuning.adapt_result": ("AdaptResult",),
     "finetuning.result": ("FineTuneResult",),
     "finetuning.transfer_result": ("TransferResult",),
