@@ -57,9 +57,11 @@ if TYPE_CHECKING:  # The same names for type checkers; a test compares the two l
     from cdt_lens.experiments.transfer_config import read_config as read_config
     from cdt_lens.finetuning.adapt_result import AdaptResult as AdaptResult
     from cdt_lens.finetuning.adapter import Adapter as Adapter
+    from cdt_lens.finetuning.combine import combine as combine
     from cdt_lens.finetuning.export import export as export
     from cdt_lens.finetuning.finetune import finetune as finetune
     from cdt_lens.finetuning.options import TrainingOptions as TrainingOptions
+    from cdt_lens.finetuning.peft_files import from_peft as from_peft, to_peft as to_peft
     from cdt_lens.finetuning.result import FineTuneResult as FineTuneResult
     from cdt_lens.finetuning.transfer_result import TransferResult as TransferResult
     from cdt_lens.interchange.graphs import read_graph as read_graph, write_graph as write_graph
@@ -141,6 +143,8 @@ _PUBLIC = {
     "finetuning.options": ("TrainingOptions",),
     "experiments.adapt": ("run_adapt",),
     "experiments.adapt_settings": ("AdaptSettings",),
+    "finetuning.combine": ("combine",),
+    "finetuning.peft_files": ("from_peft", "to_peft"),
     "finetuning.adapt_result": ("AdaptResult",),
     "finetuning.result": ("FineTuneResult",),
     "finetuning.transfer_result": ("TransferResult",),

@@ -156,6 +156,21 @@ def export(
     adapter: Annotated[Path, typer.Argument(help="Folder or file of an adapter.")],
     base: Annotated[str, typer.Option(help="Model that the adapter was trained on.")],
     to: Annotated[Path, typer.Option(help="New folder for the Hugging Face checkpoint.")],
+    to_peft: Annotated[
+        bool,
+        typer.Option(
+            help="Write an exact LoRA in the files of peft, in place of a checkpoint. Needs an "
+            "adapter trained with norms=none and biases=false, or --extras.",
+        ),
+    ] = False,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --to-peft: one rank for all modules, filled with zeros."),
+    ] = None,
+    extras: Annotated[
+        bool,
+        typer.Option(help="With --to-peft: store trained norms as peft's modules_to_save."),
+    ] = False,
     allow_unchanged: Annotated[
         bool,
         typer.Option(
@@ -170,7 +185,13 @@ def export(
     """
     from cdt_lens.finetuning.adapter import Adapter
     from cdt_lens.finetuning.export import export as write
+    from cdt_lens.finetuning.peft_files import to_peft as write_lora
 
+    if to_peft:
+        tell(str(write_lora(Adapter.load(adapter), base, to, rank=rank, extras=extras)))
+        return
+    if rank is not None or extras:
+        raise InputError("--rank and --extras: for --to-peft; give that as well, or omit them")
     tell(str(write(Adapter.load(adapter), base, to, allow_unchanged=allow_unchanged)))
 
 

@@ -204,14 +204,18 @@ class Adapter(Saved):
 
     # ------------------------------------------------------------------ on disk
 
-    def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
-        body = {
+    def described(self) -> dict[str, Any]:
+        """Return what was trained, without the values, as JSON."""
+        return {
             "scope": self.scope,
             "heads": [str(head) for head in self.heads],
             "slices": {name: list(index) for name, (index, _) in self.slices.items()},
             "provenance": self.provenance.to_dict(),
             **({} if self.task is None else {"task": self.task.to_dict()}),
         }
+
+    def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+        body = self.described()
         tensors = {f"slice/{name}": value for name, (_, value) in self.slices.items()}
         return body, tensors | {f"whole/{name}": value for name, value in self.whole.items()}
 
@@ -222,18 +226,41 @@ class Adapter(Saved):
                 raise ValueError(f"slices: {name}: expected one head for each of its values")
             if _SLICE.fullmatch(name) is None:
                 raise ValueError(f"slices: {name!r}: expected such as blocks.0.attn.W_Q")
+        slices = {name: tensors[f"slice/{name}"] for name in body["slices"]}
+        whole = {
+            name.removeprefix("whole/"): value
+            for name, value in tensors.items()
+            if name.startswith("whole/")
+        }
+        return cls._of(body, slices, whole)
+
+    @classmethod
+    @checked_arguments
+    def read_from(
+        cls, body: Mapping[str, Any], whole: Sequence[str], weights: Mapping[str, Tensor]
+    ) -> Adapter:
+        """Return an adapter with the values that a model holds.
+
+        Args:
+            body: what `described` returned.
+            whole: names of the weights that were trained whole.
+            weights: the weights of the model by TransformerLens name.
+        """
+        slices = {
+            name: by_channel(name.rpartition(".")[2], weights[name])[list(index)].clone().cpu()
+            for name, index in body["slices"].items()
+        }
+        return cls._of(body, slices, {name: weights[name].clone().cpu() for name in whole})
+
+    @classmethod
+    def _of(
+        cls, body: Mapping[str, Any], slices: Mapping[str, Tensor], whole: Mapping[str, Tensor]
+    ) -> Adapter:
         return cls(
             scope=body["scope"],
             heads=tuple(Head.parse(text) for text in body["heads"]),
-            slices={
-                name: (tuple(index), tensors[f"slice/{name}"])
-                for name, index in body["slices"].items()
-            },
-            whole={
-                name.removeprefix("whole/"): value
-                for name, value in tensors.items()
-                if name.startswith("whole/")
-            },
+            slices={name: (tuple(body["slices"][name]), slices[name]) for name in body["slices"]},
+            whole=whole,
             provenance=Provenance.from_dict(body["provenance"]),
             task=TaskCard.from_dict(body["task"]) if "task" in body else None,
         )

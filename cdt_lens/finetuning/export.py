@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,9 @@ def export(
             gives other logits or tokens.
         UnsupportedModelError: the bridge cannot represent the base model.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder}: exists and is not empty. Name a new folder.")
-    check_writable(folder)
+    folder = new_export_folder(folder)
     with third_party_noise_off():
-        hf_model, tokenizer = load_hugging_face(base, dtype=adapter.dtype)
-        _refuse_peft(hf_model, base)
+        hf_model, tokenizer = base_of(base, adapter.dtype)
         config = copy.deepcopy(hf_model.config)
         generation = copy.deepcopy(hf_model.generation_config)
         kind = type(hf_model)
@@ -80,26 +77,60 @@ def export(
                 "(--allow-unchanged)."
             )
         with adapter.applied(view, check=False):
-            logits = view.logits(_tokens(view))
-            fresh = _fresh(kind, config, state)
+            logits = view.logits(random_tokens(view))
+            fresh = fresh_model(kind, config, state)
         fresh.generation_config = generation
         with new_folder(folder) as temporary:
             fresh.save_pretrained(temporary)
             write_task(adapter, tokenizer, str(base), temporary)
-            _check(fresh, temporary, logits, _tokens(view))
+            _check(fresh, temporary, logits, random_tokens(view))
     return folder
 
 
-def _refuse_peft(hf_model: Any, base: str | Path) -> None:
-    """Refuse a base whose folder holds a LoRA adapter, which transformers attaches by itself."""
+def new_export_folder(folder: str | Path) -> Path:
+    """Return the path of a folder to export to.
+
+    Args:
+        folder: a new or empty folder.
+
+    Raises:
+        InputError: it is not empty, or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder}: exists and is not empty. Name a new folder.")
+    check_writable(folder)
+    return folder
+
+
+def base_of(base: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Load the base model of an adapter, and its tokenizer.
+
+    Args:
+        base: hub name, Hugging Face folder or `.gguf` file.
+        dtype: floating point type of the weights.
+
+    Raises:
+        InputError: the base cannot be loaded, or its folder holds a LoRA adapter, which
+            transformers attaches by itself.
+    """
+    hf_model, tokenizer = load_hugging_face(base, dtype=dtype)
     if getattr(hf_model, "_hf_peft_config_loaded", False):
         raise InputError(
             f"{base}: holds a LoRA adapter (adapter_config.json) beside its weights. Merge it with "
             "merge_and_unload of peft and save the model again, or remove its files."
         )
+    return hf_model, tokenizer
 
 
-def _fresh(kind: Any, config: Any, state: dict[str, Tensor]) -> Any:
+def fresh_model(kind: Any, config: Any, state: Mapping[str, Tensor]) -> Any:
+    """Return a Hugging Face model with a copy of these weights.
+
+    Args:
+        kind: class of the model.
+        config: its configuration.
+        state: its state dict.
+    """
     # `third_party_noise_off` puts the global generator back, from which `kind` draws weights.
     model = kind(config)
     model = model.to(next(iter(state.values())).dtype)
@@ -108,7 +139,12 @@ def _fresh(kind: Any, config: Any, state: dict[str, Tensor]) -> Any:
     return model.eval()
 
 
-def _tokens(view: ModelView) -> Tensor:
+def random_tokens(view: ModelView) -> Tensor:
+    """Return two random prompts, by which logits are compared.
+
+    Args:
+        view: the model.
+    """
     length = min(16, view.n_ctx)
     size = view.tl.unembed.W_U.shape[-1]
     return torch.randint(size, (2, length), generator=torch.Generator().manual_seed(0))

@@ -25,14 +25,17 @@ from cdt_lens.tasks.card import TaskCard
 TASK_FILE = "cdt_task.json"
 
 
-def write_task(adapter: Adapter, tokenizer: Any, base: str, folder: Path) -> None:
-    """Write the tokenizer, the task and the README of an exported checkpoint.
+def write_task(
+    adapter: Adapter, tokenizer: Any, base: str, folder: Path, *, lora: bool = False
+) -> None:
+    """Write the tokenizer, the task and the README of an exported checkpoint or LoRA.
 
     Args:
         adapter: the adapter.
         tokenizer: the tokenizer of the base model. Its post-processor may be replaced.
         base: name of the base model.
         folder: the folder of the checkpoint.
+        lora: whether the folder holds a LoRA of peft in place of the whole model.
 
     Raises:
         InputError: the tokenizer cannot be saved so that it gives the tokens of the training.
@@ -43,7 +46,7 @@ def write_task(adapter: Adapter, tokenizer: Any, base: str, folder: Path) -> Non
     else:
         _save_tokenizer(tokenizer, card, folder)
         card.save(folder / TASK_FILE)
-    (folder / "README.md").write_text(_readme(adapter, base), encoding="utf-8")
+    (folder / "README.md").write_text(_readme(adapter, base, lora), encoding="utf-8")
 
 
 def _save_tokenizer(tokenizer: Any, card: TaskCard, folder: Path) -> None:
@@ -88,13 +91,17 @@ def _ways_to_save(tokenizer: Any, bos_ids: Sequence[int], folder: Path) -> Itera
     yield
 
 
-def _readme(adapter: Adapter, base: str) -> str:
+def _readme(adapter: Adapter, base: str, lora: bool) -> str:
     name = adapter.provenance.task.removesuffix("/train")
+    holds = (
+        f"a LoRA for the model `{base}`, in the files of peft, that changes" if lora
+        else f"the model `{Path(base).name}` with"
+    )  # fmt: skip
     about = (
         f"# {Path(base).name}, adapted to {name}\n\n"
-        f"`cdt-lens export` (cdt_lens {cdt_lens.__version__}) wrote this folder. It holds the "
-        f"model `{Path(base).name}` with {adapter.elements:,} elements trained (scope "
-        f"`{adapter.scope}`). Every other weight is bit-identical.\n"
+        f"`cdt-lens export` (cdt_lens {cdt_lens.__version__}) wrote this folder. It holds {holds} "
+        f"{adapter.elements:,} elements{'' if lora else ' trained'} (scope `{adapter.scope}`). "
+        f"Every other weight is bit-identical.\n"
     )
     if adapter.task is None:
         return about + _NO_TASK
@@ -106,7 +113,7 @@ def _readme(adapter: Adapter, base: str) -> str:
         bos=f"The token ids {list(card.bos_ids)} (BOS) stand before the text" if card.bos_ids
         else "No token stands before the text",
         longest=card.longest, file=TASK_FILE,
-    ) + _usage(card)  # fmt: skip
+    ) + _usage(card, lora)  # fmt: skip
 
 
 def _label_lines(card: TaskCard) -> str:
@@ -117,11 +124,12 @@ def _label_lines(card: TaskCard) -> str:
     return "\n".join(lines)
 
 
-def _usage(card: TaskCard) -> str:
+def _usage(card: TaskCard, lora: bool) -> str:
     if not card.verbalizer or not card.columns:
         return _NO_WORDS
     row = ", ".join(f'{json.dumps(column)}: "Put your text here."' for column in card.columns)
-    return _CODE.replace("ROW", f"{{{row}}}").replace("FILE", TASK_FILE)
+    code = _CODE.replace("ROW", f"{{{row}}}").replace("FILE", TASK_FILE)
+    return code + (_PEFT if lora else _PREDICT)
 
 
 _NO_TASK = """
@@ -172,7 +180,11 @@ scores = {
 }
 print(max(scores, key=scores.get), scores)
 ```
-
+"""
+_PEFT = """
+transformers reads the LoRA with the base model if peft is installed.
+"""
+_PREDICT = """
 `cdt-lens predict FOLDER --text "..."` and `cdt-lens predict FOLDER --file rows.csv` do the same and
 print CSV.
 """

@@ -55,7 +55,7 @@ from cdt_lens.models.provenance import Provenance, hashed_once, model_key, prove
 from cdt_lens.models.session import uses_model
 from cdt_lens.models.support import check_caller_hooks, check_supported
 from cdt_lens.models.view import ModelView, view_of
-from cdt_lens.models.weights import check_trainable, own_weights, place
+from cdt_lens.models.weights import check_trainable, is_bias, own_weights, place
 from cdt_lens.tasks.card import TaskCard
 from cdt_lens.tasks.evaluate import evaluate
 from cdt_lens.tasks.task import Task, check_examples
@@ -392,10 +392,10 @@ def _slices(
 ) -> tuple[HeadSlice, ...]:
     """Return the slices of the heads, and those of the MLP channels beside them."""
     slices = head_slices(view, heads, kv=options.kv)
-    if not options.channels:
-        return slices
-    seed, choice = options.seed, options.channel_choice
-    return slices + channel_slices(view, options.channels, choice=choice, seed=seed)
+    if options.channels:
+        seed, choice = options.seed, options.channel_choice
+        slices += channel_slices(view, options.channels, choice=choice, seed=seed)
+    return tuple(part for part in slices if options.biases or not is_bias(part.name))
 
 
 def count_trained(

@@ -60,6 +60,7 @@ class TrainingOptions(Checked):
             untouched model's accuracy on the source's validation split. Where none does, the
             untouched values are kept. None asks for none.
         norms: Which norms the head scopes train: all, those of the circuit's layers, or none.
+        biases: Whether the head scopes train the heads' b_Q, b_K and b_V, which a LoRA cannot hold.
         channels: Number of MLP channels of every layer that the head scopes train as well.
         channel_choice: Whether these are drawn at random or have the largest weights
             (`slices.channel_slices`).
@@ -103,6 +104,7 @@ class TrainingOptions(Checked):
     metric: Literal["accuracy", "macro_f1", "loss"] = "accuracy"
     least_retention: Annotated[float | None, Field(gt=0, le=1)] = None
     norms: Norms = "all"
+    biases: bool = True
     channels: FromZeroCount = 0
     channel_choice: ChannelChoice = "random"
     kv: KeyValue = "shared"

@@ -1,0 +1,139 @@
+"""A LoRA of an adapter, read by peft itself: the logits of the trained model, and back again."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from helpers.saved import save_model
+from helpers.shared import EVERY_FAMILY
+from helpers.tiny_models import prompts
+from helpers.tiny_training import HEADS, QUICK, task
+from torch import Tensor
+
+import cdt_lens as cdt
+from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.finetuning.adapter import Adapter
+from cdt_lens.finetuning.finetune import finetune
+from cdt_lens.finetuning.peft_files import from_peft, to_peft
+from cdt_lens.models.view import ModelView
+
+# What peft asks of transformers is deprecated there.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+EXACT: dict[str, Any] = {"norms": "none", "biases": False}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("base")
+
+    def folder(family: str) -> Path:
+        if not (root / family).exists():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # advice of transformers about saving
+                save_model(root / family, family)
+        return root / family
+
+    return folder
+
+
+def load(folder: Path) -> ModelView:
+    return ModelView(cdt.load_model(folder, backend="bridge", device="cpu"))
+
+
+def trained(base: Path, scope: str = "decision", **changes: Any) -> Adapter:
+    heads = None if scope in ("full", "norms", "lora") else HEADS
+    options = {**QUICK, **changes}
+    return finetune(load(base), task(valid=0), heads=heads, scope=scope, **options).adapter
+
+
+def by_peft(base: Path, folder: Path) -> Tensor:
+    """Plain transformers and peft, without this package."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        return peft.PeftModel.from_pretrained(model, folder).eval()(prompts()).logits
+
+
+def check(adapter: Adapter, base: Path, folder: Path, **options: Any) -> dict[str, Any]:
+    assert to_peft(adapter, base, folder, **options) == folder
+    seen = load(base)
+    plain = seen.logits(prompts())
+    with adapter.applied(seen):
+        expected = seen.logits(prompts())
+    found = by_peft(base, folder)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert float((expected - plain).abs().max()) > 1e-3
+    config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    return config
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_heads_are_an_exact_lora(family: str, folders, tmp_path: Path):
+    """Fused and transposed projections included; ranks are the widths of the trained heads."""
+    base = folders(family)
+    adapter = trained(base, **EXACT)
+    config = check(adapter, base, tmp_path / "lora")
+    width = load(base).d_head
+    ranks = config["rank_pattern"].values()
+    assert ranks and all(rank % width == 0 for rank in ranks) and config["r"] == max(ranks)
+    again = from_peft(tmp_path / "lora", base)
+    assert again.heads == adapter.heads and again.scope == adapter.scope
+    for name, (index, values) in adapter.slices.items():
+        assert again.slices[name][0] == index
+        torch.testing.assert_close(again.slices[name][1], values, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_channels_norms_one_rank_and_low_rank_updates(family: str, folders, tmp_path: Path):
+    base = folders(family)
+    check(trained(base, **EXACT, channels=2), base, tmp_path / "channels")
+    config = check(trained(base, biases=False), base, tmp_path / "norms", extras=True)
+    assert config["modules_to_save"]
+    config = check(trained(base, **EXACT), base, tmp_path / "padded", rank=64)
+    assert config["r"] == 64 and set(config["rank_pattern"].values()) == {64}
+    config = check(trained(base, "lora", lora_rank=3), base, tmp_path / "low")
+    assert set(config["rank_pattern"].values()) <= {3, 9}  # GPT-2's q, k and v are one matrix
+
+
+def test_what_a_lora_cannot_hold_is_refused_with_the_way_out(folders, tmp_path: Path):
+    base = folders("gpt2")
+    cases = [
+        (trained(base, biases=False), {}, 'a LoRA has no norms. Train with norms="none"'),
+        (trained(base, norms="none"), {}, "a LoRA has no biases. Train with biases=False"),
+        (trained(base, "full"), {"extras": True}, "Write a checkpoint with export"),
+        (trained(base, "norms"), {"extras": True}, "changes norms alone"),
+        (trained(base, **EXACT), {"rank": 1}, "has rank .*; give at least that"),
+    ]
+    for adapter, options, told in cases:
+        with pytest.raises(InputError, match=told):
+            to_peft(adapter, base, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match=r"holds no cdt_adapter\.json"):
+        from_peft(base, base)
+
+
+def test_another_base_is_refused(folders, tmp_path: Path):
+    base = folders("llama")
+    adapter = trained(base, **EXACT)
+    to_peft(adapter, base, tmp_path / "lora")
+    with pytest.raises(ArtifactError, match="weights"):
+        to_peft(adapter, folders("qwen3"), tmp_path / "other")
+    with pytest.raises(ArtifactError, match="weights"):
+        from_peft(tmp_path / "lora", folders("qwen3"))
+
+
+def test_transformers_alone_reads_the_folder_with_its_tokenizer(folders, tmp_path: Path):
+    base = folders("llama")
+    to_peft(trained(base, **EXACT), base, tmp_path / "lora")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "lora")
+    assert any("lora_A" in name for name, _ in model.named_parameters())
+    assert "peft" in (tmp_path / "lora" / "README.md").read_text("utf-8")
