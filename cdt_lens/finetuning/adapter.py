@@ -26,7 +26,7 @@ from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.saved import Saved
 from cdt_lens.core.undo import take_back_if_failed, unbroken
-from cdt_lens.finetuning.slices import HeadSlice, by_channel
+from cdt_lens.finetuning.slices import CHANNEL_ROLES, HeadSlice, by_channel
 from cdt_lens.finetuning.trainable import Slices
 from cdt_lens.models.heads import Head
 from cdt_lens.models.provenance import Provenance
@@ -195,8 +195,9 @@ class Adapter(Saved):
             _, layer, _, role = name.split(".")
             whole = by_channel(role, weight(name, by_channel(role, values).shape, role))
             if max(index) >= whole.shape[0]:
+                kind = "channel" if role in CHANNEL_ROLES else "head"
                 raise InputError(
-                    f"adapter: {name}: number {max(index)} is outside {view.name}. Use the base "
+                    f"adapter: {name}: {kind} {max(index)} is outside {view.name}. Use the base "
                     "model that it was trained on."
                 )
             parts[name] = HeadSlice(int(layer), role, index, whole)
