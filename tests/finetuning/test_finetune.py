@@ -673,10 +673,8 @@ def test_auto_says_what_it_needs(tokenizer_folder):
         pytest.raises(InputError, match="rule='best': expected one of gap, race"),
     ):
         finetune(seen, task(), rule="best", **given)
-    with pytest.raises(InputError, match="least_retention: pass source="):
+    with pytest.raises(InputError, match="least_retention=0.9: pass source="):
         finetune(seen, task(), rule="race", least_retention=0.9, **given)
-    with pytest.raises(InputError, match='least_retention: for scope="auto" with rule="race"'):
-        finetune(seen, task(), source=task(), least_retention=0.9, **given)
 
 
 # Refusals ------------------------------------------------------------------------------------------

@@ -584,3 +584,27 @@ def test_a_disk_that_fills_up_in_training_leaves_the_model(
     with left_untouched(seen.tl), pytest.raises(InputError, match="GB of weights cannot be kept"):
         finetune(seen, task(valid=0), scope="full", **QUICK)
     assert left[0] < 0
+
+
+@pytest.mark.parametrize("least", [None, 0.8])
+def test_an_epoch_is_kept_only_if_it_holds_enough_of_the_source(least, tokenizer_folder):
+    """By the history alone: the best of the epochs whose source accuracy is high enough."""
+    seen = view("llama", "bridge", tokenizer_folder, torch.float32)
+    given = {
+        **QUICK,
+        "epochs": 6,
+        "learning_rate": 3e-2,
+        "metric": "loss",
+        "least_retention": least,
+    }
+    source = task("source", seed=50, train=21)
+    finetune(seen, source, scope="full", keep=True, **QUICK | {"epochs": 8})
+    source = dataclasses.replace(source, valid=source.train, train=source.train[:1])
+    result = finetune(seen, task(), scope="full", source=source, **given)
+    rows = result.history.to_dict("records")
+    first = rows[0]["source_accuracy"]
+    able = [r for r in rows if least is None or r["source_accuracy"] >= least * first]
+    assert result.best_epoch == min(able, key=lambda row: row["target_loss"])["epoch"]
+    if least is None:
+        return
+    assert len(able) < len(rows), "no epoch forgets too much, so nothing is tested"

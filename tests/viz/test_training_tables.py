@@ -170,7 +170,7 @@ def test_choices_count_how_often_a_rule_was_right_beside_always_taking_one_scope
     assert tables.right_of(result) == {"gap": "1 of 2 (1 tie)", "race": "2 of 2 (1 tie)"}
     table = tables.choices_table(result)
     assert "gap 1 of 2 (1 tie), race 2 of 2 (1 tie)" in table.caption
-    assert "always taking decision 1 of 2, always near-zero 1 of 2" in table.caption
+    assert "always taking one scope: decision (gap) 1 of 2, near-zero (gap) 1 of 2" in table.caption
     assert rows(table)[1] == ["b", "0", "gap", "decision", "near-zero", "no", "gap 0.3"]
 
 
