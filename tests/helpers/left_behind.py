@@ -168,6 +168,7 @@ CALLS: dict[str, Callable[[Subject], Any]] = {
     "Adapter.apply": _kept,
     "Adapter.applied": _applied,
     "Adapter.changes": lambda s: s.adapter.changes(s.model),
+    "combine": lambda s: cdt.combine(s.model, [s.adapter, s.adapter]),
     "finetune": _tune("decision"),
     "finetune norms": _tune("norms"),
     "finetune full": _tune("full"),
