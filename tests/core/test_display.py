@@ -37,6 +37,7 @@ NAME = "a name or a part of a row, printed with the result that it stands in"
 EXCEPTIONS = {
     "Edge": NAME, "GraphNode": NAME, "Head": NAME, "Mlp": NAME, "Node": NAME,
     "Rules": SETTINGS, "Slopes": SETTINGS, "TrainingOptions": SETTINGS, "TransferConfig": SETTINGS,
+    "AdaptSettings": SETTINGS,
 }  # fmt: skip
 
 
@@ -116,6 +117,7 @@ RESULTS: dict[str, Callable[[], Any]] = {
     "PlantedComparison": sample_comparison.planted,
     "Task": task,
     "TokenRelevance": lambda: sample.token_relevance(((HOSTILE, "b"),)),
+    "AdaptResult": lambda: replace(sample.adaptation(), chosen=HOSTILE),
     "TransferResult": lambda: replace(sample.transfer(), task=HOSTILE, proxy=HOSTILE),
 }
 

@@ -13,6 +13,12 @@ from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.measures import MIB_FRACTIONS
+from cdt_lens.finetuning.adapt_result import (
+    CHANGE_COLUMNS,
+    LANGUAGE_COLUMNS,
+    TRIAL_COLUMNS,
+    AdaptResult,
+)
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.transfer_result import (
@@ -246,3 +252,24 @@ def everything() -> list[object]:
         token_relevance(), transfer(), agreement(), circuit(), fine_tuning(), attention_view(),
         curve(), scores(),
     ]  # fmt: skip
+
+
+def adaptation() -> AdaptResult:
+    """A model adapted with 27 heads: better in the target, a little worse in the source."""
+    languages = [
+        ("target", 60, 0.3, 0.2, 0.43, 0.55, 0.42, 0.67, 0.25, 0.1, 0.4),
+        ("source", 240, 0.9, 0.86, 0.93, 0.88, 0.83, 0.92, -0.02, -0.05, 0.01),
+    ]
+    trials = [
+        ("heads", "decision", 27, 1e-3, 3, 0.52, 0.91, 0.89, 61.0),
+        ("norms", "norms", 0, 1e-3, 5, 0.43, 1.02, 0.9, 58.0),
+    ]
+    changes = [("target", "Makanannya <b>enak</b> sekali!", "positive", "negative", "positive")]
+    return AdaptResult(
+        model="HuggingFaceTB/SmolLM2-135M-Instruct", chosen="heads", scope="decision", heads=27,
+        learning_rate=1e-3, trained_parameters=5_000_000, total_parameters=134_515_008, keep=0.95,
+        languages=pd.DataFrame(languages, columns=list(LANGUAGE_COLUMNS)),
+        trials=pd.DataFrame(trials, columns=list(TRIAL_COLUMNS)),
+        changes=pd.DataFrame(changes, columns=list(CHANGE_COLUMNS)), exported="model",
+        settings={"keep": 0.95}, provenance=provenance(),
+    )  # fmt: skip
