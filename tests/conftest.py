@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,23 @@ import pytest
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a tiny family's Hugging Face folder, made when first asked for."""
+    from helpers.saved import save_model
+
+    root = tmp_path_factory.mktemp("families")
+
+    def folder(family: str) -> Path:
+        if not (root / family).exists():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # advice of transformers about saving
+                save_model(root / family, family)
+        return root / family
+
+    return folder
 
 
 def pytest_collection_finish() -> None:

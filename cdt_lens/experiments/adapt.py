@@ -63,6 +63,7 @@ _VARIANTS = {
     "heads": {"scope": "decision", "fraction": 0.1},
     "many-heads": {"scope": "decision", "fraction": 0.3},
 }
+_ROWS = "rows"  # the folder of the divided rows, which stand there before the settings do
 _FACTORS = (3.0, 0.3)  # other learning rates, relative to the usual one of the scope
 _BEST = 2  # runs that are tried at other rates
 _LEAST = 10  # rows of each label
@@ -91,7 +92,7 @@ def run_adapt(
         InputError: The rows cannot be learnt from, the folder holds another experiment, or another
             process writes in it.
     """
-    folder = check_run_folder(folder, "transfer.json")
+    folder = check_run_folder(folder, "transfer.json", _ROWS)
     tables = {
         SOURCE: _tables(settings, settings.source, SOURCE),
         TARGET: _tables(settings, settings.target, TARGET),
@@ -210,7 +211,7 @@ def _write_rows(tables: Mapping[str, Mapping[str, Table]], folder: Path) -> None
     for language, splits in tables.items():
         for split, table in splits.items():
             text = pd.DataFrame([dict(row) for row in table.rows]).to_csv(index=False)
-            path = folder / "rows" / language / f"{split}.csv"
+            path = folder / _ROWS / language / f"{split}.csv"
             path.parent.mkdir(parents=True, exist_ok=True)
             if not path.exists() or path.read_text("utf-8") != text:
                 atomic_write(path, text)
@@ -230,7 +231,6 @@ class _Adapting:
     def run(self) -> AdaptResult:
         experiment = Transfer(self._config(), self.folder, self.say, self.progress)
         end = time.monotonic() + 60 * self.settings.minutes
-        experiment.settle()
         if is_main():
             _write_rows(self.tables, self.folder)
         wait_for_all()
@@ -248,7 +248,7 @@ class _Adapting:
         """Return the settings as those of a transfer with files of its own."""
         s = self.settings
         files = {
-            language: {split: str(self.folder / "rows" / language / f"{split}.csv")
+            language: {split: str(self.folder / _ROWS / language / f"{split}.csv")
                        for split in SPLITS}
             for language in (SOURCE, TARGET)
         }  # fmt: skip

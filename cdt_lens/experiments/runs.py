@@ -23,11 +23,12 @@ from cdt_lens.core.folders import check_run_folder
 from cdt_lens.core.kept import Say, drop_other_versions, reuse
 from cdt_lens.core.processes import is_main, wait_for_all
 from cdt_lens.core.run_lock import locked
+from cdt_lens.decomposition.rules import resolve_rules
 from cdt_lens.experiments.inputs import check_inputs, load_for, make_task
 from cdt_lens.experiments.settings import Settings
 from cdt_lens.models.provenance import model_key
 from cdt_lens.models.view import view_of
-from cdt_lens.scoring.sweep import SWEEP_FORMAT
+from cdt_lens.scoring.sweep import SWEEP_FORMAT, check_sample
 from cdt_lens.tasks.evaluate import calibrate, evaluate
 from cdt_lens.tasks.task import Examples, Task, most_balanced
 
@@ -189,7 +190,10 @@ def _how_to_make(folder: Path) -> str:
 
 def _open(folder: Path, settings: Settings, say: Say, check: Check | None) -> Run:
     (task,) = check_inputs(settings)
-    scored(settings, task)
+    check_sample(
+        resolve_rules(settings.rules), scored(settings, task), settings.exact,
+        settings.decide or settings.precision is not None or settings.minutes is not None,
+    )  # fmt: skip
     if check is not None:
         check(folder, settings, task)
     model = load_for(settings, say)

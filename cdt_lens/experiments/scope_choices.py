@@ -12,8 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from cdt_lens.core.artifacts import content_hash, load_artifact, save_artifact
+from cdt_lens.core.axes import adapter_of, check_value
 from cdt_lens.core.choices import Scope
+from cdt_lens.core.errors import ArtifactError
 from cdt_lens.experiments.transfer_config import TransferConfig
 from cdt_lens.finetuning.scopes import RACERS, ScopeChoice, choose_by_gap, choose_by_race
 from cdt_lens.tasks.task import Task
@@ -38,7 +42,7 @@ def fix_rules(config: TransferConfig, path: Path, finished_cells: int) -> None:
     Raises:
         ArtifactError: The file is damaged.
     """
-    kept = load_artifact(path, format=_RULES, version=1)[0]["rules"] if path.exists() else []
+    kept = _kept_rules(path) if path.exists() else []
     transfer = config.transfer
     rule = {
         "gap": {"scopes": list(_PAIR)},
@@ -53,6 +57,23 @@ def fix_rules(config: TransferConfig, path: Path, finished_cells: int) -> None:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     entry = {"rule": rule, "sha256": digest, "created": now, "finished_cells": finished_cells}
     save_artifact(path, {"rules": [*kept, entry]}, format=_RULES, version=1)
+
+
+class _Entry(TypedDict):
+    rule: dict[str, Any]
+    sha256: str
+    created: str
+    finished_cells: int
+
+
+def _kept_rules(path: Path) -> list[dict[str, Any]]:
+    body, _ = load_artifact(path, format=_RULES, version=1)
+    try:
+        check_value("rules", body.get("rules"), adapter_of(list[_Entry]))
+    except ValueError as error:
+        raise ArtifactError(f"{path}: damaged: {error}; move it away") from error
+    rules: list[dict[str, Any]] = body["rules"]
+    return rules
 
 
 def choices(

@@ -72,6 +72,10 @@ _TRIED_PROXY = "cdt_lens.transfer_tried_proxy"
 _TRIED_EXAMPLES = 200
 
 
+class _TriedProxy(TypedDict):
+    loss: float | None
+
+
 class _Proxy(TypedDict):
     history: list[dict[str, Cell]]
     options: dict[str, Any]
@@ -187,13 +191,15 @@ class Transfer:
         return [found[place] for place in places if place in found]
 
     def prepare(self) -> None:
-        """Check and save the settings, check the data, and train the proxy or keep it.
+        """Check the data, check and save the settings, and train the proxy or keep it.
 
         Raises:
-            InputError: The folder holds an experiment with another model, task or proxy.
+            InputError: The data cannot be read, or the folder holds an experiment with another
+                model, task or proxy.
         """
-        self.settle()
+        # Settings with a mistake must not be kept: they would refuse those that mend it.
         self._check_inputs()
+        self.settle()
         self._train_proxy()
 
     @property
@@ -221,10 +227,9 @@ class Transfer:
         """Save the settings in the folder, or compare them with the saved ones.
 
         Raises:
-            InputError: The folder holds an experiment with other settings, or other files.
+            InputError: The folder holds an experiment with other settings.
             ArtifactError: The saved settings are damaged.
         """
-        check_run_folder(self.folder, "transfer.json")
         path = self.folder / "transfer.json"
         wanted = self.config.to_dict()
         # Cells know their own data, so that targets, and their files, may be added later.
@@ -344,7 +349,8 @@ class Transfer:
         made_from = {
             "model": model_key(view_of(model)), "task": task.hash, "options": asdict(options),
         }  # fmt: skip
-        kept = Kept(self.folder / "search" / f"proxy-{rate:g}.json", _TRIED_PROXY, made_from)
+        path = self.folder / "search" / f"proxy-{rate:g}.json"
+        kept = Kept(path, _TRIED_PROXY, made_from, holds=_TriedProxy)
         finished = kept.reuse(self.say)
         if finished is None:
             self.say(f"search: proxy, learning rate {rate:g}")

@@ -26,7 +26,7 @@ from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.saved import Saved
 from cdt_lens.core.undo import take_back_if_failed, unbroken
-from cdt_lens.finetuning.slices import CHANNEL_ROLES, HeadSlice, by_channel
+from cdt_lens.finetuning.slices import CHANNEL_ROLES, WeightSlice, by_channel
 from cdt_lens.finetuning.trainable import Slices
 from cdt_lens.models.heads import Head
 from cdt_lens.models.provenance import Provenance
@@ -175,7 +175,7 @@ class Adapter(Saved):
         held = {name: part.read() for name, part in parts.items()} | whole
         return any(not torch.equal(held[name], trained[name].to(held[name])) for name in trained)
 
-    def _places(self, view: ModelView) -> tuple[dict[str, HeadSlice], dict[str, Tensor]]:
+    def _places(self, view: ModelView) -> tuple[dict[str, WeightSlice], dict[str, Tensor]]:
         weights = named_weights(view)
 
         def weight(name: str, shape: Sequence[int], role: str | None = None) -> Tensor:
@@ -200,23 +200,19 @@ class Adapter(Saved):
                     f"adapter: {name}: {kind} {max(index)} is outside {view.name}. Use the base "
                     "model that it was trained on."
                 )
-            parts[name] = HeadSlice(int(layer), role, index, whole)
+            parts[name] = WeightSlice(int(layer), role, index, whole)
         return parts, {n: weight(n, v.shape) for n, v in self.whole.items()}
 
     # ------------------------------------------------------------------ on disk
 
-    def described(self) -> dict[str, Any]:
-        """Return what was trained, without the values, as JSON."""
-        return {
+    def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+        body = {
             "scope": self.scope,
             "heads": [str(head) for head in self.heads],
             "slices": {name: list(index) for name, (index, _) in self.slices.items()},
             "provenance": self.provenance.to_dict(),
             **({} if self.task is None else {"task": self.task.to_dict()}),
         }
-
-    def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
-        body = self.described()
         tensors = {f"slice/{name}": value for name, (_, value) in self.slices.items()}
         return body, tensors | {f"whole/{name}": value for name, value in self.whole.items()}
 
@@ -227,41 +223,18 @@ class Adapter(Saved):
                 raise ValueError(f"slices: {name}: expected one head for each of its values")
             if _SLICE.fullmatch(name) is None:
                 raise ValueError(f"slices: {name!r}: expected such as blocks.0.attn.W_Q")
-        slices = {name: tensors[f"slice/{name}"] for name in body["slices"]}
-        whole = {
-            name.removeprefix("whole/"): value
-            for name, value in tensors.items()
-            if name.startswith("whole/")
-        }
-        return cls._of(body, slices, whole)
-
-    @classmethod
-    @checked_arguments
-    def read_from(
-        cls, body: Mapping[str, Any], whole: Sequence[str], weights: Mapping[str, Tensor]
-    ) -> Adapter:
-        """Return an adapter with the values that a model holds.
-
-        Args:
-            body: what `described` returned.
-            whole: names of the weights that were trained whole.
-            weights: the weights of the model by TransformerLens name.
-        """
-        slices = {
-            name: by_channel(name.rpartition(".")[2], weights[name])[list(index)].clone().cpu()
-            for name, index in body["slices"].items()
-        }
-        return cls._of(body, slices, {name: weights[name].clone().cpu() for name in whole})
-
-    @classmethod
-    def _of(
-        cls, body: Mapping[str, Any], slices: Mapping[str, Tensor], whole: Mapping[str, Tensor]
-    ) -> Adapter:
         return cls(
             scope=body["scope"],
             heads=tuple(Head.parse(text) for text in body["heads"]),
-            slices={name: (tuple(body["slices"][name]), slices[name]) for name in body["slices"]},
-            whole=whole,
+            slices={
+                name: (tuple(index), tensors[f"slice/{name}"])
+                for name, index in body["slices"].items()
+            },
+            whole={
+                name.removeprefix("whole/"): value
+                for name, value in tensors.items()
+                if name.startswith("whole/")
+            },
             provenance=Provenance.from_dict(body["provenance"]),
             task=TaskCard.from_dict(body["task"]) if "task" in body else None,
         )
@@ -290,7 +263,7 @@ class Applied:
     """
 
     view: ModelView
-    parts: Mapping[str, HeadSlice] = field(repr=False)
+    parts: Mapping[str, WeightSlice] = field(repr=False)
     before: Mapping[str, Tensor] = field(repr=False)
     whole: Mapping[str, Tensor] = field(repr=False)
     before_whole: Mapping[str, Tensor] = field(repr=False)

@@ -39,7 +39,7 @@ from cdt_lens.finetuning.scopes import (
     scope_heads,
 )
 from cdt_lens.finetuning.slices import (
-    HeadSlice,
+    WeightSlice,
     channel_slices,
     check_slices,
     head_slices,
@@ -389,7 +389,7 @@ def make_trainable(
 
 def _slices(
     view: ModelView, heads: tuple[Head, ...], options: TrainingOptions
-) -> tuple[HeadSlice, ...]:
+) -> tuple[WeightSlice, ...]:
     """Return the slices of the heads, and those of the MLP channels beside them."""
     slices = head_slices(view, heads, kv=options.kv)
     if options.channels:

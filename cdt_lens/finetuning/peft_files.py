@@ -17,18 +17,16 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from typing_extensions import TypedDict
 
-from cdt_lens.core.artifacts import load_artifact, new_folder, save_artifact
-from cdt_lens.core.axes import adapter_of, check_value
+from cdt_lens.core.artifacts import new_folder
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Count
 from cdt_lens.core.errors import ArtifactError, InputError
@@ -36,22 +34,17 @@ from cdt_lens.core.process_wide import ignored
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.finetuning.export import base_of, fresh_model, new_export_folder, random_tokens
 from cdt_lens.finetuning.export_task import write_task
-from cdt_lens.models.hugging_face import load_hugging_face, third_party_noise_off
+from cdt_lens.finetuning.slices import by_channel
+from cdt_lens.models.hugging_face import first_line, load_hugging_face, third_party_noise_off
 from cdt_lens.models.loading import bridge_of
-from cdt_lens.models.provenance import Provenance
 from cdt_lens.models.view import ModelView, at_least_float32
 from cdt_lens.models.weights import named_weights
 
 # What peft asks of transformers is deprecated there.
 _ADVICE = "is_gradient_checkpointing"
 _ROUNDING = 1e-4
-_FILE, _FORMAT = "cdt_adapter.json", "cdt_lens.peft_adapter"
-
-
-class _Origin(TypedDict):
-    adapter: dict[str, Any]
-    whole: list[str]
-    dtype: Literal["float32", "bfloat16", "float16", "float64"]
+# The adapter without its values: heads, slices, origin and task, which a LoRA does not hold.
+_FILE = "cdt_adapter.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +107,7 @@ def to_peft(
         with new_folder(folder) as temporary:
             model.save_pretrained(str(temporary))
             write_task(adapter, tokenizer, str(base), temporary, lora=True)
-            _keep_origin(adapter, temporary)
+            _emptied(adapter).save(temporary / _FILE)
             _check(base, temporary, logits, tokens, adapter.dtype)
     return folder
 
@@ -142,20 +135,42 @@ def from_peft(folder: str | Path, base: str | Path) -> Adapter:
         raise InputError(
             f"{folder}: holds no {_FILE}, which to_peft writes beside the LoRA; name such a folder"
         )
-    body, _ = load_artifact(path, format=_FORMAT, version=1)
-    check_value("", body, adapter_of(_Origin))
-    dtype = getattr(torch, body["dtype"])
-    origin = Provenance.from_dict(body["adapter"]["provenance"])
+    empty = Adapter.load(path)
     with third_party_noise_off(), ignored(_ADVICE):
-        hf_model, tokenizer = base_of(base, dtype)
+        hf_model, tokenizer = base_of(base, empty.dtype)
         kind, config = type(hf_model), copy.deepcopy(hf_model.config)
         plain = fresh_model(kind, config, hf_model.state_dict())
-        origin.check_model(
-            ModelView(bridge_of(plain, tokenizer, dtype=dtype)), f"the adapter in {folder}"
+        empty.provenance.check_model(
+            ModelView(bridge_of(plain, tokenizer, dtype=empty.dtype)), f"the adapter in {folder}"
         )
-        merged = PeftModel.from_pretrained(hf_model, str(folder)).merge_and_unload()
-        weights = named_weights(ModelView(bridge_of(merged, tokenizer, dtype=dtype)))
-    return Adapter.read_from(body["adapter"], body["whole"], weights)
+        try:
+            merged = PeftModel.from_pretrained(hf_model, str(folder)).merge_and_unload()
+        except Exception as error:  # the errors of peft and safetensors have no common class
+            raise ArtifactError(
+                f"{folder}: damaged: peft cannot read its LoRA ({first_line(error)})"
+            ) from error
+        weights = named_weights(ModelView(bridge_of(merged, tokenizer, dtype=empty.dtype)))
+    return _filled(empty, weights, path)
+
+
+def _emptied(adapter: Adapter) -> Adapter:
+    slices = {name: (index, value[..., :0]) for name, (index, value) in adapter.slices.items()}
+    return replace(adapter, slices=slices, whole={n: v[..., :0] for n, v in adapter.whole.items()})
+
+
+def _filled(empty: Adapter, weights: Mapping[str, Tensor], path: Path) -> Adapter:
+    """Return the adapter with the values that a model holds."""
+    try:
+        slices = {
+            name: (index, by_channel(name.rpartition(".")[2], weights[name])[list(index)].cpu())
+            for name, (index, _) in empty.slices.items()
+        }
+        whole = {name: weights[name].clone().cpu() for name in empty.whole}
+    except (KeyError, IndexError) as error:
+        raise ArtifactError(
+            f"{path}: damaged: it names a weight or a head that the base does not have ({error})"
+        ) from error
+    return replace(empty, slices=slices, whole=whole)
 
 
 def _split(
@@ -270,13 +285,6 @@ def _with_lora(
 
 def _any_transposed(model: nn.Module, changes: Mapping[str, _Change]) -> bool:
     return any(isinstance(model.get_submodule(name), Conv1D) for name in changes)
-
-
-def _keep_origin(adapter: Adapter, folder: Path) -> None:
-    """Write what the LoRA does not say: heads, slices, origin and task."""
-    dtype = str(adapter.dtype).removeprefix("torch.")
-    body = {"adapter": adapter.described(), "whole": list(adapter.whole), "dtype": dtype}
-    save_artifact(folder / _FILE, body, format=_FORMAT, version=1)
 
 
 def _check(

@@ -36,7 +36,7 @@ CHANNEL_ROLES = ("W_in", "W_gate", "b_in", "W_out")
 
 
 @dataclass(frozen=True, eq=False)
-class HeadSlice:
+class WeightSlice:
     """The slices of one weight that the selected heads, or MLP channels, own.
 
     Attributes:
@@ -73,7 +73,7 @@ class HeadSlice:
 
 def head_slices(
     view: ModelView, heads: Iterable[Head | str], *, kv: KeyValue = "shared"
-) -> tuple[HeadSlice, ...]:
+) -> tuple[WeightSlice, ...]:
     """Return the slices that a set of heads owns.
 
     Args:
@@ -91,7 +91,7 @@ def head_slices(
     """
     selected = selected_heads(view, heads, kv=kv)
     weights = own_weights(view)
-    slices: list[HeadSlice] = []
+    slices: list[WeightSlice] = []
     for layer in sorted({head.layer for head in selected}):
         queries = tuple(head.head for head in selected if head.layer == layer)
         groups = tuple(sorted({_group(view, head) for head in queries}))
@@ -105,14 +105,14 @@ def head_slices(
                 )
             if whole is not None:
                 index = groups if role in KEY_VALUE_ROLES else queries
-                slices.append(HeadSlice(layer, role, index, whole))
+                slices.append(WeightSlice(layer, role, index, whole))
     _check_untied(view, slices, weights)
     return tuple(slices)
 
 
 def channel_slices(
     view: ModelView, count: int, *, choice: ChannelChoice = "random", seed: int = 0
-) -> tuple[HeadSlice, ...]:
+) -> tuple[WeightSlice, ...]:
     """Return the slices of MLP channels, the same number in each layer.
 
     Args:
@@ -130,7 +130,7 @@ def channel_slices(
         UnsupportedModelError: a weight is missing, tied to another weight, or a copy.
     """
     weights = own_weights(view)
-    slices: list[HeadSlice] = []
+    slices: list[WeightSlice] = []
     for layer in range(view.n_layers):
         out = weights.get(f"blocks.{layer}.mlp.W_out")
         if out is None or f"blocks.{layer}.mlp.W_in" not in weights:
@@ -143,7 +143,7 @@ def channel_slices(
         for role in CHANNEL_ROLES:
             whole = weights.get(f"blocks.{layer}.mlp.{role}")
             if whole is not None:
-                slices.append(HeadSlice(layer, role, index, by_channel(role, whole)))
+                slices.append(WeightSlice(layer, role, index, by_channel(role, whole)))
     _check_untied(view, slices, weights)
     return tuple(slices)
 
@@ -253,7 +253,7 @@ def _group(view: ModelView, head: int) -> int:
 
 
 def _check_untied(
-    view: ModelView, slices: Iterable[HeadSlice], weights: Mapping[str, Tensor]
+    view: ModelView, slices: Iterable[WeightSlice], weights: Mapping[str, Tensor]
 ) -> None:
     """Check that each weight lies in a parameter of the model and is not another weight as well."""
     addresses = holders(view)
@@ -276,7 +276,7 @@ def _check_untied(
             )
 
 
-def check_slices(view: ModelView, slices: Iterable[HeadSlice]) -> None:
+def check_slices(view: ModelView, slices: Iterable[WeightSlice]) -> None:
     """Check that the weights produce the activations of a run: q, k, v and the output of attention.
 
     Args:
@@ -308,7 +308,7 @@ def check_slices(view: ModelView, slices: Iterable[HeadSlice]) -> None:
         _check_made(view, part, made if bias is None else made + bias, expected)
 
 
-def _check_channels(view: ModelView, parts: Sequence[HeadSlice]) -> None:
+def _check_channels(view: ModelView, parts: Sequence[WeightSlice]) -> None:
     """Check that the weights produce the MLP's activations before and after its function."""
     layers = sorted({part.layer for part in parts})
     if not layers:
@@ -348,7 +348,7 @@ def _probe(view: ModelView) -> Tensor:
     return torch.arange(min(5, view.n_ctx)).unsqueeze(0) % view.tl.unembed.W_U.shape[-1]
 
 
-def _check_made(view: ModelView, part: HeadSlice, made: Tensor, expected: Tensor) -> None:
+def _check_made(view: ModelView, part: WeightSlice, made: Tensor, expected: Tensor) -> None:
     tolerance = 1e-3 if made.dtype.itemsize >= 4 else 5e-2
     if bool((made - expected).norm() > tolerance * (expected.norm() + 1e-6)):
         raise UnsupportedModelError(

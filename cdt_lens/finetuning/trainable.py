@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from cdt_lens.core.errors import UnsupportedModelError
 from cdt_lens.core.set_aside import set_aside
 from cdt_lens.core.undo import unbroken, undoing
-from cdt_lens.finetuning.slices import CHANNEL_ROLES, ROLES, HeadSlice, channel_site
+from cdt_lens.finetuning.slices import CHANNEL_ROLES, ROLES, WeightSlice, channel_site
 from cdt_lens.models.sites import Hook, Site
 from cdt_lens.models.support import output_site
 from cdt_lens.models.view import ModelView, at_least_float32
@@ -166,7 +166,7 @@ class SlicesAndWholes:
     """
 
     def __init__(
-        self, view: ModelView, slices: Sequence[HeadSlice], wholes: Sequence[str] = ()
+        self, view: ModelView, slices: Sequence[WeightSlice], wholes: Sequence[str] = ()
     ) -> None:
         self.view = view
         self.slices = tuple(slices)
@@ -232,7 +232,7 @@ class SlicesAndWholes:
             hooks |= self._layer_hooks(layer, parts)
         return hooks
 
-    def _layer_hooks(self, layer: int, parts: Mapping[str, HeadSlice]) -> dict[Site, Hook]:
+    def _layer_hooks(self, layer: int, parts: Mapping[str, WeightSlice]) -> dict[Site, Hook]:
         inputs: dict[str, Tensor] = {}
         last = {"W_O": ("input", "z"), "W_out": ("mlp", "post")}
 

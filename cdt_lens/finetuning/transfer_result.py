@@ -245,6 +245,7 @@ class TransferResult(Saved):
 
     @classmethod
     def _from_file(cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TransferResult:
+        _check_per_example(tensors)
         provenance = body["provenance"]
         return cls(
             task=body["task"], proxy=body["proxy"], targets=tuple(body["targets"]),
@@ -254,6 +255,22 @@ class TransferResult(Saved):
             per_example=tensors,
             **{name: _from_json(name, body[name]) for name in _TABLES},
         )  # fmt: skip
+
+
+def _check_per_example(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are no measure of a run, or not one value for each test example."""
+    sizes: dict[tuple[bool, str], int] = {}
+    for name, value in tensors.items():
+        measure, _, place = name.partition("|")
+        target = place.rsplit("|", 2)[0]
+        of_source = measure.startswith("source_")
+        key = of_source, "" if of_source else target
+        if measure not in PER_EXAMPLE or value.dim() != 1 or place.count("|") < 2:
+            raise ValueError(f"per_example: {name!r}: expected such as 'right|target|scope|0'")
+        if sizes.setdefault(key, len(value)) != len(value):
+            raise ValueError(
+                f"per_example: {name!r} has {len(value)} examples, others {sizes[key]}"
+            )
 
 
 def _placed(run: pd.Series, random: pd.DataFrame) -> dict[str, float]:

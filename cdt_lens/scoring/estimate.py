@@ -32,7 +32,7 @@ from cdt_lens.circuits.head_scores import HeadScores, label_index
 from cdt_lens.circuits.measures import heads_at
 from cdt_lens.circuits.sampled import sample_order
 from cdt_lens.core.choices import Direction
-from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.core.errors import ArtifactError
 from cdt_lens.core.kept import Kept
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.per_example import share_rows, table
@@ -154,19 +154,6 @@ class Budget:
     minutes: float | None = None
     decide: Mapping[str, Any] | None = None
     grows: bool = False
-
-    def check(self, examples: Examples) -> None:
-        """Refuse a budget that is too small for one prompt of each label.
-
-        Raises:
-            InputError: Names the least number that works.
-        """
-        labels = sum(count > 0 for count in examples.counts.values())
-        if self.exact < labels:
-            raise InputError(
-                f"score_heads: exact={self.exact}: expected at least {labels}, one prompt of each "
-                "label"
-            )
 
 
 Rows = dict[int, Float[Tensor, " head_and_direction"]]

@@ -174,12 +174,8 @@ def _budget(
 ) -> Budget | None:
     """Return the budget of an estimate, or None where every example gets the exact sweep."""
     stops = any(each is not None for each in (precision, minutes, decide))
+    check_sample(rules, examples, exact, stops)
     if not parts_of(rules):
-        if stops or exact not in (None, "all"):
-            raise InputError(
-                "score_heads: these rules have no first-order form, so exact='all' alone is "
-                "possible; score fewer examples, or use another preset"
-            )
         return None
     grows = exact is None and not stops and not is_small(view, rules)
     most = len(examples)
@@ -188,9 +184,35 @@ def _budget(
     elif decide is not None:
         most = min(2 * EXACT, most)
     budget = Budget(most, precision, minutes, decide, grows)
-    budget.check(examples)
     whole = most == len(examples) and (most <= EXACT or not grows)
     return None if whole and not stops else budget
+
+
+def check_sample(
+    rules: Rules, examples: Examples, exact: int | Literal["all"] | None, stops: bool
+) -> None:
+    """Refuse a sample that cannot be swept; this needs no model.
+
+    Args:
+        rules: The propagation rules.
+        examples: The examples to score.
+        exact: Number of examples to sweep, "all", or None for the default.
+        stops: Whether the sweep is to end at a precision, after a time or by a decision.
+
+    Raises:
+        InputError: The rules have no first-order form that a sample could correct, or the sample
+            is too small for one prompt of each label; names the least number that works.
+    """
+    if not parts_of(rules):
+        if stops or exact not in (None, "all"):
+            raise InputError(
+                "these rules have no first-order form, so every example gets the exact sweep: omit "
+                "exact, precision, minutes and decide. Score fewer examples, or use another preset"
+            )
+        return
+    labels = sum(count > 0 for count in examples.counts.values())
+    if exact not in (None, "all") and min(int(exact), len(examples)) < labels:
+        raise InputError(f"exact={exact}: expected at least {labels}, one prompt of each label")
 
 
 def _estimate(

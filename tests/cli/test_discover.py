@@ -245,6 +245,23 @@ def test_one_file_without_a_split_is_refused_before_the_model_is_loaded(
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--exact", "2"), "exact=2: expected at least 3, one prompt of each label"),
+        (("--rules", "official", "--exact", "5"), "these rules have no first-order form"),
+        (("--rules", "official", "--decide"), "omit exact, precision, minutes and decide"),
+    ],
+)
+def test_a_sample_that_cannot_be_swept_is_refused_before_the_model_is_loaded(
+    options, told, place: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(runs, "load_for", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(CdtLensError, match=told):
+        run(*discover(place, tmp_path / "run", *options))
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
 def test_a_copy_of_the_training_file_is_refused(place: Path, tmp_path: Path):
     copy = tmp_path / "copy.csv"
     copy.write_bytes((place / "data" / "train.csv").read_bytes())

@@ -175,3 +175,17 @@ def test_rows_that_are_judged_on_are_not_learnt(place: Path, tmp_path: Path):
     assert f"target: {n} of 48 rows to train on are also in the validation or test rows" in told[0]
     assert "12 test rows: the 95 % interval of an accuracy of 0.7 is [" in told[1]
     assert not {row["text"] for row in tables["train"].rows} & {row["text"] for row in rows[:6]}
+
+
+@pytest.mark.parametrize("mistake", [{"template": "{txt} w3"}, {"verbalizer": {"bad": " w10"}}])
+def test_a_mistake_can_be_mended_in_the_same_folder(
+    mistake, place: Path, tmp_path: Path, monkeypatch
+):
+    """What was refused has left no settings that would refuse the right ones."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CdtLensWarning)
+        with pytest.raises(InputError):
+            run_adapt(settings(place, **mistake), tmp_path / "run", quiet)
+        monkeypatch.setattr(adapting, "discover", lambda *_: pytest.fail("it went on"))
+        with pytest.raises(pytest.fail.Exception, match="it went on"):
+            run_adapt(settings(place), tmp_path / "run", quiet, progress=False)

@@ -754,3 +754,13 @@ def test_the_rules_are_written_down_before_a_test_split_is_read(
     assert entry["rule"]["race"]["scopes"] == ["norms", "near-zero", "decision", "full"]
     first = min(path.stat().st_mtime for path in (out / "cells").glob("*/*.json"))
     assert (out / "auto-rules.json").stat().st_mtime <= first
+
+
+def test_a_mistake_can_be_mended_in_the_same_folder(place: Path, tmp_path: Path, monkeypatch):
+    """What was refused has left no settings that would refuse the right ones."""
+    wrong = settings(place, task={"template": "{txt} w3"})
+    with pytest.raises(InputError, match="txt"):
+        run_transfer(wrong, tmp_path / "run", quiet, progress=False)
+    monkeypatch.setattr(transfer.Transfer, "_train_proxy", lambda _: pytest.fail("it went on"))
+    with pytest.raises(pytest.fail.Exception, match="it went on"):
+        run_transfer(settings(place), tmp_path / "run", quiet, progress=False)

@@ -7,7 +7,7 @@ import os
 import resource
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import torch
 import transformers
 from helpers.checks import assert_close
 from helpers.hf_layout import selected
-from helpers.saved import save_model
 from helpers.shared import EVERY_FAMILY
 from helpers.tiny_models import build, prompts
 from helpers.tiny_training import HEADS, QUICK, task
@@ -31,21 +30,6 @@ from cdt_lens.finetuning.export import export
 from cdt_lens.finetuning.finetune import finetune
 from cdt_lens.models.provenance import weight_hash
 from cdt_lens.models.view import ModelView
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> Callable[[str], Path]:
-    """A tiny family's folder, made when first asked for."""
-    root = tmp_path_factory.mktemp("base")
-
-    def folder(family: str) -> Path:
-        if not (root / family).exists():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # advice of transformers about saving
-                save_model(root / family, family)
-        return root / family
-
-    return folder
 
 
 def plain(folder: Path, dtype: torch.dtype = torch.float32) -> Any:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,6 @@ import peft
 import pytest
 import torch
 import transformers
-from helpers.saved import save_model
 from helpers.shared import EVERY_FAMILY
 from helpers.tiny_models import prompts
 from helpers.tiny_training import HEADS, QUICK, task
@@ -28,20 +25,6 @@ from cdt_lens.models.view import ModelView
 # What peft asks of transformers is deprecated there.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 EXACT: dict[str, Any] = {"norms": "none", "biases": False}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> Callable[[str], Path]:
-    root = tmp_path_factory.mktemp("base")
-
-    def folder(family: str) -> Path:
-        if not (root / family).exists():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # advice of transformers about saving
-                save_model(root / family, family)
-        return root / family
-
-    return folder
 
 
 def load(folder: Path) -> ModelView:

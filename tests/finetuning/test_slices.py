@@ -13,7 +13,7 @@ from helpers.wrapped import needs_hooked, view, wrap
 
 from cdt_lens.core.errors import InputError, UnsupportedModelError
 from cdt_lens.finetuning.slices import (
-    HeadSlice,
+    WeightSlice,
     check_slices,
     head_slices,
     norm_weights,
@@ -240,7 +240,7 @@ def test_slices_of_weights_that_are_not_run_fail_the_check(family, backend, role
     """The right numbers in the wrong order, as a misread fused layout would give them."""
     seen = shared(family, backend, tokenizer_folder)
     wrong = [
-        HeadSlice(p.layer, p.role, p.index, p.whole.flip(0)) if p.role == role else p
+        WeightSlice(p.layer, p.role, p.index, p.whole.flip(0)) if p.role == role else p
         for p in head_slices(seen, HEADS)
     ]
     with pytest.raises(UnsupportedModelError, match=rf"attn.{role} does not produce"):

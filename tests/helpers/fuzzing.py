@@ -12,6 +12,7 @@ import copy
 import json
 import random
 import shutil
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,19 @@ from cdt_lens.core.artifacts import content_hash, file_hash
 from cdt_lens.core.errors import CdtLensError
 from cdt_lens.core.kept import Kept
 from cdt_lens.decomposition.baseline import Baseline
-from cdt_lens.experiments import transfer, transfer_cells
+from cdt_lens.experiments import scope_choices, transfer, transfer_cells
 from cdt_lens.experiments.runs import open_run
-from cdt_lens.experiments.transfer_config import read_config
+from cdt_lens.experiments.transfer_config import TransferConfig, config_of, read_config
+from cdt_lens.finetuning.adapt_result import AdaptResult
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.finetuning.checkpoints import Checkpoint, Log, State
 from cdt_lens.finetuning.transfer_result import TransferResult
 from cdt_lens.interchange.graphs import circuit_from_graph, read_graph, write_graph
 from cdt_lens.models.provenance import Provenance
 from cdt_lens.tasks.rows import read_table
-from helpers import sample_graph
+from cdt_lens.viz import training_tables
+from cdt_lens.viz.report.training_sections import adapt_section
+from helpers import sample_graph, sample_results
 from helpers.places import TESTS
 
 FILES = TESTS / "files_0_3"
@@ -117,6 +121,10 @@ def _csv(path: Path) -> None:
     path.write_text("text,label\n" + "\n".join(quoted) + "\n", "utf-8")
 
 
+def _config() -> TransferConfig:
+    return config_of(tomllib.loads(TOML))
+
+
 def _run(path: Path) -> None:
     document = json.loads((FILES / "run" / "run.json").read_text("utf-8"))
     document["settings"]["model"] = "no such folder/model"  # a whole file is refused for it
@@ -138,6 +146,8 @@ KEPT: Mapping[str, tuple[Any, dict[str, Any]]] = {
     "cell": (transfer_cells._Finished, CELL),
     "before": (transfer_cells._Before, {"row": CELL["row"]}),
     "proxy": (transfer._Proxy, {"history": CELL["history"], "options": {"epochs": 1}}),
+    "tried": (transfer_cells._Tried, {"history": CELL["history"]}),
+    "tried proxy": (transfer._TriedProxy, {"loss": 0.5}),
     "circuits": (measured_circuits._Measured, {"circuits": ["L0H1", ""]}),
     "time": (timed_scores._Time, {"refused": None, "clock": {}, "seconds": 1.0, "passes": None}),
 }
@@ -157,6 +167,9 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "log.jsonl": _text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n'),
     "run": _run,
     "checkpoint": _save_checkpoint,
+    "adapt": lambda path: sample_results.adaptation().save(path),
+    "transfer of now": lambda path: sample_results.transfer(per_example=True).save(path),
+    "rules": lambda path: scope_choices.fix_rules(_config(), path, 0),
 } | {
     name: lambda path, name=name: _kept(name, path).write(KEPT[name][1]) for name in KEPT
 }  # fmt: skip
@@ -192,6 +205,11 @@ def _use(result: Any) -> None:
         result.ranking("magnitude")
     if isinstance(result, TransferResult):
         result.summary()
+        training_tables.comparison_table(result)
+        if result.per_example and result.scopes:
+            result.differences(result.scopes[0])
+    if isinstance(result, AdaptResult):
+        adapt_section(result, "id", ())
     provenance = getattr(result, "provenance", None)
     assert provenance is None or (isinstance(provenance, Provenance) and provenance.key is not None)
 
@@ -206,6 +224,9 @@ OTHERS: dict[str, Callable[[Path], object]] = {
     "rows.jsonl": _read_rows,
     "log.jsonl": lambda path: Log(path).cut(1),
     "run": lambda path: open_run(path.parent, lambda _: None),
+    "adapt": lambda path: _use(AdaptResult.load(path)),
+    "transfer of now": lambda path: _use(TransferResult.load(path)),
+    "rules": lambda path: scope_choices.fix_rules(_config(), path, 0),
 }
 
 

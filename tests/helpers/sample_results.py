@@ -25,6 +25,7 @@ from cdt_lens.finetuning.transfer_result import (
     AUTO_COLUMNS,
     BEFORE_COLUMNS,
     CELL_COLUMNS,
+    PER_EXAMPLE,
     TransferResult,
     table,
 )
@@ -191,6 +192,7 @@ def transfer(
     targets: tuple[str, ...] = TARGETS,
     scopes: tuple[str, ...] = SCOPES,
     seeds: tuple[int, ...] = (0, 1, 2),
+    per_example: bool = False,
 ) -> TransferResult:
     draw = np.random.default_rng(5)
     shares = {"decision": 0.01, "near-zero": 0.01, "random": 0.01, "norms": 0.0003, "lora": 0.004}
@@ -227,6 +229,13 @@ def transfer(
         discovery={"heads in circuit": 27, "f(C), proxy validation": 0.83, "rule": "magnitude"},
         settings={"examples": 24, "training": {"epochs": 10, "batch_size": 16}, "kv": "share"},
         provenance=provenance({"scopes": list(scopes)}),
+        per_example={
+            f"{measure}|{target}|{scope}|{seed}": torch.rand(20, generator=seeded(place))
+            for measure in PER_EXAMPLE
+            for place, target in enumerate(targets if per_example else ())
+            for scope in scopes
+            for seed in seeds
+        },
     )
 
 
