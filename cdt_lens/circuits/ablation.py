@@ -21,7 +21,7 @@ from cdt_lens.core.choices import Count, Metric
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import gather_items
 from cdt_lens.decomposition.baseline import Baseline
-from cdt_lens.decomposition.decompose import irrelevant_logits
+from cdt_lens.decomposition.decompose import irrelevant_logits, layers_to_run
 from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import PRESETS
 from cdt_lens.models.heads import Head, all_heads
@@ -95,7 +95,8 @@ def _by_example(
     complements = [tuple(h for h in everyone if h not in inside) for inside in kept]
     batches = passes.batches(examples, view.longrope_limit)
     items: list[tuple[int, Tensor]] = []
-    with passes.bar(name="circuits", total=len(batches) * len(circuits)) as bar:
+    total = len(batches) * layers_to_run(complements, view.n_layers)
+    with passes.bar(name="circuits", total=total) as bar:
         for batch in batches:
             values = _per_example(
                 view, batch.to(view.device), complements, baseline, metric, task, passes.rows, bar

@@ -12,6 +12,9 @@ from cdt_lens.core.checked import Checked
 from cdt_lens.core.choices import Count
 from cdt_lens.core.processes import is_main, shard
 
+# Steps are layers, batches or circuits, so their number says nothing to a reader.
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left{postfix}"
+
 _Batch = TypeVar("_Batch", covariant=True)
 
 
@@ -58,17 +61,21 @@ class Passes(Checked):
         *,
         name: str,
         total: int | None = None,
-        unit: str = "it",
         leave: bool = True,
     ) -> tqdm:
-        """Return a progress bar, which stays hidden if `progress` is False or in other processes.
+        """Return a progress bar with the share that is done and the time left.
+
+        It is shown by the main process alone, in a terminal or a notebook, unless `progress` is
+        False. A log would hold one line for every time that the bar is drawn.
 
         Args:
             items: What the bar iterates over; None for a bar that is updated by hand.
             name: Text in front of the bar.
-            total: Number of steps, if `items` is None.
-            unit: Name of one step.
+            total: Number of steps of about equal cost, if `items` is None.
             leave: Whether the bar stays visible at the end.
         """
-        hidden = not (self.progress and is_main())
-        return tqdm(items, desc=name, total=total, unit=unit, leave=leave, disable=hidden)
+        # tqdm reads `disable=None` as: only where standard error is no terminal.
+        hidden = None if self.progress and is_main() else True
+        return tqdm(
+            items, desc=name, total=total, leave=leave, disable=hidden, bar_format=BAR,
+        )  # fmt: skip

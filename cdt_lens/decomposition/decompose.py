@@ -239,7 +239,7 @@ def irrelevant_logits(
         rows: number of (source x example) rows in a forward pass. None chooses it by the prompts'
             length.
         taps: collects the parts at target heads.
-        done: called after each chunk with the number of source sets that it finished.
+        done: called after each chunk with its cost as `layers_to_run` counts it.
 
     Returns:
         The logits, soft-capped where the model does that.
@@ -254,15 +254,26 @@ def irrelevant_logits(
     order = sorted((i for i, s in enumerate(sets) if s), key=lambda i: _first_layer(sets[i]))
     size = rows_per_chunk(propagator, rows) // len(batch.lengths)
     empty = None if propagator.rules.context == "full" else EmptyModel(propagator)
-    for _, group in groupby(order, key=lambda i: _first_layer(sets[i])):
+    for first, group in groupby(order, key=lambda i: _first_layer(sets[i])):
         for chunk in _chunks(list(group), max(1, size)):
             out[chunk] = _with_halving(propagator, empty, sets, batch, chunk, taps)
             if done is not None:
-                done(len(chunk))
-    if done is not None:
-        done(len(sets) - len(order))
+                done(len(chunk) * (propagator.view.n_layers - first))
     check_finite(propagator, sets, batch, out)
     return out
+
+
+def layers_to_run(sets: Iterable[SourceSet], n_layers: int) -> int:
+    """Count the layers that source sets run through, each from the layer of its first source on.
+
+    This is the cost of `irrelevant_logits` for one batch: a head of the last layer costs one layer,
+    a head of the first layer all of them.
+
+    Args:
+        sets: the source sets; an empty set costs nothing.
+        n_layers: number of layers of the model.
+    """
+    return sum(n_layers - _first_layer(each) for each in sets if each)
 
 
 def rows_per_chunk(propagator: Propagator, rows: int | None) -> int:

@@ -112,7 +112,7 @@ class Trainer:
             self._recomputed(),
             tqdm(
                 total=total, initial=state.step, desc=self.name, unit="step", leave=False,
-                disable=not (self.progress and is_main()),
+                disable=None if self.progress and is_main() else True,
             ) as bar,
         ):  # fmt: skip
             while state.stopped is None and state.epoch < self.options.epochs:

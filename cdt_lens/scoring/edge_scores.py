@@ -160,7 +160,7 @@ def score_edges(
     sources = _units(view)
     items: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []
     batches = passes.batches(examples, view.longrope_limit)
-    with passes.bar(name="edges", total=len(batches) * len(sources), unit="unit") as bar:
+    with passes.bar(name="edges", total=len(batches) * len(sources)) as bar:
         for batch in batches:
             sweep = _EdgeSweep(view, batch.to(view.device), baseline, rules, sources)
             for chunk in sweep.chunks(passes.rows):

@@ -173,7 +173,7 @@ class Estimator:
         passes: Sizes of the forward passes.
         seed: Seed of the sample.
         exact_rows: Computes the exact rows of a batch under some rules, for some heads or all.
-        sources: Number of scored heads.
+        cost: Gives the cost of some heads for one batch, as steps of the bar; None means all.
         bar: The progress bar of the exact sweep.
     """
 
@@ -185,7 +185,7 @@ class Estimator:
     passes: Passes
     seed: int
     exact_rows: ExactRows
-    sources: int
+    cost: Callable[[tuple[Head, ...] | None], int]
     bar: tqdm
 
     def __post_init__(self) -> None:
@@ -289,8 +289,7 @@ class Estimator:
         heads: tuple[Head, ...] | None,
     ) -> None:
         batches = [self._batches(chunk, number, done) for number in range(len(self.parts))]
-        count = self.sources if heads is None else len(heads)
-        self.bar.total = self.bar.n + count * sum(map(len, batches))
+        self.bar.total = self.bar.n + self.cost(heads) * sum(map(len, batches))
         for number, part in enumerate(self.parts):
             own: list[tuple[int, Tensor]] = []
             for positions, batch in batches[number]:

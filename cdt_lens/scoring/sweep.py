@@ -31,7 +31,7 @@ from cdt_lens.core.passes import Passes
 from cdt_lens.core.per_example import by_layer, share_rows, table
 from cdt_lens.core.processes import shard
 from cdt_lens.decomposition.baseline import Baseline
-from cdt_lens.decomposition.decompose import irrelevant_logits
+from cdt_lens.decomposition.decompose import irrelevant_logits, layers_to_run
 from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import Rules, resolve_rules
 from cdt_lens.models.behaviour import PROMPTS, behaviour_of
@@ -228,11 +228,11 @@ def _estimate(
     # The rows of finished examples do not depend on where the sweep stops.
     whole = budget if budget.decide is not None else Budget(0)
     made_from = replace(provenance, options={**provenance.options, **asdict(whole), "seed": seed})
-    bar = sweep.passes.bar(name="heads", total=0, unit="head")
+    bar = sweep.passes.bar(name="heads", total=0)
     estimator = Estimator(
         view, examples, sweep.baseline, parts, sweep.direction, sweep.passes, seed,
         lambda rules, batch, heads: replace(sweep, rules=rules).some(batch, bar, heads),
-        len(sweep.sources), bar,
+        lambda heads: sweep.cost(heads or sweep.sources), bar,
     )  # fmt: skip
     kept = None if checkpoint is None else sweep.kept(Path(checkpoint), made_from, Sampled)
     looks = 1 if budget.decide is None else len(estimator.ends(budget))
@@ -353,8 +353,8 @@ class _Sweep:
         wanted = {index for batch in batches for index in batch.index}
         done = _read_rows(kept, wanted, rows)
         batches = [batch for batch in batches if not set(batch.index) <= done.keys()]
-        total = len(batches) * len(self.sources)
-        with self.passes.bar(name="heads", total=total, unit="head") as bar:
+        total = len(batches) * self.cost(self.sources)
+        with self.passes.bar(name="heads", total=total) as bar:
             for batch in batches:
                 for index, row in self._batch(batch.to(self.view.device), bar).items():
                     rows[index], done[index] = row, None
@@ -383,6 +383,14 @@ class _Sweep:
         batch = next(self.examples.batches(PROMPTS, apart=self.view.longrope_limit))
         behaviour = behaviour_of(self.view, batch.tokens, batch.lengths)
         return Kept(path, SWEEP_FORMAT, made_from, holds=holds, behaviour=behaviour)
+
+    def cost(self, heads: Sequence[Head]) -> int:
+        """Return the cost of some heads for one batch, as steps of the progress bar.
+
+        Args:
+            heads: The heads.
+        """
+        return layers_to_run([(head,) for head in heads], self.view.n_layers)
 
     def some(
         self, batch: Batch, bar: tqdm, heads: tuple[Head, ...] | None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,37 @@ def test_batches_are_those_of_the_examples():
     data = examples()
     sizes = [len(batch.index) for batch in Passes(4).batches(data)]
     assert sizes == [len(batch.index) for batch in data.batches(4)]
+
+
+class Terminal(io.StringIO):
+    """Standard error of a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_log_holds_no_progress_bar(terminal, monkeypatch):
+    written = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stderr", written)
+    with Passes().bar(name="heads", total=2) as bar:
+        bar.update(2)
+    assert ("heads: 100%" in written.getvalue()) is terminal
+    assert terminal or not written.getvalue()
+
+
+@pytest.mark.parametrize("exact", ["all", 2])
+def test_a_sweep_counts_its_layers(exact, tokenizer_folder, monkeypatch):
+    """A head of the first layer costs as many steps of the bar as the model has layers."""
+    view, data = shared("gpt2", "bridge", tokenizer_folder), examples()
+    baseline = mean_activations(view, data, progress=False)
+    monkeypatch.setattr("sys.stderr", written := Terminal())
+    monkeypatch.setattr("cdt_lens.core.passes.BAR", "<{n_fmt}/{total_fmt}>")
+    cdt.score_heads(view, data, baseline, exact=exact, batch_size=1)
+    done = [tuple(map(int, pair)) for pair in re.findall(r"<(\d+)/(\d+)>", written.getvalue())]
+    parts, batches = (1, len(data)) if exact == "all" else (2, exact)
+    steps = parts * batches * sum(view.n_heads * (1 + layer) for layer in range(view.n_layers))
+    assert (steps, steps) in done
 
 
 def test_every_public_function_refuses_them(tokenizer_folder):
