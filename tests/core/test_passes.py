@@ -67,17 +67,17 @@ def test_a_log_holds_no_progress_bar(terminal, monkeypatch):
     assert terminal or not written.getvalue()
 
 
-@pytest.mark.parametrize("exact", ["all", 2])
-def test_a_sweep_counts_its_layers(exact, tokenizer_folder, monkeypatch):
+@pytest.mark.parametrize(("rules", "exact"), [("two-ended", "all"), ("ablation", 3)])
+def test_a_sweep_counts_its_layers(rules, exact, tokenizer_folder, monkeypatch):
     """A head of the first layer costs as many steps of the bar as the model has layers."""
     view, data = shared("gpt2", "bridge", tokenizer_folder), examples()
     baseline = mean_activations(view, data, progress=False)
     monkeypatch.setattr("sys.stderr", written := Terminal())
     monkeypatch.setattr("cdt_lens.core.passes.BAR", "<{n_fmt}/{total_fmt}>")
-    cdt.score_heads(view, data, baseline, exact=exact, batch_size=1)
+    cdt.score_heads(view, data, baseline, rules=rules, exact=exact, batch_size=1)
     done = [tuple(map(int, pair)) for pair in re.findall(r"<(\d+)/(\d+)>", written.getvalue())]
-    parts, batches = (1, len(data)) if exact == "all" else (2, exact)
-    steps = parts * batches * sum(view.n_heads * (1 + layer) for layer in range(view.n_layers))
+    batches = len(data) if exact == "all" else exact
+    steps = batches * sum(view.n_heads * (1 + layer) for layer in range(view.n_layers))
     assert (steps, steps) in done
 
 
