@@ -93,6 +93,7 @@ if TYPE_CHECKING:  # The same names for type checkers; a test compares the two l
         calibrate as calibrate,
         evaluate as evaluate,
     )
+    from cdt_lens.tasks.own_prompts import task_from_prompts as task_from_prompts
     from cdt_lens.tasks.task import Examples as Examples, Task as Task
     from cdt_lens.viz.report.report import render_report as render_report
 
@@ -108,6 +109,7 @@ _PUBLIC = {
     "models.heads": ("Head", "Mlp"),
     "models.loading": ("load_model",),
     "tasks.datasets": ("load_task", "task_from_files", "task_from_hub"),
+    "tasks.own_prompts": ("task_from_prompts",),
     "tasks.evaluate": ("Evaluation", "calibrate", "evaluate"),
     "tasks.task": ("Examples", "Task"),
     "decomposition.baseline": ("Baseline", "counterfactual_baseline", "mean_activations"),
@@ -175,6 +177,7 @@ _FORMER = {
     "scoring.methods": ("DEFAULT_METHODS", "direct_attribution", "random_scores"),
     "scoring.one_pass": ("position_relevance",),
     "scoring.prompt_views": ("AttentionView", "TokenRelevance"),
+    "tasks.own_prompts": ("task_from_prompts",),
     "tasks.evaluate": ("label_prior",),
     "tasks.task": ("Example",),
 }

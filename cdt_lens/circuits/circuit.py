@@ -65,6 +65,7 @@ class Circuit(Saved):
     provenance: Provenance | None = field(default=None, repr=False)
     graph: Graph | None = field(default=None, repr=False)
     _format, _kind = "cdt_lens.circuit", "circuit file"
+    _name = "circuit.json"
     _advice = "scores.select(...) makes one, and so does Circuit(heads, n_layers, n_heads)"
 
     def __post_init__(self) -> None:

@@ -103,6 +103,7 @@ class FaithfulnessCurve(Saved):
     strata: Int[Tensor, " example"] | None = field(default=None, repr=False)
     # In files of version 1 "accuracy" is the label-balanced share of right answers.
     _format, _kind, _version = "cdt_lens.faithfulness", "faithfulness file", 2
+    _name = "faithfulness.json"
 
     def __repr__(self) -> str:
         areas = f"CPR {self.cpr:.3f}", f"CMD {self.cmd:.3f}"

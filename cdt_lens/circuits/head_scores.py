@@ -68,6 +68,7 @@ class HeadScores(Saved):
     corrections: tuple[Float[Tensor, "example layer head"], ...] = field(default=(), repr=False)
     looks: int = field(default=1, repr=False)
     _format, _kind = "cdt_lens.scores", "scores file"
+    _name = "scores.json"
     _advice = "score_heads(model, examples, baseline) makes them"
 
     def __repr__(self) -> str:
@@ -336,8 +337,13 @@ class HeadScores(Saved):
         return tuple(h for h in self.ranking() if bool(keep[h.layer, h.head]))
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Return one row per head: name, layer, index, score and standard error in logits."""
-        return pd.DataFrame(
+        """Return one row per head, the largest score first.
+
+        Returns:
+            Name, layer, index, score and standard error in logits. Heads without a score stand at
+            the end.
+        """
+        frame = pd.DataFrame(
             [
                 {
                     "head": str(h),
@@ -349,6 +355,7 @@ class HeadScores(Saved):
                 for h in all_heads(self.n_layers, self.n_heads)
             ]
         )
+        return frame.sort_values("score", ascending=False, kind="stable", ignore_index=True)
 
     @checked_arguments
     def heatmap(self, circuit: Circuit | None = None) -> Figure:

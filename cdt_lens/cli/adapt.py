@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cdt_lens.cli.arguments import Out, Verbalizer, with_options, words_of
-from cdt_lens.cli.console import say, tell
+from cdt_lens.cli.console import lead_on, say, tell
 from cdt_lens.cli.show import show_adaptation
 from cdt_lens.experiments.adapt_settings import AdaptSettings
 
@@ -54,8 +54,9 @@ def adapt(
     show_adaptation(result)
     if result.exported:
         tell(f"the adapted model: {out / result.exported}")
-        tell(f"next: cdt-lens predict {out / result.exported} --file rows.csv")
     tell(str(out / "report.html"))
+    if result.exported:
+        lead_on(["predict", out / result.exported, "--file", "rows.csv"])
 
 
 def _paths(files: dict[str, Path | None]) -> dict[str, str]:

@@ -7,16 +7,19 @@ the same command resumes.
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from cdt_lens.cli.adapt import adapt
 from cdt_lens.cli.compare import compare
-from cdt_lens.cli.console import err
+from cdt_lens.cli.console import err, tell
 from cdt_lens.cli.convert import convert, fetch
 from cdt_lens.cli.discover import discover, faithfulness, report, trace
 from cdt_lens.cli.finetune import demo, export, finetune, transfer
@@ -58,7 +61,19 @@ class Command(TyperCommand):
         """
         with warnings.catch_warnings():
             _show_warnings_in_one_line()
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except CdtLensError as error:
+                raise type(error)(_with_options(str(error), self.params)) from error
+
+
+def _with_options(message: str, params: Sequence[Any]) -> str:
+    """Name the options of a command in a message as they are typed: `k=5` becomes `--k 5`."""
+    typed = {p.name: p.opts[0] for p in params if p.param_type_name == "option"}
+    names = "|".join(map(re.escape, sorted(typed, key=len, reverse=True)))
+    return re.sub(
+        rf"(?<![\w.\[-])({names})=(?=[^\s=])", lambda found: f"{typed[found[1]]} ", message
+    )
 
 
 def _show_warnings_in_one_line() -> None:
@@ -87,11 +102,33 @@ app = typer.Typer(
     ),
 )
 
-for _command in (
-    demo, adapt, discover, faithfulness, trace, report, show, compare, finetune, transfer, export,
-    predict, convert, fetch,
-):  # fmt: skip
-    app.command(cls=Command)(_command)
+# In the order in which a person needs them.
+_PANELS = {
+    "Start here": (demo, fetch),
+    "Find a circuit": (discover, faithfulness, trace, report, compare),
+    "Adapt a model to another language": (adapt, finetune, export, predict, transfer),
+    "Files": (show, convert),
+}
+for _panel, _commands in _PANELS.items():
+    for _command in _commands:
+        app.command(cls=Command, rich_help_panel=_panel)(_command)
+
+
+def _tell_versions(asked: bool) -> None:
+    if asked:
+        for package in ("cdt_lens", "torch", "transformer-lens", "transformers"):
+            tell(f"{package} {metadata.version(package)}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", help="Print versions.", callback=_tell_versions, is_eager=True),
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

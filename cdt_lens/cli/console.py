@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 
 from rich import box
@@ -23,6 +24,17 @@ def tell(text: str) -> None:
     """Print one line of the result on standard output, from one process."""
     if _first():
         out.print(text, markup=False, soft_wrap=True)
+
+
+def lead_on(*commands: Sequence[object]) -> None:
+    """Print the commands to type next, after the result.
+
+    Args:
+        commands: The words of each command, without `cdt-lens`.
+    """
+    for number, words in enumerate(commands):
+        line = shlex.join(["cdt-lens", *map(str, words)])
+        tell(f"{'then' if number else 'next'}: {line}")
 
 
 def tell_table(

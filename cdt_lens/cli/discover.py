@@ -17,7 +17,7 @@ from cdt_lens.cli.arguments import (
     settings_of,
     with_options,
 )
-from cdt_lens.cli.console import say, tell
+from cdt_lens.cli.console import lead_on, say, tell
 from cdt_lens.cli.show import show_curve, show_heads, tell_graph
 from cdt_lens.core.choices import Metric
 from cdt_lens.experiments.settings import Settings
@@ -63,6 +63,7 @@ def discover(
             f"Pearson {agreement.pearson:.3f}"
         )
     tell(f"circuit of {len(circuit)} heads: {run.path('circuit.json')}")
+    lead_on(["faithfulness", out], ["report", out])
 
 
 def faithfulness(
@@ -93,6 +94,7 @@ def faithfulness(
     curve = experiment.measure(opened, say, **wanted)
     show_curve(curve)
     tell(str(opened.path("faithfulness.json")))
+    lead_on(["report", run])
 
 
 def trace(
@@ -123,6 +125,7 @@ def trace(
     if circuit.graph is not None:
         tell_graph(circuit.graph)
     tell(f"graph of {len(circuit)} heads: {opened.path('graph.json')}")
+    lead_on(["report", run])
 
 
 def report(

@@ -18,7 +18,7 @@ from cdt_lens.cli.arguments import (
     settings_of,
     with_options,
 )
-from cdt_lens.cli.console import say, tell, tell_table
+from cdt_lens.cli.console import lead_on, say, tell, tell_table
 from cdt_lens.cli.show import show_transfer
 from cdt_lens.core.errors import InputError
 from cdt_lens.experiments.settings import ModelSettings, Settings
@@ -38,7 +38,8 @@ def finetune(
     given: dict[str, Any],
     training: dict[str, Any],
     circuit: Annotated[
-        Path | None, typer.Option(help="circuit.json of cdt-lens discover on that checkpoint.")
+        Path | None,
+        typer.Option(help="Run directory of cdt-lens discover on that checkpoint, or a circuit."),
     ] = None,
     scope: Annotated[
         str, typer.Option(help=f"What to train: auto, or one of {', '.join(SCOPES)}.")
@@ -98,6 +99,7 @@ def finetune(
     )  # fmt: skip
     _write(result, out, target.name)
     _show(result, out)
+    lead_on(["export", out, "--base", model, "--out", f"{out}-exported"])
 
 
 def _write(result: Any, out: Path, name: str) -> None:
@@ -155,7 +157,9 @@ def _source_settings(
 def export(
     adapter: Annotated[Path, typer.Argument(help="Folder or file of an adapter.")],
     base: Annotated[str, typer.Option(help="Model that the adapter was trained on.")],
-    to: Annotated[Path, typer.Option(help="New folder for the Hugging Face checkpoint.")],
+    out: Annotated[
+        Path, typer.Option("--out", "--to", help="New folder for the Hugging Face checkpoint.")
+    ],
     to_peft: Annotated[
         bool,
         typer.Option(
@@ -188,11 +192,12 @@ def export(
     from cdt_lens.finetuning.peft_files import to_peft as write_lora
 
     if to_peft:
-        tell(str(write_lora(Adapter.load(adapter), base, to, rank=rank, extras=extras)))
+        tell(str(write_lora(Adapter.load(adapter), base, out, rank=rank, extras=extras)))
         return
     if rank is not None or extras:
         raise InputError("--rank and --extras: for --to-peft; give that as well, or omit them")
-    tell(str(write(Adapter.load(adapter), base, to, allow_unchanged=allow_unchanged)))
+    tell(str(write(Adapter.load(adapter), base, out, allow_unchanged=allow_unchanged)))
+    lead_on(["predict", out, "--file", "rows.csv"])
 
 
 @with_options(given=(ModelSettings, ("device",)))
@@ -221,6 +226,7 @@ def transfer(
     config_read = replace(read, device=given["device"] or read.device)
     show_transfer(run_transfer(config_read, out, say, hours=hours))
     tell(str(out / "report.html"))
+    lead_on(["report", out / "discovery"])
 
 
 @with_options(given=(Settings, ("seed",)))

@@ -11,7 +11,10 @@ from cdt_lens.cli.console import tell, tell_table
 from cdt_lens.core.errors import InputError
 
 # The files that show a folder's result, the most of it first.
-_RESULTS = ("adapt.json", "adapter.json", "result.json", "comparison.json", "circuit.json")
+_RESULTS = (
+    "adapt.json", "adapter.json", "result.json", "comparison.json", "circuit.json", "scores.json",
+    "run.json",
+)  # fmt: skip
 
 
 def show_transfer(result: Any) -> None:
@@ -147,31 +150,38 @@ def _tell_frame(table: Any) -> None:
 
 
 def show(
-    file: Annotated[
-        Path,
-        typer.Argument(help="Circuit, adapter, comparison or transfer result, or its folder."),
-    ],
+    file: Annotated[Path, typer.Argument(help="A file that a command wrote, or its folder.")],
 ) -> None:
     """Print the contents of a file and its provenance."""
     from cdt_lens.core.artifacts import artifact_format
 
-    inside = [file / name for name in _RESULTS if (file / name).is_file()]
-    path = inside[0] if inside else file
+    path = _file_in(file) if file.is_dir() else file
     kind = artifact_format(path)
     show_it = {
         "cdt_lens.circuit": _show_circuit, "cdt_lens.adapter": _show_adapter,
         "cdt_lens.transfer": _show_transfer_file, "cdt_lens.comparison": _show_comparison_file,
         "cdt_lens.planted_comparison": _show_planted_file, "cdt_lens.adapt": _show_adapt_file,
+        "cdt_lens.scores": _show_scores, "cdt_lens.baseline": _show_baseline,
+        "cdt_lens.faithfulness": _show_curve_file, "cdt_lens.run": _show_settings,
+        "cdt_lens.transfer_run": _show_settings,
     }  # fmt: skip
     if kind not in show_it:
-        raise InputError(
-            f"{path}: expected a circuit, an adapter, a comparison, or a result of transfer or "
-            f"adapt, got {kind}"
-        )
+        raise InputError(f"{path}: expected a file of {', '.join(sorted(show_it))}; got {kind}")
     provenance = show_it[kind](path)
     if provenance is not None:
         for name, value in provenance.to_dict().items():
             tell(f"{name}: {value}")
+
+
+def _file_in(folder: Path) -> Path:
+    """Return the file of a folder that says most about it."""
+    inside = [folder / name for name in _RESULTS if (folder / name).is_file()]
+    if not inside:
+        raise InputError(
+            f"{folder}: expected one of {', '.join(_RESULTS)} in it; give a file, or the folder "
+            "that a command wrote"
+        )
+    return inside[0]
 
 
 def _show_adapter(path: Path) -> Any:
@@ -179,10 +189,45 @@ def _show_adapter(path: Path) -> Any:
 
     adapter = Adapter.load(path)
     tell(f"adapter, scope {adapter.scope}: {adapter.elements:,} trained elements")
-    columns = ["weight", "heads", "elements"]
-    rows = adapter.to_dataframe().to_dict("records")
-    tell_table(columns, [[row[c] or "all" for c in columns] for row in rows])
+    frame = adapter.to_dataframe()
+    parts = frame.assign(heads=frame["heads"].where(frame["heads"] != "", "all")).groupby("heads")
+    rows = [[heads, len(own), f"{own['elements'].sum():,}"] for heads, own in parts]
+    tell_table(["heads", "weights", "elements"], rows)
     return adapter.provenance
+
+
+def _show_scores(path: Path) -> Any:
+    from cdt_lens.circuits.head_scores import HeadScores
+
+    scores = HeadScores.load(path)
+    tell(repr(scores))
+    _tell_heads(scores.to_dataframe().head(12).to_dict("records"))
+    return scores.provenance
+
+
+def _show_baseline(path: Path) -> Any:
+    from cdt_lens.decomposition.baseline import Baseline
+
+    baseline = Baseline.load(path)
+    tell(repr(baseline))
+    return baseline.provenance
+
+
+def _show_curve_file(path: Path) -> Any:
+    from cdt_lens.circuits.faithfulness import FaithfulnessCurve
+
+    curve = FaithfulnessCurve.load(path)
+    show_curve(curve)
+    return curve.provenance
+
+
+def _show_settings(path: Path) -> None:
+    from cdt_lens.core.artifacts import artifact_format
+    from cdt_lens.experiments.runs import kept_settings
+
+    for name, value in kept_settings(path, artifact_format(path)).items():
+        if value not in (None, {}, []):
+            tell(f"{name}: {value}")
 
 
 def _show_transfer_file(path: Path) -> Any:

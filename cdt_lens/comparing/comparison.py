@@ -206,6 +206,7 @@ class Comparison(Saved):
     strata: Int[Tensor, " example"] | None = field(default=None, repr=False)
     # Files of version 1 hold neither values per example nor a budget.
     _format, _kind, _version = "cdt_lens.comparison", "comparison", 2
+    _name = "comparison.json"
 
     def __repr__(self) -> str:
         return display.line(self, self.model, self.task, display.few(self.names))

@@ -29,6 +29,7 @@ class Saved(EqualByContent, ABC):
     _format: ClassVar[str]
     _kind: ClassVar[str]
     _version: ClassVar[int] = 1
+    _name: ClassVar[str | None] = None  # of the file in a run directory
 
     @checked_arguments
     def save(self, path: str | Path) -> Path:
@@ -55,7 +56,7 @@ class Saved(EqualByContent, ABC):
         """Read a file that `save` wrote, of this version of `cdt_lens` or an earlier one.
 
         Args:
-            path: The JSON file. Of an adapter also its folder.
+            path: The JSON file, or a run directory that holds one.
 
         Returns:
             The result.
@@ -64,7 +65,7 @@ class Saved(EqualByContent, ABC):
             InputError: There is no such file.
             ArtifactError: The file is damaged, of another kind, or of a newer format.
         """
-        path = cls._path(path)
+        path = cls._inside(cls._path(path))
         body, tensors = load_artifact(path, format=cls._format, version=cls._version)
         try:
             result: Result = cls._from_file(body, tensors)
@@ -87,3 +88,11 @@ class Saved(EqualByContent, ABC):
     @classmethod
     def _path(cls, path: str | Path) -> Path:
         return Path(path)
+
+    @classmethod
+    def _inside(cls, path: Path) -> Path:
+        """Return the file of a run directory, or of the discovery of a transfer's directory."""
+        if cls._name is None or not path.is_dir():
+            return path
+        own, discovered = path / cls._name, path / "discovery" / cls._name
+        return discovered if discovered.is_file() and not own.is_file() else own

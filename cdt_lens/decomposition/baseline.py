@@ -64,6 +64,7 @@ class Baseline(Saved):
     pairs: Mapping[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False)
     mlp_means: Float[Tensor, "layer slot d_model"] | None = field(default=None, repr=False)
     _format, _kind = "cdt_lens.baseline", "baseline file"
+    _name = "baseline.json"
     _advice = "mean_activations(model, task.train) makes one"
 
     def __repr__(self) -> str:

@@ -161,7 +161,7 @@ def open_run(folder: str | Path, say: Say, check: Check | None = None) -> Run:
     """Open a run directory that `discover`, `compare` or the discovery of a transfer has made.
 
     Args:
-        folder: The run directory.
+        folder: The run directory. Of a transfer or a demo also the directory of the whole.
         say: Takes one line of progress.
         check: Called with the folder, the settings and the task before the model is loaded.
 
@@ -169,14 +169,17 @@ def open_run(folder: str | Path, say: Say, check: Check | None = None) -> Run:
         InputError: The folder holds no run, or its data cannot be read.
         ArtifactError: Its settings are damaged.
     """
-    path = Path(folder) / "run.json"
+    folder = Path(folder)
+    if (folder / "discovery" / "run.json").exists():  # of a transfer or a demo
+        folder /= "discovery"
+    path = folder / "run.json"
     if not path.exists():
-        raise InputError(f"{folder}: holds no run (no run.json); {_how_to_make(Path(folder))}")
+        raise InputError(f"{folder}: holds no run (no run.json); {_how_to_make(folder)}")
     try:
         settings = Settings.from_dict(kept_settings(path, _RUN))
     except InputError as error:
         raise ArtifactError(f"{path}: damaged: {error}") from error
-    return _open(Path(folder), settings, say, check)
+    return _open(folder, settings, say, check)
 
 
 def _how_to_make(folder: Path) -> str:

@@ -69,6 +69,7 @@ class AdaptResult(Saved):
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
     provenance: Provenance | None = field(default=None, repr=False)
     _format, _kind = "cdt_lens.adapt", "result of adapt"
+    _name = "adapt.json"
 
     def __repr__(self) -> str:
         target = self.languages.iloc[0]

@@ -93,6 +93,7 @@ class TransferResult(Saved):
     provenance: Provenance | None = field(default=None, repr=False)
     per_example: Mapping[str, Float[Tensor, " _example"]] = field(default_factory=dict, repr=False)
     _format, _kind = "cdt_lens.transfer", "transfer result"
+    _name = "result.json"
 
     def __repr__(self) -> str:
         facts = f"{self.proxy} to {display.few(self.targets)}", display.few(self.scopes)

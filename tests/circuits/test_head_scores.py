@@ -260,6 +260,8 @@ def test_numbers_of_numpy_and_torch_select_and_are_saved(tmp_path: Path):
 def test_the_table_has_a_row_for_each_head():
     made = replace(scores(), stderr=VALUES.abs() / 10)
     table = made.to_dataframe()
+    assert table["score"].is_monotonic_decreasing
+    table = table.sort_values("head")
     assert table["head"].tolist() == ["L0H0", "L0H1", "L0H2", "L1H0", "L1H1", "L1H2"]
     assert table["score"].tolist() == pytest.approx(VALUES.flatten().tolist())
     assert table["stderr"].tolist() == pytest.approx((VALUES.abs() / 10).flatten().tolist())

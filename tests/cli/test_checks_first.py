@@ -129,10 +129,10 @@ def mistakes(place: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "demo: a foreign folder": (["demo", "--out", str(foreign)], other),
         "demo: a file": (["demo", "--out", str(file)], is_file),
         "demo: another run": (["demo", "--out", ran], "holds other files"),
-        "fetch: a file": (["fetch", "smollm2-135m", "--to", str(file)], is_file),
+        "fetch: a file": (["fetch", "smollm2-135m", "--out", str(file)], is_file),
         "show: a table": (["show", str(place / "data" / "one.csv")], "one.csv: is not a JSON file"),
-        "show: a folder": (["show", str(foreign)], "foreign: is a folder. .* no JSON file"),
-        "show: scores": (["show", str(Path(ran) / "scores.json")], "expected a circuit, an adapt"),
+        "show: a folder": (["show", str(foreign)], "foreign: expected one of adapt.json, .* give a file, or the"),
+        "show: a checkpoint": (["show", str(place / "tiny" / "config.json")], "expected a file of cdt"),
     }  # fmt: skip
 
 
@@ -171,3 +171,14 @@ def test_the_same_settings_take_the_kept_results(place: Path):
 
 def test_show_takes_the_folder_of_a_run(place: Path):
     assert "2 of 8 heads" in run("show", str(place / "run"))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("run.json", "k: 2"), ("scores.json", "standard error"), ("baseline.json", "Baseline"),
+        ("faithfulness.json", "CPR"), ("circuit.json", "2 of 8 heads"),
+    ],
+)  # fmt: skip
+def test_show_takes_every_file_of_a_run(name: str, told: str, place: Path):
+    assert told in run("show", str(place / "run" / name))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.leading_on import leads_to
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_task
 from typer.testing import CliRunner
 
@@ -49,6 +50,7 @@ def run(*arguments: str) -> str:
 def test_from_files_to_the_report(place: Path, tmp_path: Path):
     out = tmp_path / "run"
     printed = run(*discover(place, out, "--ablation", "--calibrate"))
+    assert leads_to(printed) == ["faithfulness", "report"]
     circuit = Circuit.load(out / "circuit.json")
     scores = HeadScores.load(out / "scores.json")
     assert circuit.heads == tuple(sorted(scores.top(2, by="signed")))
@@ -61,6 +63,7 @@ def test_from_files_to_the_report(place: Path, tmp_path: Path):
     curve = FaithfulnessCurve.load(out / "faithfulness.json")
     assert curve.sizes[-1] == 8 and float(curve.faithfulness[-1]) == pytest.approx(1, abs=1e-5)
     assert f"CPR {curve.cpr:.3f}" in printed
+    assert leads_to(printed) == ["report"]
 
     printed = run("trace", str(out), "--examples", "3", "--width", "2", "--fan-in", "1")
     traced = Circuit.load(out / "graph.json")
@@ -248,7 +251,7 @@ def test_one_file_without_a_split_is_refused_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--exact", "2"), "exact=2: expected at least 3, one prompt of each label"),
+        (("--exact", "2"), "--exact 2: expected at least 3, one prompt of each label"),
         (("--rules", "official", "--exact", "5"), "these rules have no first-order form"),
         (("--rules", "official", "--decide"), "omit exact, precision, minutes and decide"),
     ],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.leading_on import leads_to
 from helpers.locks import held_elsewhere
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_task
 from transformers import AutoModelForCausalLM
@@ -42,7 +43,7 @@ def test_circuit_to_adapter_to_checkpoint(place: Path, tmp_path: Path):
     model = str(place / "tiny")
     run("discover", "--model", model, "--out", str(tmp_path / "run"), *data(place),
         "--examples", "6", "--k", "2")  # fmt: skip
-    circuit = tmp_path / "run" / "circuit.json"
+    circuit = tmp_path / "run"
     out = tmp_path / "adapted"
     printed = run(
         "finetune", "--model", model, "--circuit", str(circuit), "--out", str(out),
@@ -50,6 +51,7 @@ def test_circuit_to_adapter_to_checkpoint(place: Path, tmp_path: Path):
         "norms=circuit", "--option", "clip=0.5", "--source-valid",
         str(place / "data" / "test.csv"),
     )  # fmt: skip
+    assert leads_to(printed) == ["export"]
     adapter = Adapter.load(out)
     assert f"{adapter.elements:,} of" in printed
     assert "2 heads and the norms of their layers" in " ".join(printed.split())
@@ -65,9 +67,11 @@ def test_circuit_to_adapter_to_checkpoint(place: Path, tmp_path: Path):
     assert (out / "report.html").exists() and (out / "history.csv").exists()
     assert not (out / "checkpoint.json").exists()
     shown = run("show", str(out))
-    assert "scope decision" in shown and "attn.W_Q" in shown and "model_hash" in shown
-    assert "ln_final.w" not in shown, "norms=circuit trains the norms of the circuit's layers only"
-    run("export", str(out), "--base", model, "--to", str(tmp_path / "hf"))
+    assert "scope decision" in shown and "model_hash" in shown
+    assert all(str(head) in shown for head in adapter.heads)
+    assert "ln_final.w" not in set(adapter.to_dataframe()["weight"]), "norms=circuit trains its own"
+    printed = run("export", str(out), "--base", model, "--out", str(tmp_path / "hf"))
+    assert leads_to(printed) == ["predict"]
     base, new = (AutoModelForCausalLM.from_pretrained(p) for p in (model, tmp_path / "hf"))
     changed = {
         name for name, value in new.state_dict().items()
@@ -86,7 +90,7 @@ def test_circuit_to_adapter_to_checkpoint(place: Path, tmp_path: Path):
         (["--scope", "ful"], "did you mean 'full'?"),
         (["--scope", "decision"], "scope 'decision': expected a circuit"),
         (["--source", "english"], "--source english: your own files have no languages"),
-        (["--learning-rate", "-1"], "learning_rate=-1.0: expected a number above 0"),
+        (["--learning-rate", "-1"], "--learning-rate -1.0: expected a number above 0"),
     ],
 )
 def test_mistakes_are_one_line(place: Path, tmp_path: Path, arguments: list[str], told: str):
@@ -116,7 +120,7 @@ def test_a_training_that_learnt_nothing_says_so_and_is_not_exported(place: Path,
         "--epochs", "1", "--learning-rate", "1e-12",
     )  # fmt: skip
     assert "Nothing was learnt: " in " ".join(printed.split())
-    to = ["export", str(out), "--base", model, "--to", str(tmp_path / "hf")]
+    to = ["export", str(out), "--base", model, "--out", str(tmp_path / "hf")]
     with pytest.raises(CdtLensError, match="changes no weight.*--allow-unchanged"):
         run(*to)
     run(*to, "--allow-unchanged")

@@ -27,7 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "norms", "--epochs", "1", "--learning-rate", "0.01",
     )  # fmt: skip
     out = str(folder / "out")
-    run("export", str(folder / "tuned"), "--base", str(folder / "tiny"), "--to", out)
+    run("export", str(folder / "tuned"), "--base", str(folder / "tiny"), "--out", out)
     return folder
 
 
