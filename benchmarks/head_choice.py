@@ -82,7 +82,7 @@ def main() -> None:
         return
     model = args.out / "model"
     if not (model / "config.json").exists():
-        make_demo_model(model, distances=DISTANCES, seed=0, say=print)
+        make_demo_model(model, distances=DISTANCES, seed=0, steps=1600, say=print)
     settings = demo_settings(model, args.sets)
     show(run_transfer(settings, args.out / "run", print, progress=False, hours=args.hours))
 

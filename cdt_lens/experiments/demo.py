@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from cdt_lens.core.artifacts import remove_artifact
 from cdt_lens.core.folders import check_run_folder
@@ -20,14 +21,20 @@ from cdt_lens.experiments.transfer_config import TransferConfig, config_of
 from cdt_lens.finetuning.transfer_result import TransferResult
 
 NEAR, FAR = "0.3", "0.8"
+# By default one seed of the circuit, of everything, and of as many random heads.
+_SHORT: dict[str, Any] = {"scopes": ["full", "decision", "random"], "seeds": [0]}
+_FULL: dict[str, Any] = {
+    "scopes": ["full", "decision", "near-zero", "random", "norms", "lora"], "seeds": [0, 1],
+}  # fmt: skip
 
 
-def demo_config(model: str, seed: int = 0) -> TransferConfig:
+def demo_config(model: str, seed: int = 0, *, full: bool = False) -> TransferConfig:
     """Return the settings of the demo.
 
     Args:
         model: Folder of the pre-trained model.
         seed: Seed of the data.
+        full: Whether every scope is trained, with two seeds.
     """
     return config_of(
         {
@@ -39,8 +46,7 @@ def demo_config(model: str, seed: int = 0) -> TransferConfig:
             "proxy": {"epochs": 8, "batch_size": 32, "learning_rate": 2e-3},
             "discovery": {"examples": 48, "fraction": 0.2, "faithfulness_examples": 24},
             "transfer": {
-                "scopes": ["full", "decision", "near-zero", "random", "norms", "lora"],
-                "seeds": [0, 1], "examples": 300, "epochs": 10, "batch_size": 16,
+                **(_FULL if full else _SHORT), "examples": 300, "epochs": 10, "batch_size": 16,
                 "evaluate_every": 2,
                 "learning_rates": {
                     "full": 1e-3, "decision": 3e-3, "near-zero": 3e-3, "random": 3e-3,
@@ -53,7 +59,7 @@ def demo_config(model: str, seed: int = 0) -> TransferConfig:
 
 
 def run_demo(
-    folder: str | Path, say: Say, *, seed: int = 0, progress: bool = True
+    folder: str | Path, say: Say, *, seed: int = 0, full: bool = False, progress: bool = True
 ) -> TransferResult:
     """Pre-train the model, unless it exists, and run the experiment.
 
@@ -61,6 +67,8 @@ def run_demo(
         folder: Run directory; an interrupted run resumes there.
         say: Takes one line of progress.
         seed: Seed of the model and the data.
+        full: Whether every scope is trained, with two seeds. What a shorter demo in the same
+            folder has trained is kept.
         progress: Whether to show progress bars.
 
     Returns:
@@ -70,7 +78,7 @@ def run_demo(
         InputError: The folder holds something else, or another process writes in it.
     """
     folder = Path(folder)
-    config = demo_config(str(folder / "model"), seed)
+    config = demo_config(str(folder / "model"), seed, full=full)
     check_run_folder(folder, "transfer.json")  # Whatever it holds is then the demo's.
     with locked(folder):
         Transfer(config, folder, say, progress).settle()

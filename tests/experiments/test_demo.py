@@ -15,17 +15,19 @@ from cdt_lens.finetuning.options import SCOPES
 
 
 def test_the_settings_read_back_and_hold_every_control():
-    config = demo.demo_config("m")
-    assert config_of(config.to_dict()) == config
+    config, short = demo.demo_config("m", full=True), demo.demo_config("m")
+    for each in (config, short):
+        assert config_of(each.to_dict()) == each
+        assert set(each.transfer.learning_rates) >= set(each.transfer.scopes)
     assert set(config.transfer.scopes) >= set(SCOPES) - {"random-per-layer"}
-    assert set(config.transfer.learning_rates) == set(config.transfer.scopes)
+    assert set(config.transfer.scopes) > set(short.transfer.scopes) >= {"decision", "random"}
 
 
 def test_a_short_demo_runs_to_the_report(tmp_path: Path, monkeypatch):
     whole = demo.demo_config
 
-    def short(model: str, seed: int = 0) -> TransferConfig:
-        config = whole(model, seed)
+    def short(model: str, seed: int = 0, *, full: bool = False) -> TransferConfig:
+        config = whole(model, seed, full=full)
         transfer = replace(
             config.transfer, scopes=("decision", "near-zero"), seeds=(0,), examples=32,
             training=config.transfer.training.changed(epochs=1),
