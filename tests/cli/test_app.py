@@ -159,3 +159,25 @@ def test_an_interrupted_command_says_that_it_resumes(tmp_path: Path, number: int
     assert process.returncode == 128 + number, errors
     assert errors.splitlines()[-1] == LINE
     assert "Traceback" not in errors
+
+
+def test_messages_name_options_as_they_are_typed():
+    params = get_command(cli.app).commands["discover"].params  # type: ignore[attr-defined]
+    said = "exact=2: as k=1 and baseline_examples=4; not direction==5, norms=none or [seed=3]"
+    typed = (
+        "--exact 2: as --k 1 and --baseline-examples 4; not direction==5, norms=none or [seed=3]"
+    )
+    assert cli._with_options(said, params) == typed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--version"], "transformer-lens"),
+        (["fetch"], "gemma3-270m"),
+        (["fetch"], "next: cdt-lens"),
+    ],
+)
+def test_what_is_asked_for_without_a_name(arguments: list[str], told: str):
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0 and told in result.output
