@@ -1,4 +1,4 @@
-"""A tiny language model of the pseudo-languages, trained in 20 seconds, for demos and tests.
+"""A tiny language model of the pseudo-languages, trained in half a minute, for demos and tests.
 
 1. Tokenizer: one token per word, split at white space. " positive" after "Sentiment:" is one
    token, and the new line before "Sentiment:" is white space like any other.
@@ -49,7 +49,7 @@ from cdt_lens.tasks.pseudo_languages import (
 
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 CONTEXT = 256
-STEPS = 160  # per language
+STEPS = 240  # per language
 BATCH_SIZE = 32
 LEARNING_RATE = 4e-3
 WARM_UP = 0.1  # share of the steps
@@ -74,7 +74,7 @@ def make_demo_model(
         folder: Hugging Face folder to write, as a whole or not at all.
         distances: Distances of the languages from English, 0 to 1.
         seed: Seed of every random draw.
-        steps: Number of training steps; None takes 160 per language, about 20 seconds on two
+        steps: Number of training steps; None takes 240 per language, about half a minute on two
             cores for two distances.
         say: Takes one line of progress.
 
