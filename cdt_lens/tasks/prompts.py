@@ -656,8 +656,9 @@ def warn_of_spaces(
         )  # fmt: skip
         before, shorter = encode(tokenizer, [context, prompt])
         same = [*before, *read] == [*shorter, *expected]
-        # The tokenizer may split the usual spelling only, and then the given one is meant.
-        if same or len(expected) > len(read) or tokenizer.unk_token_id in expected:
+        # A word of one token is meant as it is if the tokenizer splits the usual spelling.
+        meant = len(read) == 1 < len(expected)
+        if same or meant or tokenizer.unk_token_id in expected:
             continue
         warnings.warn(
             f"verbalizer: {context[-20:] + word!r} ends in the tokens {[*before[-1:], *read]}, but "

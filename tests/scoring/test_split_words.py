@@ -123,7 +123,7 @@ def test_ablations_equal_those_by_hand(family, backend, tokenizer_folder):
         assert_close(metric, torch.stack(expected), atol=1e-6)
         circuit = Circuit(circuits[1], 2, 4)
         f = circuit_faithfulness(view, circuit, data, baseline, draws=2, **QUIET)
-    assert f.value == pytest.approx(
+    assert f.faithfulness == pytest.approx(
         float((expected[1] - expected[0]) / (expected[2] - expected[0])), abs=1e-5
     )
 
