@@ -176,7 +176,9 @@ class Batch:
             word: the token id of the word, or its ids.
         """
         found = self.candidates
-        return found.are(word) if isinstance(found, Words) else found == word
+        if isinstance(found, Words):
+            return found.are(word)
+        return found == (word if isinstance(word, int) else -1)
 
     def for_rows(self, values: Tensor) -> Tensor:
         """Repeat values of examples for each of their rows.
