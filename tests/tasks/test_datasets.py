@@ -478,7 +478,7 @@ def test_a_word_that_ends_in_a_space_and_one_unknown_are_named(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = write_csv(tmp_path / "a.csv", ROWS)
-    for word, got in ((" unheard", "got the unknown token"), ("good\n", "ends in white space")):
+    for word, got in ((" unheard", "got the unknown token"), (" good\n", "ends in white space")):
         said = f"verbalizer of label 'neutral': {re.escape(repr(word))} .*{got}"
         with pytest.raises(InputError, match=said):
             from_files(tokenizer, {"train": path}, verbalizer={**VERBALIZER, "neutral": word})
