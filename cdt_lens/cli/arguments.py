@@ -23,10 +23,7 @@ ValidFile = Annotated[Path | None, typer.Option(help="Your file of validation ex
 TestFile = Annotated[Path | None, typer.Option(help="Your file of test examples.")]
 Verbalizer = Annotated[
     list[str] | None,
-    typer.Option(
-        help='The word of one token for a label, as label=" word"; repeat the option for each '
-        "label."
-    ),
+    typer.Option(help='The word for a label, as label=" word"; repeat the option for each label.'),
 ]
 
 

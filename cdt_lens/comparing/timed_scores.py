@@ -225,7 +225,10 @@ class TimedScorer:
             with hashed_once():
                 model_key(self.view)  # before the clock starts
                 return TimedScores(method, *self._clocked(run, path))
-        except (NonFiniteError, UnsupportedModelError) as error:
+        except (NonFiniteError, UnsupportedModelError, InputError) as error:
+            # Some methods have no meaning for label words of several tokens.
+            if isinstance(error, InputError) and not self.examples.has_words:
+                raise
             self.say(f"{method} is refused: {error}")
             return TimedScores(method, None, refused=str(error))
 

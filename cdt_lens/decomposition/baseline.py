@@ -11,6 +11,11 @@ which positions share a mean:
   averaged prompt use the mean of all positions;
 - "left": each position counted from the start has its own mean, for templated prompts.
 
+The answer position is the last token of the prompt. Where label words have several tokens, the
+model also reads the words' first tokens behind it. Under "answer" the first of these positions has
+a mean of its own over all words, and so have the second and each later one. Under "right" they use
+the mean of all positions.
+
 `zero_baseline` and `counterfactual_baseline` are the other references used in the literature.
 """
 
@@ -142,7 +147,7 @@ class Baseline(Saved):
                 f"{shape[2]}; this model has {expected[0]} of {expected[1]} of {expected[2]}. "
                 "Compute it again with mean_activations."
             )
-        slots = self._slots(batch.lengths, batch.tokens.shape[1]).to(view.device)
+        slots = self._slots(batch).to(view.device)
         means = self.means.to(view.device, view.dtype)
         return lambda layer: means[layer][slots]
 
@@ -171,12 +176,13 @@ class Baseline(Saved):
                 "examples, mlps=True)."
             )
         self.for_batch(view, batch)  # raises for another model
-        slots = self._slots(batch.lengths, batch.tokens.shape[1]).to(view.device)
+        slots = self._slots(batch).to(view.device)
         means = self.mlp_means.to(view.device, view.dtype)
         return lambda layer: means[layer][slots]
 
-    def _slots(self, lengths: Int[Tensor, " batch"], n_pos: int) -> Int[Tensor, "batch pos"]:
-        return _slot_of(self.kind, lengths, n_pos).clamp(max=self._last_slot(n_pos))
+    def _slots(self, batch: Batch) -> Int[Tensor, "row pos"]:
+        # Without a mean of its own, a position behind the prompt uses that of the answer.
+        return _slot_of(self.kind, batch).clamp(max=self._last_slot(batch.tokens.shape[1]))
 
     def _last_slot(self, n_pos: int) -> int:
         n_slots = self.means.shape[1]
@@ -189,11 +195,12 @@ class Baseline(Saved):
 
     def _paired(self, view: ModelView, batch: Batch, site: str = "z") -> BaselineAt:
         tokens = batch.tokens.clone()
-        for row, length in enumerate(batch.lengths.tolist()):
+        examples = batch.for_rows(torch.tensor(batch.index)).tolist()
+        for row, length in enumerate(batch.prompt_lengths.tolist()):
             ids = self.pairs.get(tuple(batch.tokens[row, :length].tolist()))
             if ids is None:
                 raise InputError(
-                    f"baseline: example {batch.index[row]} has no counterfactual prompt. Make the "
+                    f"baseline: example {examples[row]} has no counterfactual prompt. Make the "
                     "baseline with the examples that are scored."
                 )
             tokens[row, :length] = torch.tensor(ids)
@@ -232,17 +239,22 @@ def _digest(means: Tensor) -> str:
     return hashlib.sha256(means.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _slot_of(kind: str, lengths: Int[Tensor, " batch"], n_pos: int) -> Int[Tensor, "batch pos"]:
-    """Return the slot of each position; positions after the answer are padding and get any slot."""
-    positions = torch.arange(n_pos, device=lengths.device)
-    from_right = rearrange(lengths, "batch -> batch 1") - 1 - positions
+def _slot_of(kind: str, batch: Batch) -> Int[Tensor, "row pos"]:
+    """Return the slot of each position, which may be beyond the last one; padding gets any slot."""
+    positions = torch.arange(batch.tokens.shape[1], device=batch.lengths.device)
+    from_right = rearrange(batch.prompt_lengths, "row -> row 1") - 1 - positions
+    real = positions < rearrange(batch.lengths, "row -> row 1")
     if kind == "answer":
-        return (from_right == 0).long()
+        return (1 - from_right).clamp(min=0) * real
     if kind == "right":
-        return from_right.clamp(min=0)
+        return torch.where(from_right < 0, _BEYOND, from_right) * real
     if kind == "left":
-        return positions.expand(len(lengths), n_pos)
-    return torch.zeros(len(lengths), n_pos, dtype=torch.long, device=lengths.device)
+        return positions.expand(*real.shape)
+    return torch.zeros_like(real, dtype=torch.long)
+
+
+# Larger than any slot, so that the last one is used.
+_BEYOND = 2**31
 
 
 @checked_arguments
@@ -329,9 +341,7 @@ def _streaming_sums(
     Float[Tensor, "label slot"],
 ]:
     """Sum z and MLP outputs and count positions, per label and slot, over all processes."""
-    longest = max(len(example.tokens) for example in examples)
-    # "right" has one more slot, the mean of all positions, for prompts longer than these.
-    n_slots = {"answer": 2, "pooled": 1, "right": longest + 1}.get(positions, longest)
+    n_slots = _n_slots(examples, positions)
     n_labels = len(examples.labels)
     # Sum in float64 on the CPU: the order is the same for every device, and some lack float64.
     sums = torch.zeros(
@@ -345,14 +355,12 @@ def _streaming_sums(
     batches = passes.batches(examples, view.longrope_limit)
     for batch in passes.bar(batches, name="baseline", leave=False):
         trace = view.run(batch.tokens, [*sites, *mlp_sites])
-        n_pos = batch.tokens.shape[1]
-        slots = _slot_of(positions, batch.lengths, n_pos)
-        real = torch.arange(n_pos) < batch.lengths[:, None]
+        slots = _slot_of(positions, batch).clamp(max=n_slots - 1)
         member = torch.nn.functional.one_hot(slots, n_slots).double()
         if positions == "right":
             member[..., -1] = 1
-        member *= real[..., None]
-        label = torch.nn.functional.one_hot(batch.label_index, n_labels).double()
+        member *= batch.counted[..., None]
+        label = torch.nn.functional.one_hot(batch.for_rows(batch.label_index), n_labels).double()
         counts += torch.einsum("bn,bps->ns", label, member)
         for layer in range(view.n_layers):
             z = trace["z", layer].cpu().double()
@@ -363,6 +371,16 @@ def _streaming_sums(
             mlp_sums[:, site[1]] += torch.einsum("bn,bsd->nsd", label, out)
     summed = sum_over_processes(mlp_sums) if mlps else None
     return sum_over_processes(sums), summed, sum_over_processes(counts)
+
+
+def _n_slots(examples: Examples, positions: Slots) -> int:
+    longest = max(len(example.tokens) for example in examples)
+    if positions == "answer":
+        return 2 + max(example.length - len(example.tokens) for example in examples)
+    if positions == "right":
+        # One more slot, the mean of all positions, for prompts longer than these.
+        return longest + 1
+    return 1 if positions == "pooled" else max(example.length for example in examples)
 
 
 @checked_arguments

@@ -41,6 +41,7 @@ from cdt_lens.decomposition.targets import TargetParts, Targets
 from cdt_lens.models.heads import Head, Mlp, check_heads, count_from_zero
 from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, Site, view_of
+from cdt_lens.models.words import Words
 from cdt_lens.tasks.metrics import task_direction
 from cdt_lens.tasks.task import Batch, Examples, check_examples
 
@@ -86,15 +87,17 @@ class Decomposition(EqualByContent):
 
     Attributes:
         sources: the source sets.
-        tokens: ids of the candidate tokens of each example.
+        tokens: ids of the candidate tokens of each example. Of words of several tokens all ids,
+            then -1.
         direction: weights of the task direction over the candidates.
-        logits: logits of the candidates in the plain model, at the answer position.
+        logits: logits of the candidates in the plain model, at the answer position. The scores of
+            words of several tokens stand in their place.
         relevant: contribution of each source set to these logits.
         targets: both parts at (site, head), where the site is one of "q", "k", "v" and "z".
     """
 
     sources: tuple[tuple[Source, ...], ...]
-    tokens: Int[Tensor, "example k"]
+    tokens: Int[Tensor, "example k *token"]
     direction: Float[Tensor, "example k"] = field(repr=False)
     logits: Float[Tensor, "example k"] = field(repr=False)
     relevant: Float[Tensor, "source example k"] = field(repr=False)
@@ -168,21 +171,44 @@ def decompose(
     """
     view = view_of(model)
     check_examples(view, examples)
+    rules = resolve_rules(rules)
+    refuse_linear(rules, examples)
+    target_heads = view.heads(targets)
+    if target_heads:
+        examples.require_one_token("decompose(targets=...)")
     baseline.check_model(view)
     batch = examples.one_batch(view.longrope_limit).to(view.device)
     sets = tuple(_source_set(view, item) for item in sources)
-    target_heads = view.heads(targets)
     record = [(site, head.layer) for head in target_heads for site in ("q", "k", "v", "z")]
     has_mlp = any(isinstance(s, Mlp) for source in sets for s in source)
     propagator = Propagator(
         view, batch.tokens, batch.lengths, baseline.for_batch(view, batch),
-        resolve_rules(rules), record=record,
+        rules, record=record,
         mlp_baseline=baseline.mlps_for_batch(view, batch) if has_mlp else no_mlp_baseline,
     )  # fmt: skip
     taps = Targets(propagator, target_heads, len(sets))
     full = propagator.full_logits(batch.candidates)
     irrel = irrelevant_logits(propagator, sets, batch, rows=rows, taps=taps)
-    return Decomposition(sets, batch.candidates, batch.direction, full, full - irrel, taps.parts())
+    candidates = batch.candidates
+    tokens = candidates.tokens if isinstance(candidates, Words) else candidates
+    return Decomposition(sets, tokens, batch.direction, full, full - irrel, taps.parts())
+
+
+def refuse_linear(rules: Rules, examples: Examples) -> None:
+    """Refuse linear rules for words of several tokens, whose log-probability is not linear.
+
+    Args:
+        rules: the propagation rules.
+        examples: the examples to score.
+
+    Raises:
+        InputError: the rules are linear, and some candidates have several tokens.
+    """
+    if rules.activation == "frozen":
+        examples.require_one_token(
+            "a rule with activation='frozen', such as the preset 'linear',",
+            "other rules, such as 'two-ended' or 'stable'",
+        )
 
 
 def _source_set(view: ModelView, item: Any) -> tuple[Source, ...]:
@@ -378,7 +404,8 @@ def build_resets(sets: Sequence[SourceSet], batch: Batch, n_heads: int) -> Reset
     Raises:
         InputError: a prompt does not have a source's position.
     """
-    lengths, n_pos = batch.lengths, batch.tokens.shape[1]
+    # Positions are counted in the prompts; a word may stand behind them.
+    lengths, n_pos = batch.prompt_lengths, batch.tokens.shape[1]
     by_position = any(isinstance(s, Node) for source in sets for s in source)
     shape = (len(sets), len(lengths), n_pos) if by_position else (len(sets), 1, 1)
     resets: dict[int, Bool[Tensor, "source _batch _pos head"]] = {}

@@ -17,13 +17,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from cdt_lens.decomposition.hooks import MlpResets, Resets
 from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.models.sites import Hook, Site
 from cdt_lens.models.view import at_answer
+from cdt_lens.models.words import Candidates
 
 
 class EmptyModel:
@@ -47,14 +48,14 @@ class EmptyModel:
         self.resid = tuple(resid)
 
     def added_logits(
-        self, resets: Resets, mlp_resets: MlpResets, candidates: Int[Tensor, "batch k"]
+        self, resets: Resets, mlp_resets: MlpResets, candidates: Candidates
     ) -> Float[Tensor, "source batch k"]:
         """Compute what each source set adds to the logits of the candidates.
 
         Args:
             resets: Heads of each source set.
             mlp_resets: MLPs of each source set.
-            candidates: Token ids of the candidates.
+            candidates: The candidates of each example.
 
         Returns:
             The effect in logits; positive raises the token's logit.
@@ -71,7 +72,7 @@ class EmptyModel:
         n_sources: int,
         resets: Resets,
         mlp_resets: MlpResets,
-        candidates: Int[Tensor, "batch k"],
+        candidates: Candidates,
     ) -> Float[Tensor, "source batch k"]:
         run, view = self.run, self.run.view
         hooks: dict[Site, Hook] = {}

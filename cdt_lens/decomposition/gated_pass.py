@@ -34,6 +34,7 @@ from cdt_lens.models.sites import Hook, Site
 from cdt_lens.models.support import Support, check_caller_hooks, check_supported
 from cdt_lens.models.view import ModelView, at_answer
 from cdt_lens.models.weights import check_gradients
+from cdt_lens.models.words import scores_of
 from cdt_lens.tasks.metrics import strongest_competitor, task_direction
 from cdt_lens.tasks.task import Batch
 
@@ -41,7 +42,7 @@ from cdt_lens.tasks.task import Batch
 Steps = Count | Literal["ends"] | None
 # Where the gates of all heads stand: one number, or one for each example.
 Point = float | Float[Tensor, " example"]
-# The gates of each layer, each tensor broadcastable to [batch, pos, head, 1].
+# The gates of each layer, each tensor broadcastable to [row, pos, head, 1].
 Gates = Sequence[Tensor]
 
 
@@ -164,7 +165,8 @@ class GatedPass:
         if not _is_plain(stations[-1][1]):
             full = task_direction(self._plain_logits(batch), weights)
         mean = sum(gradients[1:], gradients[0]) / len(stations)
-        by_position = rearrange(mean, "layer example pos head 1 -> example layer head pos")
+        by_row = rearrange(mean, "layer row pos head 1 -> row layer head pos")
+        by_position = batch.by_example(by_row)
         self.check_finite(by_position, full)
         return by_position, full
 
@@ -180,7 +182,7 @@ class GatedPass:
         Args:
             batch: the prompts.
             baseline: the reference values of z, a function of the layer.
-            gates: the gates of each layer, broadcastable to `[batch, pos, head, 1]`.
+            gates: the gates of each layer, broadcastable to `[row, pos, head, 1]`.
             weights: weights of the candidates, such as `batch.direction`.
 
         Returns:
@@ -194,6 +196,7 @@ class GatedPass:
         # Scores keep the gates' type, and half precision is too coarse for a path.
         dtype = torch.promote_types(self.view.dtype, torch.float32)
         at = torch.as_tensor(point, dtype=dtype, device=self.view.device).reshape(-1, 1, 1, 1)
+        at = batch.for_rows(at) if len(at) > 1 else at
         return [at.expand(shape).clone().requires_grad_() for _ in range(self.view.n_layers)]
 
     def check_finite(
@@ -297,14 +300,18 @@ class GatedPass:
             return self._logits(batch, {})
 
     def _logits(self, batch: Batch, hooks: Mapping[Site, Hook]) -> Float[Tensor, "batch k"]:
-        """Compute candidate logits with `hooks`, and with the slopes if gradients are on."""
+        """Compute what candidates are compared by, with the slopes if gradients are on."""
         view = self.view
         gradients = torch.is_grad_enabled()
         hooks = {**hooks, **(slope_hooks(view, self.slopes) if gradients else {})}
         with view.quiet(gradients=gradients), view.hooked(hooks):
             resid = view.stream(batch.tokens)[0][-1]
             normed = view.normed(at_answer(resid, batch.lengths))
-        logits = view.unembedded(normed, batch.candidates)
+        logits = self._softcapped(view.unembedded(normed, batch.candidates))
+        return scores_of(logits, batch.candidates)
+
+    def _softcapped(self, logits: Tensor) -> Tensor:
+        view = self.view
         if view.logit_softcap is None or self.slopes.activation == "tangent":
             return view.softcapped(logits)
         plain = logits.detach()

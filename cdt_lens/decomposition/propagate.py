@@ -31,6 +31,7 @@ from cdt_lens.models.sites import Hook, Site
 from cdt_lens.models.support import Support, check_caller_hooks, check_supported, output_site
 from cdt_lens.models.trace import Trace
 from cdt_lens.models.view import ModelView, at_answer
+from cdt_lens.models.words import Candidates, in_parts, scores_of
 
 
 class Propagator:
@@ -195,17 +196,29 @@ class Propagator:
         return out.reshape(n_sources, *self.trace.resid[-1].shape)
 
     def candidate_logits(
-        self, resid: Float[Tensor, "source batch d_model"], candidates: Int[Tensor, "batch k"]
+        self, resid: Float[Tensor, "source _row d_model"], candidates: Candidates
     ) -> Float[Tensor, "source batch k"]:
-        """Compute the irrelevant logits of candidate tokens.
+        """Compute the irrelevant logits of candidate tokens, or the irrelevant scores of words.
+
+        The log-probabilities of words are those of the irrelevant logits, as an activation is
+        applied to its irrelevant part.
 
         Args:
             resid: the irrelevant final residual stream, as `propagate` returns it.
-            candidates: token ids of each example.
+            candidates: the candidates of each example.
 
         Returns:
-            The irrelevant logits, in at least float32.
+            The irrelevant logits or scores, in at least float32.
         """
+
+        def read(part: Tensor) -> Tensor:
+            return scores_of(self._irrelevant_logits(part, candidates), candidates)
+
+        return in_parts(read, resid, candidates, self.view.d_vocab)
+
+    def _irrelevant_logits(
+        self, resid: Float[Tensor, "source _row d_model"], candidates: Candidates
+    ) -> Float[Tensor, "source _row _k"]:
         view, rules, layer = self.view, self.rules, self.view.n_layers
         hooks: dict[Site, Hook] = {}
         if rules.norm == "frozen":
@@ -219,16 +232,17 @@ class Propagator:
             irrel = rule.take_back_bias(irrel, full, bias, rules.eps)
         return self._softcap(irrel, full)
 
-    def full_logits(self, candidates: Int[Tensor, "batch k"]) -> Float[Tensor, "batch k"]:
+    def full_logits(self, candidates: Candidates) -> Float[Tensor, "batch k"]:
         """Compute the plain model's logits of candidate tokens at each prompt's last token.
 
         Args:
-            candidates: token ids of each example.
+            candidates: the candidates of each example.
 
         Returns:
-            Soft-capped logits, in at least float32.
+            Soft-capped logits, or the scores of words, in at least float32.
         """
-        return self.view.softcapped(self.view.unembedded(self.normed, candidates))
+        logits = self.view.softcapped(self.view.unembedded(self.normed, candidates))
+        return scores_of(logits, candidates)
 
     def _softcap(self, irrel: Tensor, full: Tensor) -> Tensor:
         if self.view.logit_softcap is None:

@@ -18,7 +18,7 @@ class AdaptSettings(ModelSettings):
     Args:
         model: The base model, or with `ready` the model that does the task in the source language.
         template: The prompt, with the columns in braces.
-        verbalizer: The word of one token for each label.
+        verbalizer: The word for each label.
         label_column: Column that holds the label.
         source: Files of the source language by split; train is needed.
         target: Files of the target language by split; train is needed.

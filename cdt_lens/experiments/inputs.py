@@ -40,7 +40,7 @@ def make_task(settings: Settings, tokenizer: Any) -> Task:
 
     Raises:
         InputError: An unknown task, files that are not named or cannot be read, or a verbalizer
-            word of several tokens.
+            word that cannot be used.
     """
     if settings.task == "files" or settings.files:
         return _task_of_files(settings, tokenizer)

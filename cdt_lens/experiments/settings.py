@@ -54,7 +54,7 @@ class DataSettings(Checked):
         Field(description=r'Prompt with the columns in braces, such as "{text}\nSentiment:".'),
     ] = None
     verbalizer: Annotated[
-        dict[str, str], Field(description="The word of one token that stands for each label.")
+        dict[str, str], Field(description="The word that stands for each label.")
     ] = field(default_factory=dict)
     label_column: Annotated[str, Field(description="Column that holds the label.")] = "label"
     sizes: Annotated[

@@ -19,7 +19,7 @@ from cdt_lens.tasks.task import Batch, Examples
 
 
 class AnswerPass:
-    """The forward pass of training. A call returns the logits `[batch, d_vocab]` at the answer.
+    """The forward pass of training. A call returns the logits `[row, d_vocab]` at the answers.
 
     The logits are in at least float32.
 
@@ -36,11 +36,11 @@ class AnswerPass:
         self._kept: dict[tuple[int, ...], Float[Tensor, "pos d_model"]] = {}
         self._calls: dict[int, tuple[BlockCall, ...]] = {}
 
-    def __call__(self, batch: Batch) -> Float[Tensor, "batch d_vocab"]:
+    def __call__(self, batch: Batch) -> Float[Tensor, "row d_vocab"]:
         return self.view.read_out(self._answers(batch))
 
     def candidates(self, batch: Batch) -> Float[Tensor, "batch k"]:
-        """Compute the logits of the candidate tokens, for evaluation.
+        """Compute the logits of the candidate tokens, or the scores of words, for evaluation.
 
         No gradient reaches the unembedding, so train on the whole logits.
 
@@ -53,7 +53,7 @@ class AnswerPass:
         """
         return self.view.candidate_logits(self._answers(batch), batch.candidates)
 
-    def _answers(self, batch: Batch) -> Float[Tensor, "batch d_model"]:
+    def _answers(self, batch: Batch) -> Float[Tensor, "row d_model"]:
         """Compute the residual stream at the answer position, after the last block."""
         view = self.view
         if self.first_layer:
@@ -79,7 +79,7 @@ class AnswerPass:
             for batch in examples.batches(batch_size, apart=self.view.longrope_limit):
                 self._entering(batch)
 
-    def _entering(self, batch: Batch) -> Float[Tensor, "batch pos d_model"]:
+    def _entering(self, batch: Batch) -> Float[Tensor, "row pos d_model"]:
         keys = [
             tuple(row[:length].tolist())
             for row, length in zip(batch.tokens, batch.lengths.tolist(), strict=True)

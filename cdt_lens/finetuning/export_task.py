@@ -21,6 +21,7 @@ import cdt_lens
 from cdt_lens.core.errors import InputError
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.tasks.card import TaskCard
+from cdt_lens.tasks.task import WordIds
 
 TASK_FILE = "cdt_task.json"
 
@@ -112,23 +113,33 @@ def _readme(adapter: Adapter, base: str, lora: bool) -> str:
         f"(`prefix` in `{TASK_FILE}`)." if card.prefix else "",
         bos=f"The token ids {list(card.bos_ids)} (BOS) stand before the text" if card.bos_ids
         else "No token stands before the text",
+        answer="the model's next tokens are" if _splits(card) else "the model's next token is",
         longest=card.longest, file=TASK_FILE,
     ) + _usage(card, lora)  # fmt: skip
 
 
 def _label_lines(card: TaskCard) -> str:
     lines = [
-        f"| {label} | {json.dumps(card.verbalizer[label], ensure_ascii=False)} | {id} |"
-        for label, id in card.verbalizer_ids.items()
+        f"| {label} | {json.dumps(card.verbalizer[label], ensure_ascii=False)} | {_shown(word)} |"
+        for label, word in card.verbalizer_ids.items()
     ]
     return "\n".join(lines)
+
+
+def _splits(card: TaskCard) -> bool:
+    return any(isinstance(word, tuple) for word in card.verbalizer_ids.values())
+
+
+def _shown(word: WordIds) -> str:
+    return ", ".join(map(str, word)) if isinstance(word, tuple) else str(word)
 
 
 def _usage(card: TaskCard, lora: bool) -> str:
     if not card.verbalizer or not card.columns:
         return _NO_WORDS
     row = ", ".join(f'{json.dumps(column)}: "Put your text here."' for column in card.columns)
-    code = _CODE.replace("ROW", f"{{{row}}}").replace("FILE", TASK_FILE)
+    code = _CODE.replace("SCORES", _OF_WORDS if _splits(card) else _OF_TOKENS)
+    code = code.replace("ROW", f"{{{row}}}").replace("FILE", TASK_FILE)
     return code + (_PEFT if lora else _PREDICT)
 
 
@@ -143,7 +154,7 @@ _TASK = """
 ## The task
 
 Task `{name}`. The prompt is this template (as a JSON string), with the columns in braces filled in,
-and the model's next token is the answer: {template}{prefix}
+and {answer} the answer: {template}{prefix}
 
 | label | word | token id |
 |---|---|---|
@@ -171,16 +182,28 @@ model = AutoModelForCausalLM.from_pretrained(folder).eval()
 
 row = ROW
 prompt = task["prefix"] + task["template"].format_map(row)
-with torch.no_grad():
+SCORES
+print(max(scores, key=scores.get), scores)
+```
+"""
+_OF_TOKENS = """with torch.no_grad():
     logits = model(tokenizer(prompt, return_tensors="pt").input_ids).logits[0, -1]
 prior = task["prior"] or {}
 scores = {
     label: float(logits[token]) - prior.get(label, 0.0)
     for label, token in task["verbalizer_ids"].items()
-}
-print(max(scores, key=scores.get), scores)
-```
-"""
+}"""
+_OF_WORDS = """prompt_ids = tokenizer(prompt).input_ids
+prior = task["prior"] or {}
+scores = {}
+for label, word in task["verbalizer_ids"].items():
+    # The score of a word is the sum of the log-probabilities of its tokens.
+    word = word if isinstance(word, list) else [word]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt_ids + word[:-1]])).logits[0, len(prompt_ids) - 1 :]
+    logs = logits.float().log_softmax(-1)
+    scores[label] = float(sum(logs[i, token] for i, token in enumerate(word)))
+    scores[label] -= prior.get(label, 0.0)"""
 _PEFT = """
 transformers reads the LoRA with the base model if peft is installed.
 """

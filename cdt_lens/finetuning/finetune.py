@@ -361,7 +361,7 @@ def _check_lengths(view: ModelView, task: Task, source: Task | None) -> None:
     splits = (task.train, task.valid, *(() if source is None else (source.valid,)))
     for examples in filter(len, splits):
         check_examples(view, examples)
-        longest = max((len(example.tokens) for example in examples), default=0)
+        longest = max((example.length for example in examples), default=0)
         view.check_length(longest, f"{examples.name}: ")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -17,6 +18,7 @@ from cdt_lens.finetuning.export_task import TASK_FILE
 from cdt_lens.models.hugging_face import load_hugging_face, load_tokenizer, third_party_noise_off
 from cdt_lens.models.loading import default_device
 from cdt_lens.tasks.card import TaskCard
+from cdt_lens.tasks.task import WordIds
 
 
 def load_card(folder: str | Path) -> TaskCard:
@@ -58,7 +60,7 @@ def predict(
 
     Returns:
         One row for each given row: `prediction`, and by label `p(label)`, its probability among the
-        labels, from 0 to 1.
+        labels, from 0 to 1. Words of several tokens are compared by their log-probabilities.
 
     Raises:
         InputError: the folder holds no task or no model, a column is missing, or a prompt is longer
@@ -70,11 +72,13 @@ def predict(
     with third_party_noise_off():
         prompts = card.format(load_tokenizer(folder)).unlabelled(rows, where)
         model, _ = load_hugging_face(folder, dtype=_dtype_of(Path(folder)))
-    _check_lengths(prompts, where, model.config)
+    words = list(card.verbalizer_ids.values())
+    behind = max(len(word) - 1 if isinstance(word, tuple) else 0 for word in words)
+    _check_lengths(prompts, where, model.config, behind)
     model = model.to(default_device()).eval()
-    ids = torch.tensor(list(card.verbalizer_ids.values()))
+    scores = _word_scores if behind else _logits
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-    logits = torch.cat([_logits(model, batch, ids) for batch in batches])
+    logits = torch.cat([scores(model, batch, words) for batch in batches])
     prior = torch.tensor([(card.prior or {}).get(label, 0.0) for label in card.verbalizer_ids])
     return _table(logits - prior, tuple(card.verbalizer_ids))
 
@@ -86,25 +90,48 @@ def _dtype_of(folder: Path) -> torch.dtype:
     return getattr(torch, name or "float32")
 
 
-def _check_lengths(prompts: Sequence[Sequence[int]], places: Sequence[str], config: Any) -> None:
+def _check_lengths(
+    prompts: Sequence[Sequence[int]], places: Sequence[str], config: Any, behind: int
+) -> None:
     limit = getattr(config, "max_position_embeddings", None)
     for tokens, place in zip(prompts, places, strict=True):
-        if limit is not None and len(tokens) > limit:
+        if limit is not None and len(tokens) + behind > limit:
+            more = f" with {behind} more for the label words" if behind else ""
             raise InputError(
-                f"{place}: the prompt has {len(tokens)} tokens, the model reads at most {limit}. "
-                "Shorten the text or remove the row."
+                f"{place}: the prompt has {len(tokens)} tokens{more}, the model reads at most "
+                f"{limit}. Shorten the text or remove the row."
             )
 
 
+def _logits(
+    model: Any, prompts: Sequence[tuple[int, ...]], words: Sequence[WordIds]
+) -> Float[Tensor, "prompt label"]:
+    """Return the logits of words of one token at the last token of each prompt, on the CPU."""
+    logits = _whole_logits(model, prompts)
+    last = logits[torch.arange(len(prompts)), torch.tensor([len(p) - 1 for p in prompts])]
+    return last[:, torch.tensor(words)].float().cpu()
+
+
+def _word_scores(
+    model: Any, prompts: Sequence[tuple[int, ...]], words: Sequence[WordIds]
+) -> Float[Tensor, "prompt label"]:
+    """Return the log-probability of each word behind each prompt, on the CPU."""
+    columns = []
+    for word in words:
+        ids = word if isinstance(word, tuple) else (word,)
+        logits = _whole_logits(model, [(*prompt, *ids[:-1]) for prompt in prompts])
+        at = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None] + torch.arange(len(ids))
+        read = logits[torch.arange(len(prompts))[:, None], at].float().log_softmax(-1)
+        columns.append(read[:, torch.arange(len(ids)), torch.tensor(ids)].sum(-1).cpu())
+    return torch.stack(columns, -1)
+
+
 @torch.no_grad()
-def _logits(model: Any, prompts: Sequence[tuple[int, ...]], ids: Tensor) -> Tensor:
-    """Return the logits `[prompt, label]` at the last token of each prompt, on the CPU."""
-    lengths = torch.tensor([len(tokens) for tokens in prompts])
-    tokens = pad_sequence([torch.tensor(tokens) for tokens in prompts], batch_first=True)
+def _whole_logits(model: Any, rows: Sequence[tuple[int, ...]]) -> Float[Tensor, "row pos d_vocab"]:
+    lengths = torch.tensor([len(tokens) for tokens in rows])
+    tokens = pad_sequence([torch.tensor(tokens) for tokens in rows], batch_first=True)
     mask = torch.arange(tokens.shape[1]) < lengths[:, None]
-    logits = model(tokens.to(model.device), attention_mask=mask.long().to(model.device)).logits
-    last = logits[torch.arange(len(prompts)), lengths - 1]
-    return last[:, ids].float().cpu()
+    return model(tokens.to(model.device), attention_mask=mask.long().to(model.device)).logits
 
 
 def _table(logits: Tensor, labels: tuple[str, ...]) -> pd.DataFrame:

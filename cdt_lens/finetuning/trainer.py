@@ -37,6 +37,7 @@ from cdt_lens.finetuning.checkpoints import Checkpoint, Log, State
 from cdt_lens.finetuning.options import TrainingOptions
 from cdt_lens.finetuning.saved_tensors import SavedOnce
 from cdt_lens.finetuning.trainable import Trainable
+from cdt_lens.models.words import Words, among
 from cdt_lens.tasks.evaluate import evaluate
 from cdt_lens.tasks.metrics import answer_loss
 from cdt_lens.tasks.task import Batch, Examples, Task
@@ -238,11 +239,13 @@ class Trainer:
         """Compute the sum of the batch's losses, in nats."""
         logits = self.passes(batch)
         moved = batch.to(logits.device)
-        candidates = logits.gather(1, moved.candidates)
+        candidates = among(logits, moved.candidates)
         loss = answer_loss(candidates, moved.is_answer, moved.is_candidate)
         if self.options.loss == "vocabulary":
-            among = candidates.masked_fill(~moved.is_candidate, -torch.inf).logsumexp(-1)
-            loss = loss + logits.logsumexp(-1) - among
+            chosen = candidates.masked_fill(~moved.is_candidate, -torch.inf).logsumexp(-1)
+            # The scores of words are log-probabilities already.
+            whole = 0.0 if isinstance(moved.candidates, Words) else logits.logsumexp(-1)
+            loss = loss + whole - chosen
         return loss.sum()
 
     # ------------------------------------------------------------------ evaluation and state

@@ -23,6 +23,7 @@ from cdt_lens.finetuning.trainable import SlicesAndWholes
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
+from cdt_lens.models.words import among
 from cdt_lens.tasks.metrics import answer_loss
 from cdt_lens.tasks.task import Examples
 
@@ -56,7 +57,7 @@ def training_signal(
         for batch in examples.batches(batch_size, apart=view.longrope_limit):
             logits = passes(batch)
             moved = batch.to(logits.device)
-            candidates = logits.gather(1, moved.candidates)
+            candidates = among(logits, moved.candidates)
             loss = answer_loss(candidates, moved.is_answer, moved.is_candidate).sum()
             (loss / len(examples)).backward()
     signal = torch.zeros(view.n_layers, view.n_heads, dtype=torch.float64)

@@ -7,7 +7,7 @@ The rest of this package uses a model only through `ModelView`:
 2. `replay` sends any residual stream through the model's own blocks from a chosen layer on, with
    hooks attached. The rows may be many copies of the recorded batch: (source x example).
 3. `candidate_logits` applies the model's own final norm and the unembedding columns of a few
-   tokens.
+   tokens. Words of several tokens need the whole vocabulary (`words.py`).
 
 The caller's model is never changed: hooks, training mode and gradient mode are as before after
 every call that returns or raises. Prompts are padded on the right, where causal attention does not
@@ -36,6 +36,7 @@ from cdt_lens.models.heads import Head, check_heads
 from cdt_lens.models.positions import longrope_limit
 from cdt_lens.models.sites import NORMS, Hook, Site, find_sites
 from cdt_lens.models.trace import BlockCall, Trace, _recorder, _shared_calls
+from cdt_lens.models.words import Candidates, Words, in_parts, scores_of
 
 
 class _StopBeforeUnembedding(Exception):
@@ -421,21 +422,27 @@ class ModelView:
         return self.softcapped(at_least_float32(self.tl.unembed(self.normed(resid)[:, None])[:, 0]))
 
     def candidate_logits(
-        self, resid: Float[Tensor, "*rows batch d_model"], candidates: Int[Tensor, "batch k"]
+        self, resid: Float[Tensor, "*rows _row d_model"], candidates: Candidates
     ) -> Float[Tensor, "*rows batch k"]:
-        """Compute the logits of a few candidate tokens from final residual vectors.
+        """Compute the logits of a few candidate tokens, or the scores of words.
 
         Runs in the caller's mode. No gradient reaches the unembedding.
 
         Args:
             resid: residual vectors after the last block, at the answer positions.
-            candidates: token ids of each example.
+            candidates: the candidates of each example.
 
         Returns:
             Soft-capped logits, in at least float32, whatever the type of the weights: in half
-            precision whole logits lie on a coarse grid and tie.
+            precision whole logits lie on a coarse grid and tie. The score of a word is the sum of
+            its tokens' log-probabilities.
         """
-        return self.softcapped(self.unembedded(self.normed(resid), candidates))
+
+        def read(part: Tensor) -> Tensor:
+            logits = self.softcapped(self.unembedded(self.normed(part), candidates))
+            return scores_of(logits, candidates)
+
+        return read(resid) if resid.ndim < 3 else in_parts(read, resid, candidates, self.d_vocab)
 
     def normed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """Apply the model's own final norm in the caller's mode.
@@ -451,18 +458,20 @@ class ModelView:
         return self.tl.ln_final(resid.reshape(-1, 1, resid.shape[-1])).reshape(resid.shape)
 
     def unembedded(
-        self, normed: Float[Tensor, "*rows batch d_model"], candidates: Int[Tensor, "batch k"]
-    ) -> Float[Tensor, "*rows batch k"]:
+        self, normed: Float[Tensor, "*rows _row d_model"], candidates: Candidates
+    ) -> Float[Tensor, "*rows _row _k"]:
         """Compute candidate logits before the soft-cap.
 
         Args:
             normed: vectors after the final norm.
-            candidates: token ids of each example.
+            candidates: the candidates of each example.
 
         Returns:
-            Logits, in at least float32.
+            Logits, in at least float32: of the candidates, or of the whole vocabulary for words.
         """
         columns, bias = self.unembedding(candidates)
+        if isinstance(candidates, Words):
+            return at_least_float32(normed) @ columns.T + bias
         return torch.einsum("...bd,bkd->...bk", at_least_float32(normed), columns) + bias
 
     def softcapped(self, logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -478,20 +487,20 @@ class ModelView:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def unembedding(
-        self, tokens: Int[Tensor, "batch k"]
-    ) -> tuple[Float[Tensor, "batch k d_model"], Float[Tensor, "batch k"]]:
+        self, tokens: Candidates
+    ) -> tuple[Float[Tensor, "*tokens d_model"], Float[Tensor, "*tokens"]]:
         """Return the unembedding vectors and biases of a few tokens.
 
         They are in at least float32, because scores are small differences between logits.
 
         Args:
-            tokens: token ids.
+            tokens: token ids, or words, which need those of the whole vocabulary.
 
         Returns:
             The vectors, and the biases, which are 0 if the model has none. Both are detached.
         """
         unembed = self.tl.unembed
-        ids = tokens.to(self.device)
+        ids = slice(None) if isinstance(tokens, Words) else tokens.to(self.device)
         bias = getattr(unembed, "b_U", None)
         columns = at_least_float32(unembed.W_U.detach().T[ids])
         zeros = torch.zeros_like(columns[..., 0])

@@ -156,6 +156,7 @@ def score_edges(
             "score_edges: context='both' is defined for logits only, not inside the model; use "
             "rules with context='full', such as the preset 'shared'"
         )
+    examples.require_one_token("score_edges", "score_heads")
     baseline.check_model(view)
     sources = _units(view)
     items: list[tuple[int, tuple[Tensor, Tensor, Tensor]]] = []

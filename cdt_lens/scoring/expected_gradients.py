@@ -124,6 +124,7 @@ def _reference(
     """Return the z of each example's partner, or the baseline where it has none."""
     tokens = batch.tokens.clone()
     partners = [draw.partners[i] for i in batch.index]
+    partners = [partners[i] for i in batch.for_rows(torch.arange(len(partners))).tolist()]
     for row, partner in enumerate(partners):
         if partner is not None:
             own = examples[partner].tokens

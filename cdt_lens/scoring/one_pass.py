@@ -83,13 +83,14 @@ def one_pass(
 
     Raises:
         InputError: There are no examples, a prompt is longer than the model's context, the baseline
-            has another shape, or the weights were made in inference mode.
+            has another shape, the weights were made in inference mode, or the slopes are linear and
+            a label word has several tokens.
         UnsupportedModelError: An MLP lacks the hook points that its slopes need.
         NonFiniteError: A score left the finite range, as half precision may.
     """
     passes = Passes(batch_size, progress=progress)
     view = checked_view(model, examples, baseline)
-    slopes = resolve_slopes(slopes)
+    slopes = _slopes_for(examples, slopes)
     options = {"method": method, "slopes": asdict(slopes), "steps": steps}
     gated = GatedPass(view, slopes)
 
@@ -97,6 +98,17 @@ def one_pass(
         return gated.scores(batch, at, points_of(steps), direction)
 
     return score_batches(view, examples, baseline, scores, options, direction, passes)
+
+
+def _slopes_for(examples: Examples, slopes: str | Slopes) -> Slopes:
+    """Return slopes that have a meaning for the examples."""
+    resolved = resolve_slopes(slopes)
+    if resolved.activation == "frozen":
+        named = f"{slopes!r}" if isinstance(slopes, str) else "with activation='frozen'"
+        examples.require_one_token(
+            f"slopes {named}", "other slopes, such as 'gradient' or 'stable'"
+        )
+    return resolved
 
 
 def checked_view(model: nn.Module | ModelView, examples: Examples, baseline: Baseline) -> ModelView:
@@ -178,19 +190,20 @@ def position_relevance(
 
     Returns:
         Signed scores in logits, NaN behind the end of shorter prompts. Their sum over positions is
-        the head's score on that example.
+        the head's score on that example. Positions behind the prompt are those of label words of
+        several tokens, added up over the words.
 
     Raises:
         InputError, UnsupportedModelError, NonFiniteError: As `one_pass`.
     """
     view = checked_view(model, examples, baseline)
-    gated = GatedPass(view, resolve_slopes(slopes))
-    longest = max(len(example.tokens) for example in examples)
+    gated = GatedPass(view, _slopes_for(examples, slopes))
+    longest = max(example.length for example in examples)
     out = torch.full((len(examples), view.n_layers, view.n_heads, longest), torch.nan)
     for batch in examples.batches(batch_size, apart=view.longrope_limit):
         batch = batch.to(view.device)
         values, _ = gated.scores(batch, baseline.for_batch(view, batch), [1.0], "mean")
         for row, index in enumerate(batch.index):
-            length = int(batch.lengths[row])
+            length = examples[index].length
             out[index, ..., :length] = values[row, ..., :length].float().cpu()
     return out

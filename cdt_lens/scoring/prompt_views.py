@@ -135,7 +135,8 @@ def attention_view(
     sites = [("pattern", layer) for layer in sorted({head.layer for head in chosen})]
     patterns = []
     for batch in examples.batches(1, sort_by_length=False):
-        trace = view.run(batch.tokens, sites)
+        # Further rows have tokens of a label word behind the prompt.
+        trace = view.run(batch.tokens[:1, : int(batch.prompt_lengths[0])], sites)
         rows = [trace["pattern", head.layer][0, head.head] for head in chosen]
         patterns.append(torch.stack(rows).float().cpu())
     prompts = tuple(token_strings(view, example.tokens) for example in examples)
@@ -167,7 +168,7 @@ def token_relevance(
             length of the prompts.
 
     Returns:
-        d(rel) at each position, in logits; positive favours the gold label.
+        d(rel) at each position of the prompts, in logits; positive favours the gold label.
 
     Raises:
         InputError: There are no examples or no heads, or a head is outside the model.

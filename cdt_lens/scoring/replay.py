@@ -102,7 +102,7 @@ def _removed(
     view = run.view
     sites = [("resid_post", layer) for layer in range(view.n_layers)]
     gradients = gated.gradients(batch, sites)
-    size = max(1, rows_per_chunk(run, rows) // len(batch.index))
+    size = max(1, rows_per_chunk(run, rows) // len(batch.lengths))
     layers = []
     for layer in range(view.n_layers):
         # Row by row one head of the layer is at its baseline.
@@ -111,4 +111,4 @@ def _removed(
         taken = run.trace.resid[layer + 1] - torch.cat(chunks)
         gradient = gradients["resid_post", layer]
         layers.append(torch.einsum("hbpd,bpd->bhp", taken, gradient.to(taken.dtype)))
-    return torch.stack(layers, 1)
+    return batch.by_example(torch.stack(layers, 1))

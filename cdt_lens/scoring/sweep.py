@@ -31,7 +31,7 @@ from cdt_lens.core.passes import Passes
 from cdt_lens.core.per_example import by_layer, share_rows, table
 from cdt_lens.core.processes import shard
 from cdt_lens.decomposition.baseline import Baseline
-from cdt_lens.decomposition.decompose import irrelevant_logits, layers_to_run
+from cdt_lens.decomposition.decompose import irrelevant_logits, layers_to_run, refuse_linear
 from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import Rules, resolve_rules
 from cdt_lens.models.behaviour import PROMPTS, behaviour_of
@@ -191,7 +191,7 @@ def _budget(
 def check_sample(
     rules: Rules, examples: Examples, exact: int | Literal["all"] | None, stops: bool
 ) -> None:
-    """Refuse a sample that cannot be swept; this needs no model.
+    """Refuse examples or a sample that cannot be swept; this needs no model.
 
     Args:
         rules: The propagation rules.
@@ -201,8 +201,10 @@ def check_sample(
 
     Raises:
         InputError: The rules have no first-order form that a sample could correct, or the sample
-            is too small for one prompt of each label; names the least number that works.
+            is too small for one prompt of each label; names the least number that works. The rules
+            are linear and a label word has several tokens.
     """
+    refuse_linear(rules, examples)
     if not parts_of(rules):
         if stops or exact not in (None, "all"):
             raise InputError(

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.saved import Saved
 from cdt_lens.tasks.prompts import PromptFormat, template_columns
-from cdt_lens.tasks.task import Task
+from cdt_lens.tasks.task import Task, WordIds
 
 _FILLING = "N/A"
 
@@ -32,7 +32,7 @@ class TaskCard(Saved):
         prefix: the few-shot examples before every prompt.
         verbalizer: the answer word of each label. Empty for generated tasks whose answers differ
             from prompt to prompt.
-        verbalizer_ids: token id of each label's word.
+        verbalizer_ids: token id of each label's word, or the ids of a word of several tokens.
         prior: logit of each label that is subtracted before the labels are compared, or None.
         bos_ids: token ids before the text of every prompt: BOS, or nothing.
         max_length: maximum number of tokens of a prompt. None means the tokenizer's limit.
@@ -45,7 +45,7 @@ class TaskCard(Saved):
     template: str
     prefix: str
     verbalizer: Mapping[str, str]
-    verbalizer_ids: Mapping[str, int]
+    verbalizer_ids: Mapping[str, WordIds]
     prior: Mapping[str, float] | None
     bos_ids: tuple[int, ...]
     max_length: int | None
@@ -136,6 +136,10 @@ class TaskCard(Saved):
         """
         known: dict[str, Any] = {field.name: values[field.name] for field in fields(cls)}
         known |= {name: tuple(known[name]) for name in ("labels", "bos_ids")}
+        known["verbalizer_ids"] = {
+            label: tuple(word) if isinstance(word, list) else word
+            for label, word in known["verbalizer_ids"].items()
+        }
         return cls(**known)
 
     def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:

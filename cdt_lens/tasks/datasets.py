@@ -212,7 +212,7 @@ def task_from_files(
         paths: path of each split, such as `{"train": path, "test": path}`.
         tokenizer: the model's tokenizer.
         template: text with column names in braces. It ends where the answer begins.
-        verbalizer: the answer word of each label. Each word must be one token.
+        verbalizer: the answer word of each label, of one or several tokens.
         label_column: name of the column with the label.
         name: name of the task.
         quoting: whether quotation marks enclose cells. None means yes in CSV and no in TSV.
@@ -271,7 +271,7 @@ def task_from_hub(
         config: the data set's configuration, such as a language.
         tokenizer: the model's tokenizer.
         template: text with column names in braces. It ends where the answer begins.
-        verbalizer: the answer word of each label. Each word must be one token.
+        verbalizer: the answer word of each label, of one or several tokens.
         label_column: name of the column with the label.
         label_names: names of integer labels, in order. None uses the names in the data set's
             ClassLabel.

@@ -34,7 +34,7 @@ from cdt_lens.tasks.metrics import (
     macro_f1,
     task_direction,
 )
-from cdt_lens.tasks.task import Batch, Examples, Task, check_examples
+from cdt_lens.tasks.task import Batch, Examples, Task, WordIds, check_examples
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,8 @@ class Evaluation(EqualByContent):
         macro_f1: Mean F1 over the labels, from 0 to 1; None where the labels do not name the
             answers (generated tasks).
         direction: Label-balanced mean task direction in logits; positive favours the gold label.
+            For words of several tokens the log-probabilities of the words stand for the logits,
+            here and in the loss.
         loss: Mean cross-entropy over the candidates, in nats.
         examples: Number of examples.
         balanced_accuracy: Share of right answers within each label, averaged over the labels.
@@ -54,7 +56,7 @@ class Evaluation(EqualByContent):
         intervals: 95 % confidence intervals over the population of examples, by "accuracy",
             "balanced_accuracy" and "direction" (`tasks.intervals`).
         answers: One row for each example, in their order: the gold `label`, the `answer` (a label;
-            a token id where labels do not name the answers), whether it is `right`, the `direction`
+            token ids where labels do not name the answers), whether it is `right`, the `direction`
             in logits and the `loss` in nats.
     """
 
@@ -121,7 +123,7 @@ def evaluate(
     check_examples(view, examples)
     if task is not None:
         _check_words(examples, task)
-    items: list[tuple[int, tuple[bool, float, float, int]]] = []
+    items: list[tuple[int, tuple[bool, float, float, WordIds]]] = []
     for batch in Passes(batch_size).batches(examples, view.longrope_limit):
         logits = candidate_logits(view, batch) if logits_of is None else logits_of(batch)
         direction = task_direction(logits, batch.direction)
@@ -137,8 +139,8 @@ def evaluate(
             others.argmax(-1),
         )
         for row, index in enumerate(batch.index):
-            token = int(batch.candidates[row, best[row]])
-            values = (bool(right[row]), float(direction[row]), float(losses[row]), token)
+            answer = examples[index].candidates[int(best[row])]
+            values = (bool(right[row]), float(direction[row]), float(losses[row]), answer)
             items.append((index, values))
     gathered = dict(gather_items(items))
     rows = [gathered[i] for i in range(len(examples))]
@@ -166,7 +168,7 @@ def evaluate(
 
 
 def _answers(
-    examples: Examples, rows: list[tuple[bool, float, float, int]], task: Task | None
+    examples: Examples, rows: list[tuple[bool, float, float, WordIds]], task: Task | None
 ) -> pd.DataFrame:
     """Return one row for each example: what was answered, and how well."""
     table = pd.DataFrame(rows, columns=["right", "direction", "loss", "answer"])
@@ -177,7 +179,7 @@ def _answers(
 
 
 def candidate_logits(view: ModelView, batch: Batch) -> Tensor:
-    """Compute the model's logits of the candidates at the answer position, on the CPU.
+    """Compute the model's logits of the candidates (scores of words), on the CPU.
 
     Raises:
         UnsupportedModelError: a component of the model has no rule.
@@ -212,8 +214,10 @@ def label_prior(model: nn.Module | ModelView, task: Task) -> dict[str, float]:
     check_examples(view, task.content_free)
     batch = task.content_free.one_batch(view.longrope_limit)
     logits = candidate_logits(view, batch)
-    by_token = {int(t): logits[batch.candidates == t].mean() for t in batch.candidates.unique()}
-    values = {label: float(by_token[id]) for label, id in task.verbalizer_ids.items()}
+    values = {
+        label: float(logits[batch.is_word(word)].mean())
+        for label, word in task.verbalizer_ids.items()
+    }
     mean = sum(values.values()) / len(values)
     return {label: value - mean for label, value in values.items()}
 
@@ -248,7 +252,7 @@ def _check_words(examples: Examples, task: Task) -> None:
 
 
 def _by_label(
-    examples: Examples, tokens: list[int], task: Task | None
+    examples: Examples, tokens: list[WordIds], task: Task | None
 ) -> tuple[float | None, pd.DataFrame | None]:
     if task is None or not task.verbalizer_ids:
         return None, None

@@ -28,7 +28,7 @@ from cdt_lens.tasks.prompts import (
     with_bos,
     word_ids,
 )
-from cdt_lens.tasks.task import Example, Examples, Task
+from cdt_lens.tasks.task import Example, Examples, Task, WordIds
 
 DEFAULT_SIZES = (128, 128, 128)
 # The text before a word while its tokens are read: every prompt ends in a word.
@@ -84,8 +84,8 @@ PRONOUN_TEMPLATES = (
 @dataclass(frozen=True)
 class _Draft:
     prompt: str
-    answers: tuple[int, ...]
-    others: tuple[int, ...]
+    answers: tuple[WordIds, ...]
+    others: tuple[WordIds, ...]
     word: str
     fields: Mapping[str, str]
 
@@ -269,7 +269,8 @@ def _build(
         )
         places = [f"{recipe.name}, prompt {item.prompt!r}" for item in items]
         words = [draft.word for draft in drafts]
-        check_boundary(tokenizer, items, words, places, prepend_bos=prepend_bos)
+        answers = [draft.answers[0] for draft in drafts]
+        check_boundary(tokenizer, items, words, answers, places, prepend_bos=prepend_bos)
         return Examples(items, recipe.labels, f"{recipe.name}/{part}")
 
     train, valid, test = (

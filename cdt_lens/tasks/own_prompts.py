@@ -2,8 +2,9 @@
 
 1. Every prompt has its answer words, and the words that compete with them. By default these are the
    answers of the other prompts.
-2. Each word must be one token behind its prompt.
-3. The task direction of a prompt is the mean logit of its answers minus that of its competitors.
+2. A word has the tokens that follow its prompt; a word of several tokens is scored by its
+   log-probability (`models/words.py`).
+3. The task direction of a prompt is the mean score of its answers minus that of its competitors.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import FromZeroCount
 from cdt_lens.core.errors import InputError
 from cdt_lens.tasks.prompts import Tokenizer, check_boundary, encode, with_bos, word_ids
-from cdt_lens.tasks.task import Example, Examples, Task
+from cdt_lens.tasks.task import Example, Examples, Task, WordIds
 
 Words = str | Sequence[str]
 
@@ -49,8 +50,8 @@ def task_from_prompts(
         The task. The prompts are its train split, but for those of `valid`.
 
     Raises:
-        InputError: The sequences differ in length, a word is not one token behind its prompt, or a
-            prompt has no competitor or one that is also right.
+        InputError: The sequences differ in length, the tokenizer does not know a word or merges it
+            with its prompt, or a prompt has no competitor or one that is also right.
     """
     given = {"answers": answers, "others": others, "labels": labels}
     for argument, values in given.items():
@@ -71,7 +72,8 @@ def task_from_prompts(
     ):
         found = (_ids(tokenizer, text, words, at) for words in (own, rest))
         items.append(Example(text, ids, label, *found))
-    check_boundary(tokenizer, items, [own[0] for own in right], places, prepend_bos=prepend_bos)
+    words, expected = [own[0] for own in right], [item.answers[0] for item in items]
+    check_boundary(tokenizer, items, words, expected, places, prepend_bos=prepend_bos)
     return _task(items, tuple(sorted(set(named))), valid, name)
 
 
@@ -97,15 +99,17 @@ def _competitors(right: Sequence[Sequence[str]]) -> list[list[str]]:
     return [[word for word in every if word not in own] for own in right]
 
 
-def _ids(tokenizer: Tokenizer, prompt: str, words: Sequence[str], place: str) -> tuple[int, ...]:
-    """Return the token of each word behind its prompt."""
-    found = []
+def _ids(
+    tokenizer: Tokenizer, prompt: str, words: Sequence[str], place: str
+) -> tuple[WordIds, ...]:
+    """Return the tokens of each word behind its prompt."""
+    found: list[WordIds] = []
     for word, ids in zip(words, word_ids(tokenizer, words, prompt), strict=True):
-        if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        if not ids or tokenizer.unk_token_id in ids:
             raise InputError(
-                f"{place}: {word!r} must be one token of the tokenizer, got "
+                f"{place}: the tokenizer does not know the word {word!r}, got "
                 f"{tokenizer.convert_ids_to_tokens(ids)}; choose another word (most need a leading "
                 "space)"
             )
-        found.append(ids[0])
+        found.append(ids[0] if len(ids) == 1 else tuple(ids))
     return tuple(found)

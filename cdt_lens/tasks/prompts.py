@@ -6,12 +6,12 @@
    class sees the same ids. BOS stands there once, also if the template begins with its text, as a
    chat template does. Special tokens that the template or the prefix spells are meant. Text of the
    data that spells one is refused, because the tokenizer would turn it into that token.
-3. Look up the verbalizer token of each label, such as " positive", as it continues a prompt. The
-   gold label's token is the answer, and the tokens of the other labels compete with it
-   (single-token labels as in CT-SFT, arXiv 2601.08146). Labels and names of columns are compared in
-   Unicode's composed form (NFC).
-4. Refuse rows that would give a silently wrong number: a label word of several tokens, a tokenizer
-   that merges across the cue, an unknown label, an empty cell, a prompt longer than the context.
+3. Look up the tokens of each label's word, such as " positive", as it continues a prompt. The
+   gold label's word is the answer, and the words of the other labels compete with it
+   (single-token labels as in CT-SFT, arXiv 2601.08146; a word may have several tokens). Labels and
+   names of columns are compared in Unicode's composed form (NFC).
+4. Refuse rows that would give a silently wrong number: a tokenizer that merges across the cue, an
+   unknown label, an empty cell, a prompt that is longer than the context with a word behind it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cdt_lens.core.checked import Checked, Fix, checked_arguments
 from cdt_lens.core.choices import Count
 from cdt_lens.core.errors import CdtLensWarning, InputError, did_you_mean
 from cdt_lens.tasks.rows import column_of, composed, no_column
-from cdt_lens.tasks.task import Example, Examples
+from cdt_lens.tasks.task import Example, Examples, WordIds, beginning
 
 # Inputs without content. Their label logits show the model's bias (arXiv 2102.09690, section 5).
 CONTENT_FREE_TEXTS = ("N/A", "", "[MASK]")
@@ -56,14 +56,15 @@ class PromptFormat(Checked):
     Attributes:
         tokenizer: the model's tokenizer.
         template: text with column names in braces. It ends where the answer begins.
-        verbalizer: the answer word of each label, in Unicode's composed form. Each word must be one
-            token.
+        verbalizer: the answer word of each label, in Unicode's composed form. The tokenizer may
+            split a word; all words are then compared by their log-probabilities.
         label_column: name of the column with the label.
         prefix: text before every prompt, such as few-shot examples. BOS text with which the
             template begins is moved before it.
         prepend_bos: whether to prepend BOS to a prompt whose template does not begin with its text.
             None prepends it if the tokenizer has one.
-        max_length: maximum number of tokens of a prompt. None uses the tokenizer's limit.
+        max_length: maximum number of tokens of a prompt with a word behind it, whose last token
+            does not count. None uses the tokenizer's limit.
         truncate: whether to shorten a prompt that is too long. The longest text column is cut at
             its end, and the prefix and the answer cue stay whole.
 
@@ -105,8 +106,8 @@ class PromptFormat(Checked):
         return columns
 
     @cached_property
-    def verbalizer_ids(self) -> dict[str, int]:
-        """The token id of each label's word, with the labels in alphabetical order.
+    def verbalizer_ids(self) -> dict[str, WordIds]:
+        """The token id of each label's word, or its ids, with the labels in alphabetical order.
 
         A `CdtLensWarning` names words whose leading space does not fit the end of the template.
         """
@@ -271,7 +272,7 @@ class PromptFormat(Checked):
         self, cells: Sequence[Mapping[str, str]], places: Sequence[str]
     ) -> tuple[list[str], list[tuple[int, ...]]]:
         """Return the prompts, shortened where that is allowed and needed, and their tokens."""
-        limit = context_limit(self.tokenizer, self.max_length)
+        limit = context_limit(self.tokenizer, self.max_length) - self._behind
         prompts = [self.render(texts) for texts in cells]
         ids = self._ids(prompts)
         for i, place in enumerate(places):
@@ -279,6 +280,12 @@ class PromptFormat(Checked):
                 prompts[i] = self._shorten(cells[i], place, length=len(ids[i]), limit=limit)
                 ids[i] = self._ids([prompts[i]])[0]
         return prompts, ids
+
+    @cached_property
+    def _behind(self) -> int:
+        """The largest number of tokens of a word that the model reads behind a prompt."""
+        words = self.verbalizer_ids.values()
+        return max(len(word) - 1 if isinstance(word, tuple) else 0 for word in words)
 
     def _encode(
         self,
@@ -293,8 +300,14 @@ class PromptFormat(Checked):
             answer = self.verbalizer_ids[label]
             others = tuple(other for other in self.verbalizer_ids.values() if other != answer)
             items.append(Example(prompts[i], ids[i], label, (answer,), others, columns[i]))
-        words = [self.verbalizer[item.label] for item in items]
-        check_boundary(self.tokenizer, items, words, places, prepend_bos=self.prepend_bos)
+        # The other words are read behind the prompt too, if the tokenizer splits some.
+        for asked in self.labels if self._behind else (None,):
+            labels = [item.label if asked is None else asked for item in items]
+            check_boundary(
+                self.tokenizer, items, [self.verbalizer[label] for label in labels],
+                [self.verbalizer_ids[label] for label in labels], places,
+                prepend_bos=self.prepend_bos,
+            )  # fmt: skip
         return tuple(items)
 
     def _ids(self, prompts: Sequence[str]) -> list[tuple[int, ...]]:
@@ -333,7 +346,8 @@ class PromptFormat(Checked):
 
     def _shorten(self, cells: Mapping[str, str], place: str, *, length: int, limit: int) -> str:
         """Cut the longest column at the last character with which the prompt keeps the limit."""
-        too_long = f"{place}: the prompt has {length} tokens, the limit is {limit}"
+        behind = f" with {self._behind} more for the label words" if self._behind else ""
+        too_long = f"{place}: the prompt has {length} tokens, the limit is {limit}{behind}"
         if not self.truncate:
             raise InputError(
                 f"{too_long}. Remove the row, use fewer shots, pass truncate=True to cut its text, "
@@ -377,7 +391,7 @@ def build_examples(
         rows: cells by column.
         tokenizer: the model's tokenizer.
         template: text with column names in braces. It ends where the answer begins.
-        verbalizer: the answer word of each label. Each word must be one token.
+        verbalizer: the answer word of each label, of one or several tokens.
         label_column: name of the column with the label.
         name: name of the split.
         places: name of each row in error messages. None counts the rows from 1.
@@ -527,8 +541,8 @@ def template_columns(template: str) -> tuple[str, ...]:
 
 def verbalizer_token_ids(
     tokenizer: PreTrainedTokenizerBase, verbalizer: Mapping[str, str], context: str
-) -> dict[str, int]:
-    """Look up the token of each label's word.
+) -> dict[str, WordIds]:
+    """Look up the tokens of each label's word.
 
     Args:
         tokenizer: the tokenizer.
@@ -536,40 +550,62 @@ def verbalizer_token_ids(
         context: a prompt, whose end decides how the words are read.
 
     Returns:
-        The token ids, with the labels in alphabetical order.
+        The token id of each word, or its ids if the tokenizer splits it, with the labels in
+        alphabetical order.
 
     Raises:
-        InputError: there are fewer than two labels, a word has several or unknown tokens, or two
-            words share a token.
+        InputError: there are fewer than two labels, a word has no or unknown tokens, or one word
+            has the tokens of another one or begins with them.
     """
     if len(verbalizer) < 2:
         raise InputError(f"verbalizer {dict(verbalizer)}: expected at least two labels")
-    ids: dict[str, int] = {}
+    ids: dict[str, WordIds] = {}
     labels = sorted(verbalizer)
     read = word_ids(tokenizer, [verbalizer[label] for label in labels], context)
     for label, pieces in zip(labels, read, strict=True):
         word = verbalizer[label]
         shown = tokenizer.convert_ids_to_tokens(pieces)
-        if len(pieces) != 1 or pieces[0] == tokenizer.unk_token_id:
-            got = "the unknown token" if pieces == [tokenizer.unk_token_id] else str(len(pieces))
+        if not pieces or tokenizer.unk_token_id in pieces:
+            got = "the unknown token" if pieces else "none"
             raise InputError(
-                f"verbalizer of label {label!r}: {word!r} must be one token of the tokenizer, got "
+                f"verbalizer of label {label!r}: {word!r} must have tokens of the tokenizer, got "
                 f"{got}: {shown}; choose another word (most need a leading space)"
             )
+        if len(pieces) > 1 and word[-1].isspace():
+            raise InputError(
+                f"verbalizer of label {label!r}: {word!r} ends in white space, which would be a "
+                f"part of the answer: {shown}. Remove it."
+            )
+        own = pieces[0] if len(pieces) == 1 else tuple(pieces)
+        same = f"token {shown[0]!r}" if len(pieces) == 1 else f"tokens {shown}"
         for other, taken in ids.items():
-            if taken == pieces[0]:
+            if taken == own:
                 raise InputError(
                     f"verbalizer: {word!r} ({label}) and {verbalizer[other]!r} ({other}) are the "
-                    f"same token {shown[0]!r}; choose different words"
+                    f"same {same}; choose different words"
                 )
-        ids[label] = pieces[0]
+        ids[label] = own
+    _refuse_beginnings(verbalizer, ids)
     return ids
+
+
+def _refuse_beginnings(verbalizer: Mapping[str, str], ids: Mapping[str, WordIds]) -> None:
+    covered = beginning(list(ids.values()))
+    if covered is None:
+        return
+    short, long = (next(label for label, own in ids.items() if own == each) for each in covered)
+    raise InputError(
+        f"verbalizer: the tokens of {verbalizer[long]!r} ({long}) begin with those of "
+        f"{verbalizer[short]!r} ({short}), so that {long!r} could never be answered: its "
+        "log-probability is never higher. Choose another word for one of them."
+    )
 
 
 def check_boundary(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     words: Sequence[str],
+    expected: Sequence[WordIds],
     places: Sequence[str],
     *,
     prepend_bos: bool | None,
@@ -579,7 +615,8 @@ def check_boundary(
     Args:
         tokenizer: the tokenizer.
         examples: the examples.
-        words: answer word of each example.
+        words: a candidate's word for each example.
+        expected: the token id of each word, or its ids.
         places: name of each example in error messages.
         prepend_bos: whether BOS was prepended to the examples.
 
@@ -587,8 +624,11 @@ def check_boundary(
         InputError: the tokenizer merges the end of a prompt with its answer.
     """
     whole = encode(tokenizer, [e.prompt + word for e, word in zip(examples, words, strict=True)])
-    for example, word, ids, place in zip(examples, words, whole, places, strict=True):
-        if with_bos(tokenizer, ids, prepend_bos) != (*example.tokens, example.answers[0]):
+    for example, word, own, ids, place in zip(
+        examples, words, expected, whole, places, strict=True
+    ):
+        behind = own if isinstance(own, tuple) else (own,)
+        if with_bos(tokenizer, ids, prepend_bos) != (*example.tokens, *behind):
             raise InputError(
                 f"{place}: the tokenizer merges the end of the prompt with the answer {word!r}: "
                 f"together they end in {tokenizer.convert_ids_to_tokens(ids[-3:])}. End the "
@@ -616,7 +656,9 @@ def warn_of_spaces(
         )  # fmt: skip
         before, shorter = encode(tokenizer, [context, prompt])
         same = [*before, *read] == [*shorter, *expected]
-        if same or len(expected) != 1 or expected[0] == tokenizer.unk_token_id:
+        # A word of one token is meant as it is if the tokenizer splits the usual spelling.
+        meant = len(read) == 1 < len(expected)
+        if same or meant or tokenizer.unk_token_id in expected:
             continue
         warnings.warn(
             f"verbalizer: {context[-20:] + word!r} ends in the tokens {[*before[-1:], *read]}, but "

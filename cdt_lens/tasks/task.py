@@ -2,8 +2,9 @@
 
 The answer is the gold label's token, and the tokens of the other labels compete with it. The task
 direction of an example is d = logit[answer] - mean logit[others], in logits (docs/method/task.md;
-single-token labels as in CT-SFT, arXiv 2601.08146). `prompts.py` creates the examples. This file
-stores, balances and batches them.
+single-token labels as in CT-SFT, arXiv 2601.08146). Where some candidates have several tokens, the
+log-probabilities of the whole words take the place of the logits (`models/words.py`). `prompts.py`
+creates the examples. This file stores, balances and batches them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ from cdt_lens.core.checked import Checked, checked_arguments, whole_number
 from cdt_lens.core.choices import Count, Seed
 from cdt_lens.core.errors import CdtLensWarning, InputError
 from cdt_lens.models.view import ModelView
+from cdt_lens.models.words import Candidates, Words, ask
+
+# The token id of a candidate, or the ids of a word of several tokens.
+WordIds = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -39,32 +44,38 @@ class Example:
     The task direction is the mean logit of `answers` minus the mean logit of `others`, in logits.
     Positive values are towards the gold label.
 
+    A candidate of several tokens is a tuple of their ids: `answers=((5, 6),)` is one word, and
+    `answers=(5, 6)` are two answers of one token. If a candidate has several tokens, all candidates
+    are compared by their log-probability instead of their logit.
+
     Attributes:
         prompt: the text.
         tokens: token ids of the prompt, BOS included.
         label: the gold label.
-        answers: token ids that are correct.
-        others: token ids that compete with the answers.
+        answers: the candidates that are correct.
+        others: the candidates that compete with the answers.
         fields: the columns of the row.
 
-    Lists of ids become tuples, and whole numbers of numpy and torch become Python's.
+    Lists of ids become tuples, whole numbers of numpy and torch become Python's, and a word of one
+    token becomes its id.
 
     Raises:
-        InputError: there is no token, no answer or no competitor, a candidate occurs twice, or ids
-            are not a sequence of whole numbers.
+        InputError: there is no token, no answer or no competitor, a candidate occurs twice or
+            begins with another one, or ids are not a sequence of whole numbers.
     """
 
     prompt: str
     tokens: tuple[int, ...]
     label: str
-    answers: tuple[int, ...]
-    others: tuple[int, ...]
+    answers: tuple[WordIds, ...]
+    others: tuple[WordIds, ...]
     fields: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "answers", "others"):
-            object.__setattr__(self, name, _ids(name, getattr(self, name), self.prompt))
-        candidates = self.answers + self.others
+        object.__setattr__(self, "tokens", _ids("tokens", self.tokens, self.prompt))
+        for name in ("answers", "others"):
+            object.__setattr__(self, name, _words(name, getattr(self, name), self.prompt))
+        candidates = self.candidates
         if not self.tokens:
             raise InputError(f"prompt {self.prompt!r}: it has no tokens. Give it some text.")
         if not self.answers or not self.others or len(set(candidates)) < len(candidates):
@@ -72,6 +83,22 @@ class Example:
                 f"prompt {self.prompt!r}: expected at least one answer and one other token, all "
                 f"different; got answers {self.answers} and others {self.others}"
             )
+        covered = beginning(candidates)
+        if covered is not None:
+            raise InputError(
+                f"prompt {self.prompt!r}: the candidate {covered[1]} begins with the candidate "
+                f"{covered[0]}, so that its score is never higher. Choose other candidates"
+            )
+
+    @property
+    def candidates(self) -> tuple[WordIds, ...]:
+        """The answers, then the others."""
+        return self.answers + self.others
+
+    @property
+    def length(self) -> int:
+        """Number of tokens that the model reads: the prompt and a candidate without its last."""
+        return len(self.tokens) + max(map(_size, self.candidates)) - 1
 
     def __repr__(self) -> str:
         summary = f"{self.label}; {len(self.tokens)} tokens"
@@ -85,11 +112,15 @@ class Example:
 class Batch:
     """Examples as tensors, padded on the right, where causal attention never reaches.
 
+    There is one row for each example. Where candidates have several tokens, an example has a row
+    for its prompt and further rows for the prompt with the first tokens of a word
+    (`models/words.py`).
+
     Attributes:
-        tokens: token ids of the prompts.
-        lengths: number of real tokens of each prompt. The answer is read at position `lengths - 1`.
+        tokens: token ids of each row.
+        lengths: number of real tokens of each row. The answer is read at position `lengths - 1`.
         candidates: token ids of the answers, then of the others, then the first candidate again as
-            padding.
+            padding. `Words` where candidates have several tokens.
         direction: +1/n on answers, -1/n on others and 0 on padding.
             `(direction * logits at candidates).sum()` is the task direction in logits.
         is_answer: True at the answers.
@@ -98,9 +129,9 @@ class Batch:
         index: position of each example in the split.
     """
 
-    tokens: Int[Tensor, "batch pos"]
-    lengths: Int[Tensor, " batch"]
-    candidates: Int[Tensor, "batch k"]
+    tokens: Int[Tensor, "row pos"]
+    lengths: Int[Tensor, " row"]
+    candidates: Candidates
     direction: Float[Tensor, "batch k"]
     is_answer: Bool[Tensor, "batch k"]
     is_candidate: Bool[Tensor, "batch k"]
@@ -118,9 +149,63 @@ class Batch:
         """
         values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         moved: dict[str, Any] = {
-            k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()
+            k: v.to(device) if isinstance(v, Tensor | Words) else v for k, v in values.items()
         }
         return Batch(**moved)
+
+    @property
+    def prompt_lengths(self) -> Int[Tensor, " row"]:
+        """Number of tokens of each row's prompt, without those of a word behind it."""
+        words = self.candidates
+        return self.lengths - words.added if isinstance(words, Words) else self.lengths
+
+    @property
+    def counted(self) -> Bool[Tensor, "row pos"]:
+        """True at the real positions, in one row only where several rows begin alike."""
+        positions = torch.arange(self.tokens.shape[1], device=self.lengths.device)
+        ends = self.lengths[:, None]
+        real = positions < ends
+        if not isinstance(self.candidates, Words):
+            return real
+        return real & ((self.candidates.added[:, None] == 0) | (positions == ends - 1))
+
+    def is_word(self, word: WordIds) -> Bool[Tensor, "batch k"]:
+        """Return which candidates are a word.
+
+        Args:
+            word: the token id of the word, or its ids.
+        """
+        found = self.candidates
+        if isinstance(found, Words):
+            return found.are(word)
+        return found == (word if isinstance(word, int) else -1)
+
+    def for_rows(self, values: Tensor) -> Tensor:
+        """Repeat values of examples for each of their rows.
+
+        Args:
+            values: `[example, ...]`.
+
+        Returns:
+            `[row, ...]`.
+        """
+        words = self.candidates
+        return values[words.example.to(values.device)] if isinstance(words, Words) else values
+
+    def by_example(self, values: Tensor) -> Tensor:
+        """Add up the values of each example's rows.
+
+        Args:
+            values: `[row, ...]`.
+
+        Returns:
+            `[example, ...]`.
+        """
+        words = self.candidates
+        if not isinstance(words, Words):
+            return values
+        total = values.new_zeros(len(self.index), *values.shape[1:])
+        return total.index_add(0, words.example.to(values.device), values)
 
 
 @dataclass(frozen=True)
@@ -135,7 +220,8 @@ class Examples(Sequence[Example]):
     Lists of items and labels become tuples.
 
     Raises:
-        InputError: an item is no `Example`, or has another label.
+        InputError: an item is no `Example`, has another label, or has candidates of one token
+            where those of others have several.
     """
 
     items: tuple[Example, ...]
@@ -154,6 +240,12 @@ class Examples(Sequence[Example]):
         unknown = {item.label for item in self.items} - set(self.labels)
         if unknown:
             raise InputError(f"{self.name}: labels {sorted(unknown)} are not among {self.labels}")
+        if self.has_words and not all(map(_has_words, self.items)):
+            number = [_has_words(item) for item in self.items].index(False)
+            raise InputError(
+                f"{self.name}: all candidates of example {number} have one token, and those of "
+                "others several, so their directions cannot be compared. Make two splits of them."
+            )
 
     def __repr__(self) -> str:
         return display.line(self, self.name, f"{len(self)} examples", self.counts)
@@ -189,6 +281,30 @@ class Examples(Sequence[Example]):
         """Accuracy of always choosing the most frequent label, from 0 to 1."""
         self.require_some()
         return max(self.counts.values()) / len(self)
+
+    @cached_property
+    def has_words(self) -> bool:
+        """Whether some candidates have several tokens."""
+        return any(map(_has_words, self.items))
+
+    def require_one_token(self, what: str, instead: str = "") -> None:
+        """Refuse candidates of several tokens.
+
+        Args:
+            what: what has no meaning for them.
+            instead: what can be used in its place.
+
+        Raises:
+            InputError: some candidates have several tokens.
+        """
+        if not self.has_words:
+            return
+        word = next(c for item in self.items for c in item.candidates if _size(c) > 1)
+        raise InputError(
+            f"{self.name}: {what} needs answers of one token each, and here the tokenizer splits "
+            f"one into {list(word) if isinstance(word, tuple) else word}. Choose label words of "
+            f"one token{instead and f', or use {instead}'}."
+        )
 
     @cached_property
     def hash(self) -> str:
@@ -279,9 +395,9 @@ class Examples(Sequence[Example]):
             )
         order = list(range(len(self)))
         if sort_by_length:
-            order.sort(key=lambda i: len(self.items[i].tokens), reverse=True)
+            order.sort(key=lambda i: self.items[i].length, reverse=True)
         order = order[rank::world]
-        alike = groupby(order, lambda i: apart is not None and len(self.items[i].tokens) > apart)
+        alike = groupby(order, lambda i: apart is not None and self.items[i].length > apart)
         groups = [tuple(group) for _, group in alike]
         return (
             self._collate(group[i : i + batch_size], pad_id)
@@ -327,12 +443,14 @@ class Examples(Sequence[Example]):
         def padded(rows: Iterable[Sequence[float | int]], value: int = 0) -> Tensor:
             return pad_sequence([torch.tensor(row) for row in rows], True, value)
 
-        candidates = [item.answers + item.others for item in items]
+        candidates = [c + c[:1] * (width - len(c)) for c in (item.candidates for item in items)]
         sides = [(len(item.answers), len(item.others)) for item in items]
+        rows = [item.tokens for item in items]
+        rows, read = ask(rows, candidates) if self.has_words else (rows, torch.tensor(candidates))
         return Batch(
-            tokens=padded([item.tokens for item in items], pad_id),
-            lengths=torch.tensor([len(item.tokens) for item in items]),
-            candidates=torch.tensor([c + c[:1] * (width - len(c)) for c in candidates]),
+            tokens=padded(rows, pad_id),
+            lengths=torch.tensor([len(row) for row in rows]),
+            candidates=read,
             direction=padded([1 / a] * a + [-1 / o] * o for a, o in sides),
             is_answer=padded([True] * a + [False] * o for a, o in sides),
             is_candidate=padded([True] * (a + o) for a, o in sides),
@@ -357,6 +475,42 @@ def _ids(name: str, ids: Any, prompt: object) -> tuple[int, ...]:
     return numbers  # type: ignore[return-value]
 
 
+def _words(name: str, words: Any, prompt: object) -> tuple[WordIds, ...]:
+    """Return candidates, each of them one id or a tuple of several."""
+    if not isinstance(words, list | tuple) or not any(isinstance(w, list | tuple) for w in words):
+        return _ids(name, words, prompt)
+    ids = [_ids(name, word if isinstance(word, list | tuple) else [word], prompt) for word in words]
+    if not all(ids):
+        raise InputError(f"prompt {prompt!r}: {name}: a candidate has no tokens")
+    return tuple(word[0] if len(word) == 1 else word for word in ids)
+
+
+def _size(candidate: WordIds) -> int:
+    return len(candidate) if isinstance(candidate, tuple) else 1
+
+
+def _has_words(item: Example) -> bool:
+    return any(isinstance(candidate, tuple) for candidate in item.candidates)
+
+
+def beginning(candidates: Sequence[WordIds]) -> tuple[WordIds, WordIds] | None:
+    """Return a candidate and one that begins with its tokens, or None.
+
+    The second one cannot be the answer: its log-probability is never higher.
+
+    Args:
+        candidates: the token ids of different candidates.
+    """
+    if not any(isinstance(c, tuple) for c in candidates):
+        return None
+    tuples = [c if isinstance(c, tuple) else (c,) for c in candidates]
+    for first, one in zip(candidates, tuples, strict=True):
+        for second, other in zip(candidates, tuples, strict=True):
+            if len(one) < len(other) and other[: len(one)] == one:
+                return first, second
+    return None
+
+
 def _as_tuple(where: str, values: Any) -> tuple[Any, ...]:
     if not isinstance(values, list | tuple):
         raise InputError(f"{where}: expected a tuple, got {type(values).__name__}")
@@ -372,7 +526,7 @@ class Task(Checked):
         labels: the labels, shared by all splits.
         verbalizer: the answer word of each label. Empty for generated tasks whose answers differ
             from prompt to prompt.
-        verbalizer_ids: token id of each label's word.
+        verbalizer_ids: token id of each label's word, or the ids of a word of several tokens.
         template: the prompt's template.
         train: the training split. A split that the data lack is empty.
         valid: the validation split.
@@ -391,7 +545,7 @@ class Task(Checked):
     name: str
     labels: Annotated[tuple[str, ...], Field(strict=False)]
     verbalizer: Mapping[str, str]
-    verbalizer_ids: Mapping[str, int]
+    verbalizer_ids: Mapping[str, WordIds]
     template: str
     train: Examples
     valid: Examples
@@ -490,9 +644,9 @@ class Task(Checked):
     def with_prior(self, prior: Mapping[str, float]) -> Task:
         """Return this task with a calibration of its labels.
 
-        Accuracy then compares candidate logits minus `candidate_prior` (arXiv 2102.09690). The task
-        direction does not change: there the prior is a constant for each gold label, which cancels
-        in every difference between two runs.
+        Accuracy then compares candidate logits (or scores of words) minus `candidate_prior` (arXiv
+        2102.09690). The task direction does not change: there the prior is a constant for each gold
+        label, which cancels in every difference between two runs.
 
         Args:
             prior: logit of each label on content-free prompts.
@@ -523,7 +677,7 @@ class Task(Checked):
         """
         offsets = torch.zeros_like(batch.direction)
         for label, value in (self.prior or {}).items():
-            offsets[batch.candidates == self.verbalizer_ids[label]] = value
+            offsets[batch.is_word(self.verbalizer_ids[label])] = value
         return offsets
 
 
@@ -540,7 +694,9 @@ def check_examples(view: ModelView, examples: Examples) -> None:
     """
     examples.require_some()
     for number, item in enumerate(examples):
-        ids = (*item.tokens, *item.answers, *item.others)
+        ids = [*item.tokens]
+        for candidate in item.candidates:
+            ids += candidate if isinstance(candidate, tuple) else (candidate,)
         if min(ids) < 0 or max(ids) >= view.d_vocab:
             wrong = next(id for id in ids if not 0 <= id < view.d_vocab)
             raise InputError(

@@ -84,7 +84,7 @@ def mistakes(place: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
             f"{command}: a column": (made(new, "column.csv"), "no column 'text'"),
             f"{command}: a file of data": (made(new, "none.csv"), "none.csv: cannot be read"),
             f"{command}: a word": (
-                [a.replace("good=", "good= w12") for a in made(new)], "must be one token",
+                [a.replace("good=", "good= x") for a in made(new)], "must have tokens",
             ),
             f"{command}: a template": (
                 [a.replace("{text}", "{tekst}") for a in made(new)], "no column 'tekst'",

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import split_words
 from helpers.checks import assert_same_bits
 from helpers.shared import shared
 from helpers.tiny_tasks import examples, many
@@ -17,7 +18,7 @@ from helpers.tiny_tasks import examples, many
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.comparing import timed_scores as module
 from cdt_lens.comparing.timed_scores import TimedScorer
-from cdt_lens.core.errors import NonFiniteError, UnsupportedModelError
+from cdt_lens.core.errors import InputError, NonFiniteError, UnsupportedModelError
 from cdt_lens.decomposition.baseline import Baseline, mean_activations, zero_baseline
 from cdt_lens.models.view import ModelView
 from cdt_lens.scoring.methods import score_by
@@ -240,3 +241,16 @@ def test_a_time_taken_under_other_settings_is_not_told(monkeypatch, tmp_path, to
     assert_same_bits(again.scores.values, first.scores.values)
     assert math.isnan(again.seconds) and math.isnan(again.passes)
     assert scorer(place, tmp_path).score("direct").passes == first.passes
+
+
+def test_a_method_without_a_meaning_for_split_words_is_refused(tokenizer_folder, hurried):
+    """And any other mistake in the input stays an error."""
+    data, said = split_words.examples(), []
+    own = scorer(setting(tokenizer_folder), data=data, said=said)
+    refused = own.score("direct")
+    assert refused.scores is None and "needs answers of one token each" in refused.refused
+    assert said[-1].startswith("direct is refused: tiny/train:")
+    assert own.score("attribution-patching").scores is not None
+    empty = scorer(setting(tokenizer_folder), data=examples()[:0])
+    with pytest.raises(InputError, match="no examples"):
+        empty.score("direct")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -473,12 +474,13 @@ def test_a_template_that_tells_the_answer_is_refused(
         from_files(tokenizer, {"train": path}, template=TEMPLATE + " {label}")
 
 
-def test_a_word_of_several_tokens_and_one_unknown_are_named(
+def test_a_word_that_ends_in_a_space_and_one_unknown_are_named(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = write_csv(tmp_path / "a.csv", ROWS)
-    for word, got in ((" good food", "got 2"), ("good ", "got the unknown token|got 2")):
-        with pytest.raises(InputError, match=f"verbalizer of label 'neutral': '{word}' .*({got})"):
+    for word, got in ((" unheard", "got the unknown token"), (" good\n", "ends in white space")):
+        said = f"verbalizer of label 'neutral': {re.escape(repr(word))} .*{got}"
+        with pytest.raises(InputError, match=said):
             from_files(tokenizer, {"train": path}, verbalizer={**VERBALIZER, "neutral": word})
 
 
@@ -494,7 +496,7 @@ def test_a_word_of_several_tokens_and_one_unknown_are_named(
         (
             "text,label\nx,a\n",
             {"a": " good", "b": " good food"},
-            "verbalizer of label 'b': ' good food'",
+            "verbalizer: the tokens of ' good food' (b) begin with those of ' good' (a)",
         ),
     ],
 )

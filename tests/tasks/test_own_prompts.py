@@ -50,7 +50,10 @@ def test_the_answers_of_the_other_prompts_compete(tokenizer: PreTrainedTokenizer
         ({"others": [" John"]}, "others: 1 for 3 prompts"),
         ({"labels": ["a"]}, "labels: 1 for 3 prompts"),
         ({"valid": 3}, "prompts: 3, of which 3 for valid"),
-        ({"answers": [" John", " Zyx", " Mary"]}, "prompt 1: ' Zyx' must be one token"),
+        (
+            {"answers": [" John", " Zyx", " Mary"]},
+            "prompt 1: the tokenizer does not know the word ' Zyx'",
+        ),
         ({"answers": [" Mary"] * 3}, "expected at least one answer and one other token"),
         ({"others": [" John", " John", " Tom"]}, "all different"),
     ],

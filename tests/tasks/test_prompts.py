@@ -6,8 +6,10 @@ import json
 import unicodedata
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers.tokenizers import save_tokenizer
 from helpers.words import ROWS, TEMPLATE, TEXTS, VERBALIZER, _reloaded, word_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase
@@ -293,3 +295,91 @@ def test_a_label_of_a_million_characters_is_refused_in_a_short_line(
         with pytest.raises(InputError) as told:
             build_examples([row], tokenizer=tokenizer, template=TEMPLATE, verbalizer=VERBALIZER)
         assert len(str(told.value)) < 400
+
+
+# Words of several tokens ---------------------------------------------------------------------------
+
+LETTERS = {"bad": " bad", "good": " g", "fine": " fi"}
+
+
+def letters(kind: str, tmp_path: Path, rows: object = None, **options: object) -> tuple[Any, Task]:
+    """A task whose tokenizer splits " bad" and " fi" into letters, and not " g"."""
+    tokenizer = save_tokenizer(kind, tmp_path)
+    rows = ROWS_OF_LETTERS if rows is None else rows
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    given = {"template": "{text} so:", "verbalizer": LETTERS, **options}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=CdtLensWarning)
+        task = task_from_files({"train": tmp_path / "rows.jsonl"}, tokenizer=tokenizer, **given)
+    return tokenizer, task
+
+
+ROWS_OF_LETTERS = [
+    {"text": "a day", "label": "good"}, {"text": "b", "label": "bad"},
+    {"text": "a b a b a b", "label": "fine"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt2 with BOS", "qwen2", "llama", "gemma"])
+def test_a_word_has_the_tokens_that_follow_the_prompt(kind: str, tmp_path: Path) -> None:
+    tokenizer, task = letters(kind, tmp_path)
+    assert task.labels == ("bad", "fine", "good")
+    pieces = [tokenizer.convert_ids_to_tokens(list(ids)) for ids in words_of(task)]
+    assert [len(each) for each in pieces] == [3, 3, 1]
+    for item in (*task.train, *task.content_free):
+        own = tokenizer(item.prompt, add_special_tokens=False).input_ids
+        before = item.tokens[: len(item.tokens) - len(own)]
+        for label, ids in zip(task.labels, words_of(task), strict=True):
+            whole = tokenizer(item.prompt + LETTERS[label], add_special_tokens=False).input_ids
+            assert (*before, *whole) == (*item.tokens, *ids)
+
+
+def words_of(task: Task) -> list[tuple[int, ...]]:
+    return [w if isinstance(w, tuple) else (w,) for w in task.verbalizer_ids.values()]
+
+
+def test_a_prompt_leaves_room_for_the_longest_word(tmp_path: Path) -> None:
+    """The model reads all tokens of " bad" but the last behind the prompt."""
+    _, task = letters("gpt2", tmp_path)
+    longest = max(len(item.tokens) for item in task.train)
+    assert max(item.length for item in task.train) == longest + 2
+    assert letters("gpt2", tmp_path, max_length=longest + 2)[1].train == task.train
+    said = f"line 3: the prompt has {longest} tokens, the limit is {longest - 1} with 2 more for"
+    with pytest.raises(InputError, match=said):
+        letters("gpt2", tmp_path, max_length=longest + 1)
+    cut = letters("gpt2", tmp_path, max_length=longest + 1, truncate=True)[1]
+    assert max(item.length for item in cut.train) == longest + 1
+
+
+def test_a_prompt_that_merges_with_another_label_s_word_is_refused(tmp_path: Path) -> None:
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>"], initial_alphabet=list("abdgox :"),
+        show_progress=False,
+    )  # fmt: skip
+    core.train_from_iterator([" good"] * 10 + [": b"] * 200, trainer)
+    tokenizer = _reloaded(core, tmp_path, unk_token="<unk>")
+    rows = [{"text": "a", "label": "b"}, {"text": "x:", "label": "g"}]
+    with pytest.raises(InputError, match=r"row 2: .*merges.*' bad'"):
+        build_examples(
+            rows, tokenizer=tokenizer, template="{text}", verbalizer={"g": " good", "b": " bad"}
+        )
+
+
+def test_a_split_word_with_another_space_than_usual_is_warned_of(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer("gpt2", tmp_path)
+    with pytest.warns(CdtLensWarning, match="'so:dad' ends in .* 'so: dad', as text is"):
+        warn_of_spaces(tokenizer, {"x": "dad"}, "so:")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_spaces(tokenizer, {"x": " dad"}, "so:")
+
+
+def test_labels_may_be_words_of_several_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    words = {**VERBALIZER, "neutral": " the food"}
+    examples = build_examples(ROWS, tokenizer=tokenizer, template=TEMPLATE, verbalizer=words)
+    (neutral,) = {item.answers[0] for item in examples if item.label == "neutral"}
+    assert tokenizer.convert_ids_to_tokens(list(neutral)) == [" the", " food"]
+    plain = build_examples(ROWS, tokenizer=tokenizer, template=TEMPLATE, verbalizer=VERBALIZER)
+    assert [item.tokens for item in examples] == [item.tokens for item in plain]
+    assert examples.hash != plain.hash

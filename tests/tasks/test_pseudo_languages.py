@@ -280,7 +280,7 @@ def test_options_of_known_data_sets_apply(tokenizer: PreTrainedTokenizerBase) ->
         ("0.6", {"n": (30, 2, 30)}, "each 0 or at least 3"),
         ("0.6", {"folder": Path("x")}, "is generated: folder=.*does not apply"),
         ("0.6", {"verbalizer": {"negative": " bad", "positive": " good"}}, "label 'neutral'"),
-        ("0.6", {"verbalizer": {**VERBALIZER, "neutral": " unheard of"}}, "must be one token"),
+        ("0.6", {"verbalizer": {**VERBALIZER, "neutral": " unheard of"}}, "must have tokens"),
         ("0.6", {"max_length": 4}, "pseudo-sentiment, '.*': the prompt has .* limit is 4"),
     ],
 )

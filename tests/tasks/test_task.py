@@ -148,10 +148,16 @@ def test_no_rows_and_a_label_without_rows_are_refused(tokenizer: PreTrainedToken
 @pytest.mark.parametrize(
     ("verbalizer", "message"),
     [
-        ({"a": " positive", "b": " very good"}, r"' very good' must be one token.*got 2"),
-        ({"a": " positive", "b": " unheard"}, r"label 'b': ' unheard' must be one token.*<unk>"),
-        ({"a": " positive", "b": ""}, r"label 'b': '' must be one token.*got 0"),
+        ({"a": " positive", "b": " unheard"}, r"label 'b': ' unheard' must have tokens.*<unk>"),
+        ({"a": " positive", "b": " good unheard"}, r"label 'b': ' good unheard' .*<unk>"),
+        ({"a": " positive", "b": ""}, r"label 'b': '' must have tokens.*got none"),
         ({"a": " positive", "b": " positive"}, r"are the same token ' positive'"),
+        ({"a": " the food", "b": " the food"}, r"are the same tokens \[' the', ' food'\]"),
+        (
+            {"a": " good food", "b": " good"},
+            r"' good food' \(a\) begin with those of ' good' \(b\)",
+        ),
+        ({"a": " good food\n", "b": " bad"}, r"label 'a': ' good food\\n' ends in white space"),
         ({"a": " positive"}, r"at least two labels"),
     ],
 )
