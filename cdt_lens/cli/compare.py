@@ -22,8 +22,9 @@ from cdt_lens.core.errors import InputError
 from cdt_lens.experiments.settings import Settings
 
 _OPTIONS = (
-    "task", "language", "data", "template", "label_column", "split", "shots", "examples",
-    "baseline_examples", "positions", "backend", "device", "dtype", "batch_size", "rows", "seed",
+    "task", "language", "data", "template", "label_column", "split", "pair", "pair_label",
+    "baseline", "shots", "examples", "baseline_examples", "positions", "backend", "device", "dtype",
+    "batch_size", "rows", "seed",
 )  # fmt: skip
 
 

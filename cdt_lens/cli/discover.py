@@ -23,11 +23,10 @@ from cdt_lens.core.choices import Metric
 from cdt_lens.experiments.settings import Settings
 
 _OPTIONS = (
-    "model", "task", "language", "data", "template", "label_column", "split", "shots", "calibrate",
-    "examples", "baseline_examples", "exact", "precision", "minutes", "decide", "correct_only",
-    "rules",
-    "positions", "direction", "k", "fraction", "by", "backend", "device", "dtype",
-    "batch_size", "rows", "seed",
+    "model", "task", "language", "data", "template", "label_column", "split", "pair", "pair_label",
+    "baseline", "shots", "calibrate", "examples", "baseline_examples", "exact", "precision",
+    "minutes", "decide", "correct_only", "rules", "positions", "direction", "k", "fraction", "by",
+    "backend", "device", "dtype", "batch_size", "rows", "seed",
 )  # fmt: skip
 
 

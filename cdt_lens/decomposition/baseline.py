@@ -387,7 +387,7 @@ def zero_baseline(model: nn.Module | ModelView, examples: Examples) -> Baseline:
 @checked_arguments
 @uses_model
 def counterfactual_baseline(
-    model: nn.Module | ModelView, examples: Examples, pairs: Examples
+    model: nn.Module | ModelView, examples: Examples, pairs: Examples | None = None
 ) -> Baseline:
     """Take the reference values of each prompt from a run on its counterfactual prompt.
 
@@ -397,17 +397,39 @@ def counterfactual_baseline(
         model: the model.
         examples: the prompts that will be scored.
         pairs: the counterfactual prompts. Prompt i belongs to example i and has as many tokens.
+            None takes those of the examples (`Examples.pairs`), which a task has whose data name
+            them in a column.
 
     Returns:
         The baseline, of kind "counterfactual". It holds the tokens of the prompts and no means.
 
     Raises:
-        InputError: there are no examples, the numbers of examples or tokens differ, or one prompt
-            has two different counterfactual prompts.
+        InputError: there are no examples, an example has no counterfactual prompt, the numbers of
+            examples or tokens differ, or one prompt has two different counterfactual prompts.
     """
     view = view_of(model)
     check_examples(view, examples)
+    pairs = examples.pairs if pairs is None else pairs
     check_examples(view, pairs)
+    partners = paired_tokens(examples, pairs)
+    empty = torch.zeros(0, 0, 0, 0)
+    return Baseline("counterfactual", empty, _named(view, pairs, "counterfactual"), partners)
+
+
+def paired_tokens(examples: Examples, pairs: Examples) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Return the tokens of each prompt's counterfactual prompt, by the tokens of the prompt.
+
+    Args:
+        examples: the prompts.
+        pairs: the counterfactual prompt of each example.
+
+    Returns:
+        The token ids.
+
+    Raises:
+        InputError: the numbers of examples or tokens differ, or one prompt has two different
+            counterfactual prompts. The message names the row.
+    """
     if len(examples) != len(pairs):
         raise InputError(
             f"counterfactual_baseline: got {len(examples)} examples and {len(pairs)} "
@@ -415,18 +437,20 @@ def counterfactual_baseline(
         )
     partners: dict[tuple[int, ...], tuple[int, ...]] = {}
     for i, (example, pair) in enumerate(zip(examples, pairs, strict=True)):
+        where = example.place or f"example {i} of {examples.name}"
         if len(example.tokens) != len(pair.tokens):
             raise InputError(
-                f"counterfactual_baseline: example {i} has {len(example.tokens)} tokens, its "
-                f"counterfactual prompt {len(pair.tokens)}; expected the same number"
+                f"counterfactual_baseline: {where}: the prompt has {len(example.tokens)} tokens, "
+                f"its counterfactual prompt {len(pair.tokens)}; expected the same number, because "
+                "each position takes its value from the same position of the pair. Change the row, "
+                "or take means, such as mean_activations(model, examples.pairs)"
             )
         if partners.setdefault(example.tokens, pair.tokens) != pair.tokens:
             raise InputError(
-                f"counterfactual_baseline: the prompt of example {i} occurs twice, with different "
+                f"counterfactual_baseline: {where}: the prompt occurs twice, with different "
                 "counterfactual prompts. Remove one of them."
             )
-    empty = torch.zeros(0, 0, 0, 0)
-    return Baseline("counterfactual", empty, _named(view, pairs, "counterfactual"), partners)
+    return partners
 
 
 def _named(view: ModelView, examples: Examples, kind: str) -> Provenance:

@@ -20,7 +20,12 @@ from cdt_lens.core.choices import Metric
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.core.kept import Say
 from cdt_lens.core.processes import is_main, wait_for_all
-from cdt_lens.decomposition.baseline import Baseline, mean_activations
+from cdt_lens.decomposition.baseline import (
+    Baseline,
+    counterfactual_baseline,
+    mean_activations,
+)
+from cdt_lens.experiments.inputs import paired_examples
 from cdt_lens.experiments.runs import (
     Run,
     check_run_model,
@@ -75,6 +80,8 @@ def discover(run: Run, say: Say) -> tuple[Circuit, HeadScores, Evaluation]:
 @writes
 def make_baseline(run: Run, say: Say) -> Baseline:
     """Return the baseline of the run, averaged now or by an earlier call."""
+    if run.settings.baseline == "counterfactual":
+        return _paired_baseline(run)
     baseline: Baseline = stage(
         run, "baseline.json", Baseline.load, lambda: _baseline(run), say,
         made_from={"data": run.averaged().hash},
@@ -246,10 +253,7 @@ def trace(
     )  # fmt: skip
     data = _traced(run.settings, run.task, examples)
     say(f"edges on {len(data)} examples of {data.name}")
-    baseline = mean_activations(
-        run.model, run.averaged(), positions=run.settings.positions, mlps=True,
-        batch_size=run.settings.batch_size,
-    )  # fmt: skip
+    baseline = whole_baseline(run)
 
     def compute() -> Circuit:
         return trace_circuit(
@@ -369,6 +373,16 @@ def _short(examples: Examples, n: int) -> Examples:
     return replace(examples, items=tuple(turns[:n]))
 
 
+def whole_baseline(run: Run) -> Baseline:
+    """Return the baseline of the run with values for the MLPs and the input."""
+    if run.settings.baseline == "counterfactual":
+        return _paired_baseline(run)
+    return mean_activations(
+        run.model, run.averaged(), positions=run.settings.positions, mlps=True,
+        batch_size=run.settings.batch_size,
+    )  # fmt: skip
+
+
 def load_scores(run: Run) -> HeadScores:
     """Load the scores of the run; those of another model are refused."""
     scores = HeadScores.load(run.path("scores.json"))
@@ -378,6 +392,8 @@ def load_scores(run: Run) -> HeadScores:
 
 def load_baseline(run: Run) -> Baseline:
     """Load the baseline of the run; that of another model is refused."""
+    if run.settings.baseline == "counterfactual":
+        return _paired_baseline(run)
     baseline = Baseline.load(run.path("baseline.json"))
     check_run_model(run, baseline.provenance, "baseline.json")
     return baseline
@@ -403,6 +419,11 @@ def split_of(task: Task, name: str) -> Examples:
     if name != "train":
         task.require_held_out(name)
     return examples
+
+
+def _paired_baseline(run: Run) -> Baseline:
+    # It holds prompts alone, which the task gives again at any time.
+    return counterfactual_baseline(run.model, paired_examples(run.task))
 
 
 def _baseline(run: Run) -> Baseline:

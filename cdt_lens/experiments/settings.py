@@ -22,6 +22,7 @@ from cdt_lens.core.choices import (
     Dtype,
     Preset,
     Ranking,
+    Reference,
     Slots,
 )
 from cdt_lens.core.errors import InputError
@@ -152,6 +153,27 @@ class Settings(ModelSettings, DataSettings, CircuitSettings):
             "the task files; the same rows in every command.",
         ),
     ] = None  # fmt: skip
+    pair: Annotated[
+        str | None,
+        Field(
+            description="Column with the text of each row's counterfactual prompt, for the task "
+            "files; if the template has several columns, column=pair for each that it replaces, "
+            "between commas.",
+        ),
+    ] = None  # fmt: skip
+    pair_label: Annotated[
+        str | None,
+        Field(
+            description="Column with the label of the counterfactual prompt; default: the row's."
+        ),
+    ] = None
+    baseline: Annotated[
+        Reference,
+        Field(
+            description="Reference values of the heads: their means over the training split, or "
+            "their values on the counterfactual prompt."
+        ),
+    ] = "mean"
     shots: Annotated[
         int, Field(ge=0, description="Number of solved examples before every prompt.")
     ] = 0

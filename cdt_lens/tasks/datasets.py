@@ -26,7 +26,7 @@ from cdt_lens.core.choices import Count, FromZeroCount, Level, Seed
 from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.tasks import pseudo_languages as pseudo
 from cdt_lens.tasks.generated import DEFAULT_SIZES, GENERATORS
-from cdt_lens.tasks.prompts import PromptFormat, Tokenizer, Verbalizer
+from cdt_lens.tasks.prompts import Pair, PromptFormat, Tokenizer, Verbalizer
 from cdt_lens.tasks.rows import (
     SPLITS,
     Table,
@@ -205,6 +205,8 @@ def task_from_files(
     max_length: Count | None = None,
     truncate: bool = False,
     limit: Count | None = None,
+    pair: Pair | None = None,
+    pair_label: str | None = None,
 ) -> Task:
     """Load a task from one CSV, TSV or JSONL file for each split, plain or gzipped.
 
@@ -224,6 +226,10 @@ def task_from_files(
         max_length: maximum number of tokens of a prompt. None uses the tokenizer's limit.
         truncate: whether to shorten the text of a prompt that is too long.
         limit: number of rows to draw from each split. None takes all.
+        pair: column with the text of each row's counterfactual prompt, in place of the template's
+            column; with several columns a mapping, such as `{"premise": "other_premise"}`. See
+            `counterfactual_baseline`.
+        pair_label: column with the label of the counterfactual prompt. None gives it the row's.
 
     Returns:
         The task.
@@ -235,7 +241,7 @@ def task_from_files(
     check_paths(paths)
     format = PromptFormat(
         tokenizer, template, verbalizer, label_column, prepend_bos=prepend_bos,
-        max_length=max_length, truncate=truncate,
+        max_length=max_length, truncate=truncate, pair=pair, pair_label=pair_label,
     )  # fmt: skip
     tables = {split: read_table(path, quoting=quoting) for split, path in paths.items()}
     return _build(name, tables, format, split=split, shots=shots, seed=seed, limit=limit)
@@ -263,6 +269,8 @@ def task_from_hub(
     max_length: Count | None = None,
     truncate: bool = False,
     limit: Count | None = None,
+    pair: Pair | None = None,
+    pair_label: str | None = None,
 ) -> Task:
     """Load a task from a data set of the Hugging Face hub, or from a local folder.
 
@@ -287,6 +295,10 @@ def task_from_hub(
         max_length: maximum number of tokens of a prompt. None uses the tokenizer's limit.
         truncate: whether to shorten the text of a prompt that is too long.
         limit: number of rows to draw from each split. None takes all.
+        pair: column with the text of each row's counterfactual prompt, in place of the template's
+            column; with several columns a mapping, such as `{"premise": "other_premise"}`. See
+            `counterfactual_baseline`.
+        pair_label: column with the label of the counterfactual prompt. None gives it the row's.
 
     Returns:
         The task.
@@ -296,13 +308,13 @@ def task_from_hub(
     """
     format = PromptFormat(
         tokenizer, template, verbalizer, label_column, prepend_bos=prepend_bos,
-        max_length=max_length, truncate=truncate,
+        max_length=max_length, truncate=truncate, pair=pair, pair_label=pair_label,
     )  # fmt: skip
     tables = hub_tables(
         repo,
         config,
-        columns=format.columns,
-        label_column=label_column,
+        columns=format.row_columns,
+        label_columns=format.label_columns,
         label_names=label_names,
         splits=splits,
         revision=revision,
@@ -345,7 +357,7 @@ def _known_tables(
             known.repo,
             known.languages[language],
             columns=format.columns,
-            label_column=format.label_column,
+            label_columns=format.label_columns,
             label_names=known.label_names,
             splits={"valid": "validation", "test": "test"} if known.divided else None,
             revision=revision,
@@ -395,7 +407,7 @@ def _build(
 ) -> Task:
     tables = dict(tables)
     for table in tables.values():
-        table.check_columns((*format.columns, format.label_column), format.labels)
+        table.check_columns((*format.row_columns, *format.label_columns), format.labels)
     if split is not None:
         tables |= _set_aside(name, tables, format, split)
     if shots:

@@ -46,6 +46,9 @@ class Example:
         answers: token ids that are correct.
         others: token ids that compete with the answers.
         fields: the columns of the row.
+        place: name of the row in error messages, or "".
+        pair: the counterfactual prompt, or None. Its label is the example's where its own is not
+            known.
 
     Lists of ids become tuples, and whole numbers of numpy and torch become Python's.
 
@@ -60,6 +63,8 @@ class Example:
     answers: tuple[int, ...]
     others: tuple[int, ...]
     fields: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    place: str = field(default="", compare=False, repr=False)
+    pair: Example | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("tokens", "answers", "others"):
@@ -183,6 +188,22 @@ class Examples(Sequence[Example]):
         """Number of examples of each label."""
         counter = Counter(item.label for item in self.items)
         return {label: counter[label] for label in self.labels}
+
+    @property
+    def pairs(self) -> Examples:
+        """The counterfactual prompts of the examples, in the same order.
+
+        Raises:
+            InputError: an example has none.
+        """
+        found = tuple(item.pair for item in self.items if item.pair is not None)
+        if len(found) < len(self):
+            raise InputError(
+                f"{self.name}: {len(self) - len(found)} of {len(self)} examples have no "
+                "counterfactual prompt. Name the column that holds it with pair= (on the command "
+                "line --pair)."
+            )
+        return replace(self, items=found, name=f"{self.name} (pairs)")
 
     @property
     def chance(self) -> float:
