@@ -48,7 +48,7 @@ def make_task(settings: Settings, tokenizer: Any) -> Task:
     return load_task(
         settings.task, settings.language, tokenizer=tokenizer, folder=settings.data,
         template=settings.template, verbalizer=settings.verbalizer or None, n=settings.sizes,
-        shots=settings.shots, seed=settings.seed,
+        shots=settings.shots, seed=settings.seed, pair=settings.pair,
     )  # fmt: skip
 
 

@@ -137,11 +137,15 @@ class Settings(ModelSettings, DataSettings, CircuitSettings):
         str,
         Field(
             description="nusax-senti, xnli, ioi, greater-than, gendered-pronoun, pseudo-sentiment, "
-            "or files for files of your own."
+            "mib-ioi, mib-arithmetic, mib-mcqa, mib-arc, or files for files of your own."
         ),
     ] = "nusax-senti"
     language: Annotated[
-        str | None, Field(description="Language, such as english or javanese; of xnli, en or fr.")
+        str | None,
+        Field(
+            description="Language, such as english or javanese; of xnli, en or fr; of "
+            "mib-arithmetic, addition or subtraction; of mib-arc, easy or challenge."
+        ),
     ] = None
     files: Annotated[
         dict[str, str], Field(description="Path of the file of each split, for the task files.")
@@ -158,7 +162,7 @@ class Settings(ModelSettings, DataSettings, CircuitSettings):
         Field(
             description="Column with the text of each row's counterfactual prompt, for the task "
             "files; if the template has several columns, column=pair for each that it replaces, "
-            "between commas.",
+            "between commas. For a task of MIB, another counterfactual than its own.",
         ),
     ] = None  # fmt: skip
     pair_label: Annotated[

@@ -236,7 +236,7 @@ def differences(comparison: Comparison, by: Ranking = "signed") -> Table:
         comparison: The compared methods.
         by: Rank heads by their "signed" score or by its "magnitude".
     """
-    frame = comparison.differences(by=by)
+    frame = comparison.differences(by=by).drop(columns="empty_run")
     known = frame["low"].notna()
     rows = [
         [name, f"{number(value, '+.3f')} {limits((low, high), '+z.3f')}".rstrip(), yes_or_no(real)]
