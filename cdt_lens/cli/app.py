@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 from cdt_lens.cli.adapt import adapt
 from cdt_lens.cli.compare import compare
 from cdt_lens.cli.console import err
-from cdt_lens.cli.convert import convert, fetch
+from cdt_lens.cli.convert import convert, fetch, mib_submission
 from cdt_lens.cli.discover import discover, faithfulness, report, trace
 from cdt_lens.cli.finetune import demo, export, finetune, transfer
 from cdt_lens.cli.interrupts import reported_interrupts
@@ -89,9 +89,9 @@ app = typer.Typer(
 
 for _command in (
     demo, adapt, discover, faithfulness, trace, report, show, compare, finetune, transfer, export,
-    predict, convert, fetch,
+    predict, convert, mib_submission, fetch,
 ):  # fmt: skip
-    app.command(cls=Command)(_command)
+    app.command(_command.__name__.replace("_", "-"), cls=Command)(_command)
 
 
 def main() -> None:
