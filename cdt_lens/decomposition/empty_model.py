@@ -10,6 +10,9 @@ its Shapley value is an average over all of them.
    and every other head at its baseline. This gives m(set).
 3. The effect is the logits of step 2 minus those of step 1. The empty model has its MLPs, so an MLP
    in the set adds what is lost there when its output takes its baseline.
+
+`nothing_left` is the run of MIB's evaluation (arXiv 2504.13151), in which MLPs and input take their
+baseline as well.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ here with forward hooks on the Hugging Face model, one unpadded prompt at a time
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,26 @@ def test_nothing_left_is_the_plain_run_of_the_counterfactual_prompt(
         assert found.empty_run == "all"
         assert "heads, MLPs and input replaced, as in MIB" in repr(found)
         assert set(found.to_dataframe()["empty run"]) == {"all"}
+
+
+@models(("gpt2", "llama"))
+def test_pairs_that_end_alike_have_one_empty_run(family, backend, tokenizer_folder):
+    """At the answer the MLPs then see what they see in the pair's run, as in all tasks of MIB."""
+    with Float64Throughout():
+        view, data = shared(family, backend, tokenizer_folder), examples()
+        drawn = examples(seed=9, name="tiny/pairs")
+        items = tuple(
+            replace(pair, tokens=(*pair.tokens[:-1], item.tokens[-1]))
+            for item, pair in zip(data, drawn, strict=True)
+        )
+        baseline = counterfactual_baseline(view, data, replace(drawn, items=items))
+        circuit = Circuit((Head(0, 0), Head(1, 1)), view.n_layers, view.n_heads)
+        one, other = (
+            circuit_faithfulness(view, circuit, data, baseline, draws=1, empty=empty, **QUIET)
+            for empty in ("heads", "all")
+        )
+        assert one.empty == pytest.approx(other.empty, abs=1e-7)  # kept in single precision
+        assert one.faithfulness == pytest.approx(other.faithfulness, rel=1e-5)
 
 
 def test_intervals_are_of_the_same_empty_run(tokenizer_folder):
