@@ -7,7 +7,7 @@ the decomposition runs it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +17,12 @@ from tqdm.auto import tqdm
 
 from cdt_lens.circuits.measures import check_gap
 from cdt_lens.core.checked import checked_arguments
-from cdt_lens.core.choices import Count, Metric
+from cdt_lens.core.choices import Count, Empty, Metric
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import gather_items
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.decompose import irrelevant_logits, layers_to_run
+from cdt_lens.decomposition.empty_model import nothing_left
 from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import PRESETS
 from cdt_lens.models.heads import Head, all_heads
@@ -94,17 +95,30 @@ def _by_example(
     kept = [set(view.heads(circuit)) for circuit in circuits]
     complements = [tuple(h for h in everyone if h not in inside) for inside in kept]
     batches = passes.batches(examples, view.longrope_limit)
-    items: list[tuple[int, Tensor]] = []
     total = len(batches) * layers_to_run(complements, view.n_layers)
     with passes.bar(name="circuits", total=total) as bar:
-        for batch in batches:
-            values = _per_example(
+
+        def measured(batch: Batch) -> Tensor:
+            return _per_example(
                 view, batch.to(view.device), complements, baseline, metric, task, passes.rows, bar
             )
-            items += [(index, values[:, row]) for row, index in enumerate(batch.index)]
+
+        table = _gathered(batches, measured, len(examples))
+    return table, label_numbers([e.label for e in examples], examples.labels)
+
+
+def _gathered(
+    batches: Sequence[Batch],
+    measured: Callable[[Batch], Float[Tensor, "row example"]],
+    n_examples: int,
+) -> Float[Tensor, "row example"]:
+    """Return the values of all batches, of all processes, in the order of the examples."""
+    items: list[tuple[int, Tensor]] = []
+    for batch in batches:
+        values = measured(batch)
+        items += [(index, values[:, row]) for row, index in enumerate(batch.index)]
     ordered = dict(gather_items(items))
-    table = torch.stack([ordered[i] for i in range(len(examples))], dim=-1)
-    return table.double(), label_numbers([e.label for e in examples], examples.labels)
+    return torch.stack([ordered[i] for i in range(n_examples)], dim=-1).double()
 
 
 def _per_example(
@@ -123,6 +137,13 @@ def _per_example(
         view, batch.tokens, batch.lengths, baseline.for_batch(view, batch), PRESETS["ablation"]
     )
     logits = irrelevant_logits(propagator, complements, batch, rows=rows, done=bar.update)
+    return _metric_of(logits, batch, metric, task)
+
+
+def _metric_of(
+    logits: Float[Tensor, "row example k"], batch: Batch, metric: Metric, task: Task | None
+) -> Float[Tensor, "row example"]:
+    """Return the metric of logits at the candidates of a batch."""
     if metric == "direction":
         return task_direction(logits, batch.direction).float().cpu()
     prior = None if task is None or task.prior is None else task.candidate_prior(batch)
@@ -130,6 +151,40 @@ def _per_example(
         logits, batch.is_answer, batch.is_candidate, None if prior is None else prior.to(logits)
     )
     return right.float().cpu()
+
+
+def empty_metric(
+    view: ModelView,
+    examples: Examples,
+    baseline: Baseline,
+    *,
+    metric: Metric = "direction",
+    task: Task | None = None,
+    passes: Passes,
+) -> Float[Tensor, " example"]:
+    """Compute the metric of the run in which heads, MLPs and the input take their baseline.
+
+    Args:
+        view: The model.
+        examples: The examples to measure on.
+        baseline: The baseline, with values for the MLPs and the input.
+        metric: The metric.
+        task: Supplies the prior, if it has one.
+        passes: Sizes of the forward passes.
+
+    Returns:
+        The metric of each example, in logits, or 1 and 0 for right and wrong answers.
+
+    Raises:
+        InputError: The baseline has no values for the MLPs or the input; see `nothing_left`.
+    """
+
+    def measured(batch: Batch) -> Tensor:
+        batch = batch.to(view.device)
+        return _metric_of(nothing_left(view, batch, baseline)[None], batch, metric, task)
+
+    batches = passes.batches(examples, view.longrope_limit)
+    return _gathered(batches, measured, len(examples))[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,12 +196,25 @@ class Measurement:
         table: The metric by circuit and example, in logits, or 1 and 0 for right and wrong answers.
         labels: Number of each example's label.
         metric: Name of the metric.
+        replaced: The metric of each example where MLPs and input take their baseline as well, if
+            this run counts as f = 0; None counts the circuit without heads as 0.
     """
 
     circuits: tuple[tuple[Head, ...], ...]
     table: Float[Tensor, "circuit example"]
     labels: Int[Tensor, " example"]
     metric: Metric
+    replaced: Float[Tensor, " example"] | None = None
+
+    @property
+    def empty(self) -> Float[Tensor, " example"]:
+        """The metric of each example in the run that counts as f = 0."""
+        return self.table[self.circuits.index(())] if self.replaced is None else self.replaced
+
+    @property
+    def empty_mean(self) -> float:
+        """The mean metric of the run that counts as f = 0, m(empty)."""
+        return float(average(self.metric, self.empty, self.labels))
 
     def means(self) -> dict[tuple[Head, ...], float]:
         """Return m(C) by the heads of C."""
@@ -166,8 +234,8 @@ class Measurement:
             The values without unit (`intervals.ratio_effects`), to be averaged over `strata`.
         """
         row = {heads: self.table[number] for number, heads in enumerate(self.circuits)}
-        own = torch.stack([row[heads] for heads in circuits]) - row[()]
-        return ratio_effects(own, (row[full] - row[()])[None], self.strata)
+        own = torch.stack([row[heads] for heads in circuits]) - self.empty
+        return ratio_effects(own, (row[full] - self.empty)[None], self.strata)
 
     @property
     def strata(self) -> Int[Tensor, " example"]:
@@ -183,6 +251,7 @@ def measure_circuits(
     *,
     metric: Metric = "direction",
     task: Task | None = None,
+    empty: Empty = "heads",
     passes: Passes,
 ) -> Measurement:
     """Compute m(C) of each different circuit once; see `circuit_metric`.
@@ -194,22 +263,29 @@ def measure_circuits(
         baseline: The values that ablated heads take.
         metric: The metric.
         task: Supplies the prior, if it has one.
+        empty: The run that counts as f = 0: "heads" ablates every head, "all" replaces the MLPs'
+            outputs and the input as well.
         passes: Sizes of the forward passes.
 
     Returns:
         The metric by circuit and example.
 
     Raises:
-        InputError: All heads and none are among the circuits, and differ only by rounding.
+        InputError: All heads and the empty run are measured, and differ only by rounding, or the
+            baseline has no values for the empty run.
     """
     unique = tuple(dict.fromkeys(circuits))
     table, labels = _by_example(view, unique, examples, baseline, metric, task, passes)
-    measurement = Measurement(unique, table, labels, metric)
+    replaced = None
+    if empty == "all":
+        replaced = empty_metric(view, examples, baseline, metric=metric, task=task, passes=passes)
+    measurement = Measurement(unique, table, labels, metric, replaced)
     everyone = all_heads(view.n_layers, view.n_heads)
-    if metric == "direction" and everyone in unique and () in unique:
+    if metric == "direction" and everyone in unique and (() in unique or replaced is not None):
         # Means may cancel, so rounding is judged by the size of the examples' own values.
-        ends = table[[unique.index(everyone), unique.index(())]]
+        ends = torch.stack([table[unique.index(everyone)], measurement.empty])
         share = max(_ROUNDING, 4 * torch.finfo(view.dtype).eps)
-        values = measurement.means()
-        check_gap(values[everyone], values[()], share * float(ends.abs().max(0).values.mean()))
+        full = measurement.means()[everyone]
+        largest = float(ends.abs().max(0).values.mean())
+        check_gap(full, measurement.empty_mean, share * largest)
     return measurement

@@ -5,6 +5,9 @@
 3. Completeness is f of the complement: the circuit is ablated instead.
 4. Controls of the same size: random heads, and random heads with as many in each layer.
 5. CPR is the area under f, CMD the area under |1 - f|, over MIB's fractions.
+6. m(empty) is the metric without heads, MLPs intact (`empty="heads"`), or that of a run whose MLPs
+   and input take their baseline as well (`empty="all"`, as MIB's evaluation does). Every result
+   names its choice, because the areas differ.
 
 Scores should be fitted on one split and faithfulness measured on another.
 """
@@ -26,6 +29,7 @@ from cdt_lens.circuits.circuit import Circuit, random_heads, random_heads_like
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.measures import (
     AREAS,
+    EMPTY_RUNS,
     MIB_FRACTIONS,
     area,
     area_effects,
@@ -37,7 +41,7 @@ from cdt_lens.circuits.measures import (
 from cdt_lens.core import display
 from cdt_lens.core.axes import along
 from cdt_lens.core.checked import checked_arguments
-from cdt_lens.core.choices import Count, Level, Metric, Ranking, Seed
+from cdt_lens.core.choices import Count, Empty, Level, Metric, Ranking, Seed
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.passes import Passes
@@ -69,7 +73,7 @@ class FaithfulnessCurve(Saved):
         completeness: f of each complement.
         random: f of the random circuits by control.
         full: The metric with all heads, in logits or as a share from 0 to 1.
-        empty: The metric with no heads.
+        empty: The metric of the run that counts as f = 0.
         metric: Name of the metric (`tasks.metrics`).
         cpr: Area under f.
         cmd: Area under |1 - f|.
@@ -82,6 +86,8 @@ class FaithfulnessCurve(Saved):
             earlier versions, which have no intervals.
         without_effects: The same for completeness.
         strata: Number of each example's label, or zeros where the metric is no mean over labels.
+        empty_run: What the run replaces that counts as f = 0: "heads", or "all" for heads, MLPs
+            and input. Files of earlier versions have "heads".
     """
 
     sizes: Annotated[tuple[int, ...], along("size")]
@@ -101,13 +107,16 @@ class FaithfulnessCurve(Saved):
     effects: Float[Tensor, "size example"] | None = field(default=None, repr=False)
     without_effects: Float[Tensor, "size example"] | None = field(default=None, repr=False)
     strata: Int[Tensor, " example"] | None = field(default=None, repr=False)
-    # In files of version 1 "accuracy" is the label-balanced share of right answers.
-    _format, _kind, _version = "cdt_lens.faithfulness", "faithfulness file", 2
+    empty_run: Empty = "heads"
+    # In files of version 1 "accuracy" is the label-balanced share of right answers. Those of
+    # version 2 do not name the empty run.
+    _format, _kind, _version = "cdt_lens.faithfulness", "faithfulness file", 3
     _name = "faithfulness.json"
 
     def __repr__(self) -> str:
         areas = f"CPR {self.cpr:.3f}", f"CMD {self.cmd:.3f}"
-        return display.line(self, self.metric, *areas, f"{len(self.sizes)} sizes")
+        run = f"f = 0: {EMPTY_RUNS[self.empty_run]}"
+        return display.line(self, self.metric, *areas, f"{len(self.sizes)} sizes", run)
 
     @property
     def log_area(self) -> float:
@@ -174,7 +183,8 @@ class FaithfulnessCurve(Saved):
         """Return one row per size that keeps a head.
 
         Returns:
-            f and completeness with their 95 % intervals, and the median f of each control.
+            f and completeness with their 95 % intervals, the median f of each control, and
+            the name of the empty run.
         """
         low, high = self.interval()
         below, above = self.completeness_interval()
@@ -191,7 +201,7 @@ class FaithfulnessCurve(Saved):
         for name, values in self.random.items():
             table[f"{name} (median)"] = values.quantile(0.5, dim=0).tolist()
             table[f"beats {name}"] = self.beaten[name].tolist()
-        frame = pd.DataFrame(table)
+        frame = pd.DataFrame(table).assign(**{"empty run": self.empty_run})
         return frame[frame["heads"] > 0].reset_index(drop=True)
 
     def plot(self) -> Figure:
@@ -208,6 +218,7 @@ class FaithfulnessCurve(Saved):
             "full": self.full,
             "empty": self.empty,
             "metric": self.metric,
+            "empty_run": self.empty_run,
             "controls": list(self.random),
             "provenance": self.provenance.to_dict(),
         }
@@ -233,6 +244,7 @@ class FaithfulnessCurve(Saved):
             full=body["full"],
             empty=body["empty"],
             metric=body["metric"],
+            empty_run=body.get("empty_run", "heads"),
             provenance=Provenance.from_dict(body["provenance"]),
             **{name: tensors.get(name) for name in ("effects", "without_effects", "strata")},
         )
@@ -282,11 +294,12 @@ class CircuitFaithfulness(EqualByContent):
         random: f of the random circuits by control.
         beaten: Share of the random circuits with a smaller f, by control; equal ones count half.
         full: The metric with all heads, in logits or as a share from 0 to 1.
-        empty: The metric with no heads.
+        empty: The metric of the run that counts as f = 0.
         metric: Name of the metric (`tasks.metrics`).
         provenance: Model, examples and options of the measurement.
         interval: 95 % confidence interval of f over the population of prompts.
         completeness_interval: The same of completeness.
+        empty_run: What the run replaces that counts as f = 0; see `FaithfulnessCurve`.
     """
 
     heads: tuple[Head, ...]
@@ -300,12 +313,14 @@ class CircuitFaithfulness(EqualByContent):
     provenance: Provenance = field(repr=False)
     interval: tuple[float, float] = (math.nan, math.nan)
     completeness_interval: tuple[float, float] = (math.nan, math.nan)
+    empty_run: Empty = "heads"
 
     def __repr__(self) -> str:
         low, high = self.interval
         values = (
             f"f {self.faithfulness:.3f} [{low:.3f}, {high:.3f}]",
             f"completeness {self.completeness:.3f}",
+            f"f = 0: {EMPTY_RUNS[self.empty_run]}",
         )
         return display.line(self, f"{len(self.heads)} heads", self.metric, *values)
 
@@ -314,7 +329,8 @@ class CircuitFaithfulness(EqualByContent):
         return faithfulness_frame(self)
 
     def _repr_html_(self) -> str:
-        title = f"Faithfulness of {len(self.heads)} heads ({self.metric})"
+        run = EMPTY_RUNS[self.empty_run]
+        title = f"Faithfulness of {len(self.heads)} heads ({self.metric}; f = 0: {run})"
         return display.html(title, self.to_dataframe())
 
 
@@ -330,6 +346,7 @@ def faithfulness_curve(
     fractions: Sequence[float] = MIB_FRACTIONS,
     by: Ranking = "signed",
     metric: Metric = "direction",
+    empty: Empty = "heads",
     draws: Count = 5,
     seed: Seed = 0,
     task: Task | None = None,
@@ -347,6 +364,9 @@ def faithfulness_curve(
         fractions: Circuit sizes as rising shares of all heads, each rounded down to whole heads.
         by: Rank heads by their "signed" score or by its "magnitude".
         metric: "direction", "accuracy" or "balanced_accuracy"; see `circuit_metric`.
+        empty: The run that counts as f = 0: "heads" ablates every head and leaves the MLPs intact;
+            "all" replaces the MLPs' outputs and the input as well, as MIB's evaluation does. For
+            "all" a mean baseline needs `mlps=True`.
         draws: Number of random circuits of each kind and size.
         seed: Seed of the draws; draw i uses seed + i.
         task: Supplies the prior for the accuracies, if it has one. Its valid and test splits are
@@ -378,7 +398,7 @@ def faithfulness_curve(
     circuits = [tuple(sorted(ranking[:size])) for size in sizes]
     measured = _measure(
         view, circuits, examples, baseline, metric=metric, task=task, draws=draws, seed=seed,
-        passes=Passes(batch_size, rows, progress),
+        empty=empty, passes=Passes(batch_size, rows, progress),
     )  # fmt: skip
     origin = {
         "scores": scores.provenance.options,
@@ -394,10 +414,11 @@ def faithfulness_curve(
         full=measured.full,
         empty=measured.empty,
         metric=metric,
-        provenance=_provenance(view, examples, baseline, origin, metric, draws, seed),
+        provenance=_provenance(view, examples, baseline, origin, metric, empty, draws, seed),
         effects=measured.effects,
         without_effects=measured.without_effects,
         strata=measured.strata,
+        empty_run=empty,
     )
 
 
@@ -411,6 +432,7 @@ def circuit_faithfulness(
     baseline: Baseline,
     *,
     metric: Metric = "direction",
+    empty: Empty = "heads",
     draws: Count = 5,
     seed: Seed = 0,
     task: Task | None = None,
@@ -426,6 +448,9 @@ def circuit_faithfulness(
         examples: The examples to measure on, other ones than those scored.
         baseline: The values that ablated heads take.
         metric: "direction", "accuracy" or "balanced_accuracy"; see `circuit_metric`.
+        empty: The run that counts as f = 0: "heads" ablates every head and leaves the MLPs intact;
+            "all" replaces the MLPs' outputs and the input as well, as MIB's evaluation does. For
+            "all" a mean baseline needs `mlps=True`.
         draws: Number of random circuits of each kind.
         seed: Seed of the draws; draw i uses seed + i.
         task: Supplies the prior for the accuracies, if it has one. Its valid and test splits are
@@ -446,7 +471,7 @@ def circuit_faithfulness(
     circuit.check_model(view)
     measured = _measure(
         view, [circuit.heads], examples, baseline, metric=metric, task=task, draws=draws, seed=seed,
-        passes=Passes(batch_size, rows, progress),
+        empty=empty, passes=Passes(batch_size, rows, progress),
     )  # fmt: skip
     own = measured.faithfulness[0]
     random = {name: values[:, 0] for name, values in measured.random.items()}
@@ -460,9 +485,10 @@ def circuit_faithfulness(
         full=measured.full,
         empty=measured.empty,
         metric=metric,
-        provenance=_provenance(view, examples, baseline, origin, metric, draws, seed),
+        provenance=_provenance(view, examples, baseline, origin, metric, empty, draws, seed),
         interval=_limits(measured.effects, measured.strata),
         completeness_interval=_limits(measured.without_effects, measured.strata),
+        empty_run=empty,
     )
 
 
@@ -495,6 +521,7 @@ def _measure(
     *,
     metric: Metric,
     task: Task | None,
+    empty: Empty,
     draws: int,
     seed: int,
     passes: Passes,
@@ -507,14 +534,14 @@ def _measure(
     families = [_family(heads, view, draws, seed) for heads in circuits]
     wanted = [everyone, (), *(heads for family in families for heads in family)]
     measurement = measure_circuits(
-        view, wanted, examples, baseline, metric=metric, task=task, passes=passes
+        view, wanted, examples, baseline, metric=metric, task=task, empty=empty, passes=passes
     )
     measured = measurement.means()
-    full, empty = measured[everyone], measured[()]
+    full, nothing = measured[everyone], measurement.empty_mean
     warn_at_chance(examples.name, metric, full, len(examples.labels))
     # One row per member of a family: the circuit, its complement, then the draws of each control.
     own, without, *drawn = zip(
-        *([f_of(measured[heads], full, empty) for heads in family] for family in families),
+        *([f_of(measured[heads], full, nothing) for heads in family] for family in families),
         strict=True,
     )
     random = {
@@ -523,7 +550,7 @@ def _measure(
     effects = measurement.effects(circuits, everyone)
     without_effects = measurement.effects([family[1] for family in families], everyone)
     return _Measured(
-        own, without, random, full, empty, effects, without_effects, measurement.strata
+        own, without, random, full, nothing, effects, without_effects, measurement.strata
     )
 
 
@@ -533,12 +560,14 @@ def _provenance(
     baseline: Baseline,
     origin: Mapping[str, Any],
     metric: Metric,
+    empty: Empty,
     draws: int,
     seed: int,
 ) -> Provenance:
     options = {
         **origin,
         "metric": metric,
+        "empty": empty,
         "draws": draws,
         "baseline": baseline.kind,
         "baseline_hash": baseline.hash,
@@ -552,7 +581,7 @@ def f_of(metric: float, full: float, empty: float) -> float:
     Args:
         metric: m(C) of the circuit.
         full: m with all heads.
-        empty: m with no heads.
+        empty: m of the run that counts as 0.
 
     Raises:
         InputError: Ablating every head leaves the metric as it was.
@@ -591,7 +620,10 @@ def checked_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
 
 
 def faithfulness_frame(result: CircuitFaithfulness) -> pd.DataFrame:
-    """Return one row for the circuit, its complement and each control: f, and the share beaten."""
+    """Return one row for the circuit, its complement and each control: f, and the share beaten.
+
+    The column "empty run" names the run that counts as f = 0.
+    """
     rows: list[tuple[str, float, float | None, float | None, float | None]] = [
         ("circuit", result.faithfulness, *result.interval, None),
         ("without the circuit", result.completeness, *result.completeness_interval, None),
@@ -600,4 +632,5 @@ def faithfulness_frame(result: CircuitFaithfulness) -> pd.DataFrame:
         middle = float(draws.quantile(0.5))
         rows.append((f"{name} (median of {len(draws)})", middle, None, None, result.beaten[name]))
     frame = pd.DataFrame(rows, columns=["heads kept", "f", "low", "high", "beaten"])
-    return frame.astype(dict.fromkeys(["f", "low", "high", "beaten"], float))
+    numbers = dict.fromkeys(["f", "low", "high", "beaten"], float)
+    return frame.astype(numbers).assign(**{"empty run": result.empty_run})

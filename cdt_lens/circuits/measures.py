@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cdt_lens.core.choices import Area
+from cdt_lens.core.choices import Area, Empty
 from cdt_lens.core.errors import InputError
 
 # The circuit sizes at which MIB (arXiv 2504.13151, §3) integrates, as fractions of the whole.
 MIB_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 AREAS: tuple[Area, ...] = get_args(Area)
+# What is replaced in the run that f counts as 0, in words: this package's choice, and MIB's.
+EMPTY_RUNS: Mapping[Empty, str] = MappingProxyType(
+    {"heads": "heads ablated, MLPs intact", "all": "heads, MLPs and input replaced, as in MIB"}
+)
 
 
 def heads_at(fraction: float, n_heads: int) -> int:

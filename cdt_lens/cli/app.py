@@ -20,7 +20,7 @@ from typer.core import TyperCommand
 from cdt_lens.cli.adapt import adapt
 from cdt_lens.cli.compare import compare
 from cdt_lens.cli.console import err, tell
-from cdt_lens.cli.convert import convert, fetch
+from cdt_lens.cli.convert import convert, fetch, mib_submission
 from cdt_lens.cli.discover import discover, faithfulness, report, trace
 from cdt_lens.cli.finetune import demo, export, finetune, transfer
 from cdt_lens.cli.interrupts import reported_interrupts
@@ -107,11 +107,12 @@ _PANELS = {
     "Start here": (demo, fetch),
     "Find a circuit": (discover, faithfulness, trace, report, compare),
     "Adapt a model to another language": (adapt, finetune, export, predict, transfer),
-    "Files": (show, convert),
+    "Files": (show, convert, mib_submission),
 }
 for _panel, _commands in _PANELS.items():
     for _command in _commands:
-        app.command(cls=Command, rich_help_panel=_panel)(_command)
+        _name = _command.__name__.replace("_", "-")
+        app.command(_name, cls=Command, rich_help_panel=_panel)(_command)
 
 
 def _tell_versions(asked: bool) -> None:

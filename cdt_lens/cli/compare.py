@@ -18,12 +18,14 @@ from cdt_lens.cli.arguments import (
 )
 from cdt_lens.cli.console import say, tell
 from cdt_lens.cli.show import show_comparison, show_planted
+from cdt_lens.core.choices import Empty
 from cdt_lens.core.errors import InputError
 from cdt_lens.experiments.settings import Settings
 
 _OPTIONS = (
-    "task", "language", "data", "template", "label_column", "split", "shots", "examples",
-    "baseline_examples", "positions", "backend", "device", "dtype", "batch_size", "rows", "seed",
+    "task", "language", "data", "template", "label_column", "split", "pair", "pair_label",
+    "baseline", "shots", "examples", "baseline_examples", "positions", "backend", "device", "dtype",
+    "batch_size", "rows", "seed",
 )  # fmt: skip
 
 
@@ -72,6 +74,13 @@ def compare(
         ),
     ] = 128,
     draws: Annotated[int, typer.Option(min=1, help="Number of random rankings.")] = 5,
+    empty: Annotated[
+        Empty,
+        typer.Option(
+            help="What the run replaces that counts as f = 0: the heads, or all of heads, MLPs and "
+            "input, as in MIB."
+        ),
+    ] = "heads",
     *,
     given: dict[str, Any],
 ) -> None:  # fmt: skip
@@ -96,6 +105,8 @@ def compare(
     if budget is not None and (planted or same_examples):
         other = "--planted" if planted else "--same-examples"
         raise InputError(f"compare: expected either --budget or {other}, got both")
+    if planted and empty != "heads":
+        raise InputError("compare: --empty all is for models; planted circuits have --empty heads")
     if planted:
         _compare_planted(planted, names, out, draws, given)
         return
@@ -103,7 +114,7 @@ def compare(
     settings = settings_of({"model": model, **given}, files, verbalizer)
     settings.require_valid("compare")
     passes = None if same_examples else "sweep" if budget is None else budget
-    how: dict[str, Any] = {"budget": passes, "held_out": held_out}
+    how: dict[str, Any] = {"budget": passes, "held_out": held_out, "empty": empty}
     run = runs.start_run(settings, out, say, partial(experiments.check_compare, **how))
     show_comparison(experiments.compare_run(run, say, methods=names, draws=draws, **how))
     tell(str(out / "report.html"))

@@ -1,4 +1,4 @@
-"""The commands `convert`, between files of circuits, and `fetch`, which gets a model."""
+"""The commands `convert` and `mib-submission` for other tools, and `fetch`, which gets a model."""
 
 from __future__ import annotations
 
@@ -80,6 +80,40 @@ def _to_circuit(file: Path, out: Path) -> str:
     circuit = replace(circuit, selection={**circuit.selection, "file": file.name})
     heads = f"{len(circuit)} of {circuit.n_layers * circuit.n_heads} heads"
     return f"circuit of {heads}: {circuit.save(out)}"
+
+
+def mib_submission(
+    out: Annotated[Path, typer.Argument(help="Folder of the submission.")],
+    add: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A result to write, as TASK_MODEL=FILE, such as ioi_gpt2=runs/ioi: a run "
+            "directory, its scores.json, a circuit, or a graph. Repeat the option for each."
+        ),
+    ] = None,
+    ending: Annotated[
+        Literal["json", "pt"], typer.Option(help="Format of the files to write.")
+    ] = "json",
+) -> None:
+    """Write importances of heads or edges for MIB's leaderboard, and check the whole folder.
+
+    Without --add the folder is checked as it is.
+    """
+    from cdt_lens.interchange import mib_submission as submission
+
+    results = {}
+    for given in add or []:
+        name, equals, file = given.partition("=")
+        if not equals or not file or name in results:
+            raise InputError(f"--add {given!r}: expected TASK_MODEL=FILE, each TASK_MODEL once")
+        results[name] = submission.submitted(file)
+    if results:
+        tasks = submission.write_mib_submission(results, out, ending=ending)
+    else:
+        tasks = submission.check_mib_submission(out)
+    rows = [[t.name, str(len(t.files)), t.level, f"{t.scored} of {t.total}"] for t in tasks]
+    tell_table(["folder", "files", "level", "scored, or in the largest circuit"], rows)
+    tell(submission.lacking(tasks) or f"{out}: {len(tasks)} folders as MIB reads them")
 
 
 def fetch(

@@ -19,15 +19,14 @@ from cdt_lens.cli.arguments import (
 )
 from cdt_lens.cli.console import lead_on, say, tell
 from cdt_lens.cli.show import show_curve, show_heads, tell_graph
-from cdt_lens.core.choices import Metric
+from cdt_lens.core.choices import Empty, Metric
 from cdt_lens.experiments.settings import Settings
 
 _OPTIONS = (
-    "model", "task", "language", "data", "template", "label_column", "split", "shots", "calibrate",
-    "examples", "baseline_examples", "exact", "precision", "minutes", "decide", "correct_only",
-    "rules",
-    "positions", "direction", "k", "fraction", "by", "backend", "device", "dtype",
-    "batch_size", "rows", "seed",
+    "model", "task", "language", "data", "template", "label_column", "split", "pair", "pair_label",
+    "baseline", "shots", "calibrate", "examples", "baseline_examples", "exact", "precision",
+    "minutes", "decide", "correct_only", "rules", "positions", "direction", "k", "fraction", "by",
+    "backend", "device", "dtype", "batch_size", "rows", "seed",
 )  # fmt: skip
 
 
@@ -80,6 +79,13 @@ def faithfulness(
     draws: Annotated[
         int, typer.Option(min=1, help="Number of random circuits of each kind and size.")
     ] = 5,
+    empty: Annotated[
+        Empty,
+        typer.Option(
+            help="What the run replaces that counts as f = 0: the heads, or all of heads, MLPs and "
+            "input, as in MIB."
+        ),
+    ] = "heads",
 ) -> None:
     """Measure the faithfulness of the circuit with every other head ablated.
 
@@ -89,6 +95,7 @@ def faithfulness(
 
     wanted: dict[str, Any] = {
         "split": split, "examples": examples, "metric": metric, "draws": draws,
+        "empty": empty,
     }  # fmt: skip
     opened = runs.open_run(run, say, partial(experiment.check_measure, **wanted))
     curve = experiment.measure(opened, say, **wanted)

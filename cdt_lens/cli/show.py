@@ -71,6 +71,8 @@ def _missing(run: dict[str, Any]) -> str:
 
 def show_curve(curve: Any) -> None:
     """Print a faithfulness curve beside its random circuits."""
+    from cdt_lens.viz.words import empty_run
+
     columns = ["heads", "fraction", "faithfulness", "completeness"]
     rows = [
         [
@@ -81,13 +83,19 @@ def show_curve(curve: Any) -> None:
         for row in curve.to_dataframe().to_dict("records")
     ]  # fmt: skip
     tell_table([*columns, *curve.random], rows)
-    tell(f"metric {curve.metric}: {curve.full:.3f} with all heads, {curve.empty:.3f} with none")
+    tell(
+        f"metric {curve.metric}: {curve.full:.3f} with all heads, {curve.empty:.3f} in the empty "
+        f"run ({empty_run(curve.empty_run)})"
+    )
     controls = "; ".join(
         f"{name} {float(curve.random_cpr[name].mean()):.3f} and "
         f"{float(curve.random_cmd[name].mean()):.3f}"
         for name in curve.random
     )
-    tell(f"CPR {curve.cpr:.3f}, CMD {curve.cmd:.3f} (means of the random circuits: {controls})")
+    tell(
+        f"CPR {curve.cpr:.3f}, CMD {curve.cmd:.3f}, {empty_run(curve.empty_run)} (means of the "
+        f"random circuits: {controls})"
+    )
 
 
 def tell_graph(graph: Any, limit: int = 12) -> None:
@@ -114,12 +122,14 @@ def show_adaptation(result: Any) -> None:
 def show_comparison(result: Any) -> None:
     """Print agreement and cost, then faithfulness, then what differs and what was refused."""
     from cdt_lens.viz.comparison_tables import agreement, differences, use
+    from cdt_lens.viz.words import empty_run
 
     for table in (agreement(result), use(result)):
         _tell_frame(table.to_dataframe())
     tell(
         "* the best of its column; Spearman and Pearson with exact mean-ablation on "
-        f"{result.methods[0].scored} examples of {result.task}, areas on {result.held_out} held out"
+        f"{result.methods[0].scored} examples of {result.task}, areas on {result.held_out} held "
+        f"out, {empty_run(result.empty_run)}"
     )
     real = differences(result)
     if real.rows:
@@ -127,7 +137,7 @@ def show_comparison(result: Any) -> None:
         _tell_frame(real.to_dataframe())
     tell(
         f"task direction on the held-out examples: {result.full:.3f} logits with all heads, "
-        f"{result.empty:.3f} with none"
+        f"{result.empty:.3f} in the empty run ({empty_run(result.empty_run)})"
     )
     for method in result.methods:
         if method.refused:

@@ -37,7 +37,7 @@ from cdt_lens.comparing.comparison import (
 from cdt_lens.comparing.measured_circuits import MeasuredCircuits
 from cdt_lens.comparing.timed_scores import TimedScorer, TimedScores
 from cdt_lens.core.checked import checked_arguments
-from cdt_lens.core.choices import Count, Positive, Seed
+from cdt_lens.core.choices import Count, Empty, Positive, Seed
 from cdt_lens.core.errors import InputError, NonFiniteError
 from cdt_lens.core.kept import Say
 from cdt_lens.decomposition.baseline import Baseline
@@ -67,6 +67,7 @@ def compare_methods(
     budget: Positive | None = None,
     truth: Any = None,
     fractions: Sequence[float] = MIB_FRACTIONS,
+    empty: Empty = "heads",
     draws: Count = 5,
     seed: Seed = 0,
     folder: str | Path | None = None,
@@ -91,6 +92,9 @@ def compare_methods(
             all of `train`.
         truth: Mask `[layer, head]` of the heads of a planted circuit, or None.
         fractions: Shares of all heads at which rankings are measured.
+        empty: The run that counts as f = 0: "heads" ablates every head and leaves the MLPs intact;
+            "all" replaces the MLPs' outputs and the input as well, as MIB's evaluation does. For
+            "all" a mean baseline needs `mlps=True`.
         draws: Number of random rankings.
         seed: Seed of the random rankings, of methods that draw, and of the examples of a budget.
         folder: Folder that keeps each method's scores and each circuit's metric. A call with the
@@ -129,7 +133,7 @@ def compare_methods(
         )
     how: dict[str, Any] = {"batch_size": batch_size, "rows": rows, "progress": progress}
     kept_at = None if place is None else place / "circuits.json"
-    circuits = MeasuredCircuits(view, valid, baseline, kept_at, say, **how)
+    circuits = MeasuredCircuits(view, valid, baseline, kept_at, say, **how, empty_run=empty)
     with hashed_once():
         scorer = TimedScorer(view, train, baseline, place, say, seed, **how)
         scored = [
@@ -148,7 +152,8 @@ def compare_methods(
     options = {
         "methods": list(names), "budget": budget, "draws": draws, "metric": "direction",
         "held_out": valid.name, "held_out_hash": valid.hash, "held_out_scored": shared,
-        "baseline": baseline.kind, "baseline_hash": baseline.hash, "batch_size": batch_size,
+        "baseline": baseline.kind, "baseline_hash": baseline.hash, "empty": empty,
+        "batch_size": batch_size,
         "threads": torch.get_num_threads(), "device": str(view.device),
         "dtype": str(view.dtype)[6:],
     }  # fmt: skip
@@ -165,6 +170,7 @@ def compare_methods(
         provenance=provenance_of(view, train, options=options, seed=seed),
         budget=budget,
         strata=circuits.strata,
+        empty_run=empty,
     )
 
 
@@ -239,6 +245,7 @@ def _judged(
     measured: dict[str, Any] = {
         "method": scored.method,
         "description": method_of(scored.method).description,
+        "empty_run": circuits.empty_run,
     }
     scores = scored.scores
     if scores is None:

@@ -23,11 +23,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cdt_lens.circuits.measures import AREAS, area, area_effects
+from cdt_lens.circuits.measures import AREAS, EMPTY_RUNS, area, area_effects
 from cdt_lens.core import display
 from cdt_lens.core.axes import along, own_axes
 from cdt_lens.core.checked import checked_arguments
-from cdt_lens.core.choices import Area, Level, Ranking
+from cdt_lens.core.choices import Area, Empty, Level, Ranking
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.core.saved import Saved
@@ -110,6 +110,7 @@ class MethodResult(EqualByContent):
         scored: Number of examples that the method scored; None if it was refused.
         exact: Number of these that it swept to correct first-order scores; None if it corrects
             none.
+        empty_run: What the run replaces that counts as f = 0; see `Comparison`.
     """
 
     method: str
@@ -125,6 +126,7 @@ class MethodResult(EqualByContent):
     refused: str | None = None
     scored: int | None = None
     exact: int | None = None
+    empty_run: Empty = "heads"
 
     def __repr__(self) -> str:
         measures: tuple[Measure, ...] = (
@@ -132,7 +134,8 @@ class MethodResult(EqualByContent):
         )  # fmt: skip
         known = {name: self.value(name) for name in measures}
         facts = [f"{name} {value:.3g}" for name, value in known.items() if not math.isnan(value)]
-        return display.line(self, self.method, *facts, self.refused or "")
+        run = "" if self.signed is None else f"f = 0: {EMPTY_RUNS[self.empty_run]}"
+        return display.line(self, self.method, *facts, run, self.refused or "")
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return one row with the numbers of the method, NaN where there are none."""
@@ -185,11 +188,13 @@ class Comparison(Saved):
         direction: Label-balanced mean task direction of the full model on the examples that the
             yardstick scores, in logits.
         full: The same on the held-out examples, in logits.
-        empty: The same on the held-out examples with every head ablated, in logits.
+        empty: The same on the held-out examples in the run that counts as f = 0, in logits.
         provenance: Model, examples and options of the comparison.
         budget: Forward passes of one example that each method may use; None if every method scores
             all examples.
         strata: Number of each held-out example's label; None in files of earlier versions.
+        empty_run: What the run replaces that counts as f = 0: "heads", or "all" for heads, MLPs
+            and input (`faithfulness_curve`). Files of earlier versions have "heads".
     """
 
     methods: tuple[MethodResult, ...]
@@ -204,12 +209,15 @@ class Comparison(Saved):
     provenance: Provenance = field(repr=False)
     budget: float | None = None
     strata: Int[Tensor, " example"] | None = field(default=None, repr=False)
-    # Files of version 1 hold neither values per example nor a budget.
-    _format, _kind, _version = "cdt_lens.comparison", "comparison", 2
+    empty_run: Empty = "heads"
+    # Files of version 1 hold neither values per example nor a budget, those of version 2 no name
+    # of the empty run.
+    _format, _kind, _version = "cdt_lens.comparison", "comparison", 3
     _name = "comparison.json"
 
     def __repr__(self) -> str:
-        return display.line(self, self.model, self.task, display.few(self.names))
+        run = f"f = 0: {EMPTY_RUNS[self.empty_run]}"
+        return display.line(self, self.model, self.task, display.few(self.names), run)
 
     @property
     def task(self) -> str:
@@ -280,7 +288,8 @@ class Comparison(Saved):
 
         Returns:
             One row per method, ranking and size: `method`, `by`, `heads`, `fraction`, `f`, and the
-            limits `low` and `high`, without unit; NaN in files of earlier versions.
+            limits `low` and `high`, without unit; NaN in files of earlier versions. `empty_run`
+            names the run that counts as f = 0.
         """
         rows = []
         for method, by, curve in self._curves():
@@ -290,7 +299,8 @@ class Comparison(Saved):
                 for point in zip(self.sizes, self.fractions, curve.f, *limits, strict=True)
                 if point[0]
             ]
-        return pd.DataFrame(rows, columns=["method", "by", "heads", "fraction", "f", "low", "high"])
+        columns = ["method", "by", "heads", "fraction", "f", "low", "high"]
+        return pd.DataFrame(rows, columns=columns).assign(empty_run=self.empty_run)
 
     @checked_arguments
     def areas(self, level: Level = 0.95) -> pd.DataFrame:
@@ -301,14 +311,16 @@ class Comparison(Saved):
 
         Returns:
             One row per method, ranking and area: `method`, `by`, `area`, `value`, and the limits
-            `low` and `high`, without unit; NaN in files of earlier versions.
+            `low` and `high`, without unit; NaN in files of earlier versions. `empty_run` names the
+            run that counts as f = 0.
         """
         rows = []
         for method, by, curve in self._curves():
             for name in AREAS:
                 ((low,), (high,)) = self._limits(self._by_example(curve, name), level)
                 rows.append((method, by, name, getattr(curve, name), low, high))
-        return pd.DataFrame(rows, columns=["method", "by", "area", "value", "low", "high"])
+        columns = ["method", "by", "area", "value", "low", "high"]
+        return pd.DataFrame(rows, columns=columns).assign(empty_run=self.empty_run)
 
     @checked_arguments
     def differences(
@@ -332,8 +344,8 @@ class Comparison(Saved):
 
         Returns:
             One row per other method: `method`, `reference`, `difference` of the areas (method minus
-            reference, without unit), its limits `low` and `high`, and whether these leave 0 out
-            (`real`).
+            reference, without unit), its limits `low` and `high`, whether these leave 0 out
+            (`real`), and the name of the run that counts as f = 0 (`empty_run`).
 
         Raises:
             InputError: There is no such method, or it was refused.
@@ -346,7 +358,7 @@ class Comparison(Saved):
             if own is not None and base is not None and each.method != name:
                 found = self._difference(own, base, measure, level)
                 rows.append((each.method, name, *found))
-        return pd.DataFrame(rows, columns=columns)
+        return pd.DataFrame(rows, columns=columns).assign(empty_run=self.empty_run)
 
     def _curves(self) -> Iterator[tuple[str, Ranking, RankingCurve]]:
         for each in self.methods:
@@ -416,6 +428,7 @@ class Comparison(Saved):
             "empty": self.empty,
             "provenance": self.provenance.to_dict(),
             "budget": self.budget,
+            "empty_run": self.empty_run,
         }
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -462,6 +475,7 @@ class Comparison(Saved):
             provenance=Provenance.from_dict(values["provenance"]),
             budget=values.get("budget"),
             strata=tensors.get("strata"),
+            empty_run=values.get("empty_run", "heads"),
         )
 
     def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
@@ -478,7 +492,8 @@ def _row(result: MethodResult) -> dict[str, Any]:
     for measure in AREAS:
         row |= {f"{measure}_{by}": result.value(measure, by) for by in RANKINGS}
     row |= {name: getattr(result, name) for name in _NUMBERS[2:]}
-    return row | {"scored": result.scored, "exact": result.exact, "refused": result.refused}
+    row |= {"scored": result.scored, "exact": result.exact, "refused": result.refused}
+    return row | {"empty_run": result.empty_run}
 
 
 def _best_of(values: Sequence[float], measure: Measure) -> float:
@@ -535,7 +550,7 @@ class PlantedComparison(Saved):
 
     circuits: Mapping[str, Annotated[Comparison, own_axes]]
     why: Mapping[str, str] = field(default_factory=dict, repr=False)
-    _format, _kind, _version = "cdt_lens.planted_comparison", "comparison", 2
+    _format, _kind, _version = "cdt_lens.planted_comparison", "comparison", 3
 
     def __repr__(self) -> str:
         return display.line(self, display.few(self.methods), f"on {display.few(self.circuits)}")

@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from cdt_lens.circuits.ablation import Measurement, measure_circuits
+from cdt_lens.circuits.ablation import Measurement, empty_metric, measure_circuits
 from cdt_lens.circuits.faithfulness import f_of
+from cdt_lens.core.choices import Empty
 from cdt_lens.core.kept import Kept, Say
 from cdt_lens.core.passes import Passes
 from cdt_lens.decomposition.baseline import Baseline
@@ -49,10 +50,11 @@ class MeasuredCircuits:
         batch_size: Examples in a batch.
         rows: (circuit x example) rows in a forward pass; chosen from `batch_size` if None.
         progress: Whether to show a progress bar.
+        empty_run: The run that counts as f = 0: "heads", or "all" for heads, MLPs and input.
         by_example: m(C) of each example in logits, by the names of the heads of C.
         strata: Number of each example's label, over which m(C) is averaged.
         full: m of all heads, in logits, measured on construction.
-        empty: m of no heads, in logits, measured on construction.
+        empty: m of the run that counts as f = 0, in logits, measured on construction.
 
     Raises:
         InputError: Ablating every head does not change the metric.
@@ -66,6 +68,7 @@ class MeasuredCircuits:
     batch_size: int = 16
     rows: int | None = None
     progress: bool = True
+    empty_run: Empty = "heads"
     by_example: dict[str, Float[Tensor, " example"]] = field(
         init=False, default_factory=dict, repr=False
     )
@@ -84,7 +87,9 @@ class MeasuredCircuits:
         self.by_example = self._known()
         self._everyone = all_heads(self.view.n_layers, self.view.n_heads)
         self.measure([self._everyone, ()])
-        self.full, self.empty = self._mean(self._everyone), self._mean(())
+        self._replaced = self._empty_run()
+        self.full = self._mean(self._everyone)
+        self.empty = self._measurement(((),)).empty_mean
         self.f(self._everyone)  # refuses where there is nothing to explain
 
     def _known(self) -> dict[str, Tensor]:
@@ -98,6 +103,13 @@ class MeasuredCircuits:
             self.say(f"{self.path}: damaged: values are missing; making it again")
             return {}
         return dict(zip(body["circuits"], table, strict=True))
+
+    def _empty_run(self) -> Float[Tensor, " example"] | None:
+        """Measure the run without heads, MLPs and input, one pass that is not worth a file."""
+        if self.empty_run == "heads":
+            return None
+        passes = Passes(self.batch_size, self.rows, self.progress)
+        return empty_metric(self.view, self.examples, self.baseline, passes=passes)
 
     def measure(self, circuits: Iterable[Heads]) -> None:
         """Measure m(C) of the circuits that are not known yet, and keep the values.
@@ -125,7 +137,7 @@ class MeasuredCircuits:
             circuit: Its heads.
 
         Returns:
-            f without unit: 1 is the full model, 0 the model without heads.
+            f without unit: 1 is the full model, 0 the empty run.
         """
         return f_of(self._mean(circuit), self.full, self.empty)
 
@@ -158,7 +170,7 @@ class MeasuredCircuits:
 
     def _measurement(self, circuits: Sequence[Heads]) -> Measurement:
         table = torch.stack([self.by_example[_name(circuit)] for circuit in circuits]).double()
-        return Measurement(tuple(circuits), table, self.strata, "direction")
+        return Measurement(tuple(circuits), table, self.strata, "direction", self._replaced)
 
 
 def _name(circuit: Heads) -> str:

@@ -17,6 +17,10 @@ Preset = Literal["two-ended", "shared", "stable", "official", "linear", "ablatio
 # The rules that found every planted circuit (docs/results/methods.md).
 DEFAULT_RULES: Preset = "two-ended"
 Slots = Literal["answer", "pooled", "right", "left"]
+# Where the reference values of the heads come from (`decomposition.baseline`).
+Reference = Literal["mean", "counterfactual"]
+# What the run replaces that faithfulness counts as 0 (`circuits.measures.EMPTY_RUNS`).
+Empty = Literal["heads", "all"]
 Direction = Literal["mean", "strongest"]
 Ranking = Literal["signed", "magnitude"]
 Metric = Literal["direction", "accuracy", "balanced_accuracy"]

@@ -61,6 +61,7 @@ class Baseline(Saved):
         provenance: the model and the examples that the values come from.
         pairs: for a counterfactual baseline, the tokens of each prompt's counterfactual prompt.
         mlp_means: mean of what each MLP adds to the residual stream, or None.
+        input_means: mean of the residual stream before the first block, or None.
     """
 
     kind: str
@@ -68,6 +69,7 @@ class Baseline(Saved):
     provenance: Provenance = field(repr=False)
     pairs: Mapping[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False)
     mlp_means: Float[Tensor, "layer slot d_model"] | None = field(default=None, repr=False)
+    input_means: Float[Tensor, "slot d_model"] | None = field(default=None, repr=False)
     _format, _kind = "cdt_lens.baseline", "baseline file"
     _name = "baseline.json"
     _advice = "mean_activations(model, task.train) makes one"
@@ -104,7 +106,8 @@ class Baseline(Saved):
         origin = self.provenance
         pairs = sorted([list(k), list(v)] for k, v in self.pairs.items())
         parts = [self.kind, origin.model_hash, origin.task_hash, _digest(self.means), pairs]
-        return content_hash(parts + ([] if self.mlp_means is None else [_digest(self.mlp_means)]))
+        more = [means for means in (self.mlp_means, self.input_means) if means is not None]
+        return content_hash(parts + [_digest(means) for means in more])
 
     @checked_arguments
     @uses_model
@@ -180,6 +183,36 @@ class Baseline(Saved):
         means = self.mlp_means.to(view.device, view.dtype)
         return lambda layer: means[layer][slots]
 
+    def input_for_batch(self, view: ModelView, batch: Batch) -> Float[Tensor, "*batch_pos d"]:
+        """Return the reference values of the input for one batch.
+
+        The input is the residual stream before the first block: the embeddings of the tokens and,
+        where the model adds them there, of the positions.
+
+        Args:
+            view: the model.
+            batch: the prompts.
+
+        Returns:
+            Values of shape `[batch, pos, d_model]`, or a shape that broadcasts to it.
+
+        Raises:
+            InputError: the baseline has no values for the input, or was made for another model or
+                other prompts.
+        """
+        if self.kind == "zero":
+            return torch.zeros(1, device=view.device, dtype=view.dtype)
+        if self.kind == "counterfactual":
+            return view.run(self._pairs_of(batch)).resid[0]
+        if self.input_means is None:
+            raise InputError(
+                "baseline: it holds no values for the input. Compute it with "
+                "mean_activations(model, examples, mlps=True)."
+            )
+        self.for_batch(view, batch)  # raises for another model
+        slots = self._slots(batch).to(view.device)
+        return self.input_means.to(view.device, view.dtype)[slots]
+
     def _slots(self, batch: Batch) -> Int[Tensor, "row pos"]:
         # Without a mean of its own, a position behind the prompt uses that of the answer.
         return _slot_of(self.kind, batch).clamp(max=self._last_slot(batch.tokens.shape[1]))
@@ -194,6 +227,11 @@ class Baseline(Saved):
         return n_slots - 1
 
     def _paired(self, view: ModelView, batch: Batch, site: str = "z") -> BaselineAt:
+        trace = view.run(self._pairs_of(batch), [s for s in view.sites if s[0] == site])
+        return lambda layer: trace[site, layer]
+
+    def _pairs_of(self, batch: Batch) -> Int[Tensor, "batch pos"]:
+        """Return the batch with the counterfactual prompts in place of the prompts."""
         tokens = batch.tokens.clone()
         examples = batch.for_rows(torch.tensor(batch.index)).tolist()
         for row, length in enumerate(batch.prompt_lengths.tolist()):
@@ -204,23 +242,22 @@ class Baseline(Saved):
                     "baseline with the examples that are scored."
                 )
             tokens[row, :length] = torch.tensor(ids)
-        trace = view.run(tokens, [s for s in view.sites if s[0] == site])
-        return lambda layer: trace[site, layer]
+        return tokens
 
     def _to_file(self) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
         if self.kind == "counterfactual":
             raise InputError("a counterfactual baseline holds prompts, not means; save the task")
         body = {"kind": self.kind, "provenance": self.provenance.to_dict()}
         tensors = {"means": self.means} if self.means.numel() else {}
-        if self.mlp_means is not None:
-            tensors["mlp_means"] = self.mlp_means
-        return body, tensors
+        more = {"mlp_means": self.mlp_means, "input_means": self.input_means}
+        return body, tensors | {name: means for name, means in more.items() if means is not None}
 
     @classmethod
     def _from_file(cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Baseline:
         provenance = Provenance.from_dict(body["provenance"])
         means = tensors.get("means", torch.zeros(0, 0, 0, 0))
-        return cls(body["kind"], means, provenance, mlp_means=tensors.get("mlp_means"))
+        mlps, inputs = tensors.get("mlp_means"), tensors.get("input_means")
+        return cls(body["kind"], means, provenance, mlp_means=mlps, input_means=inputs)
 
 
 def no_mlp_baseline(layer: int) -> Tensor:
@@ -277,8 +314,9 @@ def mean_activations(
         model: the model.
         examples: the prompts to average over.
         positions: which positions share a mean, one of "answer", "pooled", "right" and "left".
-        mlps: whether to average also what every MLP adds to the residual stream. Graphs of circuits
-            and MLPs as sources need these values.
+        mlps: whether to average also what every MLP adds to the residual stream, and the stream
+            before the first block. Graphs of circuits, MLPs as sources, and faithfulness with
+            `empty="all"` need these values.
         batch_size: number of prompts in one forward pass.
         progress: whether to show a progress bar.
 
@@ -294,7 +332,7 @@ def mean_activations(
     view = view_of(model)
     check_examples(view, examples)
     check_supported(view)
-    sums, mlp_sums, counts = _streaming_sums(view, examples, positions, mlps, passes)
+    sums, mlp_sums, input_sums, counts = _streaming_sums(view, examples, positions, mlps, passes)
     if positions == "answer" and not bool(counts[:, 0].any()):
         raise InputError(
             f"{examples.name}: no prompt has a position before the answer, so those positions have "
@@ -303,6 +341,7 @@ def mean_activations(
     means = _balanced(rearrange(sums, "n l s h d -> n l s (h d)"), counts)
     means = rearrange(means, "l s (h d) -> l s h d", h=view.n_heads)
     mlp_means = None if mlp_sums is None else _balanced(mlp_sums, counts)
+    input_means = None if input_sums is None else _balanced(input_sums[:, None], counts)[0]
     if not bool(torch.isfinite(means).all()):
         raise InputError(f"{view.name}: z is not finite on {examples.name}. Check the weights.")
     if mlp_means is not None and not bool(torch.isfinite(mlp_means).all()):
@@ -315,6 +354,7 @@ def mean_activations(
     return Baseline(
         positions, means.float(), provenance,
         mlp_means=None if mlp_means is None else mlp_means.float(),
+        input_means=None if input_means is None else input_means.float(),
     )  # fmt: skip
 
 
@@ -338,9 +378,10 @@ def _streaming_sums(
 ) -> tuple[
     Float[Tensor, "label layer slot head d_head"],
     Float[Tensor, "label layer slot d_model"] | None,
+    Float[Tensor, "label slot d_model"] | None,
     Float[Tensor, "label slot"],
 ]:
-    """Sum z and MLP outputs and count positions, per label and slot, over all processes."""
+    """Sum z, MLP outputs and the input, per label and slot, over all processes; count positions."""
     n_slots = _n_slots(examples, positions)
     n_labels = len(examples.labels)
     # Sum in float64 on the CPU: the order is the same for every device, and some lack float64.
@@ -350,6 +391,7 @@ def _streaming_sums(
     counts = torch.zeros(n_labels, n_slots, dtype=torch.float64)
     mlp_width = view.d_model if mlps else 0
     mlp_sums = torch.zeros(n_labels, view.n_layers, n_slots, mlp_width, dtype=torch.float64)
+    input_sums = torch.zeros(n_labels, n_slots, mlp_width, dtype=torch.float64)
     sites = [("z", layer) for layer in range(view.n_layers)]
     mlp_sites = [s for s in view.sites if s[0] == "mlp_out"] if mlps else []
     batches = passes.batches(examples, view.longrope_limit)
@@ -369,8 +411,12 @@ def _streaming_sums(
         for site in mlp_sites:
             out = torch.einsum("bps,bpd->bsd", member, trace[site].cpu().double())
             mlp_sums[:, site[1]] += torch.einsum("bn,bsd->nsd", label, out)
+        if mlps:
+            start = trace.resid[0].cpu().double()
+            input_sums += torch.einsum("bn,bps,bpd->nsd", label, member, start)
     summed = sum_over_processes(mlp_sums) if mlps else None
-    return sum_over_processes(sums), summed, sum_over_processes(counts)
+    inputs = sum_over_processes(input_sums) if mlps else None
+    return sum_over_processes(sums), summed, inputs, sum_over_processes(counts)
 
 
 def _n_slots(examples: Examples, positions: Slots) -> int:
@@ -406,7 +452,7 @@ def zero_baseline(model: nn.Module | ModelView, examples: Examples) -> Baseline:
 @checked_arguments
 @uses_model
 def counterfactual_baseline(
-    model: nn.Module | ModelView, examples: Examples, pairs: Examples
+    model: nn.Module | ModelView, examples: Examples, pairs: Examples | None = None
 ) -> Baseline:
     """Take the reference values of each prompt from a run on its counterfactual prompt.
 
@@ -416,17 +462,39 @@ def counterfactual_baseline(
         model: the model.
         examples: the prompts that will be scored.
         pairs: the counterfactual prompts. Prompt i belongs to example i and has as many tokens.
+            None takes those of the examples (`Examples.pairs`), which a task has whose data name
+            them in a column.
 
     Returns:
         The baseline, of kind "counterfactual". It holds the tokens of the prompts and no means.
 
     Raises:
-        InputError: there are no examples, the numbers of examples or tokens differ, or one prompt
-            has two different counterfactual prompts.
+        InputError: there are no examples, an example has no counterfactual prompt, the numbers of
+            examples or tokens differ, or one prompt has two different counterfactual prompts.
     """
     view = view_of(model)
     check_examples(view, examples)
+    pairs = examples.pairs if pairs is None else pairs
     check_examples(view, pairs)
+    partners = paired_tokens(examples, pairs)
+    empty = torch.zeros(0, 0, 0, 0)
+    return Baseline("counterfactual", empty, _named(view, pairs, "counterfactual"), partners)
+
+
+def paired_tokens(examples: Examples, pairs: Examples) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Return the tokens of each prompt's counterfactual prompt, by the tokens of the prompt.
+
+    Args:
+        examples: the prompts.
+        pairs: the counterfactual prompt of each example.
+
+    Returns:
+        The token ids.
+
+    Raises:
+        InputError: the numbers of examples or tokens differ, or one prompt has two different
+            counterfactual prompts. The message names the row.
+    """
     if len(examples) != len(pairs):
         raise InputError(
             f"counterfactual_baseline: got {len(examples)} examples and {len(pairs)} "
@@ -434,18 +502,20 @@ def counterfactual_baseline(
         )
     partners: dict[tuple[int, ...], tuple[int, ...]] = {}
     for i, (example, pair) in enumerate(zip(examples, pairs, strict=True)):
+        where = example.place or f"example {i} of {examples.name}"
         if len(example.tokens) != len(pair.tokens):
             raise InputError(
-                f"counterfactual_baseline: example {i} has {len(example.tokens)} tokens, its "
-                f"counterfactual prompt {len(pair.tokens)}; expected the same number"
+                f"counterfactual_baseline: {where}: the prompt has {len(example.tokens)} tokens, "
+                f"its counterfactual prompt {len(pair.tokens)}; expected the same number, because "
+                "each position takes its value from the same position of the pair. Change the row, "
+                "or take means, such as mean_activations(model, examples.pairs)"
             )
         if partners.setdefault(example.tokens, pair.tokens) != pair.tokens:
             raise InputError(
-                f"counterfactual_baseline: the prompt of example {i} occurs twice, with different "
+                f"counterfactual_baseline: {where}: the prompt occurs twice, with different "
                 "counterfactual prompts. Remove one of them."
             )
-    empty = torch.zeros(0, 0, 0, 0)
-    return Baseline("counterfactual", empty, _named(view, pairs, "counterfactual"), partners)
+    return partners
 
 
 def _named(view: ModelView, examples: Examples, kind: str) -> Provenance:

@@ -10,6 +10,9 @@ its Shapley value is an average over all of them.
    and every other head at its baseline. This gives m(set).
 3. The effect is the logits of step 2 minus those of step 1. The empty model has its MLPs, so an MLP
    in the set adds what is lost there when its output takes its baseline.
+
+`nothing_left` is the run of MIB's evaluation (arXiv 2504.13151), in which MLPs and input take their
+baseline as well.
 """
 
 from __future__ import annotations
@@ -20,11 +23,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.hooks import MlpResets, Resets
 from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.models.sites import Hook, Site
-from cdt_lens.models.view import at_answer
+from cdt_lens.models.support import check_supported
+from cdt_lens.models.view import ModelView, at_answer
 from cdt_lens.models.words import Candidates
+from cdt_lens.tasks.task import Batch
 
 
 class EmptyModel:
@@ -111,3 +117,49 @@ class EmptyModel:
             return kept.reshape(value.shape)
 
         return hook
+
+
+def nothing_left(view: ModelView, batch: Batch, baseline: Baseline) -> Float[Tensor, "batch k"]:
+    """Compute the candidates' logits of a run in which nothing of the prompts is left.
+
+    The input, every head's z and every MLP's output take their baseline. With a counterfactual
+    baseline this is the plain run of the counterfactual prompt, whose logits are read at the
+    candidates of the example.
+
+    Args:
+        view: The model.
+        batch: The prompts.
+        baseline: The baseline, with values for the MLPs and the input.
+
+    Returns:
+        The logits, in at least float32.
+
+    Raises:
+        InputError: The baseline has no values for the MLPs or the input, or does not fit the
+            model or the prompts.
+        UnsupportedModelError: A component of the model has no rule.
+    """
+    check_supported(view)
+    batch = batch.to(view.device)
+    trace = view.run(batch.tokens)
+    heads = baseline.for_batch(view, batch)
+    hooks = {("z", layer): _constant(heads(layer)) for layer in range(view.n_layers)}
+    with_mlps = [layer for name, layer in view.sites if name == "mlp_out"]
+    if with_mlps:
+        mlps = baseline.mlps_for_batch(view, batch)
+        hooks |= {("mlp_out", layer): _constant(mlps(layer)) for layer in with_mlps}
+    start = baseline.input_for_batch(view, batch).expand(trace.resid[0].shape).clone()
+    last = at_answer(view.replay(trace, start, 0, hooks), batch.lengths)
+    with view.quiet():
+        return view.candidate_logits(last, batch.candidates)
+
+
+def _constant(values: Tensor) -> Hook:
+    """Return a hook that puts `values` in place of an activation."""
+
+    def hook(activation: Tensor) -> Tensor:
+        given = values.to(activation.dtype)
+        pinned = given.reshape(activation.shape) if given.dim() else given.expand(activation.shape)
+        return pinned.contiguous()
+
+    return hook

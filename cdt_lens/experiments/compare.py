@@ -12,13 +12,13 @@ from cdt_lens.comparing.compare import checked_methods, compare_methods
 from cdt_lens.comparing.comparison import Comparison, PlantedComparison
 from cdt_lens.core.artifacts import atomic_write
 from cdt_lens.core.checked import checked_arguments
-from cdt_lens.core.choices import Backend, Count, Seed
+from cdt_lens.core.choices import Backend, Count, Empty, Seed
 from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.core.folders import check_run_folder
 from cdt_lens.core.kept import Say, file_name
 from cdt_lens.core.processes import is_main, wait_for_all
 from cdt_lens.decomposition.baseline import mean_activations
-from cdt_lens.experiments.discovery import judged_on, make_baseline
+from cdt_lens.experiments.discovery import judged_on, make_baseline, whole_baseline
 from cdt_lens.experiments.runs import Run, kept_at, refuse_other_settings, writes
 from cdt_lens.experiments.settings import Settings
 from cdt_lens.models.view import view_of
@@ -40,6 +40,7 @@ def compare_run(
     methods: Iterable[str] = DEFAULT_METHODS,
     budget: Budget = "sweep",
     held_out: int = 128,
+    empty: Empty = "heads",
     draws: int = 5,
     progress: bool = True,
 ) -> Comparison:
@@ -54,6 +55,7 @@ def compare_run(
             every method.
         held_out: Number of validation examples to judge on, balanced over the labels; as many as
             the split holds, if there are fewer.
+        empty: The run that counts as f = 0; see `compare_methods`.
         draws: Number of random rankings.
         progress: Whether to show progress bars.
 
@@ -62,7 +64,7 @@ def compare_run(
     """
     names = checked_methods(methods)
     settings = run.settings
-    check_compare(run.folder, settings, run.task, budget=budget, held_out=held_out)
+    check_compare(run.folder, settings, run.task, budget=budget, held_out=held_out, empty=empty)
     valid = judged_on(run.task, "valid", held_out, settings.seed)
     train = run.scored()
     view = view_of(run.model)
@@ -74,8 +76,9 @@ def compare_run(
         f"{len(names)} methods on {len(train)} examples of {train.name}{each}, {len(valid)} held "
         "out"
     )
+    baseline = make_baseline(run, say) if empty == "heads" else whole_baseline(run)
     result = compare_methods(
-        run.model, train, valid, make_baseline(run, say), names, budget=passes, draws=draws,
+        run.model, train, valid, baseline, names, budget=passes, empty=empty, draws=draws,
         seed=settings.seed, folder=run.folder, batch_size=settings.batch_size, rows=settings.rows,
         progress=progress, say=say,
     )  # fmt: skip
@@ -88,7 +91,7 @@ def _passes(budget: Budget, layers: int, heads: int) -> float | None:
 
 
 def check_compare(
-    folder: Path, settings: Settings, task: Task, *, budget: Budget, held_out: int
+    folder: Path, settings: Settings, task: Task, *, budget: Budget, held_out: int, empty: Empty
 ) -> None:
     """Check before the model is loaded that another comparison is not written over.
 
@@ -100,6 +103,7 @@ def check_compare(
         task: The task of the run.
         budget: Forward passes of one example for each method; see `compare_run`.
         held_out: Number of validation examples to judge on.
+        empty: The run that counts as f = 0.
 
     Raises:
         InputError: No validation split, or the run holds a comparison on other examples or of
@@ -112,8 +116,12 @@ def check_compare(
         shape = kept.provenance.model_shape
         passes = _passes(budget, shape["n_layers"], shape["n_heads"])
         refuse_other_settings(
-            path, {"held-out": kept.held_out, "budget": _in_words(kept.budget)},
-            {"held-out": len(valid), "budget": _in_words(passes)},
+            path,
+            {
+                "held-out": kept.held_out, "budget": _in_words(kept.budget),
+                "empty": kept.empty_run,
+            },
+            {"held-out": len(valid), "budget": _in_words(passes), "empty": empty},
         )  # fmt: skip
 
 

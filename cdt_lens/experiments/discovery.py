@@ -16,11 +16,16 @@ from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve, faithfulness_curve
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.reliability import NOISE, reliability
-from cdt_lens.core.choices import Metric
+from cdt_lens.core.choices import Empty, Metric
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.core.kept import Say
 from cdt_lens.core.processes import is_main, wait_for_all
-from cdt_lens.decomposition.baseline import Baseline, mean_activations
+from cdt_lens.decomposition.baseline import (
+    Baseline,
+    counterfactual_baseline,
+    mean_activations,
+)
+from cdt_lens.experiments.inputs import paired_examples
 from cdt_lens.experiments.runs import (
     Run,
     check_run_model,
@@ -75,6 +80,8 @@ def discover(run: Run, say: Say) -> tuple[Circuit, HeadScores, Evaluation]:
 @writes
 def make_baseline(run: Run, say: Say) -> Baseline:
     """Return the baseline of the run, averaged now or by an earlier call."""
+    if run.settings.baseline == "counterfactual":
+        return _paired_baseline(run)
     baseline: Baseline = stage(
         run, "baseline.json", Baseline.load, lambda: _baseline(run), say,
         made_from={"data": run.averaged().hash},
@@ -113,7 +120,7 @@ def ablate(run: Run, say: Say) -> MethodAgreement:
 @writes
 def measure(
     run: Run, say: Say, *, split: str = "valid", examples: int = 48, metric: Metric = "direction",
-    draws: int = 5,
+    draws: int = 5, empty: Empty = "heads",
 ) -> FaithfulnessCurve:  # fmt: skip
     """Measure the faithfulness curve on a split that was not scored, or return the kept one.
 
@@ -122,23 +129,24 @@ def measure(
     """
     check_measure(
         run.folder, run.settings, run.task, split=split, examples=examples, metric=metric,
-        draws=draws,
+        draws=draws, empty=empty,
     )  # fmt: skip
     data = judged_on(run.task, split, examples, run.settings.seed)
-    return make_curve(run, say, data, metric=metric, draws=draws)
+    return make_curve(run, say, data, metric=metric, draws=draws, empty=empty)
 
 
 def make_curve(
-    run: Run, say: Say, data: Examples, *, metric: Metric = "direction", draws: int = 5
-) -> FaithfulnessCurve:
+    run: Run, say: Say, data: Examples, *, metric: Metric = "direction", draws: int = 5,
+    empty: Empty = "heads",
+) -> FaithfulnessCurve:  # fmt: skip
     """Return the faithfulness curve of the run on `data`, measured now or by an earlier call."""
-    settings, baseline, scores = run.settings, load_baseline(run), load_scores(run)
+    settings, baseline, scores = run.settings, _baseline_for(run, empty), load_scores(run)
 
     def load(path: Path) -> FaithfulnessCurve:
         curve = FaithfulnessCurve.load(path)
         options = curve.provenance.options
         same = curve.metric == metric and options.get("draws") == draws
-        same = same and options.get("by") == settings.by
+        same = same and options.get("by") == settings.by and curve.empty_run == empty
         if not (same and curve_fits(curve, scores, baseline, data)):
             raise ArtifactError(f"{path} was measured for other scores or examples")
         return curve
@@ -146,8 +154,9 @@ def make_curve(
     def compute() -> FaithfulnessCurve:
         say(f"faithfulness on {len(data)} examples of {data.name}")
         return faithfulness_curve(
-            run.model, scores, data, baseline, by=settings.by, metric=metric, draws=draws,
-            seed=settings.seed, task=run.task, batch_size=settings.batch_size, rows=settings.rows,
+            run.model, scores, data, baseline, by=settings.by, metric=metric, empty=empty,
+            draws=draws, seed=settings.seed, task=run.task, batch_size=settings.batch_size,
+            rows=settings.rows,
         )  # fmt: skip
 
     curve: FaithfulnessCurve = stage(
@@ -159,7 +168,7 @@ def make_curve(
 
 def check_measure(
     folder: Path, settings: Settings, task: Task, *, split: str, examples: int, metric: Metric,
-    draws: int,
+    draws: int, empty: Empty,
 ) -> None:  # fmt: skip
     """Check before the model is loaded that a run can be measured with these settings.
 
@@ -171,6 +180,7 @@ def check_measure(
         examples: The number of examples.
         metric: The metric of the curve.
         draws: The number of random circuits of each kind and size.
+        empty: The run that counts as f = 0.
 
     Raises:
         InputError: No such split, no scores, or a curve of other settings.
@@ -186,9 +196,12 @@ def check_measure(
         path,
         {
             "split": kept.task, "examples": sum(kept.examples.values()), "metric": curve.metric,
-            "draws": kept.options.get("draws"),
+            "draws": kept.options.get("draws"), "empty": curve.empty_run,
         },
-        {"split": data.name, "examples": len(data), "metric": metric, "draws": draws},
+        {
+            "split": data.name, "examples": len(data), "metric": metric, "draws": draws,
+            "empty": empty,
+        },
     )  # fmt: skip
 
 
@@ -246,10 +259,7 @@ def trace(
     )  # fmt: skip
     data = _traced(run.settings, run.task, examples)
     say(f"edges on {len(data)} examples of {data.name}")
-    baseline = mean_activations(
-        run.model, run.averaged(), positions=run.settings.positions, mlps=True,
-        batch_size=run.settings.batch_size,
-    )  # fmt: skip
+    baseline = whole_baseline(run)
 
     def compute() -> Circuit:
         return trace_circuit(
@@ -329,7 +339,8 @@ def report(run: Run, say: Say, *, prompts: int = 3, heads: int = 8) -> Path:
     results: list[object] = [circuit, scores]
     if run.path("faithfulness.json").exists():
         curve = FaithfulnessCurve.load(run.path("faithfulness.json"))
-        if curve_fits(curve, scores, load_baseline(run), _data_of(curve, run)):
+        baseline = _baseline_for(run, curve.empty_run)
+        if curve_fits(curve, scores, baseline, _data_of(curve, run)):
             results.append(curve)
         else:
             say(
@@ -369,6 +380,21 @@ def _short(examples: Examples, n: int) -> Examples:
     return replace(examples, items=tuple(turns[:n]))
 
 
+def _baseline_for(run: Run, empty: Empty) -> Baseline:
+    """Return the baseline of the run with the values that an empty run needs."""
+    return load_baseline(run) if empty == "heads" else whole_baseline(run)
+
+
+def whole_baseline(run: Run) -> Baseline:
+    """Return the baseline of the run with values for the MLPs and the input."""
+    if run.settings.baseline == "counterfactual":
+        return _paired_baseline(run)
+    return mean_activations(
+        run.model, run.averaged(), positions=run.settings.positions, mlps=True,
+        batch_size=run.settings.batch_size,
+    )  # fmt: skip
+
+
 def load_scores(run: Run) -> HeadScores:
     """Load the scores of the run; those of another model are refused."""
     scores = HeadScores.load(run.path("scores.json"))
@@ -378,6 +404,8 @@ def load_scores(run: Run) -> HeadScores:
 
 def load_baseline(run: Run) -> Baseline:
     """Load the baseline of the run; that of another model is refused."""
+    if run.settings.baseline == "counterfactual":
+        return _paired_baseline(run)
     baseline = Baseline.load(run.path("baseline.json"))
     check_run_model(run, baseline.provenance, "baseline.json")
     return baseline
@@ -403,6 +431,11 @@ def split_of(task: Task, name: str) -> Examples:
     if name != "train":
         task.require_held_out(name)
     return examples
+
+
+def _paired_baseline(run: Run) -> Baseline:
+    # It holds prompts alone, which the task gives again at any time.
+    return counterfactual_baseline(run.model, paired_examples(run.task))
 
 
 def _baseline(run: Run) -> Baseline:

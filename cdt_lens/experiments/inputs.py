@@ -9,11 +9,12 @@ import torch
 
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.kept import Say
+from cdt_lens.decomposition.baseline import paired_tokens
 from cdt_lens.experiments.settings import Settings
 from cdt_lens.models.hugging_face import load_tokenizer, third_party_noise_off
 from cdt_lens.models.loading import load_model
 from cdt_lens.tasks.datasets import load_task, task_from_files
-from cdt_lens.tasks.task import Task, drawn
+from cdt_lens.tasks.task import Examples, Task, drawn
 
 
 def load_for(settings: Settings, say: Say) -> Any:
@@ -47,7 +48,7 @@ def make_task(settings: Settings, tokenizer: Any) -> Task:
     return load_task(
         settings.task, settings.language, tokenizer=tokenizer, folder=settings.data,
         template=settings.template, verbalizer=settings.verbalizer or None, n=settings.sizes,
-        shots=settings.shots, seed=settings.seed,
+        shots=settings.shots, seed=settings.seed, pair=settings.pair,
     )  # fmt: skip
 
 
@@ -67,7 +68,12 @@ def check_inputs(settings: Settings, *others: Settings) -> list[Task]:
     """
     with third_party_noise_off():
         tokenizer = load_tokenizer(settings.model)
-    return [make_task(each, tokenizer) for each in (settings, *others)]
+    every = (settings, *others)
+    tasks = [make_task(each, tokenizer) for each in every]
+    for each, task in zip(every, tasks, strict=True):
+        if each.baseline == "counterfactual":
+            paired_examples(task)
+    return tasks
 
 
 def _task_of_files(settings: Settings, tokenizer: Any) -> Task:
@@ -81,7 +87,44 @@ def _task_of_files(settings: Settings, tokenizer: Any) -> Task:
         settings.files, tokenizer=tokenizer, template=settings.template,
         verbalizer=settings.verbalizer, label_column=settings.label_column, name=name,
         split=settings.split, shots=settings.shots, seed=settings.seed,
+        pair=_pair_of(settings.pair), pair_label=settings.pair_label,
     )  # fmt: skip
+
+
+def _pair_of(given: str | None) -> str | dict[str, str] | None:
+    """Return the columns of counterfactual prompts as `task_from_files` takes them.
+
+    Args:
+        given: One column, or `column=pair` for columns of the template, between commas.
+
+    Raises:
+        InputError: One of several columns is not given as `column=pair`.
+    """
+    if given is None or "=" not in given:
+        return given
+    parts = [column.strip().partition("=") for column in given.split(",")]
+    if not all(own and pair for own, _, pair in parts):
+        raise InputError(
+            f"pair {given!r}: expected one column, or column=pair for each column of the template "
+            "that has a counterfactual, between commas"
+        )
+    return {own: pair for own, _, pair in parts}
+
+
+def paired_examples(task: Task) -> Examples:
+    """Return the examples of all splits, each with its counterfactual prompt.
+
+    Args:
+        task: The task.
+
+    Raises:
+        InputError: An example has no counterfactual prompt, or one of another number of tokens.
+    """
+    splits = [split for split in (task.train, task.valid, task.test) if len(split)]
+    for split in splits:
+        paired_tokens(split, split.pairs)
+    items = tuple(item for split in splits for item in split)
+    return Examples(items, task.labels, task.name)
 
 
 def with_train(task: Task, n: int | None, seed: int) -> Task:

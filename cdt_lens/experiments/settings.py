@@ -22,6 +22,7 @@ from cdt_lens.core.choices import (
     Dtype,
     Preset,
     Ranking,
+    Reference,
     Slots,
 )
 from cdt_lens.core.errors import InputError
@@ -136,11 +137,15 @@ class Settings(ModelSettings, DataSettings, CircuitSettings):
         str,
         Field(
             description="nusax-senti, xnli, ioi, greater-than, gendered-pronoun, pseudo-sentiment, "
-            "or files for files of your own."
+            "mib-ioi, mib-arithmetic, mib-mcqa, mib-arc, or files for files of your own."
         ),
     ] = "nusax-senti"
     language: Annotated[
-        str | None, Field(description="Language, such as english or javanese; of xnli, en or fr.")
+        str | None,
+        Field(
+            description="Language, such as english or javanese; of xnli, en or fr; of "
+            "mib-arithmetic, addition or subtraction; of mib-arc, easy or challenge."
+        ),
     ] = None
     files: Annotated[
         dict[str, str], Field(description="Path of the file of each split, for the task files.")
@@ -152,6 +157,27 @@ class Settings(ModelSettings, DataSettings, CircuitSettings):
             "the task files; the same rows in every command.",
         ),
     ] = None  # fmt: skip
+    pair: Annotated[
+        str | None,
+        Field(
+            description="Column with the text of each row's counterfactual prompt, for the task "
+            "files; if the template has several columns, column=pair for each that it replaces, "
+            "between commas. For a task of MIB, another counterfactual than its own.",
+        ),
+    ] = None  # fmt: skip
+    pair_label: Annotated[
+        str | None,
+        Field(
+            description="Column with the label of the counterfactual prompt; default: the row's."
+        ),
+    ] = None
+    baseline: Annotated[
+        Reference,
+        Field(
+            description="Reference values of the heads: their means over the training split, or "
+            "their values on the counterfactual prompt."
+        ),
+    ] = "mean"
     shots: Annotated[
         int, Field(ge=0, description="Number of solved examples before every prompt.")
     ] = 0

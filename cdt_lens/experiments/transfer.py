@@ -32,6 +32,7 @@ from cdt_lens.circuits.ablation import measure_circuits
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve, f_of
 from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.circuits.measures import EMPTY_RUNS
 from cdt_lens.core.artifacts import atomic_write, load_artifact, remove_artifact, save_artifact
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Positive
@@ -475,6 +476,7 @@ class Transfer:
             "heads in the circuit": len(self.circuit),
             "heads of the model": scores.n_layers * scores.n_heads,
             "proxy direction (logits)": round(scores.direction, 3),
+            "empty run (f = 0)": EMPTY_RUNS["heads"],
         }
         for row in before:
             facts[f"f(circuit) on {row['language']}"] = round(row["faithfulness"], 3)

@@ -8,6 +8,8 @@
 - `.graphml` is GraphML, for networkx, Gephi and others.
 - `.dot` is Graphviz, for writing only.
 
+`mib_submission` writes and checks the folder that MIB's leaderboard takes.
+
 Scores of another tool keep their sign and unit, which `Graph.unit` names. See
 docs/method/interchange.md.
 """

@@ -9,6 +9,6 @@
    values are towards the gold label. Accuracy is defined there too, and `evaluate.py` measures a
    model.
 
-`datasets.py` loads tasks by name, from files and from the hub. `generated.py` and
-`pseudo_languages.py` generate tasks without data.
+`datasets.py` loads tasks by name, from files and from the hub, and `mib.py` the tasks of MIB.
+`generated.py` and `pseudo_languages.py` generate tasks without data.
 """

@@ -26,7 +26,8 @@ from cdt_lens.core.choices import Count, FromZeroCount, Level, Seed
 from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.tasks import pseudo_languages as pseudo
 from cdt_lens.tasks.generated import DEFAULT_SIZES, GENERATORS
-from cdt_lens.tasks.prompts import PromptFormat, Tokenizer, Verbalizer
+from cdt_lens.tasks.mib import MIB_TASKS, load_mib_task
+from cdt_lens.tasks.prompts import Pair, PromptFormat, Tokenizer, Verbalizer
 from cdt_lens.tasks.rows import (
     SPLITS,
     Table,
@@ -92,7 +93,7 @@ KNOWN: Mapping[str, KnownDataset] = MappingProxyType(
         ),
     }
 )
-TASK_NAMES = (*KNOWN, *GENERATORS, pseudo.PSEUDO_TASK)
+TASK_NAMES = (*KNOWN, *GENERATORS, pseudo.PSEUDO_TASK, *MIB_TASKS)
 
 
 @checked_arguments
@@ -116,16 +117,20 @@ def load_task(
     ] = None,
     check_counts: bool = True,
     revision: str | None = None,
+    pair: str | None = None,
 ) -> Task:
     """Load a task by name.
 
-    Without `folder`, the data of "nusax-senti" and "xnli" come from the Hugging Face hub.
+    Without `folder`, the data of "nusax-senti", "xnli" and MIB's tasks come from the Hugging Face
+    hub.
 
     Args:
-        name: "nusax-senti", "xnli", or a generated task: "ioi", "greater-than", "gendered-pronoun",
+        name: "nusax-senti", "xnli", a task of MIB ("mib-ioi", "mib-arithmetic", "mib-mcqa",
+            "mib-arc"), or a generated task: "ioi", "greater-than", "gendered-pronoun",
             "pseudo-sentiment".
         config: the language. For "pseudo-sentiment", "source" or the distance of the language from
-            it, such as "0.6".
+            it, such as "0.6". For "mib-arithmetic", "addition" or "subtraction"; for "mib-arc",
+            "easy" or "challenge"; for "mib-mcqa" None or a number such as "2_answer_choices".
         tokenizer: the model's tokenizer.
         folder: folder with the files of the data set.
         template: the prompt's template. None uses the data set's own.
@@ -137,8 +142,11 @@ def load_task(
         truncate: whether to shorten the text of a prompt that is too long.
         limit: number of rows to draw from each split. None takes all.
         n: sizes of train, valid and test, for generated tasks.
-        check_counts: whether to compare the numbers of rows with the published ones.
+        check_counts: whether to compare the numbers of rows with the published ones, for
+            "nusax-senti" and "xnli".
         revision: revision of the data set on the hub.
+        pair: name of the counterfactual of MIB's tasks, such as "abc_counterfactual". None takes
+            the one that MIB evaluates on.
 
     Returns:
         The task.
@@ -154,8 +162,17 @@ def load_task(
         )
     if n is not None and len(n) != 3:
         raise InputError(f"task {name!r}: n={n!r}: expected the sizes of train, valid and test")
+    if name in MIB_TASKS:
+        given: dict[str, Any] = {"template": template, "verbalizer": verbalizer, "n": n}
+        _refuse(name, "has prompts of its own", given | {"shots": shots or None})
+        _refuse(name, "has prompts of its own", {"truncate": truncate or None})
+        return load_mib_task(
+            name, config, tokenizer=tokenizer, folder=folder, pair=pair, prepend_bos=prepend_bos,
+            max_length=max_length, limit=limit, seed=seed, revision=revision,
+        )  # fmt: skip
+    _refuse(name, "has no counterfactuals", {"pair": pair})
     if name in GENERATORS:
-        given: dict[str, Any] = {"config": config, "folder": folder, "template": template}
+        given = {"config": config, "folder": folder, "template": template}
         given |= {"shots": shots or None, "verbalizer": verbalizer, "revision": revision}
         _refuse(name, "is generated", given)
         sizes = [_at_most(limit, size) for size in n or DEFAULT_SIZES]
@@ -205,6 +222,8 @@ def task_from_files(
     max_length: Count | None = None,
     truncate: bool = False,
     limit: Count | None = None,
+    pair: Pair | None = None,
+    pair_label: str | None = None,
 ) -> Task:
     """Load a task from one CSV, TSV or JSONL file for each split, plain or gzipped.
 
@@ -224,6 +243,10 @@ def task_from_files(
         max_length: maximum number of tokens of a prompt. None uses the tokenizer's limit.
         truncate: whether to shorten the text of a prompt that is too long.
         limit: number of rows to draw from each split. None takes all.
+        pair: column with the text of each row's counterfactual prompt, in place of the template's
+            column; with several columns a mapping, such as `{"premise": "other_premise"}`. See
+            `counterfactual_baseline`.
+        pair_label: column with the label of the counterfactual prompt. None gives it the row's.
 
     Returns:
         The task.
@@ -235,7 +258,7 @@ def task_from_files(
     check_paths(paths)
     format = PromptFormat(
         tokenizer, template, verbalizer, label_column, prepend_bos=prepend_bos,
-        max_length=max_length, truncate=truncate,
+        max_length=max_length, truncate=truncate, pair=pair, pair_label=pair_label,
     )  # fmt: skip
     tables = {split: read_table(path, quoting=quoting) for split, path in paths.items()}
     return _build(name, tables, format, split=split, shots=shots, seed=seed, limit=limit)
@@ -263,6 +286,8 @@ def task_from_hub(
     max_length: Count | None = None,
     truncate: bool = False,
     limit: Count | None = None,
+    pair: Pair | None = None,
+    pair_label: str | None = None,
 ) -> Task:
     """Load a task from a data set of the Hugging Face hub, or from a local folder.
 
@@ -287,6 +312,10 @@ def task_from_hub(
         max_length: maximum number of tokens of a prompt. None uses the tokenizer's limit.
         truncate: whether to shorten the text of a prompt that is too long.
         limit: number of rows to draw from each split. None takes all.
+        pair: column with the text of each row's counterfactual prompt, in place of the template's
+            column; with several columns a mapping, such as `{"premise": "other_premise"}`. See
+            `counterfactual_baseline`.
+        pair_label: column with the label of the counterfactual prompt. None gives it the row's.
 
     Returns:
         The task.
@@ -296,13 +325,13 @@ def task_from_hub(
     """
     format = PromptFormat(
         tokenizer, template, verbalizer, label_column, prepend_bos=prepend_bos,
-        max_length=max_length, truncate=truncate,
+        max_length=max_length, truncate=truncate, pair=pair, pair_label=pair_label,
     )  # fmt: skip
     tables = hub_tables(
         repo,
         config,
-        columns=format.columns,
-        label_column=label_column,
+        columns=format.row_columns,
+        label_columns=format.label_columns,
         label_names=label_names,
         splits=splits,
         revision=revision,
@@ -345,7 +374,7 @@ def _known_tables(
             known.repo,
             known.languages[language],
             columns=format.columns,
-            label_column=format.label_column,
+            label_columns=format.label_columns,
             label_names=known.label_names,
             splits={"valid": "validation", "test": "test"} if known.divided else None,
             revision=revision,
@@ -395,7 +424,7 @@ def _build(
 ) -> Task:
     tables = dict(tables)
     for table in tables.values():
-        table.check_columns((*format.columns, format.label_column), format.labels)
+        table.check_columns((*format.row_columns, *format.label_columns), format.labels)
     if split is not None:
         tables |= _set_aside(name, tables, format, split)
     if shots:

@@ -135,13 +135,13 @@ def chance_caution(metric: Metric, value: float, n_labels: int) -> str:
     Args:
         metric: "direction", "accuracy" or "balanced_accuracy".
         value: the metric of the full model.
-        n_labels: number of labels.
+        n_labels: number of labels. Examples of a single label have two candidates (`tasks.mib`).
 
     Returns:
         One sentence, or "" if the metric is above chance: 0 logits for the direction, 1 / n_labels
         for an accuracy.
     """
-    chance = 0.0 if metric == "direction" else 1 / n_labels
+    chance = 0.0 if metric == "direction" else 1 / max(n_labels, 2)
     if not value <= chance:
         return ""
     name = "mean direction" if metric == "direction" else metric.replace("_", " ")

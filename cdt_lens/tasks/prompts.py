@@ -22,7 +22,7 @@ import string
 import unicodedata
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Real
 from typing import Annotated
@@ -49,6 +49,12 @@ Verbalizer = Annotated[
 ]
 
 
+Pair = Annotated[
+    str | Mapping[str, str],
+    Fix("name the column of the counterfactual text, such as 'counterfactual'"),
+]
+
+
 @dataclass(frozen=True)
 class PromptFormat(Checked):
     """How rows of text become examples.
@@ -67,6 +73,11 @@ class PromptFormat(Checked):
             does not count. None uses the tokenizer's limit.
         truncate: whether to shorten a prompt that is too long. The longest text column is cut at
             its end, and the prefix and the answer cue stay whole.
+        pair: the column whose text replaces the template's column in the counterfactual prompt of
+            a row, or such a column for each column of the template that it replaces. None makes no
+            counterfactual prompts.
+        pair_label: name of the column with the label of the counterfactual prompt. None gives it
+            the label of the row.
 
     Raises:
         InputError: an option is of another type or out of range. A mistake in the template or the
@@ -81,6 +92,8 @@ class PromptFormat(Checked):
     prepend_bos: bool | None = None
     max_length: Count | None = None
     truncate: bool = False
+    pair: Pair | None = None
+    pair_label: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,6 +117,35 @@ class PromptFormat(Checked):
                 "End the prompt where the answer begins, and give the words as the verbalizer."
             )
         return columns
+
+    @cached_property
+    def pair_columns(self) -> dict[str, str]:
+        """The column that the counterfactual prompt has in place of one of the template."""
+        if self.pair is None:
+            return {}
+        if isinstance(self.pair, Mapping):
+            given = dict(self.pair)
+        else:
+            given = dict.fromkeys(self.columns, self.pair)
+        twice = len(set(given.values())) < len(given)
+        if twice or not given or not set(given) <= set(self.columns):
+            raise InputError(
+                f"pair={self.pair!r}: expected a column for each column of the template that it "
+                f"replaces, among {', '.join(self.columns)}, such as "
+                f"pair={{{self.columns[0]!r}: 'counterfactual'}}"
+            )
+        return given
+
+    @cached_property
+    def row_columns(self) -> tuple[str, ...]:
+        """The columns that a row must have, besides those of labels."""
+        return (*self.columns, *self.pair_columns.values())
+
+    @cached_property
+    def label_columns(self) -> tuple[str, ...]:
+        """The columns of a row that hold labels."""
+        both = (self.label_column, self.pair_label)
+        return tuple(dict.fromkeys(name for name in both if name is not None))
 
     @cached_property
     def verbalizer_ids(self) -> dict[str, WordIds]:
@@ -168,23 +210,48 @@ class PromptFormat(Checked):
             InputError: a column is missing, a cell is empty, is not text or spells a special token
                 of the tokenizer, or the label is unknown.
         """
-        cells = {column: _cell(row, column, place) for column in self.columns}
+        return self._texts(row, place, {}), self._label(row, self.label_column, place)
+
+    def check_pair(self, row: Mapping[str, object], place: str) -> tuple[dict[str, str], str]:
+        """Check the counterfactual of a row and return what its prompt needs.
+
+        Args:
+            row: cells by column.
+            place: name of the row in error messages.
+
+        Returns:
+            The text of the template's columns, and the label.
+
+        Raises:
+            InputError: as for `check_row`.
+        """
+        label = self._label(row, self.pair_label or self.label_column, place)
+        return self._texts(row, place, self.pair_columns), label
+
+    def _texts(
+        self, row: Mapping[str, object], place: str, instead: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Return the text of the template's columns, some of them from other columns."""
+        cells = {column: _cell(row, instead.get(column, column), place) for column in self.columns}
         for column, text in cells.items():
             spelled = [token for token in self._special if token in text]
             if spelled:
                 raise InputError(
-                    f"{place}, column {column!r}: the text holds {spelled[0]!r}, which the "
-                    "tokenizer reads as its special token. Write it in another way, or remove the "
-                    "row."
+                    f"{place}, column {instead.get(column, column)!r}: the text holds "
+                    f"{spelled[0]!r}, which the tokenizer reads as its special token. Write it in "
+                    "another way, or remove the row."
                 )
-        label = composed(_cell(row, self.label_column, place))
+        return cells
+
+    def _label(self, row: Mapping[str, object], column: str, place: str) -> str:
+        label = composed(_cell(row, column, place))
         if label not in self.verbalizer_ids:
             raise InputError(
-                f"{place}, column {self.label_column!r}: unknown label {display.short(label)}"
+                f"{place}, column {column!r}: unknown label {display.short(label)}"
                 f"{did_you_mean(label, self.labels)}; expected one of {', '.join(self.labels)}"
                 f"{_number_hint(label)}"
             )
-        return cells, label
+        return label
 
     def examples(
         self,
@@ -218,7 +285,12 @@ class PromptFormat(Checked):
                     "Add some, raise the limit, or remove the label from the verbalizer."
                 )
         columns = [{k: str(v) for k, v in row.items() if v is not None} for row in rows]
-        return Examples(self._encode(checked, columns, where), self.labels, name)
+        items = self._encode(checked, columns, where)
+        if self.pair is not None:
+            pairs = [self.check_pair(row, place) for row, place in zip(rows, where, strict=True)]
+            partners = self._encode(pairs, columns, [f"{place}, counterfactual" for place in where])
+            items = tuple(replace(a, pair=b) for a, b in zip(items, partners, strict=True))
+        return Examples(items, self.labels, name)
 
     def content_free(self, name: str) -> Examples:
         """Build the prompts of `Task.content_free`.
@@ -299,7 +371,9 @@ class PromptFormat(Checked):
             self._check_special(ids[i], places[i])
             answer = self.verbalizer_ids[label]
             others = tuple(other for other in self.verbalizer_ids.values() if other != answer)
-            items.append(Example(prompts[i], ids[i], label, (answer,), others, columns[i]))
+            items.append(
+                Example(prompts[i], ids[i], label, (answer,), others, columns[i], places[i])
+            )
         # The other words are read behind the prompt too, if the tokenizer splits some.
         for asked in self.labels if self._behind else (None,):
             labels = [item.label if asked is None else asked for item in items]

@@ -180,7 +180,7 @@ def hub_tables(
     config: str | None,
     *,
     columns: Sequence[str],
-    label_column: str,
+    label_columns: Sequence[str],
     label_names: Sequence[str] | None,
     splits: Mapping[str, str] | None,
     revision: str | None,
@@ -192,7 +192,7 @@ def hub_tables(
         repo: name on the hub, or a folder that the `datasets` library reads.
         config: the data set's configuration, or None.
         columns: the columns to read.
-        label_column: name of the column with the label.
+        label_columns: names of the columns with labels.
         label_names: names of integer labels, in order, or None.
         splits: the data set's name for train, valid and test. None uses the splits with the usual
             names.
@@ -206,7 +206,7 @@ def hub_tables(
         InputError: the data cannot be loaded, lack a column or split, or have labels without names.
     """
     loaded = _load_from_hub(
-        repo, config, columns=(*columns, label_column), revision=revision, data_dir=data_dir
+        repo, config, columns=(*columns, *label_columns), revision=revision, data_dir=data_dir
     )
     where = repo if config is None else f"{repo}/{config}"
     wanted = splits or {
@@ -224,8 +224,9 @@ def hub_tables(
     tables = {}
     for split, name in wanted.items():
         data = loaded[name]
-        found = {column: column_of(data.column_names, column) for column in columns}
-        found[label_column] = column_of(data.column_names, label_column)
+        found = {
+            column: column_of(data.column_names, column) for column in (*columns, *label_columns)
+        }
         for column, own in found.items():
             if own is None:
                 raise InputError(
@@ -233,12 +234,12 @@ def hub_tables(
                     f"{did_you_mean(column, data.column_names)}; it has "
                     f"{display.few(data.column_names, 12)}"
                 )
-        own_label = found[label_column]
-        names = _label_names(where, data.features[own_label], label_names)
         places = [f"{where}, split {name}, row {number}" for number in range(1, len(data) + 1)]
         rows = data.select_columns(list(dict.fromkeys(found.values()))).to_list()
-        for row, place in zip(rows, places, strict=True):
-            row[own_label] = _label_word(row[own_label], names, place)
+        for own in (found[column] for column in label_columns):
+            names = _label_names(where, data.features[own], label_names)
+            for row, place in zip(rows, places, strict=True):
+                row[own] = _label_word(row[own], names, place)
         tables[split] = Table(rows, places)
     return tables
 

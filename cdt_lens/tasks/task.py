@@ -55,6 +55,9 @@ class Example:
         answers: the candidates that are correct.
         others: the candidates that compete with the answers.
         fields: the columns of the row.
+        place: name of the row in error messages, or "".
+        pair: the counterfactual prompt, or None. Its label is the example's where its own is not
+            known.
 
     Lists of ids become tuples, whole numbers of numpy and torch become Python's, and a word of one
     token becomes its id.
@@ -70,6 +73,8 @@ class Example:
     answers: tuple[WordIds, ...]
     others: tuple[WordIds, ...]
     fields: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    place: str = field(default="", compare=False, repr=False)
+    pair: Example | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokens", _ids("tokens", self.tokens, self.prompt))
@@ -275,6 +280,22 @@ class Examples(Sequence[Example]):
         """Number of examples of each label."""
         counter = Counter(item.label for item in self.items)
         return {label: counter[label] for label in self.labels}
+
+    @property
+    def pairs(self) -> Examples:
+        """The counterfactual prompts of the examples, in the same order.
+
+        Raises:
+            InputError: an example has none.
+        """
+        found = tuple(item.pair for item in self.items if item.pair is not None)
+        if len(found) < len(self):
+            raise InputError(
+                f"{self.name}: {len(self) - len(found)} of {len(self)} examples have no "
+                "counterfactual prompt. Name the column that holds it with pair= (on the command "
+                "line --pair)."
+            )
+        return replace(self, items=found, name=f"{self.name} (pairs)")
 
     @property
     def chance(self) -> float:

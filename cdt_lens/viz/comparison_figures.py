@@ -30,7 +30,7 @@ from cdt_lens.comparing.comparison import (
 )
 from cdt_lens.core.display import INK, MUTED
 from cdt_lens.viz import style
-from cdt_lens.viz.words import number, score
+from cdt_lens.viz.words import empty_run, number, score
 
 Look = tuple[str, str, Any]  # colour, marker, line style
 _YARDSTICK_LOOK: Look = (INK, "*", "-")
@@ -63,7 +63,8 @@ def comparison(result: Comparison) -> Figure:
     """
     rows = 0.24 * len(result.methods)
     figure = style.paper(11.0, 7.1 + rows)
-    style.name_page(figure, f"Methods compared: {result.task} with {result.model}", size=12)
+    title = f"Methods compared: {result.task} with {result.model}; {empty_run(result.empty_run)}"
+    style.name_page(figure, title, size=12)
     panels = figure.subplot_mosaic("AAABBB;CCDDEE", height_ratios=(4.0, 2.2 + rows))
     for panel, ranking in zip("AB", RANKINGS, strict=True):
         _draw_curves(panels[panel], result, ranking)
@@ -77,7 +78,8 @@ def comparison(result: Comparison) -> Figure:
     figure.set_label(
         f"{len(result.methods)} methods compared: line charts of faithfulness over the share of "
         "heads kept, dot plots of CPR and CMD beside random rankings, and a scatter plot of "
-        "Spearman with exact ablation against time in forward passes; the table holds the numbers."
+        "Spearman with exact ablation against time in forward passes; the table holds the numbers; "
+        f"{empty_run(result.empty_run)}."
         + (f" Refused, and not drawn: {', '.join(refused)}." if refused else "")
     )
     return figure

@@ -22,6 +22,7 @@ from cdt_lens.core.errors import InputError
 from cdt_lens.core.table import BEST, Table, star_best
 from cdt_lens.viz.words import (
     count,
+    empty_run,
     limits,
     number,
     passes,
@@ -157,7 +158,8 @@ def columns_of(comparison: Comparison) -> list[Column]:
 
 def methods(comparison: Comparison) -> Table:
     """Return the numbers of every method, and last those of random rankings."""
-    caption = f"Methods on {_scored(comparison)} and {_held_out(comparison)}"
+    run = empty_run(comparison.empty_run)
+    caption = f"Methods on {_scored(comparison)} and {_held_out(comparison)} ({run})"
     return _methods(comparison, columns_of(comparison), caption)
 
 
@@ -170,7 +172,8 @@ def agreement(comparison: Comparison) -> Table:
 def use(comparison: Comparison) -> Table:
     """Return the columns of `methods` about circuits: the areas of both rankings."""
     columns = [column for column in columns_of(comparison) if _area_of(column) is not None]
-    return _methods(comparison, columns, f"Use on {_held_out(comparison)}")
+    run = empty_run(comparison.empty_run)
+    return _methods(comparison, columns, f"Use on {_held_out(comparison)} ({run})")
 
 
 def _methods(comparison: Comparison, columns: Sequence[Column], caption: str) -> Table:
@@ -213,13 +216,16 @@ def sizes(comparison: Comparison) -> Table:
     frame = frame[frame["fraction"].isin(_SHARES)]
     heads = dict(zip(frame["fraction"], frame["heads"], strict=True))
     columns = [f"f at {100 * share:g} % ({n})" for share, n in heads.items()]
-    caption = "f of the top heads, by share and number of heads, with 95 % intervals over prompts"
+    caption = (
+        f"f of the top heads ({empty_run(comparison.empty_run)}), by share and number of heads, "
+        "with 95 % intervals over prompts"
+    )
     return _by_ranking(frame, "f", columns, caption)
 
 
 def areas(comparison: Comparison) -> Table:
     """Return the areas of every ranking with their intervals."""
-    caption = "Areas with 95 % intervals over prompts"
+    caption = f"Areas ({empty_run(comparison.empty_run)}) with 95 % intervals over prompts"
     return _by_ranking(comparison.areas(), "value", [_AREAS[name] for name in AREAS], caption)
 
 
@@ -230,7 +236,7 @@ def differences(comparison: Comparison, by: Ranking = "signed") -> Table:
         comparison: The compared methods.
         by: Rank heads by their "signed" score or by its "magnitude".
     """
-    frame = comparison.differences(by=by)
+    frame = comparison.differences(by=by).drop(columns="empty_run")
     known = frame["low"].notna()
     rows = [
         [name, f"{number(value, '+.3f')} {limits((low, high), '+z.3f')}".rstrip(), yes_or_no(real)]
@@ -240,8 +246,9 @@ def differences(comparison: Comparison, by: Ranking = "signed") -> Table:
     ]
     reference = frame["reference"].iloc[0] if len(frame) else _NONE
     caption = (
-        f"Which differences are real, by {_RANKED[by]}: {_AREAS['log_area']}, minus that of "
-        f"{reference}; 95 % intervals over the same prompts"
+        f"Which differences are real, by {_RANKED[by]}: {_AREAS['log_area']} "
+        f"({empty_run(comparison.empty_run)}), minus that of {reference}; 95 % intervals over the "
+        "same prompts"
     )
     return Table(["method", "difference", "leaves 0 out"], rows, caption)
 
@@ -276,7 +283,9 @@ def planted(result: PlantedComparison, measure: str = "average_precision") -> Ta
     frame = frame.assign(mean=frame.mean(axis=1, skipna=False))
     cells = [_starred(frame[name].tolist(), column) for name in frame]
     rows = list(zip(frame.index.astype(str), *cells, strict=True))
-    caption = f"{column.heading} of each method on each planted circuit; {BEST} best"
+    runs = {empty_run(each.empty_run) for each in result.circuits.values()}
+    run = "" if _area_of(column) is None else f" ({' or '.join(sorted(runs))})"
+    caption = f"{column.heading} of each method on each planted circuit{run}; {BEST} best"
     return Table(["method", *map(str, frame)], rows, caption)
 
 

@@ -27,7 +27,7 @@ from cdt_lens.scoring.agreement import MethodAgreement
 from cdt_lens.viz import style
 from cdt_lens.viz.style import as_array
 from cdt_lens.viz.tables import Scored
-from cdt_lens.viz.words import control_name, median, metric_name
+from cdt_lens.viz.words import control_name, empty_run, median, metric_name
 
 UNIT = "logits (+ = towards the gold label)"
 # Colour and line style of each random control.
@@ -92,9 +92,9 @@ def heatmap(
 def curve(result: FaithfulnessCurve) -> Figure:
     """Draw faithfulness f against the share of heads kept, beside the random controls.
 
-    f = 1 is the full model, f = 0 is every head ablated. The bars are 95 % intervals over prompts.
-    Sizes that keep no head are left out. The band of a control spans its 5th to
-    95th percentile around the median. The line of the knocked-out circuit should fall as f rises.
+    f = 1 is the full model, f = 0 the empty run, which the title names. The bars are 95 % intervals
+    over prompts. Sizes that keep no head are left out. The band of a control spans its 5th to 95th
+    percentile around the median. The line of the knocked-out circuit should fall as f rises.
 
     Args:
         result: The curve.
@@ -103,7 +103,7 @@ def curve(result: FaithfulnessCurve) -> Figure:
     fractions = np.asarray(result.fractions, dtype=float)[kept]
     figure = style.paper(9.2, 4.9)
     axes = figure.add_subplot()
-    _draw_levels(axes)
+    _draw_levels(axes, "all heads" if result.empty_run == "heads" else "everything")
     drawn = _draw_controls(axes, result, kept)
     label = "circuit knocked out, the rest kept"
     axes.plot(fractions, as_array(result.completeness)[kept], label=label, **_WITHOUT)
@@ -117,10 +117,12 @@ def curve(result: FaithfulnessCurve) -> Figure:
     axes.set(xlabel="share of heads kept", ylabel="faithfulness f")
     style.plain_axes(axes, "x")
     figure.legend(**style.LEGEND, reverse=True)
-    style.title(figure, f"Faithfulness of growing circuits ({metric_name(result.metric)})")
+    named = f"{metric_name(result.metric)}; {empty_run(result.empty_run)}"
+    style.title(figure, f"Faithfulness of growing circuits ({named})")
     figure.set_label(
         f"Line chart of faithfulness for circuits of {min(result.sizes)} to {max(result.sizes)} "
-        f"heads against {drawn} random controls; {areas}."
+        f"heads against {drawn} random controls; {areas}; "
+        f"{empty_run(result.empty_run)}."
     )
     return figure
 
@@ -198,9 +200,9 @@ def bars(scores: HeadScores, k: int = 20) -> Figure:
     return figure
 
 
-def _draw_levels(axes: Axes) -> None:
-    """Draw f of the full model and f with every head ablated."""
-    for level, words in ((1.0, "full model"), (0.0, "all heads\nablated")):
+def _draw_levels(axes: Axes, ablated: str) -> None:
+    """Draw f of the full model and f of the empty run."""
+    for level, words in ((1.0, "full model"), (0.0, f"{ablated}\nablated")):
         axes.axhline(level, color=MUTED, linewidth=0.8, zorder=1)
         where: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center"}
         axes.text(1.01, level, words, fontsize=9, color=MUTED, **where)

@@ -21,7 +21,7 @@ from cdt_lens.circuits.reliability import membership
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.table import Table
 from cdt_lens.models.heads import Head, all_heads
-from cdt_lens.viz.words import control_name, limits, number, spread, with_limits
+from cdt_lens.viz.words import control_name, empty_run, limits, number, spread, with_limits
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +171,10 @@ def areas_table(curve: FaithfulnessCurve) -> Table:
         areas = (spread(area[name]) for area in (curve.random_cpr, curve.random_cmd))
         rows.append([control_name(name), *areas, spread(curve.log_area_of(draws))])
     columns = ("", "CPR (higher is better)", "CMD (lower is better)", "area, log sizes")
-    caption = "Areas with 95 % intervals over prompts; of random heads the median [5 %, 95 %]"
+    caption = (
+        f"Areas ({empty_run(curve.empty_run)}) with 95 % intervals over prompts; of random heads "
+        "the median [5 %, 95 %]"
+    )
     return Table(columns, rows, caption)
 
 
@@ -195,7 +198,8 @@ def sizes_table(curve: FaithfulnessCurve) -> Table:
         for name, draws in curve.random.items():
             row += [spread(draws[:, index]), number(float(curve.beaten[name][index]), ".0%")]
         rows.append(row)
-    return Table(columns, rows, "Faithfulness by size, with 95 % intervals over prompts")
+    caption = f"Faithfulness by size ({empty_run(curve.empty_run)}), with 95 % intervals"
+    return Table(columns, rows, f"{caption} over prompts")
 
 
 def differences_table(scores: Scored, reference: Scored, count: int = 10) -> Table:

@@ -11,6 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cdt_lens.circuits.measures import EMPTY_RUNS
+from cdt_lens.core.choices import Empty
+
 # A number in a cell of a data frame.
 Number = float | int | np.number
 # The function that turns a value of a column into text.
@@ -71,6 +74,11 @@ def short_time(seconds: Number) -> str:
 def passes(value: Number) -> str:
     """Return a multiple of one forward pass: "0.02", "3.1", "81", "1,240"."""
     return number(value, ",.0f" if value >= 20 else ".1f" if value >= 1 else ".2g")
+
+
+def empty_run(name: Empty) -> str:
+    """Return the name of the run that counts as f = 0 in words."""
+    return f"f = 0: {EMPTY_RUNS[name]}"
 
 
 def yes_or_no(value: Any) -> str:

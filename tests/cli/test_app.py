@@ -22,7 +22,7 @@ from cdt_lens.finetuning.options import TrainingOptions
 
 ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 HEAVY = "('torch', 'transformers', 'transformer_lens', 'matplotlib', 'pandas')"
-COMMANDS = sorted(info.callback.__name__ for info in cli.app.registered_commands)  # type: ignore[union-attr]
+COMMANDS = sorted(str(info.name) for info in cli.app.registered_commands)
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:

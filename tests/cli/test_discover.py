@@ -14,6 +14,7 @@ from helpers.leading_on import leads_to
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_task
 from typer.testing import CliRunner
 
+import cdt_lens as cdt
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve
 from cdt_lens.circuits.head_scores import HeadScores
@@ -79,6 +80,53 @@ def test_from_files_to_the_report(place: Path, tmp_path: Path):
     assert not list(out.glob("*partial*"))
 
     assert "weights" not in run("show", str(out / "circuit.json"))
+
+
+@pytest.mark.filterwarnings("always:.*no better than chance")
+def test_a_run_on_counterfactual_prompts(place: Path, tmp_path: Path, monkeypatch):
+    """A column of the files holds the pairs; scores, curve, graph and report use them."""
+    files = []
+    for split in ("train", "valid"):
+        lines = (place / "data" / f"{split}.csv").read_text("utf-8").splitlines()
+        texts = [line.split(",")[0] for line in lines[1:]]
+        pairs = [" ".join(reversed(text.split())) for text in texts]
+        pairs = [pair if len(pair) > 4 else f"w{30 + i}" for i, pair in enumerate(pairs)]
+        rows = [f"{line},{pair}" for line, pair in zip(lines, ["other", *pairs], strict=True)]
+        (tmp_path / f"{split}.csv").write_text("\n".join(rows) + "\n", "utf-8")
+        files += [f"--{split}", str(tmp_path / f"{split}.csv")]
+    words = [x for label, word in VERBALIZER.items() for x in ("--verbalizer", f"{label}={word}")]
+    given = [
+        "discover", "--model", str(place / "tiny"), "--task", "files", *files, "--template",
+        TEMPLATE, *words, "--examples", "6", "--k", "2", "--baseline", "counterfactual",
+    ]  # fmt: skip
+    out = tmp_path / "run"
+    run(*given, "--pair", "other", "--out", str(out))
+    scores = HeadScores.load(out / "scores.json")
+    opened = runs.open_run(out, lambda _: None)
+    expected = cdt.score_heads(
+        opened.model, opened.scored(), cdt.counterfactual_baseline(opened.model, opened.task.train),
+        progress=False,
+    )  # fmt: skip
+    assert scores.values.allclose(expected.values, atol=1e-6)
+    assert not (out / "baseline.json").exists()  # the task holds the prompts
+    run("faithfulness", str(out), "--examples", "6", "--draws", "1")
+    curve = FaithfulnessCurve.load(out / "faithfulness.json")
+    assert curve.provenance.options["baseline"] == "counterfactual"
+    run("trace", str(out), "--examples", "3", "--width", "2", "--fan-in", "1")
+    page = Path(run("report", str(out)).split()[-1]).read_text("utf-8")
+    assert "Circuit graph" in page and f"{curve.cpr:.2f}" in page
+
+    # What does not fit is refused before the model is loaded.
+    monkeypatch.setattr(runs, "load_for", None)
+    with pytest.raises(InputError, match=r"files/train: 24 of 24 .*no counterfactual.*--pair"):
+        run(*given, "--out", str(tmp_path / "x"))
+    long = (tmp_path / "valid.csv").read_text("utf-8").splitlines()
+    long[2] += " w40"
+    (tmp_path / "valid.csv").write_text("\n".join(long) + "\n", "utf-8")
+    with pytest.raises(InputError, match=r"valid\.csv, line 3: the prompt has .* tokens"):
+        run(*given, "--pair", "text=other", "--out", str(tmp_path / "x"))
+    with pytest.raises(InputError, match=r"pair 'text=other,w': expected one column, or column="):
+        run(*given, "--pair", "text=other,w", "--out", str(tmp_path / "x"))
 
 
 def test_a_sample_is_swept_where_the_circuit_is_open(place: Path, tmp_path: Path):

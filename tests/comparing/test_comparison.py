@@ -95,7 +95,8 @@ def test_the_data_frame_has_every_number():
         "auroc": stable.auroc, "average_precision": stable.average_precision,
     }.items():  # fmt: skip
         assert frame.loc["cdt:stable", column] == pytest.approx(value)
-    assert frame.loc["random"].drop("refused").isna().all()
+    assert frame.loc["random"].drop(["refused", "empty_run"]).isna().all()
+    assert set(frame["empty_run"]) == {"heads"}
     assert "finite" in frame.loc["random", "refused"]
     assert frame["refused"].notna().sum() == 1
 

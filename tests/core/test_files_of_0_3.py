@@ -71,9 +71,10 @@ def raw(name: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def without_what_is_new(comparison: dict[str, Any]) -> None:
-    """Take away what the JSON of a comparison of version 2 says beside that of version 1."""
-    assert comparison.pop("budget") is None
+    """Take away what the JSON of a comparison of version 3 says beside that of version 1."""
+    assert comparison.pop("budget") is None and comparison.pop("empty_run") == "heads"
     for method in comparison["methods"]:
+        assert method.pop("empty_run") == "heads"
         assert method.pop("exact") is None
         assert method.pop("scored") == (None if method["refused"] else comparison["scored"])
     rankings = [method[by] for method in comparison["methods"] for by in ("signed", "magnitude")]
@@ -90,12 +91,14 @@ def test_a_result_loads_whole_and_is_saved_as_it_was(name: str, kind: Any, tmp_p
     for document in (old, new):
         del document["sha256"]
         document.pop("tensors", None)
-    if kind is FaithfulnessCurve:  # version 2 names the metric of version 1 balanced accuracy
-        old["version"] = 2
+    # Version 2 names the metric of version 1 balanced accuracy, version 3 the empty run.
+    if kind is FaithfulnessCurve:
+        old["version"] = 3
+        assert new.pop("empty_run") == "heads"
     if kind is TransferResult:  # one number is the chance level of the first target
         old["chance"] = {old["targets"][0]: old["chance"]}
     if kind in (Comparison, PlantedComparison):
-        old["version"] = 2
+        old["version"] = 3
         for comparison in new.get("circuits", [new]):
             without_what_is_new(comparison)
     assert new == old and list(new) == list(old)

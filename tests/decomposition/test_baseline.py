@@ -341,10 +341,36 @@ def test_means_of_mlps_are_saved_and_change_the_hash(tmp_path: Path, tokenizer_f
     assert with_mlps.hash != plain.hash
     loaded = Baseline.load(with_mlps.save(tmp_path / "b.json"))
     assert_same_bits(loaded.mlp_means, with_mlps.mlp_means)
+    assert_same_bits(loaded.input_means, with_mlps.input_means)
     assert loaded.hash == with_mlps.hash
-    assert replace(with_mlps, mlp_means=None).hash == plain.hash
-    other = replace(with_mlps, mlp_means=with_mlps.mlp_means + 1)
-    assert other.hash not in (plain.hash, with_mlps.hash)
+    assert replace(with_mlps, mlp_means=None, input_means=None).hash == plain.hash
+    for name in ("mlp_means", "input_means"):
+        other = replace(with_mlps, **{name: getattr(with_mlps, name) + 1})
+        assert other.hash not in (plain.hash, with_mlps.hash)
+
+
+@pytest.mark.parametrize("kind", SLOTS)
+def test_means_of_the_input_are_those_of_the_stream_before_the_first_block(kind, tokenizer_folder):
+    with Float64Throughout():
+        view, data = shared("gpt2", "bridge", tokenizer_folder), examples()
+        found = mean_activations(
+            view, data, positions=kind, mlps=True, batch_size=4, progress=False
+        )
+        seen: dict[tuple[int, str], list[Tensor]] = {}
+        for item in data:
+            start = view.run(torch.tensor([item.tokens])).resid[0][0]
+            for position in range(len(item.tokens)):
+                key = (slot(kind, position, len(item.tokens)), item.label)
+                seen.setdefault(key, []).append(start[position])
+        for number in {key[0] for key in seen}:
+            labels = [torch.stack(seen[key]).mean(0) for key in seen if key[0] == number]
+            assert_close(found.input_means[number], sum(labels) / len(labels), atol=1e-6)
+        (batch,) = data.batches(10)
+        values = found.input_for_batch(view, batch)
+        for row, length in enumerate(batch.lengths.tolist()):
+            for position in range(length):
+                expected = found.input_means[slot(kind, position, length)]
+                assert_close(values[row, position], expected, atol=0)
 
 
 def test_files_without_mlps_load_with_the_hash_that_they_had(tmp_path: Path, tokenizer_folder):

@@ -10,7 +10,7 @@ from cdt_lens.core.table import Table
 from cdt_lens.viz import comparison_figures, comparison_tables
 from cdt_lens.viz.report.sections import Section
 from cdt_lens.viz.svg import figure_html
-from cdt_lens.viz.words import score
+from cdt_lens.viz.words import empty_run, score
 
 
 def comparison_section(result: Comparison, id: str, _: Sequence[object]) -> Section:
@@ -18,7 +18,7 @@ def comparison_section(result: Comparison, id: str, _: Sequence[object]) -> Sect
     best = result.best("cpr")
     value = math.nan if best is None else best.value("cpr")
     refused = sum(method.refused is not None for method in result.methods)
-    areas = result.random_areas()
+    areas, run = result.random_areas(), empty_run(result.empty_run)
     drawing = figure_html(
         comparison_figures.comparison(result),
         prefix=f"{id}-methods",
@@ -26,13 +26,14 @@ def comparison_section(result: Comparison, id: str, _: Sequence[object]) -> Sect
     )
     return Section(
         title="Methods compared",
-        headline=(score(value), f"best CPR, by {best.method if best else 'no method'}"),
+        headline=(score(value), f"best CPR, by {best.method if best else 'no method'}; {run}"),
         facts={
             "Methods": f"{len(result.methods)}, {refused} refused",
             **_budget(result),
             "Examples": f"{result.scored} scored, {result.held_out} held out",
             "Task direction, scored": f"{result.direction:+.3f} logits",
-            "Held out": f"{result.full:+.3f} logits with all heads, {result.empty:+.3f} with none",
+            "Held out": f"{result.full:+.3f} logits with all heads, {result.empty:+.3f} in the "
+            f"empty run ({run})",
             "Random rankings": f"{len(result.random)}: median CPR {score(areas['cpr'])}, "
             f"CMD {score(areas['cmd'])}, area on log sizes {score(areas['log_area'])}",
             **_best(result),

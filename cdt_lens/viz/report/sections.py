@@ -20,6 +20,7 @@ from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve
 from cdt_lens.circuits.graph import Graph
 from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.circuits.measures import EMPTY_RUNS
 from cdt_lens.circuits.reliability import reliability
 from cdt_lens.core.choices import Metric
 from cdt_lens.core.table import Table
@@ -191,12 +192,16 @@ def faithfulness_section(curve: FaithfulnessCurve, id: str, _: Sequence[object])
     name = f"Faithfulness: {words.metric_name(curve.metric)}"
     return Section(
         title=name,
-        headline=(f"{curve.cpr:.2f}", f"CPR; random heads {words.medians(curve.random_cpr)}"),
+        headline=(
+            f"{curve.cpr:.2f}",
+            f"CPR ({words.empty_run(curve.empty_run)}); random heads "
+            f"{words.medians(curve.random_cpr)}",
+        ),
         facts={
             "Metric": words.metric_name(curve.metric),
             "Full model": f"{curve.full:.3f}{unit}",
             **_caution(curve.metric, curve.full, len(curve.provenance.examples)),
-            "All heads ablated": f"{curve.empty:.3f}{unit}",
+            "Empty run (f = 0)": f"{curve.empty:.3f}{unit}, {EMPTY_RUNS[curve.empty_run]}",
             "Random circuits": "; ".join(drawn) or "none",
         },
         figures=(figure_html(figures.curve(curve), prefix=f"{id}-curve"),),

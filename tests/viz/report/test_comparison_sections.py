@@ -33,13 +33,14 @@ def test_a_comparison_is_headed_by_its_best_cpr():
     result = sample.comparison(refused=["random"])
     section = comparison_section(result, "s1", [result])
     best = result.best("cpr")
-    assert section.headline == (f"{best.value('cpr'):.3f}", f"best CPR, by {best.method}")
+    run = "f = 0: heads ablated, MLPs intact"
+    assert section.headline == (f"{best.value('cpr'):.3f}", f"best CPR, by {best.method}; {run}")
     areas = result.random_areas()
     assert section.facts == {
         "Methods": "12, 1 refused",
         "Examples": "16 scored, 16 held out",
         "Task direction, scored": "+2.780 logits",
-        "Held out": "+2.810 logits with all heads, +0.120 with none",
+        "Held out": f"+2.810 logits with all heads, +0.120 in the empty run ({run})",
         "Random rankings": f"5: median CPR {areas['cpr']:.3f}, CMD {areas['cmd']:.3f}, "
         f"area on log sizes {areas['log_area']:.3f}",
         "Best Spearman": "integrated-gradients (0.620)",
@@ -48,14 +49,14 @@ def test_a_comparison_is_headed_by_its_best_cpr():
         "Best area on log sizes": f"cdt:both ({result.best('log_area').value('log_area'):.3f})",
     }
     best = "; \u2605 best of the column"
-    real = "area, log sizes, minus that of cdt:both; 95 % intervals over the same prompts"
+    real = f"area, log sizes ({run}), minus that of cdt:both; 95 % intervals over the same prompts"
     assert captions(section) == [
         f"Agreement and cost on 16 scored examples{best}",
-        f"Use on 16 held-out examples{best}",
+        f"Use on 16 held-out examples ({run}){best}",
         f"Which differences are real, by signed score: {real}",
         f"Which differences are real, by magnitude: {real}",
-        "f of the top heads, by share and number of heads, with 95 % intervals over prompts",
-        "Areas with 95 % intervals over prompts",
+        f"f of the top heads ({run}), by share and number of heads, with 95 % intervals over prompts",
+        f"Areas ({run}) with 95 % intervals over prompts",
         "What the columns mean",
         "The methods",
     ]
@@ -65,7 +66,7 @@ def test_a_comparison_is_headed_by_its_best_cpr():
 def test_a_comparison_of_refusals_alone_has_a_section():
     result = replace(sample.comparison(), methods=(MethodResult("exact", refused="no"),))
     section = comparison_section(result, "s1", [result])
-    assert section.headline == ("n/a", "best CPR, by no method")
+    assert section.headline == ("n/a", "best CPR, by no method; f = 0: heads ablated, MLPs intact")
     assert "Best CPR" not in section.facts
 
 
