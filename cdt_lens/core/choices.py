@@ -18,7 +18,7 @@ Preset = Literal["two-ended", "shared", "stable", "official", "linear", "ablatio
 DEFAULT_RULES: Preset = "two-ended"
 Slots = Literal["answer", "pooled", "right", "left"]
 # Where the reference values of the heads come from (`decomposition.baseline`).
-Reference = Literal["mean", "counterfactual"]
+Reference = Literal["mean", "counterfactual", "counterfactual-mean"]
 # What the run replaces that faithfulness counts as 0 (`circuits.measures.EMPTY_RUNS`).
 Empty = Literal["heads", "all"]
 Direction = Literal["mean", "strongest"]

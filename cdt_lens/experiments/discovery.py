@@ -84,7 +84,7 @@ def make_baseline(run: Run, say: Say) -> Baseline:
         return _paired_baseline(run)
     baseline: Baseline = stage(
         run, "baseline.json", Baseline.load, lambda: _baseline(run), say,
-        made_from={"data": run.averaged().hash},
+        made_from={"data": _averaged(run).hash},
     )  # fmt: skip
     return baseline
 
@@ -390,7 +390,7 @@ def whole_baseline(run: Run) -> Baseline:
     if run.settings.baseline == "counterfactual":
         return _paired_baseline(run)
     return mean_activations(
-        run.model, run.averaged(), positions=run.settings.positions, mlps=True,
+        run.model, _averaged(run), positions=run.settings.positions, mlps=True,
         batch_size=run.settings.batch_size,
     )  # fmt: skip
 
@@ -438,10 +438,16 @@ def _paired_baseline(run: Run) -> Baseline:
     return counterfactual_baseline(run.model, paired_examples(run.task))
 
 
+def _averaged(run: Run) -> Examples:
+    """Return the prompts that the baseline averages."""
+    examples = run.averaged()
+    return examples.pairs if run.settings.baseline == "counterfactual-mean" else examples
+
+
 def _baseline(run: Run) -> Baseline:
     settings = run.settings
     return mean_activations(
-        run.model, run.averaged(), positions=settings.positions, batch_size=settings.batch_size
+        run.model, _averaged(run), positions=settings.positions, batch_size=settings.batch_size
     )
 
 

@@ -73,6 +73,8 @@ def check_inputs(settings: Settings, *others: Settings) -> list[Task]:
     for each, task in zip(every, tasks, strict=True):
         if each.baseline == "counterfactual":
             paired_examples(task)
+        elif each.baseline == "counterfactual-mean":
+            _ = task.train.pairs  # raises where an example has none
     return tasks
 
 

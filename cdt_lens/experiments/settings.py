@@ -174,8 +174,8 @@ class Settings(ModelSettings, DataSettings, CircuitSettings):
     baseline: Annotated[
         Reference,
         Field(
-            description="Reference values of the heads: their means over the training split, or "
-            "their values on the counterfactual prompt."
+            description="Reference values of the heads: their means over the training split, their "
+            "values on each prompt's counterfactual prompt, or their means over these prompts."
         ),
     ] = "mean"
     shots: Annotated[
@@ -202,6 +202,24 @@ class Settings(ModelSettings, DataSettings, CircuitSettings):
         if self.split is not None and (not self.files or "valid" in self.files):
             given = f"the file {self.files['valid']}" if self.files else f"the task {self.task}"
             raise InputError(f"split={self.split}: {given} has validation examples; omit --split")
+
+        self._check_baseline()
+
+    def _check_baseline(self) -> None:
+        """Refuse options that the baseline would not use."""
+        ignored = {
+            "pair": self.pair is not None and self.baseline == "mean",
+            "pair_label": self.pair_label is not None and self.pair is None,
+            "baseline_examples": self.baseline_examples is not None
+            and self.baseline == "counterfactual",
+        }
+        for name, unused in ignored.items():
+            if unused:
+                raise InputError(
+                    f"{name}={getattr(self, name)!r} has no effect with the baseline "
+                    f"{self.baseline!r} and pair={self.pair!r}. Omit it, or use --pair COLUMN "
+                    "with --baseline counterfactual or counterfactual-mean"
+                )
 
     def require_valid(self, command: str) -> None:
         """Check before anything is loaded that files of your own have validation examples.

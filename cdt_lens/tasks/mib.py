@@ -106,7 +106,8 @@ def _sum(row: Row, pair: str, place: str) -> _Words | None:
 
 
 _MCQA = "mib-bench/copycolors_mcqa"
-_CHOICES = {f"{n}_answer_choices": (_MCQA, f"{n}_answer_choices") for n in range(2, 11)}
+_CHOICES: dict[str | None, tuple[str, str | None]] = {None: (_MCQA, "4_answer_choices")}
+_CHOICES |= {f"{n}_answer_choices": (_MCQA, f"{n}_answer_choices") for n in range(2, 11)}
 _OPERATORS = {"addition": "+", "subtraction": "-"}
 MIB_TASKS: Mapping[str, MibTask] = MappingProxyType(
     {
@@ -119,7 +120,7 @@ MIB_TASKS: Mapping[str, MibTask] = MappingProxyType(
             ("prompt", "label", "operator"), "random_counterfactual", _sum, single=True,
         ),
         "mib-mcqa": MibTask(
-            {None: (_MCQA, "4_answer_choices"), **_CHOICES}, ("prompt", "choices", "answerKey"),
+            _CHOICES, ("prompt", "choices", "answerKey"),
             "symbol_counterfactual", _choice,
         ),
         "mib-arc": MibTask(

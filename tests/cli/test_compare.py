@@ -120,6 +120,28 @@ def test_methods_have_the_same_budget_unless_told_otherwise(place: Path, tmp_pat
     assert Comparison.load(out / "comparison.json").budget == 16 * 13
 
 
+def test_areas_of_mibs_empty_run_say_so_everywhere(place: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    arguments = of_files(place, out, "--methods", "direct", "--draws", "1")
+    printed = " ".join(run("compare", *arguments, "--empty", "all").split())
+    result = Comparison.load(out / "comparison.json")
+    assert result.empty_run == "all"
+    words = "f = 0: heads, MLPs and input replaced, as in MIB"
+    assert words in printed
+    page = (out / "report.html").read_text("utf-8")
+    assert page.count(words) >= 4
+    assert set(pd.read_csv(out / "comparison.csv")["empty_run"]) == {"all"}
+    with pytest.raises(CdtLensError, match=r"other settings \(empty all\)"):
+        run("compare", *arguments)
+    (out / "comparison.json").unlink()
+    other = " ".join(run("compare", *arguments).split())
+    assert "f = 0: heads ablated, MLPs intact" in other
+    found = Comparison.load(out / "comparison.json")
+    assert found.full == pytest.approx(result.full, abs=1e-6) and found.empty != result.empty
+    with pytest.raises(CdtLensError, match="--empty all is for models"):
+        run("compare", "--planted", "hand-or", "--empty", "all", "--out", str(tmp_path / "x"))
+
+
 def test_a_budget_that_pays_for_nothing_is_told_before_anything_runs(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

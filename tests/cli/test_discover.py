@@ -116,6 +116,14 @@ def test_a_run_on_counterfactual_prompts(place: Path, tmp_path: Path, monkeypatc
     page = Path(run("report", str(out)).split()[-1]).read_text("utf-8")
     assert "Circuit graph" in page and f"{curve.cpr:.2f}" in page
 
+    # A mean over the pairs is one over examples that have other lengths as well.
+    other = [*given[: given.index("--baseline")], "--baseline", "counterfactual-mean"]
+    run(*other, "--pair", "other", "--out", str(tmp_path / "mean"))
+    kept = cdt.Baseline.load(tmp_path / "mean" / "baseline.json")
+    assert kept.means.equal(
+        cdt.mean_activations(opened.model, opened.task.train.pairs, progress=False).means
+    )
+
     # What does not fit is refused before the model is loaded.
     monkeypatch.setattr(runs, "load_for", None)
     with pytest.raises(InputError, match=r"files/train: 24 of 24 .*no counterfactual.*--pair"):
@@ -125,6 +133,14 @@ def test_a_run_on_counterfactual_prompts(place: Path, tmp_path: Path, monkeypatc
     (tmp_path / "valid.csv").write_text("\n".join(long) + "\n", "utf-8")
     with pytest.raises(InputError, match=r"valid\.csv, line 3: the prompt has .* tokens"):
         run(*given, "--pair", "text=other", "--out", str(tmp_path / "x"))
+    for wrong, said in {
+        ("--pair", "other", "--baseline", "mean"): "pair='other' has no effect with .* 'mean'",
+        ("--pair-label", "label"): "pair_label='label' has no effect",
+        ("--pair", "other", "--baseline-examples", "6"): "baseline_examples=6 has no effect",
+    }.items():
+        kept = given[: given.index("--baseline")] if "--baseline" in wrong else given
+        with pytest.raises(InputError, match=said):
+            run(*kept, *wrong, "--out", str(tmp_path / "x"))
     with pytest.raises(InputError, match=r"pair 'text=other,w': expected one column, or column="):
         run(*given, "--pair", "text=other,w", "--out", str(tmp_path / "x"))
 
