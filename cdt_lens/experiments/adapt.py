@@ -47,6 +47,7 @@ from cdt_lens.finetuning.adapt_result import (
 from cdt_lens.finetuning.export import export
 from cdt_lens.finetuning.finetune import drop_stale_checkpoint, finetune
 from cdt_lens.finetuning.result import FineTuneResult
+from cdt_lens.finetuning.score import Score
 from cdt_lens.models.provenance import provenance_of
 from cdt_lens.models.view import view_of
 from cdt_lens.tasks.evaluate import Evaluation, evaluate
@@ -324,12 +325,15 @@ class _Adapting:
     ) -> AdaptResult:  # fmt: skip
         """Save the adapter, export the model, and write the result and its page."""
         exported = "" if result.nothing_learnt else "model"
+        tasks = experiment.tasks
         if is_main():
-            replace(result.adapter, scope=best[0].scope).save(self.folder / "adapter")
+            adapter = replace(
+                result.adapter, scope=best[0].scope, scores=_scores(tasks, before, result.judged)
+            )
+            adapter.save(self.folder / "adapter")
             shutil.rmtree(self.folder / "model", ignore_errors=True)
             if exported:
-                export(result.adapter, experiment.proxy, self.folder / exported)
-        tasks = experiment.tasks
+                export(adapter, experiment.proxy, self.folder / exported)
         found = AdaptResult(
             model=self.settings.model, chosen=best[1]["run"], scope=best[0].scope,
             heads=len(best[0].heads), learning_rate=best[0].options.learning_rate or 0.0,
@@ -357,6 +361,18 @@ def _rank(row: Mapping[str, Any]) -> tuple[float, float]:
     """Return a key that is greater for a better trial; one that diverged comes last."""
     loss = row["target_loss"]
     return (-math.inf, -math.inf) if loss != loss else (row["target_accuracy"], -loss)
+
+
+def _scores(
+    tasks: Mapping[str, Task], before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]
+) -> tuple[Score, ...]:
+    """Return the accuracies on the test rows, for the adapter."""
+    pairs = {name: (before[name], after[name]) for name in (TARGET, SOURCE)}
+    return tuple(
+        Score(name, tasks[name].name, "test", pair[0].examples,
+              *((one.accuracy, *one.intervals["accuracy"]) for one in pair))
+        for name, pair in pairs.items()
+    )  # fmt: skip
 
 
 def _languages(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]) -> pd.DataFrame:
