@@ -25,7 +25,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from cdt_lens.core.artifacts import atomic_write, remove_artifact
+from cdt_lens.core.artifacts import atomic_write
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import CdtLensWarning, InputError
 from cdt_lens.core.folders import check_run_folder
@@ -44,10 +44,12 @@ from cdt_lens.finetuning.adapt_result import (
     TRIAL_COLUMNS,
     AdaptResult,
 )
+from cdt_lens.finetuning.checkpoints import remove_checkpoint
 from cdt_lens.finetuning.export import export
 from cdt_lens.finetuning.finetune import drop_stale_checkpoint, finetune
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.score import Score
+from cdt_lens.finetuning.tracking import check_trackers, tracked
 from cdt_lens.models.provenance import provenance_of
 from cdt_lens.models.view import view_of
 from cdt_lens.tasks.evaluate import Evaluation, evaluate
@@ -73,8 +75,9 @@ _SMALL = 100  # test rows below which the page warns
 
 @checked_arguments
 def run_adapt(
-    settings: AdaptSettings, folder: str | Path, say: Say, *, progress: bool = True
-) -> AdaptResult:
+    settings: AdaptSettings, folder: str | Path, say: Say, *, progress: bool = True,
+    log_with: Any = None,
+) -> AdaptResult:  # fmt: skip
     """Adapt a model to a language, and export and explain it.
 
     The folder then holds the adapted model in `model`, the `adapter`, `adapt.json` and
@@ -85,22 +88,25 @@ def run_adapt(
         folder: The run directory.
         say: Receives one line of progress.
         progress: Whether to show progress bars.
+        log_with: Trackers of every training, as in `finetune`. Their files are in the folder
+            `logs`.
 
     Returns:
         What was chosen, learnt and lost.
 
     Raises:
-        InputError: The rows cannot be learnt from, the folder holds another experiment, or another
-            process writes in it.
+        InputError: The rows cannot be learnt from, the folder holds another experiment, another
+            process writes in it, or the package of a tracker is missing.
     """
     folder = check_run_folder(folder, "transfer.json", _ROWS)
+    check_trackers(**tracked(log_with, folder, "proxy"))
     tables = {
         SOURCE: _tables(settings, settings.source, SOURCE),
         TARGET: _tables(settings, settings.target, TARGET),
     }
     _check_labels(settings, tables)
     with locked(folder):
-        return _Adapting(settings, folder, tables, say, progress).run()
+        return _Adapting(settings, folder, tables, say, progress, log_with).run()
 
 
 # ---------------------------------------------------------------------- rows
@@ -228,9 +234,12 @@ class _Adapting:
     tables: Mapping[str, Mapping[str, Table]]
     say: Say
     progress: bool
+    log_with: Any = None
 
     def run(self) -> AdaptResult:
-        experiment = Transfer(self._config(), self.folder, self.say, self.progress)
+        experiment = Transfer(
+            self._config(), self.folder, self.say, self.progress, log_with=self.log_with
+        )
         end = time.monotonic() + 60 * self.settings.minutes
         if is_main():
             _write_rows(self.tables, self.folder)
@@ -312,6 +321,7 @@ class _Adapting:
         return finetune(
             cells.model, trial.task, **training, checkpoint=checkpoint, keep_checkpoint=True,
             judge=lambda: self._judge(experiment), progress=self.progress,
+            **tracked(self.log_with, self.folder, "adapter"),
         )  # fmt: skip
 
     def _judge(self, experiment: Transfer) -> dict[str, Evaluation]:
@@ -352,7 +362,7 @@ class _Adapting:
             found.save(self.folder / "adapt.json")
             title = f"{self.settings.model} adapted to a new language"
             render_report(found, path=self.folder / "report.html", title=title)
-            remove_artifact(self.folder / "adapter.checkpoint.json")
+            remove_checkpoint(self.folder / "adapter.checkpoint.json")
         wait_for_all()
         return found
 

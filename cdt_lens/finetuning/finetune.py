@@ -26,7 +26,7 @@ from cdt_lens.core.kept import Behaviour, Say
 from cdt_lens.core.undo import take_back_if_failed, unbroken, undoing
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.finetuning.answer_pass import AnswerPass
-from cdt_lens.finetuning.checkpoints import Checkpoint, Log
+from cdt_lens.finetuning.checkpoints import Checkpoint, Log, record_of
 from cdt_lens.finetuning.lora import LowRank
 from cdt_lens.finetuning.options import DEFAULT_RATES, TrainingOptions
 from cdt_lens.finetuning.result import FineTuneResult
@@ -147,7 +147,6 @@ def finetune(
         result = _run(plan, stored, written, tracking, judge, keep, progress)
     if stored is not None and not keep_checkpoint:
         stored.remove()
-        tracking.remove()
     return result
 
 
@@ -233,7 +232,7 @@ def _tracking(
     return Tracking(
         trackers, None if folder is None else Path(folder),
         f"{plan.task.name} {plan.scope} {plan.options.seed}", config,
-        None if stored is None else stored.path.with_suffix(".tracked"),
+        None if stored is None else record_of(stored.path),
     )  # fmt: skip
 
 

@@ -125,10 +125,11 @@ def _contents(folder: Path) -> _Contents:
     if (folder / ADAPTER_FILE).is_file():
         adapter = Adapter.load(folder)
         card = model_card(adapter, adapter.provenance.model, "adapter")
-        files = (folder / ADAPTER_FILE, tensor_file(folder / ADAPTER_FILE))
-        return _Contents(card, tuple(file for file in files if file is not None), folder)
+        tensors = tensor_file(folder / ADAPTER_FILE)
+        own = (folder / ADAPTER_FILE, *([] if tensors is None else [tensors]))
+        return _Contents(card, own, folder)
     card_file = folder / CARD_FILE
-    if not card_file.is_file() or TAG not in (_read_card(card_file).data.tags or ()):
+    if not card_file.is_file() or TAG not in _read_card(card_file).data.get("tags", ()):
         raise InputError(
             f"{folder}: expected a folder of Adapter.save, export or to_peft of this version, with "
             f"{ADAPTER_FILE} or a {CARD_FILE} with the tag {TAG}; export the adapter again"

@@ -19,15 +19,17 @@ from cdt_lens.core.artifacts import atomic_write
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.processes import accelerate_state, is_main
 
+LOGS = "logs"  # the folder of trackers in a run directory
 _PROJECT = "cdt_lens"
 _LABELS = ("kind", "step")
 
 
-def check_trackers(log_with: Any, logging_dir: str | Path | None) -> tuple[Any, ...]:
+def check_trackers(log_with: Any = None, logging_dir: str | Path | None = None) -> tuple[Any, ...]:
     """Return the trackers that are asked for.
 
     Args:
-        log_with: the name of a tracker of accelerate, "all", a `GeneralTracker`, or a list of these.
+        log_with: the name of a tracker of accelerate, "all", a `GeneralTracker`, or a list of
+            these.
         logging_dir: the folder for the files of trackers.
 
     Returns:
@@ -58,6 +60,19 @@ def check_trackers(log_with: Any, logging_dir: str | Path | None) -> tuple[Any, 
     found = [one if isinstance(one, GeneralTracker) else str(one) for one in found]
     _check_found(asked, found, logging_dir)
     return tuple(found)
+
+
+def tracked(log_with: Any, folder: Path, part: str) -> dict[str, Any]:
+    """Return the arguments of `finetune` for one training of a run directory.
+
+    Args:
+        log_with: as in `finetune`.
+        folder: the run directory. The files of trackers lie in its folder `logs`.
+        part: the part of it that is trained, such as "proxy".
+    """
+    if log_with is None:
+        return {}
+    return {"log_with": log_with, "logging_dir": folder / LOGS / part}
 
 
 def _check_found(asked: list[Any], found: list[Any], logging_dir: object) -> None:
@@ -146,11 +161,6 @@ class Tracking:
         if self._record is not None:
             with open(self._record, "a", encoding="utf-8") as file:
                 file.write(f"{row['step']} {kind}\n")
-
-    def remove(self) -> None:
-        """Remove the record of a run that has its result."""
-        if self._asked and self._record is not None:
-            self._record.unlink(missing_ok=True)
 
     def _start(self) -> list[Any]:
         started = [self._made(one) if isinstance(one, str) else one for one in self._asked]

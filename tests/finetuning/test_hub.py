@@ -18,8 +18,10 @@ from helpers.hub import TOKEN, Hub, Repo, running_hub
 from helpers.saved import VERBALIZER, save_model
 from helpers.tiny_models import prompts
 from helpers.tiny_training import HEADS
+from typer.testing import CliRunner
 
 import cdt_lens as cdt
+from cdt_lens.cli import app as cli
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.finetuning.hub import push_to_hub
@@ -134,7 +136,9 @@ def test_the_code_of_the_card_runs_from_the_hub(place, hub, capsys):
 
 
 def test_a_lora_names_its_base_on_the_hub_and_peft_loads_both(place, hub):
-    with pytest.raises(InputError, match="base model in a folder of this machine; give base_model="):
+    with pytest.raises(
+        InputError, match="base model in a folder of this machine; give base_model="
+    ):
         push_to_hub(place / "lora", "me/lora")
     assert not hub.repos
     push_to_hub(place / "base", "me/proxy", private=False)
@@ -263,6 +267,23 @@ def test_what_the_hub_refuses_is_told_in_one_line(repo, token, told, place, hub)
         push_to_hub(place / "out", repo, token=token)
     assert "\n" not in str(raised.value)
     assert not hub.repos
+
+
+def test_the_command(place, hub):
+    given = ["--public", "--license", "mit", "--language", "jv", "--language", "su"]
+    given += ["--dataset", "indonlp/nusax", "--base-model", "org/proxy"]
+    result = CliRunner().invoke(cli.app, ["push", str(place / "out"), "me/x", *given])
+    assert result.exit_code == 0 and result.output.strip().endswith(f"{hub.url}/me/x")
+    repo = hub.repos["me/x"]
+    data = front(repo)
+    assert (data["language"], data["datasets"]) == (["jv", "su"], ["indonlp/nusax"])
+    assert (data["license"], data["base_model"], repo.private) == ("mit", "org/proxy", False)
+    with pytest.raises(InputError, match="pass overwrite=True"):
+        CliRunner().invoke(
+            cli.app, ["push", str(place / "out"), "me/x", "--public"], catch_exceptions=False
+        )
+    again = ["push", str(place / "out"), "me/x", "--public", "--overwrite"]
+    assert CliRunner().invoke(cli.app, again).exit_code == 0
 
 
 def test_scores_stay_with_the_adapter_and_old_files_have_none(place, tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.tracking import GeneralTracker, get_available_trackers
 from helpers.tiny_training import HEADS, QUICK, task
 from helpers.wrapped import view
@@ -54,8 +56,6 @@ class Seen(GeneralTracker):
 
 @pytest.fixture(scope="module")
 def model(tokenizer_folder: str) -> ModelView:
-    import torch
-
     return view("llama", "bridge", tokenizer_folder, torch.float32)
 
 
@@ -145,13 +145,15 @@ def test_a_resumed_run_sends_no_step_twice_and_loses_none(n, every, model, tmp_p
     assert [step for step, values in sent if "train/loss" not in values] == [0, 3, 6, 9, 12]
     assert len(seen.config) == (2 if n == 2 else 1)
     assert seen.calls == ["start", "finish"] * 2
-    assert not list(tmp_path.glob("run*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "logs"]
 
 
 def test_a_finished_run_that_is_kept_sends_nothing_again(model, tmp_path):
     seen = Seen()
     given: dict[str, Any] = {
-        "log_with": seen, "checkpoint": tmp_path / "run.json", "keep_checkpoint": True
+        "log_with": seen,
+        "checkpoint": tmp_path / "run.json",
+        "keep_checkpoint": True,
     }
     first = run(model, **given)
     rows = list(seen.rows)
@@ -170,26 +172,41 @@ def test_tracking_changes_no_bit_of_the_training(model, tmp_path):
         assert tracked.adapter.slices[name][1].equal(value)
 
 
+def wandb_rows(path: Path) -> list[dict[str, float]]:
+    """The rows of a file of W&B: records of its protocol in a log of blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, place, whole, rows = path.read_bytes(), 7, b"", []
+    while place + 7 <= len(data):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        _, size, part = struct.unpack("<IHB", data[place : place + 7])
+        whole += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if part in (1, 4):  # the whole of a record, or its last part
+            record = Record()
+            record.ParseFromString(whole)
+            items = {i.key or "/".join(i.nested_key): i.value_json for i in record.history.item}
+            rows += [{name: float(value) for name, value in items.items()}] if items else []
+            whole = b""
+    return rows
+
+
 def test_wandb_writes_a_run_without_a_network(model, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
-    from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
-
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    run(model, log_with="wandb", logging_dir=tmp_path)
+    log = tmp_path / "log.jsonl"
+    run(model, log=log, log_with="wandb", logging_dir=tmp_path / "logs")
     assert wandb.run is None
-    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    store = DataStore()
-    store.open_for_scan(str(path))
-    losses = {}
-    while (data := store.scan_data()) is not None:
-        record = Record()
-        record.ParseFromString(data)
-        items = {"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}
-        if "train/loss" in items:
-            losses[int(items["_step"])] = float(items["train/loss"])
-    assert list(losses) == list(range(1, STEPS + 1))
+    wandb.teardown()  # waits until the file is written
+    (path,) = tmp_path.glob("logs/wandb/offline-run-*/*.wandb")
+    rows = [row for row in wandb_rows(path) if "train/loss" in row]
+    expected = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    assert [(row["_step"], row["train/loss"]) for row in rows] == [
+        (row["step"], row["loss"]) for row in expected if "kind" not in row
+    ]
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{method} {path}")
         self.hub.agents.add(self.headers.get("User-Agent") or "")
         # An object is uploaded to an address of its own, which holds the permission.
-        allowed = path.startswith("/objects/") or self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        allowed = (
+            path.startswith("/objects/") or self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        )
         if not allowed:
             return self._reply({"error": "Invalid username or password."}, 401)
         for pattern, answer in _ROUTES.items():
