@@ -25,6 +25,7 @@ from cdt_lens.cli.discover import discover, faithfulness, report, trace
 from cdt_lens.cli.finetune import demo, export, finetune, transfer
 from cdt_lens.cli.interrupts import reported_interrupts
 from cdt_lens.cli.predict import predict
+from cdt_lens.cli.push import push
 from cdt_lens.cli.show import show
 from cdt_lens.core.errors import CdtLensError, CdtLensWarning
 
@@ -106,7 +107,7 @@ app = typer.Typer(
 _PANELS = {
     "Start here": (demo, fetch),
     "Find a circuit": (discover, faithfulness, trace, report, compare),
-    "Adapt a model to another language": (adapt, finetune, export, predict, transfer),
+    "Adapt a model to another language": (adapt, finetune, export, push, predict, transfer),
     "Files": (show, convert, mib_submission),
 }
 for _panel, _commands in _PANELS.items():

@@ -10,6 +10,7 @@ import torch
 from helpers.leading_on import leads_to
 from helpers.locks import held_elsewhere
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_task
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -49,7 +50,7 @@ def test_circuit_to_adapter_to_checkpoint(place: Path, tmp_path: Path):
         "finetune", "--model", model, "--circuit", str(circuit), "--out", str(out),
         *data(place, "train"), "--valid", str(place / "data" / "test.csv"), "--epochs", "2", "--learning-rate", "0.01", "--option",
         "norms=circuit", "--option", "clip=0.5", "--source-valid",
-        str(place / "data" / "test.csv"),
+        str(place / "data" / "test.csv"), "--log-with", "tensorboard",
     )  # fmt: skip
     assert leads_to(printed) == ["export"]
     adapter = Adapter.load(out)
@@ -64,6 +65,8 @@ def test_circuit_to_adapter_to_checkpoint(place: Path, tmp_path: Path):
     assert adapter.provenance.options["clip"] == 0.5
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    losses = EventAccumulator(str(out / "logs")).Reload().Scalars("train/loss")
+    assert [event.step for event in losses] == [1, 2, 3, 4]
     assert (out / "report.html").exists() and (out / "history.csv").exists()
     assert not (out / "checkpoint.json").exists()
     shown = run("show", str(out))
