@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,9 +13,11 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from helpers.pages import blocks_of, commands
 from helpers.places import ROOT
 from helpers.public import HOMES, NAMES
 from test_docstrings import CLASSES, FUNCTIONS, named
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import cdt_lens
@@ -37,8 +38,7 @@ COMMANDS = {
 
 
 def blocks(language: str) -> list[str]:
-    fence = re.compile(rf"```{language}\n(.*?)```", re.DOTALL)
-    return [block for page in PAGES for block in fence.findall(page.read_text("utf-8"))]
+    return [code for page in PAGES for found, code in blocks_of(page) if found == language]
 
 
 def test_every_public_name_stands_in_the_reference_once() -> None:
@@ -109,21 +109,11 @@ def test_code_on_the_pages_uses_public_names_and_real_options() -> None:
     python = "\n".join(blocks("python"))
     used = set(re.findall(r"\bcdt\.(\w+)", python))
     assert used and used <= set(cdt_lens.__all__)
-    called = [
-        part.strip()
-        for block in blocks("bash")
-        for part in re.split(r"&&|\n", block)
-        if part.strip().startswith("cdt-lens ")
-    ]
+    called = [words for block in blocks("bash") for words in commands(block)]
     assert called
-    for line in called:
-        _, name, *arguments = shlex.split(line)
-        flags = {
-            flag
-            for parameter in inspect.signature(COMMANDS[name]).parameters.values()
-            for flag in command_line.flags(parameter)
-        }
-        assert {word for word in arguments if word.startswith("--")} <= flags, line
+    for name, *arguments in called:
+        # Reads the options, and refuses an unknown or a missing one, without running anything.
+        get_command(cli.app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
