@@ -5,15 +5,19 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import shlex
 import sys
+import warnings
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from helpers.pages import blocks_of, commands
 from helpers.places import ROOT
 from helpers.public import HOMES, NAMES
+from test_docstrings import CLASSES, FUNCTIONS, METHODS, named
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import cdt_lens
@@ -34,8 +38,7 @@ COMMANDS = {
 
 
 def blocks(language: str) -> list[str]:
-    fence = re.compile(rf"```{language}\n(.*?)```", re.DOTALL)
-    return [block for page in PAGES for block in fence.findall(page.read_text("utf-8"))]
+    return [code for page in PAGES for found, code in blocks_of(page) if found == language]
 
 
 def test_every_public_name_stands_in_the_reference_once() -> None:
@@ -106,21 +109,69 @@ def test_code_on_the_pages_uses_public_names_and_real_options() -> None:
     python = "\n".join(blocks("python"))
     used = set(re.findall(r"\bcdt\.(\w+)", python))
     assert used and used <= set(cdt_lens.__all__)
-    called = [
-        part.strip()
-        for block in blocks("bash")
-        for part in re.split(r"&&|\n", block)
-        if part.strip().startswith("cdt-lens ")
-    ]
+    called = [words for block in blocks("bash") for words in commands(block)]
     assert called
-    for line in called:
-        _, name, *arguments = shlex.split(line)
-        flags = {
-            flag
-            for parameter in inspect.signature(COMMANDS[name]).parameters.values()
-            for flag in command_line.flags(parameter)
-        }
-        assert {word for word in arguments if word.startswith("--")} <= flags, line
+    for name, *arguments in called:
+        # Reads the options, and refuses an unknown or a missing one, without running anything.
+        get_command(cli.app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[str], set[str]]]:
+    """Return, of each callable as Sphinx shows it, the names in its signature and in its list."""
+    pytest.importorskip("sphinx", reason="needs the extra `docs`; .ci/run runs it with that")
+    from sphinx.application import Sphinx
+
+    folder = tmp_path_factory.mktemp("rendered")
+    directives = [
+        f".. auto{'class' if inspect.isclass(thing) else 'function'}:: cdt_lens.{home}.{name}"
+        for name, home in HOMES.items()
+        if callable(thing := NAMES[name])
+    ]
+    (folder / "index.rst").write_text("\n\n".join(directives), "utf-8")
+    conf = {
+        "extensions": ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstrings"],
+        "autodoc_default_options": {"members": True}, "napoleon_use_param": False,
+    }  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations within Sphinx and docutils
+        app = Sphinx(
+            folder, None, folder / "out", folder / "trees", "dummy", conf, status=None, warning=None
+        )
+        app.build()
+        return dict(_shown(app.env.get_doctree("index")))
+
+
+def _shown(tree: Any) -> Iterator[tuple[str, tuple[list[str], set[str]]]]:
+    from docutils import nodes
+    from sphinx import addnodes
+
+    for entry in tree.findall(addnodes.desc):
+        signature = next(entry.findall(addnodes.desc_signature))
+        named = [
+            next(parameter.findall(addnodes.desc_sig_name), None)
+            for parameter in signature.findall(addnodes.desc_parameter)
+        ]
+        own = [part for part in entry.children[-1].children if isinstance(part, nodes.field_list)]
+        strong = [words.astext() for part in own for words in part.findall(nodes.strong)]
+        listed = {name.lstrip("*") for words in strong for name in words.split(", ")}
+        yield signature["fullname"], ([n.astext() for n in named if n is not None], listed)
+
+
+def test_the_reference_shows_every_parameter(
+    rendered: dict[str, tuple[list[str], set[str]]],
+) -> None:
+    """A signature that Sphinx cannot read as Python is shown as one word, without parameters."""
+    wrong = {}
+    for name, thing in (FUNCTIONS | CLASSES | METHODS).items():
+        expected = [p for p in inspect.signature(thing).parameters if p not in ("self", "cls")]
+        shown, listed = rendered[name]
+        if shown != expected:
+            wrong[name] = shown
+        elif name not in CLASSES and not named(thing, "Args") <= listed:
+            wrong[name] = sorted(named(thing, "Args") - listed)
+    assert wrong == {}
+    assert {"load_task", "task_from_files", "score_heads"} <= set(rendered)
 
 
 def test_code_in_single_backticks_becomes_references_and_literals() -> None:

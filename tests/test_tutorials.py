@@ -139,6 +139,15 @@ def test_figures_are_there_and_sharp_enough_to_print(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_figures_have_words_in_their_place(name: str):
+    """The documentation shows them as the alternative text; without them it is a file's name."""
+    for cell in cells(name, "code"):
+        if any("image/png" in output.get("data", {}) for output in cell["outputs"]):
+            words = cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", "")
+            assert len(words.split()) >= 8, source(cell)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_way_with_a_real_model_is_told_in_public_names(name: str):
     text = "\n\n".join("".join(cell["source"]) for cell in cells(name, "markdown"))
     blocks = FENCE.findall(text.partition("## With a real model")[2])

@@ -73,7 +73,9 @@ def _with_options(message: str, params: Sequence[Any]) -> str:
     typed = {p.name: p.opts[0] for p in params if p.param_type_name == "option"}
     names = "|".join(map(re.escape, sorted(typed, key=len, reverse=True)))
     return re.sub(
-        rf"(?<![\w.\[-])({names})=(?=[^\s=])", lambda found: f"{typed[found[1]]} ", message
+        rf"(?<![\w.\[-])({names})=(?:True\b|(?=[^\s=]))",
+        lambda found: typed[found[1]] + ("" if found[0].endswith("True") else " "),
+        message,
     )
 
 

@@ -214,7 +214,7 @@ def _held(api: HfApi, repo: str, private: bool, overwrite: bool) -> list[str]:
     held = [file.rfilename for file in info.siblings or () if file.rfilename != _OF_THE_HUB]
     if held and not overwrite:
         raise InputError(
-            f"{repo}: exists and holds {few(held, 3)}; pass overwrite=True (--overwrite) to "
+            f"{repo}: exists and holds {few(held, 3)}; pass overwrite=True to "
             "replace its files, or name another repository"
         )
     return held

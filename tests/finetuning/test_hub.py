@@ -287,7 +287,7 @@ def test_the_command(place, hub):
     data = front(repo)
     assert (data["language"], data["datasets"]) == (["jv", "su"], ["indonlp/nusax"])
     assert (data["license"], data["base_model"], repo.private) == ("mit", "org/proxy", False)
-    with pytest.raises(InputError, match="pass overwrite=True"):
+    with pytest.raises(InputError, match="pass --overwrite to replace"):
         CliRunner().invoke(
             cli.app, ["push", str(place / "out"), "me/x", "--public"], catch_exceptions=False
         )
