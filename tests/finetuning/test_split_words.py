@@ -218,7 +218,7 @@ def test_the_snippet_of_the_readme_runs_without_this_package(exported, monkeypat
     place, task, _, _ = exported
     readme = (place / "out" / "README.md").read_text("utf-8")
     assert '| good | " w10 w14 w15" | 10, 14, 15 |' in readme and "| 11 |" in readme
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert "cdt_lens" not in code
     rows = read_table(place / "data" / "valid.csv").rows
     monkeypatch.chdir(place / "out")
