@@ -50,7 +50,8 @@ class Support:
 def output_site(view: ModelView, name: str, layer: int) -> Site:
     """Return the site of the output projection of attention or MLP.
 
-    Where a norm follows the projection, as in Gemma 2 and 3, this is the norm's input.
+    Where a norm follows the projection, as in Gemma 2 and 3, this is the norm's input. Where the
+    block multiplies the output, as in Granite, this is the output before its product.
 
     Args:
         view: the model.
@@ -60,8 +61,9 @@ def output_site(view: ModelView, name: str, layer: int) -> Site:
     Returns:
         The site.
     """
-    before_norm = ("ln1_post.in" if name == "attn_out" else "ln2_post.in", layer)
-    return before_norm if before_norm in view.sites else (name, layer)
+    own = name.removesuffix("_out")
+    before = [("ln1_post.in" if own == "attn" else "ln2_post.in", layer), (f"{own}.out", layer)]
+    return next((site for site in before if site in view.sites), (name, layer))
 
 
 # The result of the check, with the state of the weights that were checked.

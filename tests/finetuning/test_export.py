@@ -17,9 +17,9 @@ import torch
 import transformers
 from helpers.checks import assert_close
 from helpers.hf_layout import selected
-from helpers.shared import EVERY_FAMILY
+from helpers.shared import BRIDGE_FAMILIES
 from helpers.tiny_models import build, prompts
-from helpers.tiny_training import HEADS, QUICK, task
+from helpers.tiny_training import HEADS, QUICK, least_moved, task
 from helpers.wrapped import needs_hooked
 from torch import Tensor
 
@@ -87,23 +87,28 @@ def check_export(family: str, backend: str, scope: str, base: Path, place: Path)
             mask = torch.full_like(value, scope == "full", dtype=torch.bool)
         assert torch.equal(found[name][~mask], value[~mask]), name
         if bool(mask.any()):
-            assert float((found[name] != value)[mask].double().mean()) > 0.9, name
+            assert float((found[name] != value)[mask].double().mean()) > least_moved(name), name
     assert (
         after.get_output_embeddings().weight is after.get_input_embeddings().weight
     ) == after.config.tie_word_embeddings
     # The folder is a model of this package again, of the trained weights.
-    assert weight_hash(load(place, "bridge")) == trained_hash
+    read_again = "bridge" if family in BRIDGE_FAMILIES else backend
+    assert weight_hash(load(place, read_again)) == trained_hash
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", BRIDGE_FAMILIES)
 def test_plain_transformers_reads_the_trained_model(family, folders, tmp_path):
     check_export(family, "bridge", "decision", folders(family), tmp_path / "out")
 
 
 @needs_hooked
 @pytest.mark.parametrize(
-    ("family", "scope"), [("gpt2", "decision"), ("pythia", "decision"), ("gpt2", "full")]
-)
+    ("family", "scope"),
+    [
+        ("gpt2", "decision"), ("pythia", "decision"), ("gpt2", "full"), ("gptj", "decision"),
+        ("gptj", "full"), ("gpt_neo", "decision"), ("opt", "decision"), ("opt", "full"),
+    ],
+)  # fmt: skip
 def test_also_what_a_hooked_transformer_learnt(family, scope, folders, tmp_path):
     check_export(family, "hooked", scope, folders(family), tmp_path / "out")
 

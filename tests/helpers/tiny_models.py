@@ -116,6 +116,40 @@ def _gemma3() -> PreTrainedModel:
     return transformers.Gemma3ForCausalLM(config)
 
 
+def _gpt_neo() -> PreTrainedModel:
+    config = transformers.GPTNeoConfig(
+        vocab_size=D_VOCAB, max_position_embeddings=64, hidden_size=D_MODEL, num_layers=2,
+        num_heads=N_HEADS, attention_types=[[["global", "local"], 1]], window_size=WINDOW,
+        bos_token_id=1, eos_token_id=2, attn_implementation="eager",
+    )  # fmt: skip
+    return transformers.GPTNeoForCausalLM(config)
+
+
+def _gptj() -> PreTrainedModel:
+    # Its rotary angles are quotients of whole numbers, which torch gives its default type.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return transformers.GPTJForCausalLM(_gpt2_like(transformers.GPTJConfig, rotary_dim=8))
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _opt() -> PreTrainedModel:
+    config = transformers.OPTConfig(
+        **_COMMON, ffn_dim=D_MLP, word_embed_proj_dim=D_MODEL, pad_token_id=0
+    )
+    return transformers.OPTForCausalLM(config)
+
+
+def _granite() -> PreTrainedModel:
+    config = transformers.GraniteConfig(
+        **_GROUPED, embedding_multiplier=3.0, residual_multiplier=0.6, attention_multiplier=0.3,
+        logits_scaling=2.5,
+    )  # fmt: skip
+    return transformers.GraniteForCausalLM(config)
+
+
 BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt2": _gpt2,  # LayerNorm, learned positions, fused QKV in Conv1D
     "pythia": lambda: _gpt_neox(parallel=True),  # parallel block, partial rotary, fused QKV
@@ -126,6 +160,16 @@ BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": _qwen3,  # QK-norm
     "gemma2": _gemma2,  # post-norms, soft-caps, windows in every other layer
     "gemma3": _gemma3,  # post-norms, QK-norm, local and global rotary bases
+    "gptj": _gptj,  # parallel, one norm, rotary of adjacent pairs
+    "gpt_neo": _gpt_neo,  # no scale in attention, windows in every other layer
+    "opt": _opt,  # ReLU, two rows for padding in the position table
+    "granite": _granite,  # embeddings, residual writes, attention and logits multiplied
+    "smollm3": lambda: transformers.SmolLM3ForCausalLM(  # no rotary embedding in the second layer
+        transformers.SmolLM3Config(**_GROUPED, no_rope_layer_interval=2)
+    ),
+    "cohere": lambda: transformers.CohereForCausalLM(  # parallel, one norm, logits multiplied
+        transformers.CohereConfig(**_GROUPED, logit_scale=0.4)
+    ),
 }
 FAMILIES = tuple(BUILDERS)
 
@@ -158,9 +202,6 @@ OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
         _gpt2_like(transformers.GPTBigCodeConfig)
     ),
     "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**_GROUPED)),  # fused
-    "gptj": lambda: transformers.GPTJForCausalLM(  # biases in the MLP and at the end only
-        _gpt2_like(transformers.GPTJConfig, rotary_dim=8)
-    ),
     "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**_NARROW_HEADS)),
 }
 

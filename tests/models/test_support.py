@@ -73,19 +73,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "attention whose pattern",
     ),
-    "cohere": (
-        lambda: transformers.CohereForCausalLM(transformers.CohereConfig(**_LLAMA)),
-        "between the unembedding and the logits",
-    ),
-    "granite": (
-        lambda: transformers.GraniteForCausalLM(
-            transformers.GraniteConfig(
-                **_LLAMA, embedding_multiplier=12.0, residual_multiplier=0.22,
-                attention_multiplier=0.0625, logits_scaling=8.0,
-            )
-        ),
-        "(attn|mlp)_out",  # which of the two the set order decides
-    ),
     "olmo": (
         lambda: transformers.OlmoForCausalLM(transformers.OlmoConfig(**_LLAMA)),
         "norm ln1",
