@@ -95,7 +95,7 @@ def load_model(
 
 
 def _check_rules(view: ModelView, family: str) -> None:
-    """Check the model against the rules, and advise the other class where only that one reads it."""
+    """Check the rules, and advise the other class where only that one reads the family."""
     try:
         check_supported(view)
     except UnsupportedModelError as error:

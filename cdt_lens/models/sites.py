@@ -47,7 +47,8 @@ NORMS = {
 }
 
 
-_OF_THE_MLP = frozenset({"pre", "pre_linear", "post", "mlp_out", "ln2", "ln2_post"})
+_HIDDEN = frozenset({"pre", "pre_linear", "post"})
+_OF_THE_MLP = _HIDDEN | {"mlp_out", "ln2", "ln2_post"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def find_sites(model: Any, n_layers: int) -> dict[Site, Place]:
     places: dict[Site, Place] = {}
     for layer, block in enumerate(model.blocks):
         # HookedTransformer has some MLP hook points in attention-only blocks, but none fires.
-        absent = _OF_THE_MLP if getattr(block, "mlp", None) is None else frozenset()
+        mlp = getattr(block, "mlp", None)
+        absent = _OF_THE_MLP if mlp is None else _HIDDEN if is_routed(mlp) else frozenset()
         for name, path in _HOOK_POINTS.items():
             if name in absent:
                 continue
@@ -118,8 +120,7 @@ def find_sites(model: Any, n_layers: int) -> dict[Site, Place]:
         attention = _resolve(block, "attn")
         if attention is not None:
             places["attn.in", layer] = Place(attention, "input")
-        mlp = _resolve(block, "mlp")
-        if mlp is not None:
+        if isinstance(mlp, nn.Module):
             places["mlp.in", layer] = Place(mlp, "input")
         places |= _multiplied_outputs(block, layer)
         for name, path in NORMS.items():
@@ -128,6 +129,18 @@ def find_sites(model: Any, n_layers: int) -> dict[Site, Place]:
             _add_norm(places, name, layer, _resolve(block, path))
     _add_norm(places, "ln_final", n_layers, getattr(model, "ln_final", None))
     return places
+
+
+def is_routed(mlp: object) -> bool:
+    """Return whether an MLP is a mixture of experts of a bridge.
+
+    Args:
+        mlp: the MLP of a block.
+
+    Returns:
+        True for a mixture of experts, whose `hook_pre` and `hook_post` are its input and output.
+    """
+    return type(mlp).__name__ == "MoEBridge" and not getattr(mlp, "bound_dense", False)
 
 
 def _multiplied_outputs(block: Any, layer: int) -> dict[Site, Place]:

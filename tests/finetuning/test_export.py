@@ -17,8 +17,8 @@ import torch
 import transformers
 from helpers.checks import assert_close
 from helpers.hf_layout import selected
-from helpers.shared import BRIDGE_FAMILIES
-from helpers.tiny_models import build, prompts
+from helpers.shared import BRIDGE_FAMILIES, HOOKED_ONLY
+from helpers.tiny_models import EXPERTS, build, prompts
 from helpers.tiny_training import HEADS, QUICK, least_moved, task
 from helpers.wrapped import needs_hooked
 from torch import Tensor
@@ -92,11 +92,11 @@ def check_export(family: str, backend: str, scope: str, base: Path, place: Path)
         after.get_output_embeddings().weight is after.get_input_embeddings().weight
     ) == after.config.tie_word_embeddings
     # The folder is a model of this package again, of the trained weights.
-    read_again = "bridge" if family in BRIDGE_FAMILIES else backend
+    read_again = backend if family in HOOKED_ONLY else "bridge"
     assert weight_hash(load(place, read_again)) == trained_hash
 
 
-@pytest.mark.parametrize("family", BRIDGE_FAMILIES)
+@pytest.mark.parametrize("family", [*BRIDGE_FAMILIES, *EXPERTS])
 def test_plain_transformers_reads_the_trained_model(family, folders, tmp_path):
     check_export(family, "bridge", "decision", folders(family), tmp_path / "out")
 

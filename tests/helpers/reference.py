@@ -138,10 +138,17 @@ class MLP:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts as one function, its routing included."""
+
+    function: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Block:
     attention: Attention
     attention_norm: Norm | None
-    mlp: MLP | None = None
+    mlp: MLP | Experts | None = None
     mlp_norm: Norm | None = None
     attention_post_norm: Norm | None = None
     mlp_post_norm: Norm | None = None
@@ -193,6 +200,16 @@ def norm(x: Pair, spec: Norm | None, rules: ReferenceRules) -> Pair:
     scale = norm_scale(x.full, spec)
     out = x.each(lambda part: centre(part, spec) / scale * spec.weight)
     return add_bias(out, spec.bias, x, rules)
+
+
+def head_norm(x: Pair, spec: Norm | None, rules: ReferenceRules) -> Pair:
+    """A norm of each head, or one over all heads."""
+    if spec is None or len(spec.weight) == x.full.shape[-1]:
+        return norm(x, spec, rules)
+    shape = x.full.shape[-2:]
+    return norm(x.each(lambda part: part.flatten(-2)), spec, rules).each(
+        lambda part: part.unflatten(-1, shape)
+    )
 
 
 def plain_norm(x: Tensor, spec: Norm) -> Tensor:
@@ -247,8 +264,8 @@ def sign(x: Pair, rules: ReferenceRules) -> Pair:
 
 def attention(q: Pair, k: Pair, v: Pair, spec: Attention, rules: ReferenceRules) -> Pair:
     """z from the projected q, k, v: QK-norm and rotary first, then the chosen rule."""
-    q = norm(q, spec.q_norm, rules).each(lambda part: rotate(part, spec.rotary, spec.adjacent))
-    k = norm(k, spec.k_norm, rules).each(lambda part: rotate(part, spec.rotary, spec.adjacent))
+    q = head_norm(q, spec.q_norm, rules).each(lambda part: rotate(part, spec.rotary, spec.adjacent))
+    k = head_norm(k, spec.k_norm, rules).each(lambda part: rotate(part, spec.rotary, spec.adjacent))
     full_pattern = pattern(q.full, k.full, spec)
     z = weigh(full_pattern, v.full)
     if rules.attention == "decomposed":
@@ -417,7 +434,10 @@ def reset_sources(z: Pair, layer: int, sources: Sequence[Source], baseline: Tens
     return Pair(rel, irrel)
 
 
-def run_mlp(x: Pair, mlp: MLP, rules: ReferenceRules) -> Pair:
+def run_mlp(x: Pair, mlp: MLP | Experts, rules: ReferenceRules) -> Pair:
+    if isinstance(mlp, Experts):
+        irrel = mlp.function(x.irrel)
+        return Pair(mlp.function(x.full) - irrel, irrel)
     up = sign(linear(x, mlp.w_in, rules), rules)
     if mlp.w_gate is None:
         hidden = activation(up, mlp.function, rules)
@@ -448,7 +468,20 @@ def read_model(model: nn.Module) -> Network:
         "opt": _read_opt,
         "cohere": _read_cohere,
         **dict.fromkeys(
-            ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite", "smollm3"),
+            (
+                "llama",
+                "mistral",
+                "qwen2",
+                "qwen3",
+                "gemma2",
+                "gemma3_text",
+                "granite",
+                "smollm3",
+                "mixtral",
+                "qwen2_moe",
+                "qwen3_moe",
+                "olmoe",
+            ),
             _read_llama_like,
         ),
     }
@@ -653,6 +686,16 @@ def _read_llama_like(model: nn.Module) -> Network:
             window=config.sliding_window if layer_type == "sliding_attention" else None,
         )
 
+    def mlp(module: nn.Module) -> MLP | Experts:
+        if hasattr(module, "experts"):
+            return Experts(module)
+        return MLP(
+            w_in=_linear(module.up_proj),
+            w_out=_linear(module.down_proj),
+            function=function,
+            w_gate=_linear(module.gate_proj),
+        )
+
     def block(layer: nn.Module, layer_type: str) -> Block:
         # Gemma calls the norm after attention what the others call the norm before the MLP.
         after_attention = rms_norm(layer.post_attention_layernorm)
@@ -660,12 +703,7 @@ def _read_llama_like(model: nn.Module) -> Network:
             attention=attention(layer.self_attn, layer_type),
             attention_norm=rms_norm(layer.input_layernorm),
             attention_post_norm=after_attention if gemma else None,
-            mlp=MLP(
-                w_in=_linear(layer.mlp.up_proj),
-                w_out=_linear(layer.mlp.down_proj),
-                function=function,
-                w_gate=_linear(layer.mlp.gate_proj),
-            ),
+            mlp=mlp(layer.mlp),
             mlp_norm=rms_norm(layer.pre_feedforward_layernorm) if gemma else after_attention,
             mlp_post_norm=rms_norm(layer.post_feedforward_layernorm) if gemma else None,
             multiplier=getattr(config, "residual_multiplier", 1.0),

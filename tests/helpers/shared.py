@@ -10,11 +10,12 @@ import torch
 
 from cdt_lens.models.loading import has_hooked_transformer
 from cdt_lens.models.view import ModelView
-from helpers.tiny_models import FAMILIES
+from helpers.tiny_models import EXPERTS, FAMILIES
 from helpers.wrapped import needs_hooked, view, wrap
 
 # HookedTransformer does not read these right.
 BRIDGE_ONLY = ("gemma2", "gemma3", "granite", "smollm3", "cohere")
+NOT_HOOKED = BRIDGE_ONLY + EXPERTS
 HOOKED_ONLY = ("gptj", "gpt_neo", "opt")  # the bridge cannot edit their attention pattern
 BRIDGE_OF_4 = ("cohere",)  # the bridge of transformer-lens 3 does not read these right
 EVERY_FAMILY = tuple(FAMILIES)
@@ -36,7 +37,7 @@ def models(families: Sequence[str] = EVERY_FAMILY) -> pytest.MarkDecorator:
     """Parametrises a test over (family, backend), each family in every class that reads it."""
     cases = []
     for family in families:
-        if family not in BRIDGE_ONLY:
+        if family not in NOT_HOOKED:
             cases.append(pytest.param(family, "hooked", marks=needs_hooked, id=f"{family}-hooked"))
         if family not in HOOKED_ONLY:
             marks = needs_bridge_of_4 if family in BRIDGE_OF_4 else ()
@@ -46,8 +47,8 @@ def models(families: Sequence[str] = EVERY_FAMILY) -> pytest.MarkDecorator:
 
 def classes_of(family: str) -> list[str]:
     """Return the classes that read the family in this environment, for one test over both."""
-    hooked = ["hooked"] if has_hooked_transformer() and family not in BRIDGE_ONLY else []
-    return [*hooked, *(["bridge"] if family in BRIDGE_FAMILIES else [])]
+    hooked = ["hooked"] if has_hooked_transformer() and family not in NOT_HOOKED else []
+    return [*hooked, *(["bridge"] if family in BRIDGE_FAMILIES + EXPERTS else [])]
 
 
 @functools.cache

@@ -37,6 +37,7 @@ _COMMON = {
 }
 _GROUPED = {**_COMMON, "num_key_value_heads": 2, "pad_token_id": 0}
 _NARROW_HEADS = {**_GROUPED, "head_dim": 12}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 _GEMMA = {**_NARROW_HEADS, "query_pre_attn_scalar": 20, "sliding_window": WINDOW}
 
 
@@ -203,7 +204,24 @@ OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**_GROUPED)),  # fused
     "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**_NARROW_HEADS)),
+    "mixtral": lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2)
+    ),
+    "qwen2_moe": lambda: transformers.Qwen2MoeForCausalLM(  # QKV biases, a shared expert
+        transformers.Qwen2MoeConfig(
+            **_GROUPED, **_EXPERTS, moe_intermediate_size=40, shared_expert_intermediate_size=24
+        )
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(  # QK-norm, a dense layer
+        transformers.Qwen3MoeConfig(
+            **_NARROW_HEADS, **_EXPERTS, moe_intermediate_size=40, mlp_only_layers=[0]
+        )
+    ),
+    "olmoe": lambda: transformers.OlmoeForCausalLM(  # QK-norm over all heads
+        transformers.OlmoeConfig(**_GROUPED, **_EXPERTS)
+    ),
 }
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # of OTHERS, mixtures of experts
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
@@ -214,6 +232,8 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     with torch.random.fork_rng(), Float64Throughout() if dtype is torch.float64 else nullcontext():
         model = (BUILDERS | OTHERS)[name]()
     model = model.to(dtype).eval().requires_grad_(False)
+    if name in EXPERTS and dtype is torch.float64:
+        model.set_experts_implementation("eager")
     _randomise(model, torch.Generator().manual_seed(1))
     model.config.architectures = [type(model).__name__]
     model.config._name_or_path = f"tiny-{name}"
@@ -233,4 +253,4 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
         if parameter.ndim == 1:
             parameter.add_(0.3 * noise)
         else:
-            parameter.copy_(noise * min(parameter.shape) ** -0.5)
+            parameter.copy_(noise * min(parameter.shape[-2:]) ** -0.5)

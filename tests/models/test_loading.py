@@ -412,6 +412,29 @@ def test_numbers_that_no_model_has(name, value, folder):
     assert name in words or "rope_theta=nan" in words
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes, 8 bits"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq, 4 bits"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemm"}, "awq, 4 bits"),
+        ({"quant_method": "fp8"}, "fp8"),
+    ],
+)
+def test_quantised_weights_are_refused_by_name_before_they_are_read(settings, words, folder):
+    (folder / "model.safetensors").unlink()
+    say(folder, quantization_config=settings)
+    message = refused(folder, UnsupportedModelError)
+    assert f"({words})" in message and "unquantised" in message
+
+
+def test_layers_without_attention_are_refused_by_name_before_they_are_read(tmp_path):
+    config = transformers.Qwen3NextConfig(**_GROUPED, head_dim=8)
+    config.save_pretrained(tmp_path / "model")
+    assert "linear_attention" in refused(tmp_path / "model", UnsupportedModelError)
+
+
 def test_two_words_with_one_id(folder):
     """The tokenizers library would save one of the two, another one each time."""
     path = folder / "tokenizer.json"
