@@ -80,7 +80,7 @@ def load_model(
             )
         check_supported(view_of(source))
         return source
-    dtype, n_ctx = _checked_dtype(dtype), _checked_length(n_ctx)
+    dtype, n_ctx = checked_dtype(dtype), _checked_length(n_ctx)
     where = _checked_device(device) if device is not None else default_device()
     with third_party_noise_off():
         hf_model, tokenizer = load_hugging_face(source, dtype=dtype)
@@ -272,8 +272,15 @@ def _agrees(model: Any, tokens: Tensor, expected: Tensor, dtype: torch.dtype) ->
     return bool((actual - expected).norm() <= tolerance * expected.norm())
 
 
-def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """Return a floating point type, which may be given by its name."""
+def checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return a floating point type, which may be given by its name.
+
+    Args:
+        dtype: the type or its name.
+
+    Raises:
+        InputError: it is not one of float32, bfloat16, float16 and float64.
+    """
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or found not in _DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
