@@ -89,6 +89,7 @@ def check_supported(view: ModelView) -> Support:
         InputError: a weight is not finite.
     """
     _refuse_flags(view)
+    _refuse_weights(view)
     state = _weights_state(view)
     before = _CHECKED.get(view.tl)
     if before is not None and before[0] == state:
@@ -217,6 +218,16 @@ def _refuse_flags(view: ModelView) -> None:
             )
 
 
+def _refuse_weights(view: ModelView) -> None:
+    """Refuse weights whose values are elsewhere or are not plain floats."""
+    for name, parameter in view.tl.named_parameters():
+        if parameter.is_meta:
+            _refuse_offloaded(view, name)
+        if parameter.dtype not in _TYPES:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            _refuse(view, f"quantised weights ({name} in {kind})")
+
+
 def _refuse_by_name(view: ModelView) -> None:
     cfg = view.tl.cfg
     config = view.hf_config
@@ -227,10 +238,6 @@ def _refuse_by_name(view: ModelView) -> None:
     for layer, block in enumerate(view.blocks):
         if getattr(block, "attn", None) is None:
             _refuse(view, f"layer {layer} without attention heads ({_kind_of(config, layer)})")
-    for name, parameter in view.tl.named_parameters():
-        if parameter.dtype not in _TYPES:
-            kind = str(parameter.dtype).removeprefix("torch.")
-            _refuse(view, f"quantised weights ({name} in {kind})")
     if any(name.endswith(".sinks") for name, _ in view.tl.named_parameters()):
         _refuse(view, "attention sinks, which take a part of every pattern")
     if flag("num_experts") or flag("num_local_experts") or flag("n_routed_experts"):
@@ -251,6 +258,14 @@ def _refuse_by_name(view: ModelView) -> None:
         for name in ("q", "k", "v", "pattern", "z", "attn_out", "resid_post"):
             if (name, layer) not in view.sites:
                 _refuse(view, f"layer {layer} without a hook point for {name}")
+
+
+def _refuse_offloaded(view: ModelView, weight: str) -> None:
+    raise UnsupportedModelError(
+        f"{view.name}: weight {weight} is offloaded (on the meta device). Hashes, norms and the "
+        "unembedding are read from the weights themselves, past the hooks with which accelerate "
+        "loads them. Load the whole model, with dtype='bfloat16' if memory is short."
+    )
 
 
 def _kind_of(config: Any, layer: int) -> str:

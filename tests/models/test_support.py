@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -128,6 +129,17 @@ def test_a_component_without_a_rule_is_refused_by_name(family, tokenizer_folder)
     with Float64Throughout(), pytest.raises(UnsupportedModelError, match=component) as caught:
         check_supported(bridge(build_model, tokenizer_folder))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("parts", ["everything", "projections"])
+def test_offloaded_weights_are_refused_with_the_reason(parts, tokenizer_folder, tmp_path):
+    model = wrap("llama", "bridge", tokenizer_folder, torch.float32)
+    whole = model.original_model
+    for module in [whole] if parts == "everything" else list(whole.model.layers.modules()):
+        if module is whole or isinstance(module, nn.Linear):
+            accelerate.cpu_offload(module, execution_device=torch.device("cpu"))
+    with pytest.raises(UnsupportedModelError, match=r"weight .* is offloaded.*bfloat16"):
+        check_supported(ModelView(model))
 
 
 @models(("mixtral",))
