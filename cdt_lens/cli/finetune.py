@@ -181,6 +181,12 @@ def export(
         bool,
         typer.Option(help="With --to-peft: store trained norms as peft's modules_to_save."),
     ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Floating point type of the checkpoint. The default is that of the base's files."
+        ),
+    ] = None,
     allow_unchanged: Annotated[
         bool,
         typer.Option(
@@ -197,12 +203,15 @@ def export(
     from cdt_lens.finetuning.export import export as write
     from cdt_lens.finetuning.peft_files import to_peft as write_lora
 
+    if to_peft and dtype is not None:
+        raise InputError("--dtype: for a checkpoint; omit it with --to-peft")
     if to_peft:
         tell(str(write_lora(Adapter.load(adapter), base, out, rank=rank, extras=extras)))
         return
     if rank is not None or extras:
         raise InputError("--rank and --extras: for --to-peft; give that as well, or omit them")
-    tell(str(write(Adapter.load(adapter), base, out, allow_unchanged=allow_unchanged)))
+    found = write(Adapter.load(adapter), base, out, dtype=dtype, allow_unchanged=allow_unchanged)
+    tell(str(found))
     lead_on(["predict", out, "--file", "rows.csv"])
 
 

@@ -97,7 +97,9 @@ class Propagator:
                         f"{name}: {norm} has a bias, and bias='proportional' has no rule for a "
                         "norm behind a projection; use bias='irrelevant'"
                     )
-        if self.rules.sign and not any(site == "pre" for site, _ in self.view.sites) and has_mlp:
+        if self.rules.sign and has_mlp - {
+            layer for site, layer in self.view.sites if site == "pre"
+        }:
             raise UnsupportedModelError(
                 f"{name}: the MLP has no hook point before its activation, where the sign rule "
                 "applies; use sign=False"

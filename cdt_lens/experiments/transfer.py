@@ -346,7 +346,11 @@ class Transfer:
             remove_artifact(kept.path)
             shutil.rmtree(self.proxy, ignore_errors=True)
             # A base model that the proxy stage cannot improve is a proxy as it is.
-            export(tuned.adapter, config.model, self.proxy, allow_unchanged=True)
+            # The later stages continue from it, so its weights are not rounded.
+            export(
+                tuned.adapter, config.model, self.proxy, dtype=tuned.adapter.dtype,
+                allow_unchanged=True,
+            )  # fmt: skip
         kept.keep({"history": tuned.history.to_dict("records"), "options": dict(tuned.options)})
         if is_main():
             remove_checkpoint(checkpoint)

@@ -4,9 +4,9 @@
    TransformerBridge then wraps.
 2. Apply the adapter to the bridge. This writes the trained elements into the checkpoint's own
    tensors, fused projections included.
-3. Load the state dict into a fresh model of the same class and save it with the tokenizer and the
-   task (`export_task`). Read the saved folder back and compare its logits with those of the trained
-   model.
+3. Load the state dict into a fresh model of the same class and save it in the base's floating
+   point type (`export_base`), with the tokenizer and the task (`export_task`). Read the saved
+   folder back and compare its logits with those of the trained model.
 """
 
 from __future__ import annotations
@@ -24,20 +24,30 @@ from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.folders import check_writable
 from cdt_lens.finetuning.adapter import Adapter
+from cdt_lens.finetuning.export_base import (
+    base_folder,
+    copy_papers,
+    is_lost,
+    round_parameters,
+    shard_size,
+    shorter,
+    stored_type,
+)
 from cdt_lens.finetuning.export_task import write_task
 from cdt_lens.models.hugging_face import load_hugging_face, third_party_noise_off
-from cdt_lens.models.loading import bridge_of
+from cdt_lens.models.loading import bridge_of, checked_dtype
 from cdt_lens.models.view import ModelView
 
 
 @checked_arguments
 def export(
-    adapter: Adapter, base: str | Path, folder: str | Path, *, allow_unchanged: bool = False
-) -> Path:
+    adapter: Adapter, base: str | Path, folder: str | Path, *,
+    dtype: torch.dtype | str | None = None, allow_unchanged: bool = False,
+) -> Path:  # fmt: skip
     """Write the base model with an adapter in it to a folder that transformers can load.
 
     Every element that was not trained is bit-identical to the base model's, in the floating point
-    type of the training. The tokenizer of the folder gives the tokens of the training for the text
+    type of the export. The tokenizer of the folder gives the tokens of the training for the text
     of a prompt, and `cdt_task.json` and `README.md` say how to ask the model. The folder is written
     whole or not at all.
 
@@ -46,6 +56,9 @@ def export(
         base: hub name, Hugging Face folder or `.gguf` file of the model that the adapter was
             trained on.
         folder: a new or empty folder.
+        dtype: floating point type of the export, such as "float32". None takes the type of the
+            base's files, or that of the training if it is shorter, or if rounding to the type of
+            the base's files would change the logits by more than a tenth of what the training did.
         allow_unchanged: whether to export an adapter that changes no weight, of a training that
             learnt nothing.
 
@@ -55,11 +68,13 @@ def export(
     Raises:
         ArtifactError: `base` has other weights. The message shows both hashes.
         InputError: the base cannot be loaded or holds a LoRA adapter of its own, the adapter
-            changes nothing, `folder` is not empty or cannot be written, or the exported checkpoint
-            gives other logits or tokens.
+            changes nothing, `folder` is not empty or cannot be written, the exported checkpoint
+            gives other logits or tokens, or rounding to `dtype` would undo the training.
         UnsupportedModelError: the bridge cannot represent the base model.
     """
     folder = new_export_folder(folder)
+    asked = None if dtype is None else checked_dtype(dtype)
+    files = base_folder(base)
     with third_party_noise_off():
         hf_model, tokenizer = base_of(base, adapter.dtype)
         config = copy.deepcopy(hf_model.config)
@@ -76,15 +91,44 @@ def export(
                 "another learning rate or more epochs, or export it with allow_unchanged=True "
                 "(--allow-unchanged)."
             )
+        tokens, stored = random_tokens(view), stored_type(files)
+        before = view.logits(tokens)
         with adapter.applied(view, check=False):
-            logits = view.logits(random_tokens(view))
+            logits = view.logits(tokens)
             fresh = fresh_model(kind, config, state)
+            written = asked or shorter(stored, adapter.dtype)
+            if written != adapter.dtype:
+                rounded = _rounded(fresh, written, tokens)
+                if not is_lost(rounded, logits, before):
+                    logits = rounded
+                elif asked is not None:
+                    _refuse_rounding(asked, adapter.dtype)
+                else:
+                    fresh, written = fresh_model(kind, config, state), adapter.dtype
         fresh.generation_config = generation
         with new_folder(folder) as temporary:
-            fresh.save_pretrained(temporary)
+            sizes = shard_size(files, written.itemsize / (stored or written).itemsize)
+            fresh.to(written).save_pretrained(temporary, **sizes)
             write_task(adapter, tokenizer, str(base), temporary)
-            _check(fresh, temporary, logits, random_tokens(view))
+            copy_papers(files, temporary)
+            _check(temporary, logits, tokens, adapter.dtype)
     return folder
+
+
+def _rounded(model: Any, dtype: torch.dtype, tokens: Tensor) -> Tensor:
+    """Round the parameters to a type, and return the logits in the type of the training."""
+    round_parameters(model, dtype)
+    with torch.no_grad():
+        logits: Tensor = model(tokens).logits
+    return logits
+
+
+def _refuse_rounding(asked: torch.dtype, trained: torch.dtype) -> None:
+    names = [str(kind).removeprefix("torch.") for kind in (asked, trained)]
+    raise InputError(
+        f"dtype={names[0]}: rounding to it would change the logits by more than a tenth of what "
+        f"the training changed. Export in {names[1]}, the type of the training."
+    )
 
 
 def new_export_folder(folder: str | Path) -> Path:
@@ -150,12 +194,12 @@ def random_tokens(view: ModelView) -> Tensor:
     return torch.randint(size, (2, length), generator=torch.Generator().manual_seed(0))
 
 
-def _check(model: Any, folder: Path, logits: Tensor, tokens: Tensor) -> None:
+def _check(folder: Path, logits: Tensor, tokens: Tensor, dtype: torch.dtype) -> None:
     """Compare the logits of the saved checkpoint with those of the trained model."""
-    again, _ = load_hugging_face(folder, dtype=model.dtype)
+    again, _ = load_hugging_face(folder, dtype=dtype)
     with torch.no_grad():
         actual = again(tokens).logits
-    tolerance = 1e-3 if model.dtype.itemsize >= 4 else 5e-2
+    tolerance = 1e-3 if dtype.itemsize >= 4 else 5e-2
     if bool((actual - logits.to(actual)).norm() > tolerance * logits.norm()):
         raise InputError(
             "The exported checkpoint does not give the trained model's logits. "

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from transformers import AutoModelForCausalLM, AutoTokenizer, logging as hf_logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging as hf_logging
 
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.errors import InputError, UnsupportedModelError
 from cdt_lens.core.process_wide import GENERATOR, ignored, process_wide
 from cdt_lens.models.gguf import check_gguf
 from cdt_lens.models.packaged import how_to_fetch
@@ -41,17 +41,23 @@ def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32)
         InputError: there is no such folder or file, it is damaged or incomplete, it needs code of
             its own, its configuration names other weights than it holds, or the hub cannot be
             reached.
+        UnsupportedModelError: its weights are quantised, or some of its layers have no attention.
     """
     path = Path(source)
     if path.suffix == ".gguf":
         return _from_gguf(path, dtype)
     is_local = _is_local(source)
     try:
+        described = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # as below
+        raise InputError(f"{source}: cannot be loaded: {_reason(error, is_local)}") from error
+    _refuse_by_configuration(source, described)
+    try:
         # Eager attention: the bridge reads and edits its pattern. Without an answer about its code,
         # transformers asks for one on the terminal.
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation="eager", output_loading_info=True,
-            trust_remote_code=False,
+            trust_remote_code=False, **_in_float64(dtype),
         )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the errors of transformers and safetensors have no common class
@@ -62,6 +68,40 @@ def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32)
     _check_configuration(source, model.config.to_dict())
     _check_words(source, tokenizer)
     return model, tokenizer
+
+
+def _refuse_by_configuration(source: str | Path, config: Any) -> None:
+    """Refuse, before any weight is read, what no rule and no export can represent."""
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        values = quantised if isinstance(quantised, Mapping) else quantised.to_dict()
+        raise UnsupportedModelError(
+            f"{source}: its weights are quantised ({_quantisation(values)}). Heads are scored and "
+            "trained on plain floating point weights. Load the unquantised model, with "
+            "dtype='bfloat16' if memory is short."
+        )
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    others = sorted(kind for kind in kinds if not kind.endswith("attention") or "linear" in kind)
+    if others:
+        raise UnsupportedModelError(
+            f"{source}: {type(config).__name__} has layers of kind {', '.join(others)}, which have "
+            "no attention heads with a pattern: no propagation rule exists for them"
+        )
+
+
+def _quantisation(values: Mapping[str, Any]) -> str:
+    """Return the method and the number of bits, such as "bitsandbytes, 4 bits"."""
+    method = values.get("quant_method") or "bitsandbytes"
+    given = values.get("bits") or values.get("w_bit")
+    bits = given or (4 if values.get("load_in_4bit") or values.get("_load_in_4bit") else None)
+    bits = bits or (8 if values.get("load_in_8bit") or values.get("_load_in_8bit") else None)
+    name = str(getattr(method, "value", method))
+    return f"{name}, {bits} bits" if bits else name
+
+
+def _in_float64(dtype: torch.dtype) -> dict[str, str]:
+    """Return how to run experts in float64, which torch's grouped products do not have."""
+    return {"experts_implementation": "eager"} if dtype == torch.float64 else {}
 
 
 def _reason(error: Exception, source: str | Path, is_local: bool) -> str:

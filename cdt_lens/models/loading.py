@@ -25,15 +25,20 @@ from cdt_lens.core.scratch import temporary_folder
 from cdt_lens.models.hugging_face import first_line, load_hugging_face, third_party_noise_off
 from cdt_lens.models.positions import difference, sample_lengths
 from cdt_lens.models.support import check_supported
-from cdt_lens.models.view import is_model, view_of
+from cdt_lens.models.view import ModelView, is_model, view_of
 
 # Families that HookedTransformer 3.9 reads correctly from any folder (measured on the logits).
 _HOOKED_FAMILIES = frozenset(
     {
-        "GPT2LMHeadModel", "GPTNeoXForCausalLM", "LlamaForCausalLM", "MistralForCausalLM",
-        "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+        "GPT2LMHeadModel", "GPTJForCausalLM", "GPTNeoForCausalLM", "GPTNeoXForCausalLM",
+        "LlamaForCausalLM", "MistralForCausalLM", "OPTForCausalLM", "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
     }
 )  # fmt: skip
+# Of these the bridge leaves the attention pattern to Hugging Face, so that no hook can edit it.
+_HOOKED_ONLY = frozenset({"GPTJForCausalLM", "GPTNeoForCausalLM", "OPTForCausalLM"})
+# A learned position table has its length in the weights; it cannot be cut.
+_LEARNED_POSITIONS = frozenset({"GPT2LMHeadModel", "GPTNeoForCausalLM", "OPTForCausalLM"})
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -75,7 +80,7 @@ def load_model(
             )
         check_supported(view_of(source))
         return source
-    dtype, n_ctx = _checked_dtype(dtype), _checked_length(n_ctx)
+    dtype, n_ctx = checked_dtype(dtype), _checked_length(n_ctx)
     where = _checked_device(device) if device is not None else default_device()
     with third_party_noise_off():
         hf_model, tokenizer = load_hugging_face(source, dtype=dtype)
@@ -85,8 +90,23 @@ def load_model(
     if n_ctx is not None:
         model.cfg.n_ctx = n_ctx
     model.eval()
-    check_supported(view_of(model))
+    _check_rules(view_of(model), type(hf_model).__name__)
     return model
+
+
+def _check_rules(view: ModelView, family: str) -> None:
+    """Check the rules, and advise the other class where only that one reads the family."""
+    try:
+        check_supported(view)
+    except UnsupportedModelError as error:
+        if not view.is_bridge or family not in _HOOKED_ONLY:
+            raise
+        advice = (
+            "use backend='hooked'" if has_hooked_transformer() else "install 'transformer-lens<4'"
+        )
+        raise UnsupportedModelError(
+            f"{error}. HookedTransformer reads this family: {advice}"
+        ) from error
 
 
 def _wrapped(
@@ -162,6 +182,7 @@ def bridge_of(
     return _agreeing(
         hf_model, "TransformerBridge", dtype,
         lambda model, dtype: _bridge(model, tokenizer, device, dtype),
+        scored=type(hf_model).__name__ not in _HOOKED_ONLY,
     )  # fmt: skip
 
 
@@ -169,15 +190,19 @@ def bridge_of(
 _Make = Callable[[Any, torch.dtype], Any]
 
 
-def _agreeing(hf_model: Any, kind: str, dtype: torch.dtype, make: _Make) -> Any:
+def _agreeing(
+    hf_model: Any, kind: str, dtype: torch.dtype, make: _Make, *, scored: bool = True
+) -> Any:
     """Wrap `hf_model` with `make` and check that the logits equal those of Hugging Face.
 
     In half precision the logits of a correct model differ by some percent, which would hide a wrong
-    one. So its first layers are compared in float32 before.
+    one. So its first layers are compared in float32 before. A bridge that only carries trained
+    weights into a checkpoint (not `scored`) needs no rules.
     """
     if dtype.itemsize < 4:
-        start = _first_layers(hf_model)
-        check_supported(view_of(_compared(start, kind, torch.float32, make)))
+        start = _compared(_first_layers(hf_model), kind, torch.float32, make)
+        if scored:
+            check_supported(view_of(start))
     return _compared(hf_model, kind, dtype, make)
 
 
@@ -247,8 +272,15 @@ def _agrees(model: Any, tokens: Tensor, expected: Tensor, dtype: torch.dtype) ->
     return bool((actual - expected).norm() <= tolerance * expected.norm())
 
 
-def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """Return a floating point type, which may be given by its name."""
+def checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return a floating point type, which may be given by its name.
+
+    Args:
+        dtype: the type or its name.
+
+    Raises:
+        InputError: it is not one of float32, bfloat16, float16 and float64.
+    """
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or found not in _DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
@@ -324,8 +356,9 @@ def _hooked(
         config.save_pretrained(shown)
         cfg = loading_from_pretrained.get_pretrained_model_config(
             str(shown), hf_cfg=config.to_dict(), fold_ln=False, device=device, dtype=dtype,
-            n_ctx=length if "n_ctx" not in _fixed_positions(hf_model) else None,
+            n_ctx=None if type(hf_model).__name__ in _LEARNED_POSITIONS else length,
         )  # fmt: skip
+        _check_head_width(config, int(cfg.d_head))
         state = loading_from_pretrained.get_pretrained_state_dict(
             str(shown), cfg, hf_model, dtype=dtype
         )
@@ -343,9 +376,29 @@ def _hooked(
     missing = [key for key in outcome.missing_keys if not key.endswith(buffers)]
     if missing:
         raise UnsupportedModelError(f"weights are missing for HookedTransformer: {missing[:4]}")
+    if type(hf_model).__name__ == "GPTJForCausalLM":
+        _share_norm(model)
     model.move_model_modules_to_device()
     model.setup()
     return model
+
+
+def _check_head_width(config: Any, d_head: int) -> None:
+    own = getattr(config, "head_dim", None)
+    if own is not None and own != d_head:
+        raise UnsupportedModelError(
+            f"HookedTransformer reads this family with heads of width d_model / n_heads = {d_head},"
+            f" and its heads have width {own}"
+        )
+
+
+def _share_norm(model: Any) -> None:
+    """Make the two norms of a block one, whose weights HookedTransformer keeps twice.
+
+    Training would otherwise move them apart, which no checkpoint of the family can store.
+    """
+    for block in model.blocks:
+        block.ln2.w, block.ln2.b = block.ln1.w, block.ln1.b
 
 
 def _saved_and_read(tokenizer: Any, folder: str | Path) -> Any:
@@ -357,11 +410,6 @@ def _saved_and_read(tokenizer: Any, folder: str | Path) -> Any:
             f"tokenizer: it cannot be saved and read again ({first_line(error)}). Use the "
             "tokenizer that belongs to the model."
         ) from error
-
-
-def _fixed_positions(hf_model: Any) -> tuple[str, ...]:
-    # A learned position table has its length in the weights; it cannot be cut.
-    return ("n_ctx",) if type(hf_model).__name__ == "GPT2LMHeadModel" else ()
 
 
 def _bridge(hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype) -> Any:

@@ -69,7 +69,7 @@ def longrope_limit(config: Any) -> int | None:
 
 
 def difference(hf_model: Any, model: Any) -> str | None:
-    """Compare windows and rotary tables of a `HookedTransformer` with those of Hugging Face.
+    """Compare epsilon, windows and rotary tables of a `HookedTransformer` with Hugging Face's.
 
     Args:
         hf_model: the Hugging Face model.
@@ -79,6 +79,10 @@ def difference(hf_model: Any, model: Any) -> str | None:
         What differs within the context of `model`, in words, or None.
     """
     n_ctx = int(model.cfg.n_ctx)
+    for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
+        epsilon = getattr(hf_model.config, name, None)
+        if epsilon is not None and epsilon != model.cfg.eps:
+            return f"{name} is {epsilon}, and here {model.cfg.eps}"
     for layer, window in enumerate(_windows(hf_model.config, n_ctx)):
         attention = model.blocks[layer].attn
         own = model.cfg.window_size if attention.attn_type == "local" else None
@@ -96,6 +100,9 @@ def difference(hf_model: Any, model: Any) -> str | None:
 
 def _windows(config: Any, n_ctx: int) -> list[int]:
     """Return how many tokens each layer attends to, by the configuration."""
+    kinds = getattr(config, "attention_layers", None)  # GPT-Neo
+    if kinds is not None:
+        return [min(config.window_size, n_ctx) if kind == "local" else n_ctx for kind in kinds]
     window = getattr(config, "sliding_window", None)
     if not window or getattr(config, "use_sliding_window", True) is False:
         return [n_ctx] * config.num_hidden_layers

@@ -27,11 +27,9 @@ from cdt_lens.models.configuration import (
 )
 from cdt_lens.models.view import ModelView
 from cdt_lens.models.weights import (
-    BLOCK_WEIGHTS,
     END_WEIGHTS,
     adapter_layers,
-    canonical,
-    first_tensor,
+    canonical_weights,
     is_bias,
     other_parameters,
 )
@@ -241,13 +239,11 @@ def weight_hash(view: ModelView) -> str:
 
 def _hashed(view: ModelView) -> str:
     digest = hashlib.sha256()
-    parts = [(view.tl, "", name) for name in END_WEIGHTS]
-    for layer, block in enumerate(view.blocks):
-        parts += [(block, f"{layer}.", name) for name in BLOCK_WEIGHTS]
-    for module, prefix, names in parts:
-        tensor = first_tensor(module, names)
-        if tensor is not None and not (is_bias(names) and not bool(tensor.any())):
-            _add(digest, f"{prefix}{canonical(names)}", tensor)
+    weights = canonical_weights(view)
+    ends_first = sorted(weights, key=lambda name: name not in END_WEIGHTS)
+    for name in ends_first:
+        if not is_bias(name) or bool(weights[name].any()):
+            _add(digest, name.removeprefix("blocks."), weights[name])
     for name, parameter in sorted(other_parameters(view).items()):
         _add(digest, name, parameter)
     for adapted, added in adapter_layers(view).items():

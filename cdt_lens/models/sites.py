@@ -4,6 +4,10 @@ A site is (name, layer). Most sites are TransformerLens hook points. A norm also
 input and its output, because its hook point lies before its weight and bias. The sites "attn.in"
 and "mlp.in", the inputs of attention and MLP, are read-only: `HookedTransformer` passes the first
 three times.
+
+Granite multiplies the outputs of attention and MLP before it adds them to the residual stream.
+There, "attn_out" and "mlp_out" are what is added, and "attn.out" and "mlp.out" the outputs of the
+projections.
 """
 
 from __future__ import annotations
@@ -43,7 +47,8 @@ NORMS = {
 }
 
 
-_OF_THE_MLP = frozenset({"pre", "pre_linear", "post", "mlp_out", "ln2", "ln2_post"})
+_HIDDEN = frozenset({"pre", "pre_linear", "post"})
+_OF_THE_MLP = _HIDDEN | {"mlp_out", "ln2", "ln2_post"}
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,12 @@ class Place:
         module: the module to hook.
         kind: "point" for a TransformerLens hook point, "input" or "output" for the module's own
             input or output.
+        factor: what the block multiplies an output by. The activation is the product.
     """
 
     module: nn.Module
     kind: Literal["point", "input", "output"]
+    factor: float = 1.0
 
     def attach(self, hook: Hook) -> Any:
         """Register a hook.
@@ -72,9 +79,14 @@ class Place:
             return self.module.register_forward_pre_hook(
                 lambda _, args, kwargs: _first(hook, args, kwargs), with_kwargs=True
             )
+        if self.kind == "output":
+            # The output itself comes before its product, whose hooks have to see every change.
+            return self.module.register_forward_hook(
+                lambda _m, _a, out: _scaled(hook, out, self.factor), prepend=self.factor == 1
+            )
         # The bridge stores heads flat and presents them split, so a raw hook has to convert.
         conversion = getattr(self.module, "hook_conversion", None)
-        if self.kind == "output" or conversion is None:
+        if conversion is None:
             return self.module.register_forward_hook(lambda _m, _a, out: hook(out))
 
         def converted(_module: nn.Module, _args: Any, out: Tensor) -> Tensor | None:
@@ -97,7 +109,8 @@ def find_sites(model: Any, n_layers: int) -> dict[Site, Place]:
     places: dict[Site, Place] = {}
     for layer, block in enumerate(model.blocks):
         # HookedTransformer has some MLP hook points in attention-only blocks, but none fires.
-        absent = _OF_THE_MLP if getattr(block, "mlp", None) is None else frozenset()
+        mlp = getattr(block, "mlp", None)
+        absent = _OF_THE_MLP if mlp is None else _HIDDEN if is_routed(mlp) else frozenset()
         for name, path in _HOOK_POINTS.items():
             if name in absent:
                 continue
@@ -107,14 +120,38 @@ def find_sites(model: Any, n_layers: int) -> dict[Site, Place]:
         attention = _resolve(block, "attn")
         if attention is not None:
             places["attn.in", layer] = Place(attention, "input")
-        mlp = _resolve(block, "mlp")
-        if mlp is not None:
+        if isinstance(mlp, nn.Module):
             places["mlp.in", layer] = Place(mlp, "input")
+        places |= _multiplied_outputs(block, layer)
         for name, path in NORMS.items():
             if name in absent:
                 continue
             _add_norm(places, name, layer, _resolve(block, path))
     _add_norm(places, "ln_final", n_layers, getattr(model, "ln_final", None))
+    return places
+
+
+def is_routed(mlp: object) -> bool:
+    """Return whether an MLP is a mixture of experts of a bridge.
+
+    Args:
+        mlp: the MLP of a block.
+
+    Returns:
+        True for a mixture of experts, whose `hook_pre` and `hook_post` are its input and output.
+    """
+    return type(mlp).__name__ == "MoEBridge" and not getattr(mlp, "bound_dense", False)
+
+
+def _multiplied_outputs(block: Any, layer: int) -> dict[Site, Place]:
+    """Find the outputs of attention and MLP in a block that multiplies them (Granite)."""
+    factor = getattr(getattr(block, "original_component", None), "residual_multiplier", None)
+    places: dict[Site, Place] = {}
+    for name in () if factor is None else ("attn", "mlp"):
+        module = _resolve(block, name)
+        if module is not None:
+            places[f"{name}.out", layer] = Place(module, "output")
+            places[f"{name}_out", layer] = Place(module, "output", float(factor))
     return places
 
 
@@ -132,6 +169,16 @@ def _add_norm(places: dict[Site, Place], name: str, layer: int, norm: nn.Module 
     places[f"{name}.in", layer] = Place(norm, "input")
     places[f"{name}.scale", layer] = Place(point, "point")
     places[f"{name}.out", layer] = Place(norm, "output")
+
+
+def _scaled(hook: Hook, out: Any, factor: float) -> Any:
+    """Pass an output times `factor` to `hook`; attention returns its pattern beside it."""
+    value = out[0] if isinstance(out, tuple) else out
+    result = hook(value if factor == 1 else value * factor)
+    if result is None:
+        return None
+    result = result if factor == 1 else result / factor
+    return (result, *out[1:]) if isinstance(out, tuple) else result
 
 
 def _first(

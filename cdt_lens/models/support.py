@@ -1,7 +1,7 @@
 """Check that the rules describe a model's architecture.
 
-1. Refuse components that have no rule, by name: mixture of experts, ALiBi, attention sinks and
-   others.
+1. Refuse components that have no rule, by name: ALiBi, attention sinks, layers without attention
+   and others.
 2. Make one ordinary run on a few tokens and check the identities that the rules rely on: the
    residual adds, z = pattern @ v, and logits = softcap(unembedding(final norm)).
 3. Make one run on zeros, which reads every bias where the rules use it, because a linear map of 0
@@ -17,6 +17,7 @@ import hashlib
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -29,6 +30,9 @@ from cdt_lens.models.trace import Trace
 from cdt_lens.models.view import ModelView, at_least_float32
 
 _PROBE_LENGTH = 7
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Mixtures of experts, by model_type, whose scores are compared with Hugging Face's in the tests.
+_ROUTED_FAMILIES = frozenset({"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +54,8 @@ class Support:
 def output_site(view: ModelView, name: str, layer: int) -> Site:
     """Return the site of the output projection of attention or MLP.
 
-    Where a norm follows the projection, as in Gemma 2 and 3, this is the norm's input.
+    Where a norm follows the projection, as in Gemma 2 and 3, this is the norm's input. Where the
+    block multiplies the output, as in Granite, this is the output before its product.
 
     Args:
         view: the model.
@@ -60,8 +65,9 @@ def output_site(view: ModelView, name: str, layer: int) -> Site:
     Returns:
         The site.
     """
-    before_norm = ("ln1_post.in" if name == "attn_out" else "ln2_post.in", layer)
-    return before_norm if before_norm in view.sites else (name, layer)
+    own = name.removesuffix("_out")
+    before = [("ln1_post.in" if own == "attn" else "ln2_post.in", layer), (f"{own}.out", layer)]
+    return next((site for site in before if site in view.sites), (name, layer))
 
 
 # The result of the check, with the state of the weights that were checked.
@@ -83,6 +89,7 @@ def check_supported(view: ModelView) -> Support:
         InputError: a weight is not finite.
     """
     _refuse_flags(view)
+    _refuse_weights(view)
     state = _weights_state(view)
     before = _CHECKED.get(view.tl)
     if before is not None and before[0] == state:
@@ -211,6 +218,16 @@ def _refuse_flags(view: ModelView) -> None:
             )
 
 
+def _refuse_weights(view: ModelView) -> None:
+    """Refuse weights whose values are elsewhere or are not plain floats."""
+    for name, parameter in view.tl.named_parameters():
+        if parameter.is_meta:
+            _refuse_offloaded(view, name)
+        if parameter.dtype not in _TYPES:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            _refuse(view, f"quantised weights ({name} in {kind})")
+
+
 def _refuse_by_name(view: ModelView) -> None:
     cfg = view.tl.cfg
     config = view.hf_config
@@ -218,8 +235,13 @@ def _refuse_by_name(view: ModelView) -> None:
     def flag(name: str) -> object:
         return getattr(cfg, name, None) or getattr(config, name, None)
 
-    if flag("num_experts") or flag("num_local_experts"):
-        _refuse(view, "mixture-of-experts MLP")
+    for layer, block in enumerate(view.blocks):
+        if getattr(block, "attn", None) is None:
+            _refuse(view, f"layer {layer} without attention heads ({_kind_of(config, layer)})")
+    if any(name.endswith(".sinks") for name, _ in view.tl.named_parameters()):
+        _refuse(view, "attention sinks, which take a part of every pattern")
+    if flag("num_experts") or flag("num_local_experts") or flag("n_routed_experts"):
+        _refuse_experts(view)
     if flag("positional_embedding_type") in ("alibi", "shortformer", "relative_positional_bias"):
         _refuse(view, f"{flag('positional_embedding_type')} positions inside attention")
     for name in ("clip_qkv", "use_logn_attn", "use_attention_sinks", "gated_q_proj"):
@@ -236,6 +258,37 @@ def _refuse_by_name(view: ModelView) -> None:
         for name in ("q", "k", "v", "pattern", "z", "attn_out", "resid_post"):
             if (name, layer) not in view.sites:
                 _refuse(view, f"layer {layer} without a hook point for {name}")
+
+
+def _refuse_offloaded(view: ModelView, weight: str) -> None:
+    raise UnsupportedModelError(
+        f"{view.name}: weight {weight} is offloaded (on the meta device). Hashes, norms and the "
+        "unembedding are read from the weights themselves, past the hooks with which accelerate "
+        "loads them. Load the whole model, with dtype='bfloat16' if memory is short."
+    )
+
+
+def _kind_of(config: Any, layer: int) -> str:
+    """Return the configuration's name for the kind of a layer."""
+    kinds = getattr(config, "layer_types", None) or ()
+    return (
+        str(kinds[layer]) if layer < len(kinds) else str(getattr(config, "model_type", "unknown"))
+    )
+
+
+def _refuse_experts(view: ModelView) -> None:
+    """Refuse a mixture of experts, except those whose families are compared with Hugging Face."""
+    kind = getattr(view.hf_config, "model_type", None)
+    if not view.is_bridge or kind not in _ROUTED_FAMILIES:
+        known = ", ".join(sorted(_ROUTED_FAMILIES))
+        _refuse(view, f"mixture-of-experts MLP of {kind or 'HookedTransformer'} (known: {known})")
+    way = getattr(view.hf_config, "_experts_implementation", None)
+    if view.dtype == torch.float64 and way != "eager":
+        raise UnsupportedModelError(
+            f"{view.name}: its experts run as {way}, which torch does not have in float64. Load "
+            "the model with load_model(..., dtype='float64'), or with experts_implementation="
+            "'eager'."
+        )
 
 
 def _differ(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:

@@ -419,7 +419,8 @@ class ModelView:
         Returns:
             Soft-capped logits, in at least float32.
         """
-        return self.softcapped(at_least_float32(self.tl.unembed(self.normed(resid)[:, None])[:, 0]))
+        logits = at_least_float32(self.tl.unembed(self.normed(resid)[:, None])[:, 0])
+        return self.softcapped(logits * self.logit_scale)
 
     def candidate_logits(
         self, resid: Float[Tensor, "*rows _row d_model"], candidates: Candidates
@@ -460,7 +461,7 @@ class ModelView:
     def unembedded(
         self, normed: Float[Tensor, "*rows _row d_model"], candidates: Candidates
     ) -> Float[Tensor, "*rows _row _k"]:
-        """Compute candidate logits before the soft-cap.
+        """Compute candidate logits, scaled as the model scales them, before the soft-cap.
 
         Args:
             normed: vectors after the final norm.
@@ -489,7 +490,7 @@ class ModelView:
     def unembedding(
         self, tokens: Candidates
     ) -> tuple[Float[Tensor, "*tokens d_model"], Float[Tensor, "*tokens"]]:
-        """Return the unembedding vectors and biases of a few tokens.
+        """Return the unembedding vectors and biases of a few tokens, times `logit_scale`.
 
         They are in at least float32, because scores are small differences between logits.
 
@@ -503,8 +504,20 @@ class ModelView:
         ids = slice(None) if isinstance(tokens, Words) else tokens.to(self.device)
         bias = getattr(unembed, "b_U", None)
         columns = at_least_float32(unembed.W_U.detach().T[ids])
-        zeros = torch.zeros_like(columns[..., 0])
-        return columns, zeros if bias is None else bias.detach()[ids].to(columns)
+        bias = torch.zeros_like(columns[..., 0]) if bias is None else bias.detach()[ids].to(columns)
+        if self.logit_scale == 1:  # saves a copy of the whole unembedding
+            return columns, bias
+        return columns * self.logit_scale, bias * self.logit_scale
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor between the unembedding and the logits, as in Cohere and Granite."""
+        if not self.is_bridge:
+            return 1.0
+        # Folding it into the unembedding sets the attribute of Cohere's module to 1.
+        factor = getattr(self.tl.original_model, "logit_scale", None)
+        divisor = getattr(self.hf_config, "logits_scaling", None)
+        return float(factor or 1.0) / float(divisor or 1.0)
 
     @property
     def logit_softcap(self) -> float | None:

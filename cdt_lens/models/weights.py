@@ -7,7 +7,9 @@
    must not be trained.
 3. Weights that TransformerLens has no name for, such as StableLM's norms of each head, come last
    under their name in Hugging Face. Those of peft's adapters are apart, see `adapter_layers`.
-4. The bridge runs some fused projections (GPT-NeoX) from split copies. `sync_fused` writes the
+4. A weight that a class shows differently has the layout of the other class: the norm that GPT-J
+   uses twice stands once, and OPT's position table is without the two rows for padding.
+5. The bridge runs some fused projections (GPT-NeoX) from split copies. `sync_fused` writes the
    copies back into the fused parameter, which would otherwise keep the old weights. `check_fused`
    refuses a model before training if that would give wrong weights.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,17 +45,20 @@ END_WEIGHTS = (
     "unembed.W_U",
     "unembed.b_U",
 )
+_OPT_PADDING_ROWS = 2
 _NORMS = ("q_norm", "k_norm", "ln1", "ln2", "ln1_post", "ln2_post", "ln_final")
 _QKV_BIASES = frozenset({"attn.b_Q", "attn.b_K", "attn.b_V"})
 # HookedTransformer adds zero biases everywhere. These families have only the biases named here.
 _BIASES_IN_HOOKED = {
+    "GPTJForCausalLM": frozenset({"mlp.b_in", "mlp.b_out"}),
+    "GPTNeoForCausalLM": frozenset({"attn.b_O", "mlp.b_in", "mlp.b_out"}),
     "LlamaForCausalLM": frozenset(),
     "MistralForCausalLM": frozenset(),
     "Qwen2ForCausalLM": _QKV_BIASES,
     "Qwen3ForCausalLM": frozenset(),
 }
 # These families have every bias, even where it is zero, as in a fresh model.
-_EVERY_BIAS_IN_HOOKED = frozenset({"GPT2LMHeadModel", "GPTNeoXForCausalLM"})
+_EVERY_BIAS_IN_HOOKED = frozenset({"GPT2LMHeadModel", "GPTNeoXForCausalLM", "OPTForCausalLM"})
 
 
 def canonical(names: str) -> str:
@@ -103,16 +108,33 @@ def named_weights(view: ModelView) -> dict[str, Tensor]:
         then `other_parameters`, detached.
     """
     others = {name: value.detach() for name, value in other_parameters(view).items()}
-    return _canonical_weights(view) | others
+    return canonical_weights(view) | others
 
 
-def _canonical_weights(view: ModelView) -> dict[str, Tensor]:
+def canonical_weights(view: ModelView) -> dict[str, Tensor]:
+    """Return the weights that TransformerLens has names for.
+
+    Args:
+        view: the model.
+
+    Returns:
+        Views into the parameters by canonical name, detached.
+    """
     weights = {name: first_tensor(view.tl, name) for name in END_WEIGHTS[:2]}
     for layer, block in enumerate(view.blocks):
         for names in BLOCK_WEIGHTS:
             weights[f"blocks.{layer}.{canonical(names)}"] = first_tensor(block, names)
     weights |= {name: first_tensor(view.tl, name) for name in END_WEIGHTS[2:]}
-    return {name: value.detach() for name, value in weights.items() if value is not None}
+    found = {name: value.detach() for name, value in weights.items() if value is not None}
+    if view.is_bridge and getattr(view.hf_config, "model_type", None) == "opt":
+        found["pos_embed.W_pos"] = found["pos_embed.W_pos"][_OPT_PADDING_ROWS:]
+    return {name: value for name, value in found.items() if not _is_shared(name, found)}
+
+
+def _is_shared(name: str, weights: Mapping[str, Tensor]) -> bool:
+    """Return whether a weight of ln2 is that of ln1 under a second name."""
+    first = weights.get(name.replace(".ln2.", ".ln1."))
+    return ".ln2." in name and first is not None and place(first) == place(weights[name])
 
 
 def other_parameters(view: ModelView) -> dict[str, nn.Parameter]:
@@ -124,7 +146,7 @@ def other_parameters(view: ModelView) -> dict[str, nn.Parameter]:
     Returns:
         The parameters by name, such as "blocks.0.self_attn.q_layernorm.norms.0.weight".
     """
-    known = {place(value)[0] for value in _canonical_weights(view).values()}
+    known = {place(value)[0] for value in canonical_weights(view).values()}
     known |= {place(parameter)[0] for parameter in _fused_parameters(view)}
     known |= {place(p)[0] for layer in _peft_layers(view) for p in layer.parameters()}
     return {

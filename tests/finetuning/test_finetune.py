@@ -86,7 +86,7 @@ def without_seconds(history: pd.DataFrame) -> pd.DataFrame:
 # Proof (i): nothing else moves ---------------------------------------------------------------------
 
 
-@models(EVERY_FAMILY)
+@models((*EVERY_FAMILY, "qwen3_moe"))
 def test_nothing_outside_the_scope_moves(family, backend, tokenizer_folder):
     """Every element of every weight; AdamW with harsh decay, clipping, momentum; each scope.
 

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from helpers.checks import assert_same_bits, left_untouched
-from helpers.shared import EVERY_FAMILY
+from helpers.shared import BRIDGE_FAMILIES
 from helpers.tiny_models import Float64Throughout, build, prompts
 from helpers.tiny_training import QUICK, task, values
 from helpers.wrapped import needs_hooked, view, wrap
@@ -47,7 +47,7 @@ def disturb(low: LowRank) -> None:
 
 
 @pytest.mark.parametrize("modules", get_args(LoraModules))
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", BRIDGE_FAMILIES)
 def test_what_is_learnt_is_merged_exactly_and_taken_out(family, modules, tokenizer_folder):
     """Fused projections and Conv1D included: the merged weights give the logits of peft's layers."""
     seen = view(family, "bridge", tokenizer_folder)

@@ -73,7 +73,7 @@ def test_writing_a_slice_changes_its_elements_alone_and_the_forward_pass(
             else:
                 assert not changed.any(), (part.name, name)
         # A shift of all keys moves every score of a query alike, which softmax takes off.
-        if not (part.role == "b_K" and family == "gpt2"):
+        if not (part.role == "b_K" and family in ("gpt2", "opt")):
             assert not torch.allclose(seen.logits(prompts()), logits, rtol=0, atol=1e-6), part.name
         part.write(kept)
         assert torch.equal(seen.logits(prompts()), logits)

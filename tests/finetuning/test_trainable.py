@@ -10,7 +10,7 @@ import torch
 from helpers.checks import assert_same_bits, left_untouched
 from helpers.hf_layout import dense_gradients, home, norms
 from helpers.shared import EVERY_FAMILY, models
-from helpers.tiny_models import Float64Throughout, build, prompts
+from helpers.tiny_models import EXPERTS, Float64Throughout, build, prompts
 from helpers.tiny_tasks import examples
 from helpers.tiny_training import HEADS, assert_moved_only, may_move, values
 from helpers.wrapped import needs_hooked, view
@@ -66,7 +66,7 @@ def assert_slices_equal(
             )
 
 
-@models(EVERY_FAMILY)
+@models(EVERY_FAMILY + EXPERTS)
 def test_gradients_are_the_slices_of_the_dense_ones(family, backend, tokenizer_folder):
     """Every role and norm, every head, a padded batch with special tokens in it, in float64."""
     data = examples(lowest=0)

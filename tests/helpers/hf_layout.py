@@ -22,12 +22,21 @@ ROLES = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V")
 _NORMS = {
     "input_layernorm": "ln1", "ln_1": "ln1", "post_attention_layernorm": "ln2", "ln_2": "ln2",
     "q_norm": "attn.q_norm", "k_norm": "attn.k_norm",
+    "self_attn_layer_norm": "ln1", "final_layer_norm": "ln2",
 }  # fmt: skip
 _SANDWICH = {
     "input_layernorm": "ln1", "post_attention_layernorm": "ln1_post",
     "pre_feedforward_layernorm": "ln2", "post_feedforward_layernorm": "ln2_post",
 }  # fmt: skip
-_FINAL = ("model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm")
+_FINAL = (
+    "model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm",
+    "model.decoder.final_layer_norm",
+)  # fmt: skip
+# Where attention is in the families whose output projection is out_proj.
+_OUT_PROJ = {
+    "gptj": "transformer.h.{}.attn", "gpt_neo": "transformer.h.{}.attn.attention",
+    "opt": "model.decoder.layers.{}.self_attn",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,9 @@ def home(model: PreTrainedModel, role: str, layer: int, head: int) -> Home | Non
     if family == "gpt_neox":
         return _gpt_neox(model, role, layer, head)
     place = f"model.layers.{layer}.self_attn.{role[-1].lower()}_proj"
+    if family in _OUT_PROJ:
+        projection = "out" if role[-1] == "O" else role[-1].lower()
+        place = f"{_OUT_PROJ[family].format(layer)}.{projection}_proj"
     name = f"{place}.{'bias' if role.startswith('b') else 'weight'}"
     if name not in model.state_dict():
         return None

@@ -124,6 +124,7 @@ class Attention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     rotary: tuple[float, int] | None = None  # base, and how many of d_head are rotated
+    adjacent: bool = False  # component 2i turns with 2i + 1
     softcap: float | None = None
     window: int | None = None  # how many keys a query sees, its own included
 
@@ -137,14 +138,22 @@ class MLP:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts as one function, its routing included."""
+
+    function: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Block:
     attention: Attention
     attention_norm: Norm | None
-    mlp: MLP | None = None
+    mlp: MLP | Experts | None = None
     mlp_norm: Norm | None = None
     attention_post_norm: Norm | None = None
     mlp_post_norm: Norm | None = None
     parallel: bool = False  # the MLP reads the block's input
+    multiplier: float = 1.0  # of what attention and MLP add to the residual stream
 
 
 @dataclass(frozen=True)
@@ -191,6 +200,16 @@ def norm(x: Pair, spec: Norm | None, rules: ReferenceRules) -> Pair:
     scale = norm_scale(x.full, spec)
     out = x.each(lambda part: centre(part, spec) / scale * spec.weight)
     return add_bias(out, spec.bias, x, rules)
+
+
+def head_norm(x: Pair, spec: Norm | None, rules: ReferenceRules) -> Pair:
+    """A norm of each head, or one over all heads."""
+    if spec is None or len(spec.weight) == x.full.shape[-1]:
+        return norm(x, spec, rules)
+    shape = x.full.shape[-2:]
+    return norm(x.each(lambda part: part.flatten(-2)), spec, rules).each(
+        lambda part: part.unflatten(-1, shape)
+    )
 
 
 def plain_norm(x: Tensor, spec: Norm) -> Tensor:
@@ -245,8 +264,8 @@ def sign(x: Pair, rules: ReferenceRules) -> Pair:
 
 def attention(q: Pair, k: Pair, v: Pair, spec: Attention, rules: ReferenceRules) -> Pair:
     """z from the projected q, k, v: QK-norm and rotary first, then the chosen rule."""
-    q = norm(q, spec.q_norm, rules).each(lambda part: rotate(part, spec.rotary))
-    k = norm(k, spec.k_norm, rules).each(lambda part: rotate(part, spec.rotary))
+    q = head_norm(q, spec.q_norm, rules).each(lambda part: rotate(part, spec.rotary, spec.adjacent))
+    k = head_norm(k, spec.k_norm, rules).each(lambda part: rotate(part, spec.rotary, spec.adjacent))
     full_pattern = pattern(q.full, k.full, spec)
     z = weigh(full_pattern, v.full)
     if rules.attention == "decomposed":
@@ -293,19 +312,25 @@ def for_each_query_head(
 
 
 def rotate(
-    x: Float[Tensor, "batch pos head d_head"], rotary: tuple[float, int] | None
+    x: Float[Tensor, "batch pos head d_head"],
+    rotary: tuple[float, int] | None,
+    adjacent: bool = False,
 ) -> Float[Tensor, "batch pos head d_head"]:
-    """Rotary embedding: component i of the rotated ones turns with component i + half of them."""
+    """Rotary embedding: component i of the rotated ones turns with component i + half of them, or
+    with its neighbour."""
     if rotary is None:
         return x
     base, n_rotated = rotary
     exponents = torch.arange(0, n_rotated, 2, dtype=x.dtype, device=x.device) / n_rotated
     positions = torch.arange(x.shape[1], dtype=x.dtype, device=x.device)
     angles = (positions[:, None] / base**exponents)[:, None, :]  # pos, 1, n_rotated / 2
-    first, second, rest = x.split([n_rotated // 2, n_rotated // 2, x.shape[-1] - n_rotated], -1)
+    turning, rest = x.split([n_rotated, x.shape[-1] - n_rotated], -1)
+    pairs = "b p h (i two) -> two b p h i" if adjacent else "b p h (two i) -> two b p h i"
+    first, second = rearrange(turning, pairs, two=2)
     turned_first = first * angles.cos() - second * angles.sin()
     turned_second = second * angles.cos() + first * angles.sin()
-    return torch.cat([turned_first, turned_second, rest], -1)
+    back = " -> ".join(reversed(pairs.split(" -> ")))
+    return torch.cat([rearrange([turned_first, turned_second], back), rest], -1)
 
 
 # The decomposition --------------------------------------------------------------------------------
@@ -385,11 +410,13 @@ def run_block(
     z = attention(sites["q", layer], sites["k", layer], sites["v", layer], spec, rules)
     z = sites["z", layer] = reset_sources(z, layer, sources, baseline)
     written = linear(z.each(lambda part: part.flatten(-2)), spec.o, rules)
-    middle = x + norm(written, block.attention_post_norm, rules)
+    written = norm(written, block.attention_post_norm, rules)
+    middle = x + written.each(lambda part: block.multiplier * part)
     if block.mlp is None:
         return middle
     normed = norm(x if block.parallel else middle, block.mlp_norm, rules)
     written = norm(run_mlp(normed, block.mlp, rules), block.mlp_post_norm, rules)
+    written = written.each(lambda part: block.multiplier * part)
     if layer in mlps:
         written = Pair(written.full - mlps[layer], mlps[layer])
     return sign(middle + written, rules)
@@ -407,7 +434,10 @@ def reset_sources(z: Pair, layer: int, sources: Sequence[Source], baseline: Tens
     return Pair(rel, irrel)
 
 
-def run_mlp(x: Pair, mlp: MLP, rules: ReferenceRules) -> Pair:
+def run_mlp(x: Pair, mlp: MLP | Experts, rules: ReferenceRules) -> Pair:
+    if isinstance(mlp, Experts):
+        irrel = mlp.function(x.irrel)
+        return Pair(mlp.function(x.full) - irrel, irrel)
     up = sign(linear(x, mlp.w_in, rules), rules)
     if mlp.w_gate is None:
         hidden = activation(up, mlp.function, rules)
@@ -433,8 +463,26 @@ def read_model(model: nn.Module) -> Network:
     readers = {
         "gpt2": _read_gpt2,
         "gpt_neox": _read_gpt_neox,
+        "gptj": _read_gptj,
+        "gpt_neo": _read_gpt_neo,
+        "opt": _read_opt,
+        "cohere": _read_cohere,
         **dict.fromkeys(
-            ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), _read_llama_like
+            (
+                "llama",
+                "mistral",
+                "qwen2",
+                "qwen3",
+                "gemma2",
+                "gemma3_text",
+                "granite",
+                "smollm3",
+                "mixtral",
+                "qwen2_moe",
+                "qwen3_moe",
+                "olmoe",
+            ),
+            _read_llama_like,
         ),
     }
     family = model.config.model_type
@@ -478,6 +526,95 @@ def _read_gpt2(model: nn.Module) -> Network:
         final_norm=_layer_norm(body.ln_f),
         unembed=_linear(model.lm_head),
     )
+
+
+def _read_gptj(model: nn.Module) -> Network:
+    config, body = model.config, model.transformer
+    d_head = config.n_embd // config.n_head
+
+    def block(layer: nn.Module) -> Block:
+        first = _layer_norm(layer.ln_1)
+        return Block(
+            attention=Attention(
+                *_projections(layer.attn),
+                d_head=d_head,
+                scale=d_head**-0.5,
+                rotary=(10000.0, config.rotary_dim),
+                adjacent=True,
+            ),
+            attention_norm=first,
+            mlp=MLP(
+                w_in=_linear(layer.mlp.fc_in),
+                w_out=_linear(layer.mlp.fc_out),
+                function=_FUNCTIONS[config.activation_function],
+            ),
+            mlp_norm=first,
+            parallel=True,
+        )
+
+    return Network(
+        embed=lambda tokens: body.wte.weight[tokens],
+        blocks=tuple(block(layer) for layer in body.h),
+        final_norm=_layer_norm(body.ln_f),
+        unembed=_linear(model.lm_head),
+    )
+
+
+def _read_gpt_neo(model: nn.Module) -> Network:
+    config, body = model.config, model.transformer
+
+    def block(layer: nn.Module, kind: str) -> Block:
+        return Block(
+            attention=Attention(
+                *_projections(layer.attn.attention),
+                d_head=config.hidden_size // config.num_heads,
+                scale=1.0,
+                window=config.window_size if kind == "local" else None,
+            ),
+            attention_norm=_layer_norm(layer.ln_1),
+            mlp=MLP(
+                w_in=_linear(layer.mlp.c_fc),
+                w_out=_linear(layer.mlp.c_proj),
+                function=_FUNCTIONS[config.activation_function],
+            ),
+            mlp_norm=_layer_norm(layer.ln_2),
+        )
+
+    return Network(
+        embed=lambda tokens: body.wte.weight[tokens] + body.wpe.weight[: tokens.shape[1]],
+        blocks=tuple(map(block, body.h, config.attention_layers)),
+        final_norm=_layer_norm(body.ln_f),
+        unembed=_linear(model.lm_head),
+    )
+
+
+def _read_opt(model: nn.Module) -> Network:
+    config, body = model.config, model.model.decoder
+    d_head = config.hidden_size // config.num_attention_heads
+
+    def block(layer: nn.Module) -> Block:
+        return Block(
+            attention=Attention(*_projections(layer.self_attn), d_head, d_head**-0.5),
+            attention_norm=_layer_norm(layer.self_attn_layer_norm),
+            mlp=MLP(
+                w_in=_linear(layer.fc1),
+                w_out=_linear(layer.fc2),
+                function=_FUNCTIONS[config.activation_function],
+            ),
+            mlp_norm=_layer_norm(layer.final_layer_norm),
+        )
+
+    positions = body.embed_positions.weight[2:]  # the first two rows are for padding
+    return Network(
+        embed=lambda tokens: body.embed_tokens.weight[tokens] + positions[: tokens.shape[1]],
+        blocks=tuple(block(layer) for layer in body.layers),
+        final_norm=_layer_norm(body.final_layer_norm),
+        unembed=_linear(model.lm_head),
+    )
+
+
+def _projections(module: nn.Module) -> list[Linear]:
+    return [_linear(getattr(module, f"{name}_proj")) for name in ("q", "k", "v", "out")]
 
 
 def _read_gpt_neox(model: nn.Module) -> Network:
@@ -537,12 +674,26 @@ def _read_llama_like(model: nn.Module) -> Network:
             v=_linear(module.v_proj),
             o=_linear(module.o_proj),
             d_head=d_head,
-            scale=getattr(config, "query_pre_attn_scalar", d_head) ** -0.5,
+            scale=getattr(
+                config,
+                "attention_multiplier",
+                getattr(config, "query_pre_attn_scalar", d_head) ** -0.5,
+            ),
             q_norm=rms_norm(getattr(module, "q_norm", None)),
             k_norm=rms_norm(getattr(module, "k_norm", None)),
-            rotary=(rope["rope_theta"], d_head),
+            rotary=(rope["rope_theta"], d_head) if getattr(module, "use_rope", True) else None,
             softcap=module.attn_logit_softcapping if config.model_type == "gemma2" else None,
             window=config.sliding_window if layer_type == "sliding_attention" else None,
+        )
+
+    def mlp(module: nn.Module) -> MLP | Experts:
+        if hasattr(module, "experts"):
+            return Experts(module)
+        return MLP(
+            w_in=_linear(module.up_proj),
+            w_out=_linear(module.down_proj),
+            function=function,
+            w_gate=_linear(module.gate_proj),
         )
 
     def block(layer: nn.Module, layer_type: str) -> Block:
@@ -552,23 +703,58 @@ def _read_llama_like(model: nn.Module) -> Network:
             attention=attention(layer.self_attn, layer_type),
             attention_norm=rms_norm(layer.input_layernorm),
             attention_post_norm=after_attention if gemma else None,
-            mlp=MLP(
-                w_in=_linear(layer.mlp.up_proj),
-                w_out=_linear(layer.mlp.down_proj),
-                function=function,
-                w_gate=_linear(layer.mlp.gate_proj),
-            ),
+            mlp=mlp(layer.mlp),
             mlp_norm=rms_norm(layer.pre_feedforward_layernorm) if gemma else after_attention,
             mlp_post_norm=rms_norm(layer.post_feedforward_layernorm) if gemma else None,
+            multiplier=getattr(config, "residual_multiplier", 1.0),
         )
 
-    embed_scale = math.sqrt(config.hidden_size) if gemma else 1.0
+    default = math.sqrt(config.hidden_size) if gemma else 1.0
+    embed_scale = getattr(config, "embedding_multiplier", default)
+    end = _linear(model.lm_head)
     return Network(
         embed=lambda tokens: body.embed_tokens.weight[tokens] * embed_scale,
         blocks=tuple(map(block, body.layers, _layer_types(config))),
         final_norm=rms_norm(body.norm),
-        unembed=_linear(model.lm_head),
+        unembed=Linear(end.weight / getattr(config, "logits_scaling", 1.0)),
         softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _read_cohere(model: nn.Module) -> Network:
+    config, body = model.config, model.model
+    d_head = config.hidden_size // config.num_attention_heads
+
+    def layer_norm(module: nn.Module) -> Norm:
+        return Norm(module.weight, None, config.layer_norm_eps, centred=True)
+
+    def block(layer: nn.Module) -> Block:
+        projections = [_linear(getattr(layer.self_attn, f"{name}_proj")) for name in "qkvo"]
+        first = layer_norm(layer.input_layernorm)
+        return Block(
+            attention=Attention(
+                *projections,
+                d_head=d_head,
+                scale=d_head**-0.5,
+                rotary=(config.rope_parameters["rope_theta"], d_head),
+                adjacent=True,
+            ),
+            attention_norm=first,
+            mlp=MLP(
+                w_in=_linear(layer.mlp.up_proj),
+                w_out=_linear(layer.mlp.down_proj),
+                function=_FUNCTIONS[config.hidden_act],
+                w_gate=_linear(layer.mlp.gate_proj),
+            ),
+            mlp_norm=first,
+            parallel=True,
+        )
+
+    return Network(
+        embed=lambda tokens: body.embed_tokens.weight[tokens],
+        blocks=tuple(block(layer) for layer in body.layers),
+        final_norm=layer_norm(body.norm),
+        unembed=Linear(model.lm_head.weight * config.logit_scale),
     )
 
 

@@ -10,29 +10,45 @@ import torch
 
 from cdt_lens.models.loading import has_hooked_transformer
 from cdt_lens.models.view import ModelView
-from helpers.tiny_models import FAMILIES
+from helpers.tiny_models import EXPERTS, FAMILIES
 from helpers.wrapped import needs_hooked, view, wrap
 
-BRIDGE_ONLY = ("gemma2", "gemma3")  # HookedTransformer does not read these right
+# HookedTransformer does not read these right.
+BRIDGE_ONLY = ("gemma2", "gemma3", "granite", "smollm3", "cohere")
+NOT_HOOKED = BRIDGE_ONLY + EXPERTS
+HOOKED_ONLY = ("gptj", "gpt_neo", "opt")  # the bridge cannot edit their attention pattern
+BRIDGE_OF_4 = ("cohere",)  # the bridge of transformer-lens 3 does not read these right
 EVERY_FAMILY = tuple(FAMILIES)
-BOTH_CLASSES = tuple(family for family in FAMILIES if family not in BRIDGE_ONLY)
+BOTH_CLASSES = tuple(f for f in FAMILIES if f not in BRIDGE_ONLY + HOOKED_ONLY)
+# What the bridge of this environment reads.
+BRIDGE_FAMILIES = tuple(
+    family
+    for family in FAMILIES
+    if family not in HOOKED_ONLY and not (family in BRIDGE_OF_4 and has_hooked_transformer())
+)
+
+
+needs_bridge_of_4 = pytest.mark.skipif(
+    has_hooked_transformer(), reason="the bridge of transformer-lens 3 reads it as another model"
+)
 
 
 def models(families: Sequence[str] = EVERY_FAMILY) -> pytest.MarkDecorator:
     """Parametrises a test over (family, backend), each family in every class that reads it."""
     cases = []
     for family in families:
-        if family not in BRIDGE_ONLY:
+        if family not in NOT_HOOKED:
             cases.append(pytest.param(family, "hooked", marks=needs_hooked, id=f"{family}-hooked"))
-        cases.append(pytest.param(family, "bridge", id=f"{family}-bridge"))
+        if family not in HOOKED_ONLY:
+            marks = needs_bridge_of_4 if family in BRIDGE_OF_4 else ()
+            cases.append(pytest.param(family, "bridge", marks=marks, id=f"{family}-bridge"))
     return pytest.mark.parametrize(("family", "backend"), cases)
 
 
 def classes_of(family: str) -> list[str]:
     """Return the classes that read the family in this environment, for one test over both."""
-    return (
-        ["hooked", "bridge"] if has_hooked_transformer() and family in BOTH_CLASSES else ["bridge"]
-    )
+    hooked = ["hooked"] if has_hooked_transformer() and family not in NOT_HOOKED else []
+    return [*hooked, *(["bridge"] if family in BRIDGE_FAMILIES + EXPERTS else [])]
 
 
 @functools.cache

@@ -37,6 +37,7 @@ _COMMON = {
 }
 _GROUPED = {**_COMMON, "num_key_value_heads": 2, "pad_token_id": 0}
 _NARROW_HEADS = {**_GROUPED, "head_dim": 12}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 _GEMMA = {**_NARROW_HEADS, "query_pre_attn_scalar": 20, "sliding_window": WINDOW}
 
 
@@ -116,6 +117,40 @@ def _gemma3() -> PreTrainedModel:
     return transformers.Gemma3ForCausalLM(config)
 
 
+def _gpt_neo() -> PreTrainedModel:
+    config = transformers.GPTNeoConfig(
+        vocab_size=D_VOCAB, max_position_embeddings=64, hidden_size=D_MODEL, num_layers=2,
+        num_heads=N_HEADS, attention_types=[[["global", "local"], 1]], window_size=WINDOW,
+        bos_token_id=1, eos_token_id=2, attn_implementation="eager",
+    )  # fmt: skip
+    return transformers.GPTNeoForCausalLM(config)
+
+
+def _gptj() -> PreTrainedModel:
+    # Its rotary angles are quotients of whole numbers, which torch gives its default type.
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return transformers.GPTJForCausalLM(_gpt2_like(transformers.GPTJConfig, rotary_dim=8))
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _opt() -> PreTrainedModel:
+    config = transformers.OPTConfig(
+        **_COMMON, ffn_dim=D_MLP, word_embed_proj_dim=D_MODEL, pad_token_id=0
+    )
+    return transformers.OPTForCausalLM(config)
+
+
+def _granite() -> PreTrainedModel:
+    config = transformers.GraniteConfig(
+        **_GROUPED, embedding_multiplier=3.0, residual_multiplier=0.6, attention_multiplier=0.3,
+        logits_scaling=2.5,
+    )  # fmt: skip
+    return transformers.GraniteForCausalLM(config)
+
+
 BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt2": _gpt2,  # LayerNorm, learned positions, fused QKV in Conv1D
     "pythia": lambda: _gpt_neox(parallel=True),  # parallel block, partial rotary, fused QKV
@@ -126,6 +161,16 @@ BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": _qwen3,  # QK-norm
     "gemma2": _gemma2,  # post-norms, soft-caps, windows in every other layer
     "gemma3": _gemma3,  # post-norms, QK-norm, local and global rotary bases
+    "gptj": _gptj,  # parallel, one norm, rotary of adjacent pairs
+    "gpt_neo": _gpt_neo,  # no scale in attention, windows in every other layer
+    "opt": _opt,  # ReLU, two rows for padding in the position table
+    "granite": _granite,  # embeddings, residual writes, attention and logits multiplied
+    "smollm3": lambda: transformers.SmolLM3ForCausalLM(  # no rotary embedding in the second layer
+        transformers.SmolLM3Config(**_GROUPED, no_rope_layer_interval=2)
+    ),
+    "cohere": lambda: transformers.CohereForCausalLM(  # parallel, one norm, logits multiplied
+        transformers.CohereConfig(**_GROUPED, logit_scale=0.4)
+    ),
 }
 FAMILIES = tuple(BUILDERS)
 
@@ -158,11 +203,25 @@ OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
         _gpt2_like(transformers.GPTBigCodeConfig)
     ),
     "phi3": lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**_GROUPED)),  # fused
-    "gptj": lambda: transformers.GPTJForCausalLM(  # biases in the MLP and at the end only
-        _gpt2_like(transformers.GPTJConfig, rotary_dim=8)
-    ),
     "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**_NARROW_HEADS)),
+    "mixtral": lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**_GROUPED, num_local_experts=4, num_experts_per_tok=2)
+    ),
+    "qwen2_moe": lambda: transformers.Qwen2MoeForCausalLM(  # QKV biases, a shared expert
+        transformers.Qwen2MoeConfig(
+            **_GROUPED, **_EXPERTS, moe_intermediate_size=40, shared_expert_intermediate_size=24
+        )
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(  # QK-norm, a dense layer
+        transformers.Qwen3MoeConfig(
+            **_NARROW_HEADS, **_EXPERTS, moe_intermediate_size=40, mlp_only_layers=[0]
+        )
+    ),
+    "olmoe": lambda: transformers.OlmoeForCausalLM(  # QK-norm over all heads
+        transformers.OlmoeConfig(**_GROUPED, **_EXPERTS)
+    ),
 }
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")  # of OTHERS, mixtures of experts
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
@@ -173,6 +232,8 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     with torch.random.fork_rng(), Float64Throughout() if dtype is torch.float64 else nullcontext():
         model = (BUILDERS | OTHERS)[name]()
     model = model.to(dtype).eval().requires_grad_(False)
+    if name in EXPERTS and dtype is torch.float64:
+        model.set_experts_implementation("eager")
     _randomise(model, torch.Generator().manual_seed(1))
     model.config.architectures = [type(model).__name__]
     model.config._name_or_path = f"tiny-{name}"
@@ -192,4 +253,4 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
         if parameter.ndim == 1:
             parameter.add_(0.3 * noise)
         else:
-            parameter.copy_(noise * min(parameter.shape) ** -0.5)
+            parameter.copy_(noise * min(parameter.shape[-2:]) ** -0.5)

@@ -17,6 +17,11 @@ from helpers.hf_layout import ROLES, home, kv_head_of, norms
 from helpers.tiny_tasks import ANSWERS, LABELS, examples
 
 HEADS = ("L0H1", "L1H2")  # of different key/value groups, in different layers
+# The biases besides those of q, k, v and of norms.
+_BIASES = {
+    **dict.fromkeys(("gpt2", "gpt_neox", "gpt_neo", "opt"), ("b_O", "b_in", "b_out")),
+    "gptj": ("b_in", "b_out", "b_U"),
+}
 QUICK: dict[str, Any] = {
     "learning_rate": 1e-2, "weight_decay": 0.5, "batch_size": 5, "epochs": 2, "progress": False,
 }  # fmt: skip
@@ -74,7 +79,7 @@ def _in_checkpoint(model: PreTrainedModel, name: str) -> bool:
         return True
     if role in ROLES:
         return home(model, role, 0, 0) is not None
-    return model.config.model_type in ("gpt2", "gpt_neox") and role != "b_U"
+    return role in _BIASES.get(model.config.model_type, ())
 
 
 def assert_moved_only(
@@ -86,4 +91,11 @@ def assert_moved_only(
         assert torch.equal(after[name][~mask], before[name][~mask]), name
         if bool(mask.any()):
             moved = (after[name] != before[name])[mask].double().mean()
-            assert float(moved) > 0.9, f"{name}: only {moved:.0%} moved"
+            assert float(moved) > least_moved(name), f"{name}: only {moved:.0%} moved"
+
+
+def least_moved(name: str) -> float:
+    """Share of a weight that training moves at least: decay leaves a bias without gradient."""
+    if name in ("unembed.b_U", "lm_head.bias"):  # only the labels' words have one
+        return 0.01
+    return 0.8 if name.endswith(("mlp.b_in", "fc1.bias")) else 0.9  # ReLUs may be off

@@ -14,11 +14,18 @@ import pytest
 import torch
 import transformers
 from helpers.checks import assert_close, relative, unchecked_types
-from helpers.shared import BRIDGE_ONLY, EVERY_FAMILY, models
+from helpers.shared import (
+    BRIDGE_FAMILIES,
+    BRIDGE_ONLY,
+    EVERY_FAMILY,
+    HOOKED_ONLY,
+    classes_of,
+    models,
+)
 from helpers.tiny_models import D_VOCAB, _randomise as randomise, build, prompts
 from helpers.tiny_tasks import examples
 from helpers.tiny_training import QUICK, task
-from helpers.wrapped import tokenizer, wrap
+from helpers.wrapped import needs_hooked, tokenizer, wrap
 from torch import nn
 from transformers import logging as hf_logging
 
@@ -149,6 +156,28 @@ def neox(**changed: Any) -> Any:
     return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**{**_PLAIN, **changed}))
 
 
+def gptj(**changed: Any) -> Any:
+    options = {**_GPT2, "rotary_dim": 4, **changed}
+    return transformers.GPTJForCausalLM(transformers.GPTJConfig(**options))
+
+
+def gpt_neo(**changed: Any) -> Any:
+    options = {
+        "vocab_size": D_VOCAB, "max_position_embeddings": 64, "hidden_size": 32, "num_layers": 2,
+        "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8,
+    }  # fmt: skip
+    return transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**{**options, **changed}))
+
+
+def opt(**changed: Any) -> Any:
+    options = {**_PLAIN, "ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 0, **changed}
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**options))
+
+
+def granite(**changed: Any) -> Any:
+    return transformers.GraniteForCausalLM(transformers.GraniteConfig(**{**_GROUPED, **changed}))
+
+
 UNUSUAL: dict[str, Callable[[], Any]] = {
     "gpt2, without scale": lambda: gpt2(scale_attn_weights=False),
     "gpt2, scale by layer": lambda: gpt2(scale_attn_by_inverse_layer_idx=True),
@@ -170,6 +199,24 @@ UNUSUAL: dict[str, Callable[[], Any]] = {
     "qwen3, attention bias": lambda: qwen3(head_dim=8, attention_bias=True),
     "pythia, no bias": lambda: neox(attention_bias=False),
     "pythia, whole rotary": lambda: neox(rotary_pct=1.0),
+    "gptj, epsilon": lambda: gptj(layer_norm_epsilon=1e-3),
+    "gptj, narrow MLP": lambda: gptj(n_inner=40),
+    "gptj, every dimension rotary": lambda: gptj(rotary_dim=8),
+    "gpt_neo, narrow MLP": lambda: gpt_neo(intermediate_size=40),
+    "gpt_neo, other windows": lambda: gpt_neo(attention_types=[[["local", "local"], 1]]),
+    "opt, norms behind": lambda: opt(do_layer_norm_before=False),
+    "opt, narrow words": lambda: opt(word_embed_proj_dim=16),
+    "opt, no bias": lambda: opt(enable_bias=False),
+    "granite, plain": lambda: granite(),
+    "granite, biases": lambda: granite(
+        attention_bias=True, mlp_bias=True, residual_multiplier=0.5
+    ),
+    "cohere, QK-norm": lambda: transformers.CohereForCausalLM(
+        transformers.CohereConfig(**_GROUPED, use_qk_norm=True)
+    ),
+    "cohere 2": lambda: transformers.Cohere2ForCausalLM(
+        transformers.Cohere2Config(**_GROUPED, sliding_window=8)
+    ),
 }  # fmt: skip
 
 
@@ -371,6 +418,29 @@ def test_numbers_that_no_model_has(name, value, folder):
     assert name in words or "rope_theta=nan" in words
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes, 8 bits"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq, 4 bits"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemm"}, "awq, 4 bits"),
+        ({"quant_method": "fp8"}, "fp8"),
+    ],
+)
+def test_quantised_weights_are_refused_by_name_before_they_are_read(settings, words, folder):
+    (folder / "model.safetensors").unlink()
+    say(folder, quantization_config=settings)
+    message = refused(folder, UnsupportedModelError)
+    assert f"({words})" in message and "unquantised" in message
+
+
+def test_layers_without_attention_are_refused_by_name_before_they_are_read(tmp_path):
+    config = transformers.Qwen3NextConfig(**_GROUPED, head_dim=8)
+    config.save_pretrained(tmp_path / "model")
+    assert "linear_attention" in refused(tmp_path / "model", UnsupportedModelError)
+
+
 def test_two_words_with_one_id(folder):
     """The tokenizers library would save one of the two, another one each time."""
     path = folder / "tokenizer.json"
@@ -444,10 +514,6 @@ _SLIGHT: dict[str, Callable[[], Any]] = {
 }
 
 
-def granite(**changed: Any) -> Any:
-    return transformers.GraniteForCausalLM(transformers.GraniteConfig(**{**_GROUPED, **changed}))
-
-
 @pytest.mark.parametrize("name", _SLIGHT)
 def test_half_precision_refuses_what_float32_refuses(name, tmp_path, tokenizer_folder):
     """Bfloat16 itself moves the logits by a percent, in which a wrong scale would hide."""
@@ -469,7 +535,7 @@ def outcome(folder: Path, backend: Any, dtype: str) -> str:
 
 @pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_every_family_is_read_in_half_precision(family, folders):
-    for backend in ["auto", "bridge"]:
+    for backend in {"auto", *classes_of(family)} if classes_of(family) else ():
         view = ModelView(load_model(folders(family), backend=backend, dtype=torch.bfloat16))
         assert view.dtype == torch.bfloat16
         assert view.n_layers == build(family).config.num_hidden_layers
@@ -478,7 +544,7 @@ def test_every_family_is_read_in_half_precision(family, folders):
 # Advice ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gptj", "phi3"])
+@pytest.mark.parametrize("family", ["codegen", "phi3"])
 def test_a_refusal_advises_the_bridge_only_where_it_reads_the_model(
     family, tmp_path, tokenizer_folder
 ):
@@ -515,7 +581,24 @@ def test_an_unknown_backend(folder):
         load_model(folder, backend="hook")
 
 
-@pytest.mark.parametrize("family", BRIDGE_ONLY)
+@pytest.mark.parametrize("family", HOOKED_ONLY)
+def test_the_bridge_of_a_family_whose_pattern_it_cannot_edit(family, folders):
+    advice = "use backend='hooked'" if has_hooked_transformer() else "install 'transformer-lens<4'"
+    with pytest.raises(UnsupportedModelError, match=f"tiny-{family}.*{advice}"):
+        load_model(folders(family), backend="bridge")
+
+
+@needs_hooked
+def test_heads_of_their_own_width_are_refused_with_the_bridge_as_the_way_out(
+    tmp_path, tokenizer_folder
+):
+    folder = save(llama(head_dim=12), tmp_path / "model", tokenizer_folder)
+    with pytest.raises(UnsupportedModelError, match=r"width 12.*use backend='bridge'"):
+        load_model(folder, backend="hooked")
+    assert ModelView(load_model(folder)).d_head == 12
+
+
+@pytest.mark.parametrize("family", [f for f in BRIDGE_ONLY if f in BRIDGE_FAMILIES])
 def test_hooked_transformer_of_a_family_that_it_does_not_read(family, folders):
     if has_hooked_transformer():
         expected: tuple[type[CdtLensError], str] = (UnsupportedModelError, "backend='bridge'")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers.attention_only import attention_only
 from helpers.checks import assert_close, left_untouched, unchecked_types
-from helpers.shared import models, shared
-from helpers.tiny_models import Float64Throughout
+from helpers.shared import EVERY_FAMILY, models, shared
+from helpers.tiny_models import EXPERTS, Float64Throughout
 from helpers.tiny_tasks import examples
 from helpers.wrapped import needs_hooked, wrap
 
@@ -50,7 +50,7 @@ def test_linear_slopes_give_what_a_sweep_with_the_linear_rules_gives(
     assert found.example_labels == swept.example_labels
 
 
-@models()
+@models((*EVERY_FAMILY, *EXPERTS))
 def test_plain_derivatives_are_those_of_the_ablated_model(family, backend, tokenizer_folder):
     """d(direction) / d(gate) against a central difference of real, partly ablated forward passes."""
     with Float64Throughout():
@@ -75,7 +75,7 @@ def test_plain_derivatives_are_those_of_the_ablated_model(family, backend, token
             last = logits[rows, batch.lengths - 1].gather(1, batch.candidates)
             return task_direction(last, batch.direction)
 
-        step = 1e-4
+        step = 3e-5
         for layer, head in ((0, 0), (0, 3), (1, 1)):
             slope = (direction(layer, head, 1 + step) - direction(layer, head, 1 - step)) / 2 / step
             assert_close(found[:, layer, head].sum(-1), slope, atol=1e-7)
@@ -124,7 +124,7 @@ def test_the_two_ends_are_the_slopes_at_both(family, backend, tokenizer_folder):
             last = logits[torch.arange(len(data)), batch.lengths - 1].gather(1, batch.candidates)
             return task_direction(last, batch.direction)
 
-        step = 1e-4
+        step = 3e-5
         for head in (Head(0, 2), Head(1, 1)):
             slope = (direction(head, step) - direction(head, -step)) / 2 / step
             at_full = plain.per_example[:, head.layer, head.head]
