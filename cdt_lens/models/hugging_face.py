@@ -50,7 +50,9 @@ def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32)
     try:
         described = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # as below
-        raise InputError(f"{source}: cannot be loaded: {_reason(error, is_local)}") from error
+        raise InputError(
+            f"{source}: cannot be loaded: {_reason(error, source, is_local)}"
+        ) from error
     _refuse_by_configuration(source, described)
     try:
         # Eager attention: the bridge reads and edits its pattern. Without an answer about its code,
