@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 # Elements of a tensor of logits of the whole vocabulary.
-_MOST = 2**26
+_MOST = 2**24
 
 
 @dataclass(frozen=True, eq=False)

@@ -287,6 +287,7 @@ class Examples(Sequence[Example]):
         """Whether some candidates have several tokens."""
         return any(map(_has_words, self.items))
 
+    @checked_arguments
     def require_one_token(self, what: str, instead: str = "") -> None:
         """Refuse candidates of several tokens.
 
