@@ -134,8 +134,9 @@ def _per_example(
     # An ablated model is the irrelevant stream under the all-through rules: what is left when
     # the complement's contribution is taken away.
     propagator = Propagator(
-        view, batch.tokens, batch.lengths, baseline.for_batch(view, batch), PRESETS["ablation"]
-    )
+        view, batch.tokens, batch.lengths, baseline.for_batch(view, batch), PRESETS["ablation"],
+        candidates=batch.candidates,
+    )  # fmt: skip
     logits = irrelevant_logits(propagator, complements, batch, rows=rows, done=bar.update)
     return _metric_of(logits, batch, metric, task)
 

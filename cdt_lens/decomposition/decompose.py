@@ -183,7 +183,7 @@ def decompose(
     has_mlp = any(isinstance(s, Mlp) for source in sets for s in source)
     propagator = Propagator(
         view, batch.tokens, batch.lengths, baseline.for_batch(view, batch),
-        rules, record=record,
+        rules, candidates=batch.candidates, record=record,
         mlp_baseline=baseline.mlps_for_batch(view, batch) if has_mlp else no_mlp_baseline,
     )  # fmt: skip
     taps = Targets(propagator, target_heads, len(sets))

@@ -88,7 +88,7 @@ class EmptyModel:
                 hooks["mlp_out", layer] = self._reset_mlp(layer, mlp_resets)
         rows = self.resid[start].repeat(n_sources, 1, 1)
         out = view.replay(run.trace, rows, start, hooks)
-        last = at_answer(out.reshape(n_sources, *self.resid[-1].shape), run.lengths)
+        last = at_answer(out.reshape(n_sources, *self.resid[-1].shape), run.lengths, candidates)
         with view.quiet():
             return view.candidate_logits(last, candidates)
 

@@ -306,7 +306,7 @@ class GatedPass:
         hooks = {**hooks, **(slope_hooks(view, self.slopes) if gradients else {})}
         with view.quiet(gradients=gradients), view.hooked(hooks):
             resid = view.stream(batch.tokens)[0][-1]
-            normed = view.normed(at_answer(resid, batch.lengths))
+            normed = view.normed(at_answer(resid, batch.lengths, batch.candidates))
         logits = self._softcapped(view.unembedded(normed, batch.candidates))
         return scores_of(logits, batch.candidates)
 

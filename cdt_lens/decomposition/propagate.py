@@ -43,6 +43,7 @@ class Propagator:
         lengths: number of real tokens of each prompt.
         baseline: the reference values of z, a function of the layer.
         rules: the propagation rules.
+        candidates: the candidates that will be read, which words of several tokens need.
         record: further sites to record in the ordinary run.
         mlp_baseline: the reference values of MLP outputs, a function of the layer. MLPs as sources
             need it.
@@ -60,6 +61,7 @@ class Propagator:
         baseline: BaselineAt,
         rules: Rules,
         *,
+        candidates: Candidates | None = None,
         record: Sequence[Site] = (),
         mlp_baseline: BaselineAt = no_mlp_baseline,
     ) -> None:
@@ -72,7 +74,8 @@ class Propagator:
         self.trace: Trace = view.run(tokens, [*self._needed(), *record])
         self.lengths = lengths.to(view.device)
         check_caller_hooks(view, tokens, lengths, edits=self._not_followed())
-        answer = at_answer(self.trace.resid[-1], self.lengths)
+        self.candidates = candidates
+        answer = at_answer(self.trace.resid[-1], self.lengths, candidates)
         self.final: dict[Site, Tensor] = {}
         names = [(f"{n}.{p}", view.n_layers) for n in view.norms(view.n_layers) for p in _PARTS]
         hooks: dict[Site, Hook] = {site: _keep(self.final, site) for site in names}
@@ -158,7 +161,7 @@ class Propagator:
         resets: Resets,
         taps: Mapping[Site, Tap] | None = None,
         mlp_resets: MlpResets | None = None,
-    ) -> Float[Tensor, "source batch d_model"]:
+    ) -> Float[Tensor, "source _read d_model"]:
         """Compute the irrelevant stream at each prompt's last token, before the final norm.
 
         Args:
@@ -169,7 +172,7 @@ class Propagator:
         Returns:
             The irrelevant part of the final residual stream.
         """
-        return at_answer(self.carried(resets, taps, mlp_resets), self.lengths)
+        return at_answer(self.carried(resets, taps, mlp_resets), self.lengths, self.candidates)
 
     def carried(
         self,
@@ -198,7 +201,7 @@ class Propagator:
         return out.reshape(n_sources, *self.trace.resid[-1].shape)
 
     def candidate_logits(
-        self, resid: Float[Tensor, "source _row d_model"], candidates: Candidates
+        self, resid: Float[Tensor, "source _read d_model"], candidates: Candidates
     ) -> Float[Tensor, "source batch k"]:
         """Compute the irrelevant logits of candidate tokens, or the irrelevant scores of words.
 
@@ -219,8 +222,8 @@ class Propagator:
         return in_parts(read, resid, candidates, self.view.d_vocab)
 
     def _irrelevant_logits(
-        self, resid: Float[Tensor, "source _row d_model"], candidates: Candidates
-    ) -> Float[Tensor, "source _row _k"]:
+        self, resid: Float[Tensor, "source _read d_model"], candidates: Candidates
+    ) -> Float[Tensor, "source _read _k"]:
         view, rules, layer = self.view, self.rules, self.view.n_layers
         hooks: dict[Site, Hook] = {}
         if rules.norm == "frozen":

@@ -288,8 +288,9 @@ def check_trace(
         fan_in: Number of edges kept into each selected one.
 
     Raises:
-        InputError: The run holds a graph of other settings.
+        InputError: The run holds a graph of other settings, or a label word has several tokens.
     """
+    task.train.require_one_token("a graph of edges")
     path = folder / "graph.json"
     kept = getattr(kept_at(path, Circuit.load), "provenance", None)
     if kept is not None:

@@ -19,7 +19,7 @@ from cdt_lens.tasks.task import Batch, Examples
 
 
 class AnswerPass:
-    """The forward pass of training. A call returns the logits `[row, d_vocab]` at the answers.
+    """The forward pass of training. A call returns the logits `[read, d_vocab]` at the answers.
 
     The logits are in at least float32.
 
@@ -36,7 +36,7 @@ class AnswerPass:
         self._kept: dict[tuple[int, ...], Float[Tensor, "pos d_model"]] = {}
         self._calls: dict[int, tuple[BlockCall, ...]] = {}
 
-    def __call__(self, batch: Batch) -> Float[Tensor, "row d_vocab"]:
+    def __call__(self, batch: Batch) -> Float[Tensor, "read d_vocab"]:
         return self.view.read_out(self._answers(batch))
 
     def candidates(self, batch: Batch) -> Float[Tensor, "batch k"]:
@@ -53,7 +53,7 @@ class AnswerPass:
         """
         return self.view.candidate_logits(self._answers(batch), batch.candidates)
 
-    def _answers(self, batch: Batch) -> Float[Tensor, "row d_model"]:
+    def _answers(self, batch: Batch) -> Float[Tensor, "read d_model"]:
         """Compute the residual stream at the answer position, after the last block."""
         view = self.view
         if self.first_layer:
@@ -62,7 +62,7 @@ class AnswerPass:
             )
         else:
             resid = view.stream(batch.tokens)[0][-1]
-        return at_answer(resid, batch.lengths)
+        return at_answer(resid, batch.lengths, batch.candidates)
 
     def prepare(self, examples: Examples, batch_size: int) -> None:
         """Run the layers below `first_layer` once for all examples.

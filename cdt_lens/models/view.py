@@ -423,7 +423,7 @@ class ModelView:
         return self.softcapped(logits * self.logit_scale)
 
     def candidate_logits(
-        self, resid: Float[Tensor, "*rows _row d_model"], candidates: Candidates
+        self, resid: Float[Tensor, "*rows _read d_model"], candidates: Candidates
     ) -> Float[Tensor, "*rows batch k"]:
         """Compute the logits of a few candidate tokens, or the scores of words.
 
@@ -459,8 +459,8 @@ class ModelView:
         return self.tl.ln_final(resid.reshape(-1, 1, resid.shape[-1])).reshape(resid.shape)
 
     def unembedded(
-        self, normed: Float[Tensor, "*rows _row d_model"], candidates: Candidates
-    ) -> Float[Tensor, "*rows _row _k"]:
+        self, normed: Float[Tensor, "*rows _read d_model"], candidates: Candidates
+    ) -> Float[Tensor, "*rows _read _k"]:
         """Compute candidate logits, scaled as the model scales them, before the soft-cap.
 
         Args:
@@ -588,16 +588,22 @@ def at_least_float32(value: Tensor) -> Tensor:
 
 
 def at_answer(
-    resid: Float[Tensor, "*rows batch pos d"], lengths: Int[Tensor, " batch"]
-) -> Float[Tensor, "*rows batch d"]:
-    """Select the last real position of each right-padded prompt.
+    resid: Float[Tensor, "*rows batch pos d"],
+    lengths: Int[Tensor, " batch"],
+    candidates: Candidates | None = None,
+) -> Float[Tensor, "*rows _read d"]:
+    """Select the last real position of each right-padded prompt, or the reads of words.
 
     Args:
         resid: vectors at every position.
         lengths: number of real tokens of each prompt.
+        candidates: the candidates that are read there.
 
     Returns:
-        The vectors at positions `lengths - 1`.
+        The vectors at positions `lengths - 1`, or at each read of words.
     """
+    if isinstance(candidates, Words):
+        own = candidates.to(resid.device)
+        return resid[..., own.rows, own.positions, :]
     batch = torch.arange(resid.shape[-3], device=resid.device)
     return resid[..., batch, lengths.to(resid.device) - 1, :]

@@ -1,12 +1,13 @@
-"""Candidates of several tokens: which rows of a batch are read, and the score of a word.
+"""Candidates of several tokens: where a batch is read for them, and the score of a word.
 
 A word that the tokenizer splits is asked for token by token. Each token is one more question: the
 prompt, followed by the tokens of the word before it.
 
-1. A batch has one row for each different question of an example. The prompt itself is the first.
-2. Every row is read at its last token, as a prompt with candidates of one token is.
-3. The score of a word is the sum over its tokens of log p(token | row), in nats. This is the
-   teacher-forced log-probability of the word. A longer word has a lower score.
+1. A row of a batch is a prompt followed by a word without its last token. An example has one row
+   for each word that is not asked for within the row of another one.
+2. Every different question of an example is read at one position of one row.
+3. The score of a word is the sum over its tokens of log p(token | tokens before), in nats. This is
+   the teacher-forced log-probability of the word. A longer word has a lower score.
 
 Differences of scores have the unit of differences of logits: for two candidates of one token,
 log p - log p' = logit - logit'.
@@ -15,15 +16,18 @@ log p - log p' = logit - logit'.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import takewhile
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from cdt_lens.core.errors import InputError
+
 # Elements of a tensor of logits of the whole vocabulary.
-_MOST = 2**26
+_MOST = 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,15 +36,21 @@ class Words:
 
     Attributes:
         tokens: token ids of each candidate, then -1.
-        rows: the row of the batch at whose end each token is read, then 0.
+        reads: number of the read that gives each token, then 0.
+        rows: row of the batch at which each read is made.
+        positions: position in the row at which each read is made.
         example: position in the batch of each row's example.
         added: number of tokens of a word behind the prompt of each row.
+        seen: number of tokens with which each row begins like an earlier row of its example.
     """
 
     tokens: Int[Tensor, "batch k token"]
-    rows: Int[Tensor, "batch k token"]
+    reads: Int[Tensor, "batch k token"]
+    rows: Int[Tensor, " read"]
+    positions: Int[Tensor, " read"]
     example: Int[Tensor, " row"]
     added: Int[Tensor, " row"]
+    seen: Int[Tensor, " row"]
 
     def to(self, device: torch.device | str) -> Words:
         """Move the words to a device.
@@ -51,22 +61,30 @@ class Words:
         Returns:
             The same words with their tensors on `device`.
         """
-        return Words(*(v.to(device) for v in (self.tokens, self.rows, self.example, self.added)))
+        return Words(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def scores(
-        self, logits: Float[Tensor, "*source row d_vocab"]
+        self, logits: Float[Tensor, "*source read d_vocab"]
     ) -> Float[Tensor, "*source batch k"]:
         """Compute the log-probability of each candidate.
 
         Args:
-            logits: logits of the whole vocabulary at the end of each row.
+            logits: logits of the whole vocabulary at each read.
 
         Returns:
             The sum of the tokens' log-probabilities, in nats.
+
+        Raises:
+            InputError: the logits are not those of the reads.
         """
+        if logits.shape[-2] != len(self.rows):
+            raise InputError(
+                f"words: expected logits at {len(self.rows)} reads, got {logits.shape[-2]}; select "
+                "the positions with at_answer(resid, lengths, candidates)"
+            )
         own = self.to(logits.device)
-        read = logits[..., own.rows, own.tokens.clamp(min=0)]
-        logs = read - logits.logsumexp(-1)[..., own.rows]
+        picked = logits[..., own.reads, own.tokens.clamp(min=0)]
+        logs = picked - logits.logsumexp(-1)[..., own.reads]
         return torch.where(own.tokens < 0, 0.0, logs).sum(-1)
 
     def are(self, word: int | Sequence[int]) -> Bool[Tensor, "batch k"]:
@@ -99,26 +117,44 @@ def ask(
     Returns:
         The token ids of each row, and where each candidate is read.
     """
-    rows: list[tuple[int, ...]] = []
-    example: list[int] = []
     words = [[(c,) if isinstance(c, int) else c for c in group] for group in candidates]
     longest = max(len(word) for group in words for word in group)
-    read = torch.zeros(len(words), len(words[0]), longest, dtype=torch.long)
+    reads = torch.zeros(len(words), len(words[0]), longest, dtype=torch.long)
+    rows: list[tuple[int, ...]] = []
+    per_row: list[tuple[int, int, int]] = []
+    places: list[tuple[int, int]] = []
     for number, (prompt, group) in enumerate(zip(prompts, words, strict=True)):
+        endings = _endings(group)
         asked: dict[tuple[int, ...], int] = {}
         for k, word in enumerate(group):
             for i in range(len(word)):
                 if word[:i] not in asked:
-                    asked[word[:i]] = len(rows)
-                    rows.append((*prompt, *word[:i]))
-                    example.append(number)
-                read[number, k, i] = asked[word[:i]]
+                    asked[word[:i]] = len(places)
+                    own = next(j for j, ending in enumerate(endings) if ending[:i] == word[:i])
+                    places.append((len(rows) + own, len(prompt) - 1 + i))
+                reads[number, k, i] = asked[word[:i]]
+        for j, ending in enumerate(endings):
+            alike = [len(prompt) + _alike(ending, other) for other in endings[:j]]
+            per_row.append((number, len(ending), max(alike, default=0)))
+            rows.append((*prompt, *ending))
     tokens = pad_sequence([torch.tensor(word) for group in words for word in group], True, -1)
-    added = [len(row) - len(prompts[i]) for row, i in zip(rows, example, strict=True)]
-    return rows, Words(tokens.reshape(read.shape), read, torch.tensor(example), torch.tensor(added))
+    return rows, Words(
+        tokens.reshape(reads.shape), reads, *torch.tensor(places).T, *torch.tensor(per_row).T
+    )
 
 
-def scores_of(logits: Float[Tensor, "*source _row _k"], candidates: Candidates) -> Tensor:
+def _endings(words: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Return what stands behind the prompt in each row: words without their last tokens."""
+    starts = dict.fromkeys(word[:-1] for word in words)
+    return [s for s in starts if not any(o != s and o[: len(s)] == s for o in starts)]
+
+
+def _alike(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    pairs = zip(one, other, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def scores_of(logits: Float[Tensor, "*source _read _k"], candidates: Candidates) -> Tensor:
     """Return what the candidates are compared by.
 
     Args:
@@ -131,11 +167,11 @@ def scores_of(logits: Float[Tensor, "*source _row _k"], candidates: Candidates) 
     return candidates.scores(logits) if isinstance(candidates, Words) else logits
 
 
-def among(logits: Float[Tensor, "row d_vocab"], candidates: Candidates) -> Tensor:
+def among(logits: Float[Tensor, "_read d_vocab"], candidates: Candidates) -> Tensor:
     """Return what the candidates are compared by, from the logits of the whole vocabulary.
 
     Args:
-        logits: logits at the end of each row.
+        logits: logits at the answer of each prompt, or at each read of the words.
         candidates: the candidates.
 
     Returns:
@@ -148,7 +184,7 @@ def among(logits: Float[Tensor, "row d_vocab"], candidates: Candidates) -> Tenso
 
 def in_parts(
     read: Callable[[Tensor], Tensor],
-    resid: Float[Tensor, "source row d_model"],
+    resid: Float[Tensor, "source _read d_model"],
     candidates: Candidates,
     d_vocab: int,
 ) -> Float[Tensor, "source batch k"]:
@@ -156,7 +192,7 @@ def in_parts(
 
     Args:
         read: computes what the candidates are compared by, from some of the sources.
-        resid: residual vectors at the end of each row.
+        resid: residual vectors at the answer of each prompt, or at each read of the words.
         candidates: the candidates.
         d_vocab: size of the vocabulary.
 

@@ -262,8 +262,9 @@ def random_scores(
     for batch in examples.batches(batch_size, apart=view.longrope_limit):
         batch = batch.to(view.device)
         run = Propagator(
-            view, batch.tokens, batch.lengths, baseline.for_batch(view, batch), PRESETS["ablation"]
-        )
+            view, batch.tokens, batch.lengths, baseline.for_batch(view, batch), PRESETS["ablation"],
+            candidates=batch.candidates,
+        )  # fmt: skip
         check_finite(run, (), batch, run.full_logits(batch.candidates)[None, :0])
         full = task_direction(run.full_logits(batch.candidates), batch.direction)
         rows[list(batch.index), -1] = full.float().cpu()

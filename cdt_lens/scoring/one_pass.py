@@ -33,7 +33,7 @@ from cdt_lens.core.passes import Passes
 from cdt_lens.core.per_example import share_rows, table
 from cdt_lens.decomposition.baseline import Baseline, BaselineAt
 from cdt_lens.decomposition.gated_pass import GatedPass, Steps, points_of
-from cdt_lens.decomposition.slopes import Slopes, resolve_slopes
+from cdt_lens.decomposition.slopes import SLOPES, Slopes, resolve_slopes
 from cdt_lens.models.provenance import hashed_once, provenance_of
 from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
@@ -103,11 +103,11 @@ def one_pass(
 def _slopes_for(examples: Examples, slopes: str | Slopes) -> Slopes:
     """Return slopes that have a meaning for the examples."""
     resolved = resolve_slopes(slopes)
+    if resolved == SLOPES["direct"]:
+        examples.require_one_token("direct logit attribution", "another method, such as 'one-pass'")
     if resolved.activation == "frozen":
-        named = f"{slopes!r}" if isinstance(slopes, str) else "with activation='frozen'"
-        examples.require_one_token(
-            f"slopes {named}", "other slopes, such as 'gradient' or 'stable'"
-        )
+        what = "a backward pass with activation='frozen', such as the slopes 'linear',"
+        examples.require_one_token(what, "other slopes, such as 'gradient' or 'stable'")
     return resolved
 
 

@@ -135,7 +135,7 @@ def attention_view(
     sites = [("pattern", layer) for layer in sorted({head.layer for head in chosen})]
     patterns = []
     for batch in examples.batches(1, sort_by_length=False):
-        # Further rows have tokens of a label word behind the prompt.
+        # Tokens of a label word may stand behind the prompt.
         trace = view.run(batch.tokens[:1, : int(batch.prompt_lengths[0])], sites)
         rows = [trace["pattern", head.layer][0, head.head] for head in chosen]
         patterns.append(torch.stack(rows).float().cpu())

@@ -82,7 +82,9 @@ def replayed_scores(
     def scores(batch: Batch, at: BaselineAt) -> BatchScores:
         if view.parallel:
             return gated.scores(batch, at, [0.0, 1.0], direction)
-        run = Propagator(view, batch.tokens, batch.lengths, at, PRESETS["ablation"])
+        run = Propagator(
+            view, batch.tokens, batch.lengths, at, PRESETS["ablation"], candidates=batch.candidates
+        )
         if direction == "strongest":
             full = run.full_logits(batch.candidates)
             weights = strongest_competitor(full, batch.is_answer, batch.is_candidate)

@@ -417,7 +417,7 @@ class _Sweep:
     def _batch(self, batch: Batch, bar: tqdm) -> dict[int, Tensor]:
         propagator = Propagator(
             self.view, batch.tokens, batch.lengths,
-            self.baseline.for_batch(self.view, batch), self.rules,
+            self.baseline.for_batch(self.view, batch), self.rules, candidates=batch.candidates,
         )  # fmt: skip
         full = propagator.full_logits(batch.candidates)
         weights = batch.direction

@@ -189,7 +189,8 @@ def candidate_logits(view: ModelView, batch: Batch) -> Tensor:
     trace = view.run(batch.tokens)
     check_caller_hooks(view, batch.tokens, batch.lengths)
     with view.quiet():
-        logits = view.candidate_logits(at_answer(trace.resid[-1], batch.lengths), batch.candidates)
+        answer = at_answer(trace.resid[-1], batch.lengths, batch.candidates)
+        logits = view.candidate_logits(answer, batch.candidates)
     return logits.float().cpu()
 
 

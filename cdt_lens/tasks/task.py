@@ -118,12 +118,12 @@ class Batch:
     """Examples as tensors, padded on the right, where causal attention never reaches.
 
     There is one row for each example. Where candidates have several tokens, an example has a row
-    for its prompt and further rows for the prompt with the first tokens of a word
-    (`models/words.py`).
+    for its prompt with the first tokens of each word (`models/words.py`).
 
     Attributes:
         tokens: token ids of each row.
-        lengths: number of real tokens of each row. The answer is read at position `lengths - 1`.
+        lengths: number of real tokens of each row. The answer is read at position `lengths - 1`,
+            and where `Words` say.
         candidates: token ids of the answers, then of the others, then the first candidate again as
             padding. `Words` where candidates have several tokens.
         direction: +1/n on answers, -1/n on others and 0 on padding.
@@ -168,11 +168,18 @@ class Batch:
     def counted(self) -> Bool[Tensor, "row pos"]:
         """True at the real positions, in one row only where several rows begin alike."""
         positions = torch.arange(self.tokens.shape[1], device=self.lengths.device)
-        ends = self.lengths[:, None]
-        real = positions < ends
+        real = positions < self.lengths[:, None]
         if not isinstance(self.candidates, Words):
             return real
-        return real & ((self.candidates.added[:, None] == 0) | (positions == ends - 1))
+        return real & (positions >= self.candidates.seen[:, None])
+
+    @property
+    def firsts(self) -> Bool[Tensor, " row"]:
+        """True at the first row of each example."""
+        words = self.candidates
+        if isinstance(words, Words):
+            return words.seen == 0
+        return torch.ones_like(self.lengths, dtype=torch.bool)
 
     def is_word(self, word: WordIds) -> Bool[Tensor, "batch k"]:
         """Return which candidates are a word.
@@ -308,6 +315,7 @@ class Examples(Sequence[Example]):
         """Whether some candidates have several tokens."""
         return any(map(_has_words, self.items))
 
+    @checked_arguments
     def require_one_token(self, what: str, instead: str = "") -> None:
         """Refuse candidates of several tokens.
 

@@ -41,10 +41,9 @@ def text_loss(model: nn.Module | ModelView, examples: Examples, *, batch_size: C
     first, last = _shared([example.tokens for example in examples])
     total, count = 0.0, 0
     for batch in examples.batches(batch_size, apart=view.longrope_limit):
-        # Rows with tokens of a word behind the prompt repeat it.
-        prompts = batch.lengths == batch.prompt_lengths
-        losses = _token_losses(view, batch.tokens[prompts])
-        for row, length in zip(losses, batch.lengths[prompts].tolist(), strict=True):
+        firsts = batch.firsts
+        losses = _token_losses(view, batch.tokens[firsts])
+        for row, length in zip(losses, batch.prompt_lengths[firsts].tolist(), strict=True):
             # Row i holds the loss of token i + 1.
             own = row[max(first, 1) - 1 : length - last - 1].double()
             total, count = total + float(own.sum()), count + own.numel()

@@ -16,8 +16,8 @@ from cdt_lens.models.view import ModelView
 from cdt_lens.tasks.task import Example, Examples, Task, WordIds
 from helpers import tiny_tasks, tiny_training
 
-# One word of one token, two that begin alike, one of them longer.
-SPLIT: dict[str, WordIds] = {"positive": (20, 21), "neutral": 30, "negative": (20, 40, 41)}
+# One word of one token and two longer ones, which need two rows.
+SPLIT: dict[str, WordIds] = {"positive": (20, 21), "neutral": 30, "negative": (50, 40, 41)}
 Read = Callable[[Tensor], Float[Tensor, "pos d_vocab"]]
 
 

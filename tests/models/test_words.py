@@ -29,9 +29,9 @@ def test_scores_are_sums_of_log_probabilities(family, backend, tokenizer_folder)
     with Float64Throughout():
         hf, view = build(family), shared(family, backend, tokenizer_folder)
         batch = data.one_batch()
-        found = view.candidate_logits(
-            at_answer(view.run(batch.tokens).resid[-1], batch.lengths), batch.candidates
-        )
+        resid = view.run(batch.tokens).resid[-1]
+        answer = at_answer(resid, batch.lengths, batch.candidates)
+        found = view.candidate_logits(answer, batch.candidates)
         by_hand = [split_words.scores(split_words.plain(hf), item) for item in data]
         assert_close(found, torch.stack(by_hand), atol=1e-9)
         seen = evaluate(view, data, batch_size=4)
@@ -73,20 +73,43 @@ def test_a_prior_is_the_mean_score_of_each_word(tokenizer_folder):
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_rows_are_the_different_questions():
-    item = Example("x", (5, 6, 7), "a", ((20, 21),), ((20, 40, 41), 30))
-    other = Example("y", (8, 9), "b", (30,), ((20, 40, 41),))
+def test_each_question_is_asked_once():
+    """(20,) and (20, 40) stand in one row; (20, 50) needs another one, which begins alike."""
+    words = ((20, 21),), ((20, 40, 41), (20, 50, 51), 30)
+    item = Example("x", (5, 6, 7), "a", *words)
+    other = Example("y", (8, 9), "b", (30,), ((60, 61),))
     batch = Examples((item, other), ("a", "b"), "x").one_batch()
     real = [row[:n].tolist() for row, n in zip(batch.tokens, batch.lengths.tolist(), strict=True)]
-    assert real == [[5, 6, 7], [5, 6, 7, 20], [5, 6, 7, 20, 40], [8, 9], [8, 9, 20], [8, 9, 20, 40]]
-    assert batch.prompt_lengths.tolist() == [3, 3, 3, 2, 2, 2]
-    assert batch.counted.sum(1).tolist() == [3, 1, 1, 2, 1, 1]
-    assert batch.by_example(torch.arange(6.0)).tolist() == [3.0, 12.0]
-    assert batch.for_rows(torch.tensor([1, 2])).tolist() == [1, 1, 1, 2, 2, 2]
-    assert batch.is_word((20, 40, 41)).tolist() == [[False, True, False], [False, True, False]]
-    assert batch.is_word(30).tolist() == [[False, False, True], [True, False, True]]
+    assert real == [[5, 6, 7, 20, 40], [5, 6, 7, 20, 50], [8, 9, 60]]
+    read = batch.candidates
+    at = [
+        tuple(batch.tokens[row, : position + 1].tolist())
+        for row, position in zip(read.rows.tolist(), read.positions.tolist(), strict=True)
+    ]
+    assert len(set(at)) == len(at) == 6
+    for number, (prompt, group) in enumerate([((5, 6, 7), item), ((8, 9), other)]):
+        for k, word in enumerate(group.candidates):
+            ids = split_words.ids(word)
+            questions = [at[i] for i in read.reads[number, k, : len(ids)].tolist()]
+            assert questions == [(*prompt, *ids[:i]) for i in range(len(ids))]
+    assert batch.prompt_lengths.tolist() == [3, 3, 2]
+    assert batch.counted.sum(1).tolist() == [5, 1, 3]
+    assert batch.firsts.tolist() == [True, False, True]
+    assert batch.by_example(torch.tensor([1.0, 2.0, 4.0])).tolist() == [3.0, 4.0]
+    assert batch.for_rows(torch.tensor([1, 2])).tolist() == [1, 1, 2]
+    first = [False, True, False, False], [False] * 4
+    assert batch.is_word((20, 40, 41)).tolist() == list(first)
+    # The first candidate again, as padding.
+    assert batch.is_word(30).tolist() == [[False, False, False, True], [True, False, True, True]]
     assert not batch.is_word((1, 2, 3, 4)).any()
-    assert batch.is_candidate.tolist() == [[True] * 3, [True, True, False]]
+    assert batch.is_candidate.tolist() == [[True] * 4, [True, True, False, False]]
+
+
+def test_words_are_not_read_at_the_ends_of_rows(tokenizer_folder):
+    view, batch = shared("gpt2", "bridge", tokenizer_folder), split_words.examples().one_batch()
+    ends = at_answer(view.run(batch.tokens).resid[-1], batch.lengths)
+    with pytest.raises(InputError, match="expected logits at 24 reads, got 12; select"):
+        view.candidate_logits(ends, batch.candidates)
 
 
 def test_batches_and_parts_change_nothing(tokenizer_folder, monkeypatch):
@@ -95,7 +118,7 @@ def test_batches_and_parts_change_nothing(tokenizer_folder, monkeypatch):
     expected = candidate_logits(view, whole)
     alone = torch.cat([candidate_logits(view, data[i : i + 1].one_batch()) for i in range(6)])
     assert_close(alone, expected, atol=1e-5)
-    resid = at_answer(view.run(whole.tokens).resid[-1], whole.lengths)
+    resid = at_answer(view.run(whole.tokens).resid[-1], whole.lengths, whole.candidates)
     many = torch.stack([resid, 2 * resid, resid])
     once = view.candidate_logits(many, whole.candidates)
     monkeypatch.setattr(words_module, "_MOST", 1)

@@ -25,6 +25,8 @@ from cdt_lens.decomposition.baseline import (
     zero_baseline,
 )
 from cdt_lens.decomposition.decompose import Node, decompose
+from cdt_lens.experiments.discovery import check_trace
+from cdt_lens.experiments.settings import Settings
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.view import ModelView
 from cdt_lens.scoring.edge_scores import score_edges
@@ -311,8 +313,8 @@ LINEAR = {
     "cdt:linear": "a rule with activation='frozen', such as the preset 'linear', needs answers of "
     "one token each, .* or use other rules",
     "estimate:linear": "a rule with activation='frozen'",
-    "direct": "slopes 'direct' needs answers of one token each",
-    "one-pass:linear": "slopes 'linear' needs",
+    "direct": "direct logit attribution needs answers of one token each, .* or use another method",
+    "one-pass:linear": "a backward pass with activation='frozen', such as the slopes 'linear', ",
 }  # fmt: skip
 
 
@@ -335,6 +337,12 @@ def test_edges_and_targets_are_refused(tokenizer_folder):
         decompose(view, data, [Head(0, 1)], baseline, targets=[Head(1, 0)])
     with pytest.raises(InputError, match="a rule with activation='frozen'"):
         decompose(view, data, [Head(0, 1)], baseline, rules="linear")
+
+
+def test_a_graph_is_refused_before_the_model_is_loaded(tmp_path):
+    settings, task = Settings(model="nowhere", task="files"), split_words.task()
+    with pytest.raises(InputError, match="a graph of edges needs answers of one token each"):
+        check_trace(tmp_path, settings, task, examples=None, width=8, fan_in=3)
 
 
 def test_views_show_the_prompt(tokenizer_folder):
