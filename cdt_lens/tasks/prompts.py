@@ -365,7 +365,7 @@ class PromptFormat(Checked):
             answer = self.verbalizer_ids[label]
             others = tuple(other for other in self.verbalizer_ids.values() if other != answer)
             items.append(
-                Example(prompts[i], ids[i], label, (answer,), others, columns[i], places[i])
+                Example(prompts[i], ids[i], label, (answer,), others, columns[i], place=places[i])
             )
         words = [self.verbalizer[item.label] for item in items]
         check_boundary(self.tokenizer, items, words, places, prepend_bos=self.prepend_bos)
