@@ -282,8 +282,8 @@ class _Maker:
         answer, other, paired = candidates
         # A counterfactual whose answer is the prompt's has the same competitor.
         others = (other if paired == answer else answer,)
-        pair = Example(texts[1], ids[1], LABEL, (paired,), others, {}, place)
-        return Example(texts[0], ids[0], LABEL, (answer,), (other,), {}, place, pair)
+        pair = Example(texts[1], ids[1], LABEL, (paired,), others, place=place)
+        return Example(texts[0], ids[0], LABEL, (answer,), (other,), place=place, pair=pair)
 
 
 def _all(words: _Words) -> tuple[str, ...]:

@@ -372,7 +372,7 @@ class PromptFormat(Checked):
             answer = self.verbalizer_ids[label]
             others = tuple(other for other in self.verbalizer_ids.values() if other != answer)
             items.append(
-                Example(prompts[i], ids[i], label, (answer,), others, columns[i], places[i])
+                Example(prompts[i], ids[i], label, (answer,), others, columns[i], place=places[i])
             )
         # The other words are read behind the prompt too, if the tokenizer splits some.
         for asked in self.labels if self._behind else (None,):
