@@ -122,13 +122,30 @@ def _per_example(
         view, batch.tokens, batch.lengths, baseline.for_batch(view, batch), PRESETS["ablation"]
     )
     logits = irrelevant_logits(propagator, complements, batch, rows=rows, done=bar.update)
+    return metric_values(logits, batch, metric, task).float().cpu()
+
+
+def metric_values(
+    logits: Float[Tensor, "circuit example k"], batch: Batch, metric: Metric, task: Task | None
+) -> Float[Tensor, "circuit example"]:
+    """Compute the metric of each example from the candidates' logits of ablated models.
+
+    Args:
+        logits: Logits of the candidates.
+        batch: The examples.
+        metric: Name of the metric, see `circuit_metric`.
+        task: Supplies the prior, if it has one.
+
+    Returns:
+        The direction in logits, or 1 and 0 for right and wrong answers.
+    """
     if metric == "direction":
-        return task_direction(logits, batch.direction).float().cpu()
+        return task_direction(logits, batch.direction)
     prior = None if task is None or task.prior is None else task.candidate_prior(batch)
     right = correct(
         logits, batch.is_answer, batch.is_candidate, None if prior is None else prior.to(logits)
     )
-    return right.float().cpu()
+    return right.to(logits)
 
 
 @dataclass(frozen=True, eq=False)

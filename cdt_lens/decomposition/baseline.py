@@ -56,6 +56,7 @@ class Baseline(Saved):
         provenance: the model and the examples that the values come from.
         pairs: for a counterfactual baseline, the tokens of each prompt's counterfactual prompt.
         mlp_means: mean of what each MLP adds to the residual stream, or None.
+        embed_means: mean token embedding, or None. Ablated edges from the input need it.
     """
 
     kind: str
@@ -63,6 +64,7 @@ class Baseline(Saved):
     provenance: Provenance = field(repr=False)
     pairs: Mapping[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False)
     mlp_means: Float[Tensor, "layer slot d_model"] | None = field(default=None, repr=False)
+    embed_means: Float[Tensor, "slot d_model"] | None = field(default=None, repr=False)
     _format, _kind = "cdt_lens.baseline", "baseline file"
     _advice = "mean_activations(model, task.train) makes one"
 
@@ -98,7 +100,8 @@ class Baseline(Saved):
         origin = self.provenance
         pairs = sorted([list(k), list(v)] for k, v in self.pairs.items())
         parts = [self.kind, origin.model_hash, origin.task_hash, _digest(self.means), pairs]
-        return content_hash(parts + ([] if self.mlp_means is None else [_digest(self.mlp_means)]))
+        more = (self.mlp_means, self.embed_means)
+        return content_hash(parts + [_digest(means) for means in more if means is not None])
 
     @checked_arguments
     @uses_model
@@ -174,6 +177,36 @@ class Baseline(Saved):
         means = self.mlp_means.to(view.device, view.dtype)
         return lambda layer: means[layer][slots]
 
+    def embedding_for_batch(
+        self, view: ModelView, batch: Batch
+    ) -> Float[Tensor, "*batch pos d_model"]:
+        """Return the reference values of the token embeddings for one batch.
+
+        Args:
+            view: the model.
+            batch: the prompts.
+
+        Returns:
+            Values of shape `[batch, pos, d_model]`, or a shape that broadcasts to it. Position
+            embeddings are not part of them.
+
+        Raises:
+            InputError: the baseline has no values for embeddings, or was made for another model or
+                other prompts.
+        """
+        if self.kind == "zero":
+            return self.for_batch(view, batch)(0)
+        if self.kind == "counterfactual":
+            return self._paired(view, batch, "embed")(0)
+        if self.embed_means is None:
+            raise InputError(
+                "baseline: it holds no values for embeddings. Compute it with mean_activations("
+                "model, examples, mlps=True)."
+            )
+        self.for_batch(view, batch)  # raises for another model
+        slots = self._slots(batch.lengths, batch.tokens.shape[1]).to(view.device)
+        return self.embed_means.to(view.device, view.dtype)[slots]
+
     def _slots(self, lengths: Int[Tensor, " batch"], n_pos: int) -> Int[Tensor, "batch pos"]:
         return _slot_of(self.kind, lengths, n_pos).clamp(max=self._last_slot(n_pos))
 
@@ -204,15 +237,15 @@ class Baseline(Saved):
             raise InputError("a counterfactual baseline holds prompts, not means; save the task")
         body = {"kind": self.kind, "provenance": self.provenance.to_dict()}
         tensors = {"means": self.means} if self.means.numel() else {}
-        if self.mlp_means is not None:
-            tensors["mlp_means"] = self.mlp_means
-        return body, tensors
+        more = {"mlp_means": self.mlp_means, "embed_means": self.embed_means}
+        return body, tensors | {name: means for name, means in more.items() if means is not None}
 
     @classmethod
     def _from_file(cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Baseline:
         provenance = Provenance.from_dict(body["provenance"])
         means = tensors.get("means", torch.zeros(0, 0, 0, 0))
-        return cls(body["kind"], means, provenance, mlp_means=tensors.get("mlp_means"))
+        more = {name: tensors.get(name) for name in ("mlp_means", "embed_means")}
+        return cls(body["kind"], means, provenance, **more)
 
 
 def no_mlp_baseline(layer: int) -> Tensor:
@@ -264,8 +297,8 @@ def mean_activations(
         model: the model.
         examples: the prompts to average over.
         positions: which positions share a mean, one of "answer", "pooled", "right" and "left".
-        mlps: whether to average also what every MLP adds to the residual stream. Graphs of circuits
-            and MLPs as sources need these values.
+        mlps: whether to average also what every MLP adds to the residual stream, and the token
+            embeddings. Graphs of circuits and MLPs as sources need these values.
         batch_size: number of prompts in one forward pass.
         progress: whether to show a progress bar.
 
@@ -281,7 +314,7 @@ def mean_activations(
     view = view_of(model)
     check_examples(view, examples)
     check_supported(view)
-    sums, mlp_sums, counts = _streaming_sums(view, examples, positions, mlps, passes)
+    sums, more_sums, counts = _streaming_sums(view, examples, positions, mlps, passes)
     if positions == "answer" and not bool(counts[:, 0].any()):
         raise InputError(
             f"{examples.name}: no prompt has a position before the answer, so those positions have "
@@ -289,7 +322,11 @@ def mean_activations(
         )
     means = _balanced(rearrange(sums, "n l s h d -> n l s (h d)"), counts)
     means = rearrange(means, "l s (h d) -> l s h d", h=view.n_heads)
-    mlp_means = None if mlp_sums is None else _balanced(mlp_sums, counts)
+    mlp_means = embed_means = None
+    if more_sums is not None:
+        # The embedding stands behind the layers' MLPs.
+        *layers, embed_means = _balanced(more_sums, counts).float()
+        mlp_means = torch.stack(layers)
     if not bool(torch.isfinite(means).all()):
         raise InputError(f"{view.name}: z is not finite on {examples.name}. Check the weights.")
     if mlp_means is not None and not bool(torch.isfinite(mlp_means).all()):
@@ -300,8 +337,7 @@ def mean_activations(
     options = {"kind": positions}
     provenance = provenance_of(view, examples, options=options)
     return Baseline(
-        positions, means.float(), provenance,
-        mlp_means=None if mlp_means is None else mlp_means.float(),
+        positions, means.float(), provenance, mlp_means=mlp_means, embed_means=embed_means,
     )  # fmt: skip
 
 
@@ -324,10 +360,10 @@ def _streaming_sums(
     passes: Passes,
 ) -> tuple[
     Float[Tensor, "label layer slot head d_head"],
-    Float[Tensor, "label layer slot d_model"] | None,
+    Float[Tensor, "label layer_and_embedding slot d_model"] | None,
     Float[Tensor, "label slot"],
 ]:
-    """Sum z and MLP outputs and count positions, per label and slot, over all processes."""
+    """Sum z, MLP outputs and embeddings, per label and slot, over all processes, and count."""
     longest = max(len(example.tokens) for example in examples)
     # "right" has one more slot, the mean of all positions, for prompts longer than these.
     n_slots = {"answer": 2, "pooled": 1, "right": longest + 1}.get(positions, longest)
@@ -337,13 +373,13 @@ def _streaming_sums(
         n_labels, view.n_layers, n_slots, view.n_heads, view.d_head, dtype=torch.float64
     )
     counts = torch.zeros(n_labels, n_slots, dtype=torch.float64)
-    mlp_width = view.d_model if mlps else 0
-    mlp_sums = torch.zeros(n_labels, view.n_layers, n_slots, mlp_width, dtype=torch.float64)
+    width = view.d_model if mlps else 0
+    more_sums = torch.zeros(n_labels, view.n_layers + 1, n_slots, width, dtype=torch.float64)
     sites = [("z", layer) for layer in range(view.n_layers)]
-    mlp_sites = [s for s in view.sites if s[0] == "mlp_out"] if mlps else []
+    more_sites = [s for s in view.sites if s[0] in ("mlp_out", "embed")] if mlps else []
     batches = passes.batches(examples, view.longrope_limit)
     for batch in passes.bar(batches, name="baseline", leave=False):
-        trace = view.run(batch.tokens, [*sites, *mlp_sites])
+        trace = view.run(batch.tokens, [*sites, *more_sites])
         n_pos = batch.tokens.shape[1]
         slots = _slot_of(positions, batch.lengths, n_pos)
         real = torch.arange(n_pos) < batch.lengths[:, None]
@@ -357,10 +393,11 @@ def _streaming_sums(
             z = trace["z", layer].cpu().double()
             per_example = torch.einsum("bps,bphd->bshd", member, z)
             sums[:, layer] += torch.einsum("bn,bshd->nshd", label, per_example)
-        for site in mlp_sites:
+        for site in more_sites:
             out = torch.einsum("bps,bpd->bsd", member, trace[site].cpu().double())
-            mlp_sums[:, site[1]] += torch.einsum("bn,bsd->nsd", label, out)
-    summed = sum_over_processes(mlp_sums) if mlps else None
+            place = -1 if site[0] == "embed" else site[1]
+            more_sums[:, place] += torch.einsum("bn,bsd->nsd", label, out)
+    summed = sum_over_processes(more_sums) if mlps else None
     return sum_over_processes(sums), summed, sum_over_processes(counts)
 
 

@@ -1,9 +1,9 @@
 """Name the activations that rules and recordings need, alike for both model classes.
 
 A site is (name, layer). Most sites are TransformerLens hook points. A norm also has sites for its
-input and its output, because its hook point lies before its weight and bias. The sites "attn.in"
-and "mlp.in", the inputs of attention and MLP, are read-only: `HookedTransformer` passes the first
-three times.
+input and its output, because its hook point lies before its weight and bias. The site "attn.in",
+the input of attention, is read-only: `HookedTransformer` passes it three times. The token embedding
+is the site ("embed", 0).
 """
 
 from __future__ import annotations
@@ -95,6 +95,9 @@ def find_sites(model: Any, n_layers: int) -> dict[Site, Place]:
         The place of each site.
     """
     places: dict[Site, Place] = {}
+    embedding = _resolve(model, "hook_embed")
+    if embedding is not None:
+        places["embed", 0] = Place(embedding, "point")
     for layer, block in enumerate(model.blocks):
         # HookedTransformer has some MLP hook points in attention-only blocks, but none fires.
         absent = _OF_THE_MLP if getattr(block, "mlp", None) is None else frozenset()

@@ -136,7 +136,7 @@ def check_caller_hooks(
         return
     with lifted(view.tl):
         plain = view.run(tokens)
-    if any(_differ(a, b, torch.float32) for a, b in zip(trace.resid, plain.resid, strict=True)):
+    if any(differ(a, b, torch.float32) for a, b in zip(trace.resid, plain.resid, strict=True)):
         raise InputError(
             f"{view.name}: your hooks (on {where}) edit activations, and {edits} cannot follow "
             "these edits completely. Use rules='ablation' or exact_ablation, or remove the hooks."
@@ -238,8 +238,14 @@ def _refuse_by_name(view: ModelView) -> None:
                 _refuse(view, f"layer {layer} without a hook point for {name}")
 
 
-def _differ(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether a and b differ by more than rounding could explain."""
+def differ(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether two tensors differ by more than rounding could explain.
+
+    Args:
+        a: a tensor.
+        b: the tensor that it should equal.
+        dtype: the type that both were computed in.
+    """
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
     a, b = a.float(), b.float()
     return bool((a - b).norm() > tolerance * (b.norm() + 1e-6))
@@ -254,9 +260,9 @@ def _check_residual(view: ModelView, trace: Trace) -> None:
         total = trace.resid[layer] + trace["attn_out", layer]
         if ("mlp_out", layer) in trace:
             total = total + trace["mlp_out", layer]
-        if _differ(total, trace["resid_post", layer], view.dtype):
+        if differ(total, trace["resid_post", layer], view.dtype):
             _refuse(view, f"layer {layer}'s residual add (it is not resid + attn_out + mlp_out)")
-        if _differ(trace["resid_post", layer], trace.resid[layer + 1], view.dtype):
+        if differ(trace["resid_post", layer], trace.resid[layer + 1], view.dtype):
             _refuse(view, f"a component between layer {layer} and the next")
 
 
@@ -266,7 +272,7 @@ def _check_attention(view: ModelView, trace: Trace) -> None:
         value = trace["v", layer].repeat_interleave(group, dim=2)
         pattern = trace["pattern", layer].to(value.dtype)
         z = torch.einsum("bhqk,bkhd->bqhd", pattern, value)
-        if _differ(z, trace["z", layer], view.dtype):
+        if differ(z, trace["z", layer], view.dtype):
             _refuse(view, f"layer {layer}'s attention (z is not pattern @ v)")
 
 
@@ -275,7 +281,7 @@ def _check_logits(view: ModelView, trace: Trace, tokens: Tensor) -> None:
     with view.quiet():
         logits = view.candidate_logits(trace.resid[-1][:, -1], candidates)
     own = view.logits(tokens)[:, -1].gather(1, candidates.to(view.device))
-    if _differ(logits, own, view.dtype):
+    if differ(logits, own, view.dtype):
         _refuse(view, "a component between the unembedding and the logits")
 
 
@@ -288,7 +294,7 @@ def _check_norms(view: ModelView, trace: Trace) -> None:
             once = _normed(view, trace, layer, norm, 1.0)
             twice = _normed(view, trace, layer, norm, 2.0)
             zero = _normed(view, trace, layer, norm, 1e30)  # only the bias is left
-            if _differ(2 * (twice - zero), once - zero, view.dtype):
+            if differ(2 * (twice - zero), once - zero, view.dtype):
                 _refuse(view, f"layer {layer}'s norm {norm} (it does not divide by its hook_scale)")
 
 
@@ -361,4 +367,4 @@ def _is_plain_mlp(view: ModelView, trace: Trace, layer: int) -> bool:
         post = function(trace["pre", layer])
     if ("pre_linear", layer) in trace:
         post = post * trace["pre_linear", layer]
-    return not _differ(post, trace["post", layer], view.dtype)
+    return not differ(post, trace["post", layer], view.dtype)

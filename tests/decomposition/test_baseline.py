@@ -342,9 +342,11 @@ def test_means_of_mlps_are_saved_and_change_the_hash(tmp_path: Path, tokenizer_f
     loaded = Baseline.load(with_mlps.save(tmp_path / "b.json"))
     assert_same_bits(loaded.mlp_means, with_mlps.mlp_means)
     assert loaded.hash == with_mlps.hash
-    assert replace(with_mlps, mlp_means=None).hash == plain.hash
-    other = replace(with_mlps, mlp_means=with_mlps.mlp_means + 1)
-    assert other.hash not in (plain.hash, with_mlps.hash)
+    assert_same_bits(loaded.embed_means, with_mlps.embed_means)
+    assert replace(with_mlps, mlp_means=None, embed_means=None).hash == plain.hash
+    for name in ("mlp_means", "embed_means"):
+        other = replace(with_mlps, **{name: getattr(with_mlps, name) + 1})
+        assert other.hash not in (plain.hash, with_mlps.hash)
 
 
 def test_files_without_mlps_load_with_the_hash_that_they_had(tmp_path: Path, tokenizer_folder):

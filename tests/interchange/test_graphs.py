@@ -54,7 +54,7 @@ def complete(*, parallel: bool = False, seed: int = 0) -> Graph:
         Edge(*ends, score, member)
         for ends, score, member in zip(listed, scores, kept, strict=False)
     )
-    return Graph(2, 3, nodes, edges, d_model=12, parallel=parallel, unit=OTHER_UNIT)
+    return Graph(2, 3, nodes, edges, d_model=12, parallel=parallel, unit=OTHER_UNIT, direct=True)
 
 
 def known(graph: Graph) -> dict[str, tuple[float | None, bool]]:
@@ -72,7 +72,7 @@ def assert_same(one: Graph, other: Graph) -> None:
     for name in node_names(one.n_layers, one.n_heads):
         if name != "logits":
             assert one.nodes.get(name, outside) == other.nodes.get(name, outside), name
-    for field in ("n_layers", "n_heads", "d_model", "parallel", "unit"):
+    for field in ("n_layers", "n_heads", "d_model", "parallel", "unit", "direct"):
         assert getattr(one, field) == getattr(other, field), field
 
 
@@ -99,6 +99,7 @@ def as_float32(graph: Graph) -> Graph:
         complete(),
         complete(parallel=True, seed=1),
         sample.small(),
+        replace(sample.small(), direct=True),
         sample.large(6, 3, heads=8, edges=20, parallel=True),
         replace(sample.small(), unit=OTHER_UNIT, edges=()),
     ],
