@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from cdt_lens.circuits.ablation import metric_values
 from cdt_lens.circuits.direct_edge_scores import DirectEdgeScores
-from cdt_lens.circuits.edge_pass import EdgePass, edges_of, places_of
+from cdt_lens.circuits.edge_pass import EdgePass, Ends, edges_of, places_of
 from cdt_lens.circuits.faithfulness import checked_fractions
 from cdt_lens.circuits.graph import Edge, Graph, GraphNode, check_shape
 from cdt_lens.circuits.measures import MIB_FRACTIONS, check_gap, cmd, cpr, faithfulness, heads_at
@@ -251,7 +251,7 @@ def _kept(graph: Graph, view: ModelView) -> _Kept:
     return _mask(edges, view)
 
 
-def _mask(edges: Sequence[Any], view: ModelView) -> _Kept:
+def _mask(edges: Sequence[Ends], view: ModelView) -> _Kept:
     shape = (view.n_layers, view.n_heads)
     mask = torch.zeros(len(node_names(*shape)) - 1, len(readers(*shape)), dtype=torch.bool)
     if edges:
@@ -270,7 +270,7 @@ def _random_graphs(size: int, view: ModelView, draws: int, seed: int) -> list[_K
     return found
 
 
-def _graph_of(edges: Sequence[Any], view: ModelView) -> Graph:
+def _graph_of(edges: Sequence[Ends], view: ModelView) -> Graph:
     nodes = {name: GraphNode(None, True) for name in node_names(view.n_layers, view.n_heads)}
     made = tuple(Edge(*ends, None) for ends in edges)
     shape = (view.n_layers, view.n_heads)

@@ -118,8 +118,9 @@ class EdgePass:
         resid = self.trace.resid[start].repeat(sets, 1, 1)
         with self.view.quiet():
             for layer in range(start, self.view.n_layers):
-                resid, more = _Block(self, layer, away, cut).run(resid)
-                away = torch.cat([away, more], dim=2)
+                block = _Block(self, layer, away, cut)
+                resid = block.run(resid)
+                away = torch.cat([away, block.more["heads"], block.more["mlp"]], dim=2)
             lengths = self.batch.lengths.repeat(sets)
             answer = at_answer(resid, lengths)
             at_end = away[torch.arange(len(away)), lengths.to(away.device) - 1]
@@ -192,7 +193,7 @@ class EdgePass:
             resid = (self.trace.resid[0] + (1 - point) * self.plain[:, :, 0]).requires_grad_()
             first = resid
             for layer in range(self.view.n_layers):
-                resid, _ = _Block(self, layer, None, None, probe).run(resid)
+                resid = _Block(self, layer, None, None, probe).run(resid)
             # A view of its own, so that the gradient is that of the logits' input alone.
             ends = resid.unsqueeze(2)
             probe(ends, slice(total.shape[2] - 1, total.shape[2]), total.shape[1])
@@ -203,9 +204,13 @@ class EdgePass:
 
     # ------------------------------------------------------------------ nodes
 
-    def weight(self, layer: int, name: str) -> Tensor | None:
-        """Return a weight of attention such as "W_O", or None if the model has no such weight."""
-        return self._weights.get(f"blocks.{layer}.attn.{name}")
+    def weight(self, layer: int, name: str) -> Tensor:
+        """Return a weight of attention such as "W_O"."""
+        return self._weights[f"blocks.{layer}.attn.{name}"]
+
+    def bias(self, layer: int, name: str) -> Tensor | float:
+        """Return a bias of attention such as "b_O", or 0 if the model has none."""
+        return self._weights.get(f"blocks.{layer}.attn.{name}", 0.0)
 
     def projected(
         self, layer: int, name: str, inputs: Float[Tensor, "row pos reader d_model"]
@@ -217,12 +222,12 @@ class EdgePass:
             name: "q", "k" or "v".
             inputs: The heads' inputs before the norm, or one input for all of them.
         """
-        weight, bias = (self.weight(layer, f"{kind}_{name.upper()}") for kind in ("W", "b"))
         heads = self.view.n_heads
-        weight = _of_each_head(weight, heads)
+        weight = _of_each_head(self.weight(layer, f"W_{name.upper()}"), heads)
+        bias = self.bias(layer, f"b_{name.upper()}")
         normed = self.view.normed_by("ln1", layer, inputs).expand(-1, -1, heads, -1)
         out = einsum(normed, weight, "r p h d, h d e -> r p h e")
-        return out if bias is None else out + _of_each_head(bias, heads)
+        return out + (_of_each_head(bias, heads) if isinstance(bias, Tensor) else bias)
 
     def mlp_normed(
         self, layer: int, inputs: Float[Tensor, "row pos d_model"]
@@ -285,21 +290,20 @@ class _Block:
         self.owner, self.layer, self.probe = owner, layer, probe
         self.view, self.cut = owner.view, cut
         self.away = away
-        self.more: dict[str, Tensor] = {}  # the same of the block's own heads and MLP
+        self.more: dict[str, Tensor] = {}  # the same of its own heads and MLP, if edges are cut
         self.known = 1 + layer * (self.view.n_heads + 1)  # nodes that the heads read
         self.first = layer * (3 * self.view.n_heads + 1)  # the column of the first reader
         self.copies = 1
         self.hooks: dict[Site, Hook] = {}
 
-    def run(self, resid: Float[Tensor, "row pos d_model"]) -> tuple[Tensor, Tensor | None]:
-        """Run the block.
+    def run(self, resid: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
+        """Run the block, and note in `more` baseline minus output of its heads and its MLP.
 
         Args:
             resid: The sum of what all nodes wrote before the block.
 
         Returns:
-            The sum behind the block, and baseline minus output of its nodes, or None where no edge
-            is cut.
+            The sum behind the block.
         """
         self.resid, self.rows = resid, len(resid)
         self._put_projections()
@@ -311,11 +315,9 @@ class _Block:
         with self.view.hooked(self.hooks):
             calls = self.owner.trace.calls[self.layer : self.layer + 1]
             out = self.view.through(resid.repeat(self.copies, 1, 1), calls, self.layer)[: self.rows]
-        if self.cut is None:
-            return out, None
         if self.layer not in self.owner.mlps:
             self._at_mlp_out(torch.zeros_like(out))
-        return out, torch.cat([self.more["heads"], self.more["mlp"]], dim=2)
+        return out
 
     def _inputs(self, resid: Tensor, columns: slice, *, beside: bool = False) -> Tensor:
         """Return the inputs of the readers in `columns`: [row, pos, reader, d_model].
@@ -458,9 +460,7 @@ def _check_sums(run: EdgePass) -> None:
 def _check_attention(run: EdgePass, layer: int) -> None:
     view, trace = run.view, run.trace
     written = einsum(trace["z", layer], run.weight(layer, "W_O"), "r p h e, h e d -> r p d")
-    bias = run.weight(layer, "b_O")
-    written = written if bias is None else written + bias
-    if differ(written, trace["attn_out", layer], view.dtype):
+    if differ(written + run.bias(layer, "b_O"), trace["attn_out", layer], view.dtype):
         _refuse(view, f"layer {layer}'s attention, whose output is no sum over heads")
     for name in _SITES:
         own = run.projected(layer, name, trace.resid[layer][:, :, None])

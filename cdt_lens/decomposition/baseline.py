@@ -244,8 +244,10 @@ class Baseline(Saved):
     def _from_file(cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Baseline:
         provenance = Provenance.from_dict(body["provenance"])
         means = tensors.get("means", torch.zeros(0, 0, 0, 0))
-        more = {name: tensors.get(name) for name in ("mlp_means", "embed_means")}
-        return cls(body["kind"], means, provenance, **more)
+        return cls(
+            body["kind"], means, provenance, mlp_means=tensors.get("mlp_means"),
+            embed_means=tensors.get("embed_means"),
+        )  # fmt: skip
 
 
 def no_mlp_baseline(layer: int) -> Tensor:
