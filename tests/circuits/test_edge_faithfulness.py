@@ -158,7 +158,8 @@ def test_a_curve_has_mibs_areas_and_controls(tokenizer_folder):
     assert one.cpr != one.cpr and one.random.shape == (0, 1)
     table = found.to_dataframe()
     assert list(table)[:3] == ["fraction", "edges", "faithfulness"] and len(table) == 10
-    assert isinstance(found, EdgeFaithfulness) and "110" not in repr(found)
+    assert isinstance(found, EdgeFaithfulness) and "<table" in found._repr_html_()
+    assert "10 graphs" in repr(found) and "\n" not in repr(found)
     share = edge_faithfulness(
         view, scores.graph(k=110), data, base, metric="accuracy", draws=0, **QUIET
     )
