@@ -71,14 +71,14 @@ class EdgePass:
         self.trace = view.run(batch.tokens, [site for site in view.sites if site[0] in names])
         _check_sums(self)
         embedding = baseline.embedding_for_batch(view, batch) - self.trace["embed", 0]
-        parts = [rearrange(embedding, "b p d -> b p 1 d")]
+        parts = [embedding[None]]
         for layer in range(view.n_layers):
-            parts.append(self.heads_away(layer, self.trace["z", layer]))
+            parts.append(self.heads_away(layer, self.trace["z", layer])[0])
             out = self.trace.activations.get(("mlp_out", layer))
             out = torch.zeros_like(self.trace.resid[0]) if out is None else out
-            parts.append(self.mlp_away(layer, out))
-        # Baseline minus output of every node in the ordinary run: [batch, pos, node, d_model].
-        self.plain = torch.cat(parts, dim=2)
+            parts.append(self.mlp_away(layer, out)[0])
+        # Baseline minus output of every node in the ordinary run: [node, batch, pos, d_model].
+        self.plain = torch.cat(parts)
 
     # ------------------------------------------------------------------ cut edges
 
@@ -90,7 +90,7 @@ class EdgePass:
                 memory of the nodes' outputs.
         """
         if rows is not None:
-            return max(1, rows // len(self.plain))
+            return max(1, rows // len(self.batch.index))
         return max(1, _BUDGET // (self.plain.numel() * self.plain.element_size()))
 
     def full_logits(self) -> Float[Tensor, "batch k"]:
@@ -114,19 +114,16 @@ class EdgePass:
         """
         sets = len(cut)
         start = self._first_layer(cut)
-        away = self.plain[:, :, : self._written(start)].repeat(sets, 1, 1, 1)
+        known = 1 + start * (self.view.n_heads + 1)
+        away = self.plain.new_empty(sets, *self.plain.shape)
+        away[:, :known] = self.plain[:known]
         resid = self.trace.resid[start].repeat(sets, 1, 1)
         with self.view.quiet():
             for layer in range(start, self.view.n_layers):
-                block = _Block(self, layer, away, cut)
-                resid = block.run(resid)
-                away = torch.cat([away, block.more["heads"], block.more["mlp"]], dim=2)
-            lengths = self.batch.lengths.repeat(sets)
-            answer = at_answer(resid, lengths)
-            at_end = away[torch.arange(len(away)), lengths.to(away.device) - 1]
-            answer = answer + mixed(at_end[:, None], cut[..., -1:])[:, 0, 0]
-            final = rearrange(answer, "(s b) d -> s b d", s=sets)
-            logits = self.view.candidate_logits(final, self.batch.candidates)
+                resid = _Block(self, layer, away, cut).run(resid)
+            answer = at_answer(self.by_set(resid), self.batch.lengths)
+            changed = mixed(at_answer(away, self.batch.lengths), cut[..., -1:])
+            logits = self.view.candidate_logits(answer + changed[:, 0], self.batch.candidates)
         # Without a cut edge the model is the full one to the last bit.
         logits[~cut.flatten(1).any(1)] = self.full_logits()
         return self._finite(logits)
@@ -136,9 +133,6 @@ class EdgePass:
         layers = cut[..., :-1].any(1).any(0).reshape(self.view.n_layers, -1).any(1)
         found = layers.nonzero()
         return int(found[0]) if len(found) else self.view.n_layers
-
-    def _written(self, layer: int) -> int:
-        return 1 + layer * (self.view.n_heads + 1)
 
     def _finite(self, logits: Tensor) -> Tensor:
         if not bool(torch.isfinite(logits).all()):
@@ -170,7 +164,7 @@ class EdgePass:
         check_gradients(self.view)
         n_readers = len(readers(self.view.n_layers, self.view.n_heads))
         total = at_least_float32(self.plain).new_zeros(
-            len(self.plain), self.plain.shape[2], n_readers
+            len(self.batch.index), len(self.plain), n_readers
         )
         for point in points:
             self._add_gradients(point, total)
@@ -182,23 +176,23 @@ class EdgePass:
 
         def probe(inputs: Tensor, columns: slice, known: int) -> None:
             def contract(gradient: Tensor) -> None:
-                written = plain[:, :, :known]
-                slope = at_least_float32(gradient)
-                total[:, :known, columns] -= einsum(written, slope, "b p u d, b p r d -> b u r")
+                slope = at_least_float32(gradient[0])
+                found = einsum(plain[:known], slope, "u b p d, r b p d -> b u r")
+                total[:, :known, columns] -= found
 
             inputs.register_hook(contract)
 
         lengths = self.batch.lengths.to(plain.device)
         with torch.enable_grad(), self.view.quiet(gradients=True):
-            resid = (self.trace.resid[0] + (1 - point) * self.plain[:, :, 0]).requires_grad_()
+            resid = (self.trace.resid[0] + (1 - point) * self.plain[0]).requires_grad_()
             first = resid
             for layer in range(self.view.n_layers):
                 resid = _Block(self, layer, None, None, probe).run(resid)
             # A view of its own, so that the gradient is that of the logits' input alone.
-            ends = resid.unsqueeze(2)
+            ends = resid[None, None]
             probe(ends, slice(total.shape[2] - 1, total.shape[2]), total.shape[1])
             logits = self.view.candidate_logits(
-                at_answer(ends[:, :, 0], lengths), self.batch.candidates
+                at_answer(ends[0, 0], lengths), self.batch.candidates
             )
             torch.autograd.grad(task_direction(logits, self.batch.direction).sum(), first)
 
@@ -213,8 +207,8 @@ class EdgePass:
         return self._weights.get(f"blocks.{layer}.attn.{name}", 0.0)
 
     def projected(
-        self, layer: int, name: str, inputs: Float[Tensor, "row pos reader d_model"]
-    ) -> Float[Tensor, "row pos head d_head"]:
+        self, layer: int, name: str, inputs: Float[Tensor, "set reader batch pos d_model"]
+    ) -> Float[Tensor, "set_and_batch pos head d_head"]:
         """Compute q, k or v of every head of a layer, also of each that shares keys and values.
 
         Args:
@@ -225,8 +219,8 @@ class EdgePass:
         heads = self.view.n_heads
         weight = _of_each_head(self.weight(layer, f"W_{name.upper()}"), heads)
         bias = self.bias(layer, f"b_{name.upper()}")
-        normed = self.view.normed_by("ln1", layer, inputs).expand(-1, -1, heads, -1)
-        out = einsum(normed, weight, "r p h d, h d e -> r p h e")
+        normed = self.view.normed_by("ln1", layer, inputs).expand(-1, heads, -1, -1, -1)
+        out = einsum(normed, weight, "s h b p d, h d e -> s b p h e").flatten(0, 1)
         return out + (_of_each_head(bias, heads) if isinstance(bias, Tensor) else bias)
 
     def mlp_normed(
@@ -237,21 +231,21 @@ class EdgePass:
         return self.view.normed_by(norm, layer, inputs)
 
     def heads_away(
-        self, layer: int, z: Float[Tensor, "row pos head d_head"]
-    ) -> Float[Tensor, "row pos head d_model"]:
+        self, layer: int, z: Float[Tensor, "set_and_batch pos head d_head"]
+    ) -> Float[Tensor, "set head batch pos d_model"]:
         """Compute what each head of a layer writes with its baseline z, minus what it writes.
 
         Args:
             layer: The layer.
             z: The heads' z; the rows are copies of the batch.
         """
-        away = self._z_baseline(layer).to(z.dtype) - self._by_set(z)
+        away = self._z_baseline(layer).to(z.dtype) - self.by_set(z)
         weight = self.weight(layer, "W_O")
-        return einsum(away.flatten(0, 1), weight, "r p h e, h e d -> r p h d")
+        return einsum(away, weight, "s b p h e, h e d -> s h b p d")
 
     def mlp_away(
-        self, layer: int, out: Float[Tensor, "row pos d_model"]
-    ) -> Float[Tensor, "row pos 1 d_model"]:
+        self, layer: int, out: Float[Tensor, "set_and_batch pos d_model"]
+    ) -> Float[Tensor, "set 1 batch pos d_model"]:
         """Compute the baseline of a layer's MLP, minus its output.
 
         Args:
@@ -259,11 +253,13 @@ class EdgePass:
             out: The MLP's output; zeros in a model without MLPs. The rows are copies of the batch.
         """
         if self._mlp_baseline is None:
-            return torch.zeros_like(out)[:, :, None]
-        away = self._mlp_baseline(layer).to(out.dtype) - self._by_set(out)
-        return away.flatten(0, 1)[:, :, None]
+            return torch.zeros_like(self.by_set(out))[:, None]
+        return (self._mlp_baseline(layer).to(out.dtype) - self.by_set(out))[:, None]
 
-    def _by_set(self, rows: Tensor) -> Tensor:
+    def by_set(
+        self, rows: Float[Tensor, "set_and_batch *more"]
+    ) -> Float[Tensor, "set batch *more"]:
+        """Split the rows of a pass into sets and examples."""
         return rows.unflatten(0, (-1, len(self.batch.index)))
 
 
@@ -273,8 +269,8 @@ class _Block:
     Args:
         owner: The recorded batch.
         layer: The layer of the block.
-        away: Baseline minus present output of every node before the block, or None if no edge is
-            cut.
+        away: Baseline minus present output of every node, where the block fills in its own, or
+            None if no edge is cut.
         cut: The cut edges, or None.
         probe: Called with the inputs of all readers.
     """
@@ -283,21 +279,20 @@ class _Block:
         self,
         owner: EdgePass,
         layer: int,
-        away: Float[Tensor, "row pos node d_model"] | None,
+        away: Float[Tensor, "set node batch pos d_model"] | None,
         cut: Bool[Tensor, "set node reader"] | None,
         probe: Probe | None = None,
     ) -> None:
         self.owner, self.layer, self.probe = owner, layer, probe
         self.view, self.cut = owner.view, cut
         self.away = away
-        self.more: dict[str, Tensor] = {}  # the same of its own heads and MLP, if edges are cut
         self.known = 1 + layer * (self.view.n_heads + 1)  # nodes that the heads read
         self.first = layer * (3 * self.view.n_heads + 1)  # the column of the first reader
         self.copies = 1
         self.hooks: dict[Site, Hook] = {}
 
     def run(self, resid: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
-        """Run the block, and note in `more` baseline minus output of its heads and its MLP.
+        """Run the block.
 
         Args:
             resid: The sum of what all nodes wrote before the block.
@@ -320,19 +315,20 @@ class _Block:
         return out
 
     def _inputs(self, resid: Tensor, columns: slice, *, beside: bool = False) -> Tensor:
-        """Return the inputs of the readers in `columns`: [row, pos, reader, d_model].
+        """Return the inputs of the readers in `columns`: [set, reader, batch, pos, d_model].
 
         Args:
             resid: The sum that the readers read where no edge is cut.
             columns: The readers.
             beside: Whether they read the heads of this layer too.
         """
-        inputs = resid[:, :, None].expand(-1, -1, columns.stop - columns.start, -1)
+        known = self.known + (self.view.n_heads if beside else 0)
+        inputs = self.owner.by_set(resid)[:, None]
         if self.cut is not None and self.away is not None:
-            away = torch.cat([self.away, self.more["heads"]], dim=2) if beside else self.away
-            inputs = inputs + mixed(away, self.cut[..., columns])
+            return inputs + mixed(self.away[:, :known], self.cut[:, :known, columns])
+        inputs = inputs.expand(-1, columns.stop - columns.start, -1, -1, -1)
         if self.probe is not None:
-            self.probe(inputs, columns, self.known + (self.view.n_heads if beside else 0))
+            self.probe(inputs, columns, known)
         return inputs
 
     def _is_read(self, columns: slice) -> bool:
@@ -363,8 +359,9 @@ class _Block:
             copies = value.unflatten(0, (self.copies, -1))
             own = [copies[h % self.copies, :, :, h] for h in range(self.view.n_heads)]
             z = torch.stack(own, dim=2)
-        if self.cut is not None:
-            self.more["heads"] = self.owner.heads_away(self.layer, z)
+        if self.away is not None:
+            heads = slice(self.known, self.known + self.view.n_heads)
+            self.away[:, heads] = self.owner.heads_away(self.layer, z)
         return z.repeat(self.copies, 1, 1, 1) if self.copies > 1 else None
 
     def _at_attention_out(self, value: Tensor) -> None:
@@ -376,25 +373,27 @@ class _Block:
         if not self._is_read(columns):
             return None
         inputs = self._inputs(self.read_by_mlp, columns, beside=not self.view.parallel)
-        return self.owner.mlp_normed(self.layer, inputs[:, :, 0]).repeat(self.copies, 1, 1)
+        normed = self.owner.mlp_normed(self.layer, inputs[:, 0].flatten(0, 1))
+        return normed.repeat(self.copies, 1, 1)
 
     def _at_mlp_out(self, value: Tensor) -> None:
-        if self.cut is not None:
-            self.more["mlp"] = self.owner.mlp_away(self.layer, value[: self.rows])
+        if self.away is not None:
+            place = self.known + self.view.n_heads
+            away = self.owner.mlp_away(self.layer, value[: self.rows])
+            self.away[:, place : place + 1] = away
 
 
 def mixed(
-    away: Float[Tensor, "row pos node d_model"], cut: Bool[Tensor, "set more_nodes reader"]
-) -> Float[Tensor, "row pos reader d_model"]:
+    away: Float[Tensor, "set node *shape"], cut: Bool[Tensor, "set node reader"]
+) -> Float[Tensor, "set reader *shape"]:
     """Sum what cut edges change in their readers' inputs.
 
     Args:
-        away: Baseline minus present output of the first nodes; a row is a set and an example.
-        cut: The cut edges of each set, of these nodes and perhaps later ones.
+        away: Baseline minus present output of some nodes.
+        cut: The cut edges between these nodes and the readers.
     """
-    by_set = away.unflatten(0, (len(cut), -1))
-    weights = cut[:, : away.shape[2]].to(away)
-    return einsum(by_set, weights, "s b p u d, s u r -> s b p r d").flatten(0, 1)
+    summed = torch.bmm(cut.mT.to(away), away.flatten(2))
+    return summed.unflatten(2, away.shape[2:])
 
 
 def edges_of(view: ModelView) -> tuple[Ends, ...]:
@@ -463,7 +462,7 @@ def _check_attention(run: EdgePass, layer: int) -> None:
     if differ(written + run.bias(layer, "b_O"), trace["attn_out", layer], view.dtype):
         _refuse(view, f"layer {layer}'s attention, whose output is no sum over heads")
     for name in _SITES:
-        own = run.projected(layer, name, trace.resid[layer][:, :, None])
+        own = run.projected(layer, name, trace.resid[layer][None, None])
         found = trace[name, layer]
         if differ(own[:, :, :: own.shape[2] // found.shape[2]], found, view.dtype):
             _refuse(view, f"layer {layer}'s {name}, which is no linear map of its normed input")

@@ -275,7 +275,6 @@ def test_scores_are_balanced_over_labels_and_have_errors(tokenizer_folder):
     assert_close((means["positive"] + means["negative"]) / 2, found.values, atol=1e-6)
     text, html = repr(found), found._repr_html_()
     assert "110 direct edges on 5 examples" in text and "\n" not in text and "<table" in html
-    assert found == edge_attribution_patching(view, data, base, batch_size=2, **QUIET)
     table = found.to_dataframe()
     assert len(table) == 110 and table["score"].abs().is_monotonic_decreasing
     whole = edge_attribution_patching(view, data, base, **QUIET)
