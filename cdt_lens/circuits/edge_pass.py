@@ -257,8 +257,8 @@ class EdgePass:
         return (self._mlp_baseline(layer).to(out.dtype) - self.by_set(out))[:, None]
 
     def by_set(
-        self, rows: Float[Tensor, "set_and_batch *more"]
-    ) -> Float[Tensor, "set batch *more"]:
+        self, rows: Float[Tensor, "set_and_batch pos *more"]
+    ) -> Float[Tensor, "set batch pos *more"]:
         """Split the rows of a pass into sets and examples."""
         return rows.unflatten(0, (-1, len(self.batch.index)))
 
