@@ -30,8 +30,8 @@ WORD = "no such word"
 WRONG: tuple[Any, ...] = (WORD, None, True, 1, -1, 2.7, 1e300, math.nan, math.inf, "1", object())
 # What reads files, or takes part of a running computation, which users do not hold in their hands.
 INTERNAL = (
-    "from_dict", "for_batch", "mlps_for_batch", "input_for_batch", "candidate_prior", "settings",
-    "changed",
+    "from_dict", "for_batch", "mlps_for_batch", "embedding_for_batch", "input_for_batch",
+    "candidate_prior", "settings", "changed",
 )  # fmt: skip
 INHERITED = ("count", "index")  # of `Sequence`
 

@@ -13,6 +13,8 @@ Each convention is stated here and computed once:
 - Faithfulness: f(C) = (m(C) - m(empty)) / (m(full) - m(empty)). 1 is as good as the full model, and
   0 as good as the empty run: no heads and intact MLPs, or, as in MIB, neither heads nor MLPs nor
   input (`measures.EMPTY_RUNS`). Every result names its own.
+- An edge is direct (what its source itself wrote, `edge_pass`) or stands for all paths between its
+  ends. `Graph.direct` tells which; `edge_faithfulness` ablates direct edges.
 - CPR is the area under f over the circuit sizes of MIB (arXiv 2504.13151). More is better. CMD is
   the area under |1 - f| over the same sizes. 0 is best (`measures`).
 

@@ -138,20 +138,30 @@ def _per_example(
         candidates=batch.candidates,
     )  # fmt: skip
     logits = irrelevant_logits(propagator, complements, batch, rows=rows, done=bar.update)
-    return _metric_of(logits, batch, metric, task)
+    return metric_values(logits, batch, metric, task).float().cpu()
 
 
-def _metric_of(
-    logits: Float[Tensor, "row example k"], batch: Batch, metric: Metric, task: Task | None
-) -> Float[Tensor, "row example"]:
-    """Return the metric of logits at the candidates of a batch."""
+def metric_values(
+    logits: Float[Tensor, "circuit example k"], batch: Batch, metric: Metric, task: Task | None
+) -> Float[Tensor, "circuit example"]:
+    """Compute the metric of each example from the candidates' logits of ablated models.
+
+    Args:
+        logits: Logits of the candidates.
+        batch: The examples.
+        metric: Name of the metric, see `circuit_metric`.
+        task: Supplies the prior, if it has one.
+
+    Returns:
+        The direction in logits, or 1 and 0 for right and wrong answers.
+    """
     if metric == "direction":
-        return task_direction(logits, batch.direction).float().cpu()
+        return task_direction(logits, batch.direction)
     prior = None if task is None or task.prior is None else task.candidate_prior(batch)
     right = correct(
         logits, batch.is_answer, batch.is_candidate, None if prior is None else prior.to(logits)
     )
-    return right.float().cpu()
+    return right.to(logits)
 
 
 def empty_metric(
@@ -182,7 +192,11 @@ def empty_metric(
 
     def measured(batch: Batch) -> Tensor:
         batch = batch.to(view.device)
-        return _metric_of(nothing_left(view, batch, baseline)[None], batch, metric, task)
+        return (
+            metric_values(nothing_left(view, batch, baseline)[None], batch, metric, task)
+            .float()
+            .cpu()
+        )
 
     batches = passes.batches(examples, view.longrope_limit)
     return _gathered(batches, measured, len(examples))[0]

@@ -1,7 +1,8 @@
 """`Graph`: the edges between the nodes of a circuit; it needs no model.
 
 The nodes are the embeddings, heads, MLPs and the logits (`nodes`). An edge is the part of its
-target's input that its source wrote into the residual stream. Scores are signed, in logits:
+target's input that its source wrote into the residual stream. A direct edge is only what the source
+itself wrote; otherwise an edge stands for all paths between its ends. Scores are signed, in logits:
 positive pushes towards the gold label. None means not scored. Scores from a file of another tool
 keep that tool's unit and sign, which `unit` states.
 """
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from cdt_lens.circuits.nodes import (
+    INPUT,
     LOGITS,
     OWN_UNIT,
     NodePlace,
@@ -33,6 +35,7 @@ from cdt_lens.core.display import INK, MUTED, NEGATIVE, POSITIVE
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
 from cdt_lens.models.heads import Head
+from cdt_lens.models.view import ModelView
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +47,7 @@ _HEAD = """digraph circuit {
 """
 NODE_FILL = {"input": "#d9d9d9", "head": "white", "mlp": "#efefef", "logits": "#d9d9d9"}
 
-_SHAPE = ("n_layers", "n_heads", "d_model", "parallel", "unit")
+_SHAPE = ("n_layers", "n_heads", "d_model", "parallel", "unit", "direct")
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ class Graph(EqualByContent):
         d_model: Width of the residual stream, if known.
         parallel: Whether attention and MLP of a layer read the same residual stream.
         unit: Unit of the scores, in words.
+        direct: Whether each edge is the direct path from source to target alone, as in EAP-IG;
+            otherwise it stands for all paths between them, as in `trace_circuit`.
 
     Raises:
         InputError: The model has no such node, an edge names a node that is missing or runs against
@@ -110,6 +115,7 @@ class Graph(EqualByContent):
     d_model: int | None = None
     parallel: bool = False
     unit: str = OWN_UNIT
+    direct: bool = False
     _advice = "read_graph(path) or trace_circuit(...) makes one"
 
     def __post_init__(self) -> None:
@@ -177,16 +183,13 @@ class Graph(EqualByContent):
     def pruned(self) -> Graph:
         """Return the graph whose circuit holds only paths of kept edges to the logits.
 
-        The scores stay. Nodes off such a path, and edges that do not end on one, leave the circuit.
+        In a graph of direct edges these paths start at the input, as EAP-IG prunes. The scores
+        stay. Nodes off such a path, and edges that are on none, leave the circuit.
         """
-        places = {name: parse_node(name, self.n_layers, self.n_heads) for name in self.nodes}
         reached = {LOGITS} & set(self.kept_nodes)
         inside: set[str] = set()
         # The last readers first: whether a target is on a path is known before its sources are.
-        late_first = sorted(
-            self.kept_edges, key=lambda e: places[e.target].step(self.parallel), reverse=True
-        )
-        for edge in late_first:
+        for edge in reversed(self._fed_edges()):
             if edge.target in reached:
                 reached.add(edge.source)
                 inside.add(edge.name)
@@ -195,6 +198,23 @@ class Graph(EqualByContent):
             nodes={name: replace(n, in_graph=name in reached) for name, n in self.nodes.items()},
             edges=tuple(replace(edge, in_graph=edge.name in inside) for edge in self.edges),
         )
+
+    def _fed_edges(self) -> list[Edge]:
+        """Return the kept edges by rising step of the target.
+
+        Of direct edges, those are left out whose source has no path of kept edges from the input.
+        """
+        places = {name: parse_node(name, self.n_layers, self.n_heads) for name in self.nodes}
+        edges = sorted(self.kept_edges, key=lambda e: places[e.target].step(self.parallel))
+        if not self.direct:
+            return edges
+        fed = {INPUT}
+        found = []
+        for edge in edges:
+            if edge.source in fed:
+                fed.add(edge.target)
+                found.append(edge)
+        return found
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return one row per edge: source, target, site, score, and whether it is kept."""
@@ -206,7 +226,7 @@ class Graph(EqualByContent):
         """Return a `networkx.MultiDiGraph` in which the key of an edge is its site.
 
         Nodes and edges have the attributes in_graph and, if scored, score; edges have site as well.
-        The graph has n_layers, n_heads, parallel, unit and, if known, d_model.
+        The graph has n_layers, n_heads, parallel, unit, direct and, if known, d_model.
         """
         import networkx  # only here: it takes a moment to import
 
@@ -242,7 +262,10 @@ class Graph(EqualByContent):
         """Return plain nested values for a file; an edge is a row as in `to_dataframe`."""
         nodes = {name: [node.score, node.in_graph] for name, node in self.nodes.items()}
         edges = [[e.source, e.target, e.site, e.score, e.in_graph] for e in self.edges]
-        return {**_shape(self), "nodes": nodes, "edges": edges}
+        shape = {name: value for name, value in _shape(self).items() if name != "direct"}
+        # Without this key an edge stands for all paths, as in the files of earlier versions.
+        direct = {"direct": True} if self.direct else {}
+        return {**shape, **direct, "nodes": nodes, "edges": edges}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Graph:
@@ -258,7 +281,8 @@ class Graph(EqualByContent):
         return cls(
             nodes={name: GraphNode(*row) for name, row in values["nodes"].items()},
             edges=tuple(Edge(*row) for row in values["edges"]),
-            **{name: values[name] for name in _SHAPE},
+            **{name: values[name] for name in _SHAPE if name != "direct"},
+            direct=values.get("direct", False),
         )
 
 
@@ -288,6 +312,29 @@ def _check_edge(edge: Edge, places: Mapping[str, NodePlace], parallel: bool) -> 
     if why is not None:
         raise InputError(f"{where}: {why}")
     _check_score(edge.score, f"edge {edge.name}")
+
+
+def check_shape(graph: Graph, view: ModelView) -> None:
+    """Refuse a graph of a model of another shape.
+
+    Args:
+        graph: The graph.
+        view: The model.
+
+    Raises:
+        InputError: The shapes differ; the message names the field.
+    """
+    shapes = {
+        "n_layers": (graph.n_layers, view.n_layers),
+        "n_heads": (graph.n_heads, view.n_heads),
+        "d_model": (graph.d_model, view.d_model),
+        "parallel_attn_mlp": (graph.parallel, view.parallel),
+    }
+    for name, (ours, theirs) in shapes.items():
+        if ours is not None and ours != theirs:
+            raise InputError(
+                f"cfg.{name}: {ours}, the model has {theirs}; use the model that the graph is of"
+            )
 
 
 def dot_text(graph: Graph, *, kept_only: bool = True) -> str:

@@ -110,6 +110,24 @@ def node_names(n_layers: int, n_heads: int) -> tuple[str, ...]:
     return (*names, LOGITS)
 
 
+def readers(n_layers: int, n_heads: int) -> tuple[tuple[str, Site], ...]:
+    """Return every target and site of a model, as EAP-IG orders them.
+
+    Args:
+        n_layers: Number of layers of the model.
+        n_heads: Number of heads per layer.
+
+    Returns:
+        By layer the queries of every head, the keys, the values, and the MLP; then the logits.
+    """
+    found: list[tuple[str, Site]] = []
+    sites: tuple[Site, ...] = ("q", "k", "v")
+    for layer in range(n_layers):
+        found += [(str(Head(layer, head)), site) for site in sites for head in range(n_heads)]
+        found.append((f"M{layer}", ""))
+    return (*found, (LOGITS, ""))
+
+
 def possible_edges(
     n_layers: int, n_heads: int, *, parallel: bool = False
 ) -> Iterator[tuple[str, str, Site]]:

@@ -42,7 +42,7 @@ from cdt_lens.core.processes import sum_over_processes
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.provenance import Provenance, provenance_of
 from cdt_lens.models.session import uses_model
-from cdt_lens.models.support import check_supported
+from cdt_lens.models.support import added_embedding, check_supported
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.task import Batch, Examples, check_examples
 
@@ -61,7 +61,7 @@ class Baseline(Saved):
         provenance: the model and the examples that the values come from.
         pairs: for a counterfactual baseline, the tokens of each prompt's counterfactual prompt.
         mlp_means: mean of what each MLP adds to the residual stream, or None.
-        input_means: mean of the residual stream before the first block, or None.
+        embed_means: mean token embedding, or None. Ablated edges from the input need it.
     """
 
     kind: str
@@ -69,7 +69,7 @@ class Baseline(Saved):
     provenance: Provenance = field(repr=False)
     pairs: Mapping[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False)
     mlp_means: Float[Tensor, "layer slot d_model"] | None = field(default=None, repr=False)
-    input_means: Float[Tensor, "slot d_model"] | None = field(default=None, repr=False)
+    embed_means: Float[Tensor, "slot d_model"] | None = field(default=None, repr=False)
     _format, _kind = "cdt_lens.baseline", "baseline file"
     _name = "baseline.json"
     _advice = "mean_activations(model, task.train) makes one"
@@ -106,8 +106,8 @@ class Baseline(Saved):
         origin = self.provenance
         pairs = sorted([list(k), list(v)] for k, v in self.pairs.items())
         parts = [self.kind, origin.model_hash, origin.task_hash, _digest(self.means), pairs]
-        more = [means for means in (self.mlp_means, self.input_means) if means is not None]
-        return content_hash(parts + [_digest(means) for means in more])
+        more = (self.mlp_means, self.embed_means)
+        return content_hash(parts + [_digest(means) for means in more if means is not None])
 
     @checked_arguments
     @uses_model
@@ -183,35 +183,52 @@ class Baseline(Saved):
         means = self.mlp_means.to(view.device, view.dtype)
         return lambda layer: means[layer][slots]
 
-    def input_for_batch(self, view: ModelView, batch: Batch) -> Float[Tensor, "*batch_pos d"]:
-        """Return the reference values of the input for one batch.
-
-        The input is the residual stream before the first block: the embeddings of the tokens and,
-        where the model adds them there, of the positions.
+    def embedding_for_batch(
+        self, view: ModelView, batch: Batch
+    ) -> Float[Tensor, "*batch pos d_model"]:
+        """Return the reference values of the token embeddings for one batch.
 
         Args:
             view: the model.
             batch: the prompts.
 
         Returns:
-            Values of shape `[batch, pos, d_model]`, or a shape that broadcasts to it.
+            Values of shape `[batch, pos, d_model]`, or a shape that broadcasts to it. Position
+            embeddings are not part of them.
 
         Raises:
-            InputError: the baseline has no values for the input, or was made for another model or
+            InputError: the baseline has no values for embeddings, or was made for another model or
                 other prompts.
         """
         if self.kind == "zero":
-            return torch.zeros(1, device=view.device, dtype=view.dtype)
+            return self.for_batch(view, batch)(0)
         if self.kind == "counterfactual":
-            return view.run(self._pairs_of(batch)).resid[0]
-        if self.input_means is None:
+            return self._paired(view, batch, "embed")(0)
+        if self.embed_means is None:
             raise InputError(
-                "baseline: it holds no values for the input. Compute it with "
-                "mean_activations(model, examples, mlps=True)."
+                "baseline: it holds no values for embeddings. Compute it with mean_activations("
+                "model, examples, mlps=True)."
             )
         self.for_batch(view, batch)  # raises for another model
         slots = self._slots(batch).to(view.device)
-        return self.input_means.to(view.device, view.dtype)[slots]
+        return self.embed_means.to(view.device, view.dtype)[slots]
+
+    def input_for_batch(self, view: ModelView, batch: Batch) -> Float[Tensor, "*batch pos d_model"]:
+        """Return the reference values of the residual stream before the first block.
+
+        The token embeddings take their reference; position embeddings stay.
+
+        Args:
+            view: the model.
+            batch: the prompts.
+
+        Raises:
+            InputError: as `embedding_for_batch`.
+            UnsupportedModelError: the stream is not the sum of both kinds of embeddings.
+        """
+        trace = view.run(batch.tokens, [("embed", 0)])
+        added_embedding(view, trace)
+        return trace.resid[0] - trace["embed", 0] + self.embedding_for_batch(view, batch)
 
     def _slots(self, batch: Batch) -> Int[Tensor, "row pos"]:
         # Without a mean of its own, a position behind the prompt uses that of the answer.
@@ -249,15 +266,17 @@ class Baseline(Saved):
             raise InputError("a counterfactual baseline holds prompts, not means; save the task")
         body = {"kind": self.kind, "provenance": self.provenance.to_dict()}
         tensors = {"means": self.means} if self.means.numel() else {}
-        more = {"mlp_means": self.mlp_means, "input_means": self.input_means}
+        more = {"mlp_means": self.mlp_means, "embed_means": self.embed_means}
         return body, tensors | {name: means for name, means in more.items() if means is not None}
 
     @classmethod
     def _from_file(cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Baseline:
         provenance = Provenance.from_dict(body["provenance"])
         means = tensors.get("means", torch.zeros(0, 0, 0, 0))
-        mlps, inputs = tensors.get("mlp_means"), tensors.get("input_means")
-        return cls(body["kind"], means, provenance, mlp_means=mlps, input_means=inputs)
+        return cls(
+            body["kind"], means, provenance, mlp_means=tensors.get("mlp_means"),
+            embed_means=tensors.get("embed_means"),
+        )  # fmt: skip
 
 
 def no_mlp_baseline(layer: int) -> Tensor:
@@ -314,9 +333,9 @@ def mean_activations(
         model: the model.
         examples: the prompts to average over.
         positions: which positions share a mean, one of "answer", "pooled", "right" and "left".
-        mlps: whether to average also what every MLP adds to the residual stream, and the stream
-            before the first block. Graphs of circuits, MLPs as sources, and faithfulness with
-            `empty="all"` need these values.
+        mlps: whether to average also what every MLP adds to the residual stream, and the token
+            embeddings. Graphs of circuits, MLPs as sources, and faithfulness with `empty="all"`
+            need these values.
         batch_size: number of prompts in one forward pass.
         progress: whether to show a progress bar.
 
@@ -332,7 +351,7 @@ def mean_activations(
     view = view_of(model)
     check_examples(view, examples)
     check_supported(view)
-    sums, mlp_sums, input_sums, counts = _streaming_sums(view, examples, positions, mlps, passes)
+    sums, more_sums, counts = _streaming_sums(view, examples, positions, mlps, passes)
     if positions == "answer" and not bool(counts[:, 0].any()):
         raise InputError(
             f"{examples.name}: no prompt has a position before the answer, so those positions have "
@@ -340,8 +359,11 @@ def mean_activations(
         )
     means = _balanced(rearrange(sums, "n l s h d -> n l s (h d)"), counts)
     means = rearrange(means, "l s (h d) -> l s h d", h=view.n_heads)
-    mlp_means = None if mlp_sums is None else _balanced(mlp_sums, counts)
-    input_means = None if input_sums is None else _balanced(input_sums[:, None], counts)[0]
+    mlp_means = embed_means = None
+    if more_sums is not None:
+        # The embedding stands behind the layers' MLPs.
+        *layers, embed_means = _balanced(more_sums, counts).float()
+        mlp_means = torch.stack(layers)
     if not bool(torch.isfinite(means).all()):
         raise InputError(f"{view.name}: z is not finite on {examples.name}. Check the weights.")
     if mlp_means is not None and not bool(torch.isfinite(mlp_means).all()):
@@ -352,9 +374,7 @@ def mean_activations(
     options = {"kind": positions}
     provenance = provenance_of(view, examples, options=options)
     return Baseline(
-        positions, means.float(), provenance,
-        mlp_means=None if mlp_means is None else mlp_means.float(),
-        input_means=None if input_means is None else input_means.float(),
+        positions, means.float(), provenance, mlp_means=mlp_means, embed_means=embed_means,
     )  # fmt: skip
 
 
@@ -377,11 +397,10 @@ def _streaming_sums(
     passes: Passes,
 ) -> tuple[
     Float[Tensor, "label layer slot head d_head"],
-    Float[Tensor, "label layer slot d_model"] | None,
-    Float[Tensor, "label slot d_model"] | None,
+    Float[Tensor, "label layer_and_embedding slot d_model"] | None,
     Float[Tensor, "label slot"],
 ]:
-    """Sum z, MLP outputs and the input, per label and slot, over all processes; count positions."""
+    """Sum z, MLP outputs and embeddings, per label and slot, over all processes, and count."""
     n_slots = _n_slots(examples, positions)
     n_labels = len(examples.labels)
     # Sum in float64 on the CPU: the order is the same for every device, and some lack float64.
@@ -389,14 +408,13 @@ def _streaming_sums(
         n_labels, view.n_layers, n_slots, view.n_heads, view.d_head, dtype=torch.float64
     )
     counts = torch.zeros(n_labels, n_slots, dtype=torch.float64)
-    mlp_width = view.d_model if mlps else 0
-    mlp_sums = torch.zeros(n_labels, view.n_layers, n_slots, mlp_width, dtype=torch.float64)
-    input_sums = torch.zeros(n_labels, n_slots, mlp_width, dtype=torch.float64)
+    width = view.d_model if mlps else 0
+    more_sums = torch.zeros(n_labels, view.n_layers + 1, n_slots, width, dtype=torch.float64)
     sites = [("z", layer) for layer in range(view.n_layers)]
-    mlp_sites = [s for s in view.sites if s[0] == "mlp_out"] if mlps else []
+    more_sites = [s for s in view.sites if s[0] in ("mlp_out", "embed")] if mlps else []
     batches = passes.batches(examples, view.longrope_limit)
     for batch in passes.bar(batches, name="baseline", leave=False):
-        trace = view.run(batch.tokens, [*sites, *mlp_sites])
+        trace = view.run(batch.tokens, [*sites, *more_sites])
         slots = _slot_of(positions, batch).clamp(max=n_slots - 1)
         member = torch.nn.functional.one_hot(slots, n_slots).double()
         if positions == "right":
@@ -408,15 +426,12 @@ def _streaming_sums(
             z = trace["z", layer].cpu().double()
             per_example = torch.einsum("bps,bphd->bshd", member, z)
             sums[:, layer] += torch.einsum("bn,bshd->nshd", label, per_example)
-        for site in mlp_sites:
+        for site in more_sites:
             out = torch.einsum("bps,bpd->bsd", member, trace[site].cpu().double())
-            mlp_sums[:, site[1]] += torch.einsum("bn,bsd->nsd", label, out)
-        if mlps:
-            start = trace.resid[0].cpu().double()
-            input_sums += torch.einsum("bn,bps,bpd->nsd", label, member, start)
-    summed = sum_over_processes(mlp_sums) if mlps else None
-    inputs = sum_over_processes(input_sums) if mlps else None
-    return sum_over_processes(sums), summed, inputs, sum_over_processes(counts)
+            place = -1 if site[0] == "embed" else site[1]
+            more_sums[:, place] += torch.einsum("bn,bsd->nsd", label, out)
+    summed = sum_over_processes(more_sums) if mlps else None
+    return sum_over_processes(sums), summed, sum_over_processes(counts)
 
 
 def _n_slots(examples: Examples, positions: Slots) -> int:

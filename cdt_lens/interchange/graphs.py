@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from cdt_lens.circuits.circuit import Circuit
-from cdt_lens.circuits.graph import Edge, Graph, GraphNode
+from cdt_lens.circuits.graph import Edge, Graph, GraphNode, check_shape
 from cdt_lens.circuits.nodes import OTHER_UNIT, Site, node_names, possible_edges
 from cdt_lens.core.artifacts import atomic_write
 from cdt_lens.core.checked import checked_arguments
@@ -109,7 +109,8 @@ def graph_from_circuit(circuit: Circuit, *, parallel: bool | None = None) -> Gra
     """Return the graph of a circuit; a circuit of heads alone is given every edge between them.
 
     The heads of the circuit belong to that graph, with their scores. The input, the MLPs and the
-    logits belong to it without a score, and so does every edge between nodes that belong to it.
+    logits belong to it without a score, and so does every direct edge between nodes that belong to
+    it.
     MIB evaluates a circuit of nodes in this way: it ranks the nodes that have a score
     (`--level node`), keeps those that have none, and keeps every edge between kept nodes.
 
@@ -149,7 +150,7 @@ def graph_from_circuit(circuit: Circuit, *, parallel: bool | None = None) -> Gra
         for source, target, site in possible_edges(*shape, parallel=parallel)
         if nodes[source].in_graph and nodes[target].in_graph
     )
-    return Graph(*shape, nodes, edges, d_model=d_model, parallel=parallel)
+    return Graph(*shape, nodes, edges, d_model=d_model, parallel=parallel, direct=True)
 
 
 @checked_arguments
@@ -168,7 +169,7 @@ def circuit_from_graph(graph: Graph, model: nn.Module | ModelView | None = None)
         InputError: Not a graph, or a model of another shape; the message names the field.
     """
     if model is not None:
-        _check_shape(graph, view_of(model))
+        check_shape(graph, view_of(model))
     scores = torch.full((graph.n_layers, graph.n_heads), torch.nan, dtype=torch.float64)
     for head in all_heads(graph.n_layers, graph.n_heads):
         node = graph.nodes.get(str(head))
@@ -205,23 +206,6 @@ def _score(circuit: Circuit, name: str) -> float | None:
     return None if value != value else value
 
 
-def _check_shape(graph: Graph, view: ModelView) -> None:
-    model = {
-        "n_layers": (graph.n_layers, view.n_layers),
-        "n_heads": (graph.n_heads, view.n_heads),
-        "d_model": (graph.d_model, view.d_model),
-        "parallel_attn_mlp": (
-            graph.parallel,
-            view.parallel,
-        ),
-    }
-    for name, (ours, theirs) in model.items():
-        if ours is not None and ours != theirs:
-            raise InputError(
-                f"cfg.{name}: {ours}, the model has {theirs}; use the model that the graph is of"
-            )
-
-
 def _graphml(graph: Graph) -> str:
     import networkx  # only here: it takes a moment to import
 
@@ -251,6 +235,8 @@ def _read_graphml(path: Path) -> Graph:
     shape["d_model"] = None if d_model is None else count(d_model, f"{path}: d_model")
     shape["parallel"] = flag(field_of(parsed.graph, "parallel", str(path)), f"{path}: parallel")
     shape["unit"] = text_of(parsed.graph.get("unit", OTHER_UNIT), f"{path}: unit")
+    direct = parsed.graph.get("direct", shape["unit"] == OTHER_UNIT)
+    shape["direct"] = flag(direct, f"{path}: direct")
     nodes = {
         name: GraphNode(*_values(data, f"{path}: {name}")) for name, data in parsed.nodes.items()
     }

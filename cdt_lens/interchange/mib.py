@@ -8,8 +8,9 @@
    The logits always belong to the graph.
 3. A file holds every edge of the model, as EAP-IG counts and looks up all of them; one without a
    score has 0.
-4. Two keys are this package's own, and other tools ignore them: `edges_scored` names the edges
-   that have a score (without it all have one), and `unit` is the unit of the scores.
+4. Three keys are this package's own, and other tools ignore them: `edges_scored` names the edges
+   that have a score (without it all have one), `unit` is the unit of the scores, and `edges_direct`
+   tells whether an edge is the direct path alone. Without it that is so where no `unit` is given.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from cdt_lens.circuits.nodes import (
     edge_name,
     node_names,
     possible_edges,
+    readers,
     why_no_edge,
 )
 from cdt_lens.core.errors import ArtifactError, InputError
@@ -44,7 +46,6 @@ from cdt_lens.interchange.mib_schema import (
     repeated,
     tensor,
     their_name,
-    their_targets,
 )
 
 _OUTSIDE = GraphNode(None, False)
@@ -107,7 +108,7 @@ def json_text(graph: Graph, d_model: int) -> str:
         edges[name] = {"score": score, "in_graph": edge.in_graph}
         scored += [] if edge.score is None else [name]
     document: dict[str, Any] = {"cfg": _cfg(graph, d_model), "nodes": nodes, "edges": edges}
-    document |= _unit(graph)
+    document |= _own_keys(graph)
     if len(scored) < len(edges):
         document["edges_scored"] = scored
     return json.dumps(document, allow_nan=False)
@@ -168,7 +169,7 @@ def pt_bytes(graph: Graph, d_model: int) -> bytes:
         InputError: A score that float32 cannot hold.
     """
     sources = node_names(graph.n_layers, graph.n_heads)[:-1]
-    targets = their_targets(graph.n_layers, graph.n_heads)
+    targets = readers(graph.n_layers, graph.n_heads)
     row = {name: index for index, name in enumerate(sources)}
     column = {target: index for index, target in enumerate(targets)}
     scores = torch.zeros(len(row), len(column))
@@ -191,7 +192,7 @@ def pt_bytes(graph: Graph, d_model: int) -> bytes:
         "edges_scores": scores,
         "edges_in_graph": kept,
         "nodes_in_graph": torch.tensor([node.in_graph for node in nodes]),
-        **_unit(graph),
+        **_own_keys(graph),
     }
     if not own.isnan().all():
         document["nodes_scores"] = own
@@ -212,7 +213,7 @@ def _graph(model: MibModel, nodes: Mapping[str, GraphNode], edges: Iterable[Edge
         everything.setdefault(end, _OUTSIDE)
     return Graph(
         model.n_layers, model.n_heads, everything, edges, d_model=model.d_model,
-        parallel=model.parallel, unit=model.unit,
+        parallel=model.parallel, unit=model.unit, direct=model.direct,
     )  # fmt: skip
 
 
@@ -270,8 +271,10 @@ def _bytes(path: Path) -> bytes:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _unit(graph: Graph) -> dict[str, str]:
-    return {} if graph.unit == OTHER_UNIT else {"unit": graph.unit}
+def _own_keys(graph: Graph) -> dict[str, Any]:
+    foreign = graph.unit == OTHER_UNIT
+    own: dict[str, Any] = {} if foreign else {"unit": graph.unit}
+    return own if graph.direct == foreign else own | {"edges_direct": graph.direct}
 
 
 def _cfg(graph: Graph, d_model: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cdt_lens.circuits.nodes import LOGITS, OTHER_UNIT, NodePlace, Site, parse_node, why_no_edge
+from cdt_lens.circuits.nodes import OTHER_UNIT, NodePlace, parse_node, why_no_edge
 from cdt_lens.core.errors import InputError
 from cdt_lens.models.heads import Head
 
@@ -34,18 +34,22 @@ class MibModel:
     d_model: int | None
     parallel: bool
     unit: str
+    direct: bool
 
     @classmethod
     def read(cls, document: Mapping[str, Any], path: Path) -> MibModel:
         at = f"{path}: cfg"
         cfg = mapping(field_of(document, "cfg", str(path)), at)
         d_model = cfg.get("d_model")
+        unit = text_of(document.get("unit", OTHER_UNIT), f"{path}: unit")
+        direct = document.get("edges_direct", unit == OTHER_UNIT)
         return cls(
             n_layers=count(field_of(cfg, "n_layers", at), f"{at}.n_layers"),
             n_heads=count(field_of(cfg, "n_heads", at), f"{at}.n_heads"),
             d_model=None if d_model is None else count(d_model, f"{at}.d_model"),
             parallel=flag(field_of(cfg, "parallel_attn_mlp", at), f"{at}.parallel_attn_mlp"),
-            unit=text_of(document.get("unit", OTHER_UNIT), f"{path}: unit"),
+            unit=unit,
+            direct=flag(direct, f"{path}: edges_direct"),
         )
 
     def node(self, text: str, at: str) -> tuple[str, NodePlace]:
@@ -90,16 +94,6 @@ def their_name(name: str) -> str:
         return name.lower()
     head = Head.parse(name)
     return f"a{head.layer}.h{head.head}"
-
-
-def their_targets(n_layers: int, n_heads: int) -> list[tuple[str, Site]]:
-    """Return every target and site in the order of a .pt file: by layer q, k, v and the MLP."""
-    targets: list[tuple[str, Site]] = []
-    sites: tuple[Site, ...] = ("q", "k", "v")
-    for layer in range(n_layers):
-        targets += [(str(Head(layer, head)), site) for site in sites for head in range(n_heads)]
-        targets.append((f"M{layer}", ""))
-    return [*targets, (LOGITS, "")]
 
 
 def field_of(values: Mapping[str, Any], name: str, at: str) -> Any:

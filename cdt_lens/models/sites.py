@@ -3,7 +3,7 @@
 A site is (name, layer). Most sites are TransformerLens hook points. A norm also has sites for its
 input and its output, because its hook point lies before its weight and bias. The sites "attn.in"
 and "mlp.in", the inputs of attention and MLP, are read-only: `HookedTransformer` passes the first
-three times.
+three times. The token embedding is the site ("embed", 0).
 
 Granite multiplies the outputs of attention and MLP before it adds them to the residual stream.
 There, "attn_out" and "mlp_out" are what is added, and "attn.out" and "mlp.out" the outputs of the
@@ -107,6 +107,9 @@ def find_sites(model: Any, n_layers: int) -> dict[Site, Place]:
         The place of each site.
     """
     places: dict[Site, Place] = {}
+    embedding = _resolve(model, "hook_embed")
+    if embedding is not None:
+        places["embed", 0] = Place(embedding, "point")
     for layer, block in enumerate(model.blocks):
         # HookedTransformer has some MLP hook points in attention-only blocks, but none fires.
         mlp = getattr(block, "mlp", None)

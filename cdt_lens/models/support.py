@@ -143,7 +143,7 @@ def check_caller_hooks(
         return
     with lifted(view.tl):
         plain = view.run(tokens)
-    if any(_differ(a, b, torch.float32) for a, b in zip(trace.resid, plain.resid, strict=True)):
+    if any(differ(a, b, torch.float32) for a, b in zip(trace.resid, plain.resid, strict=True)):
         raise InputError(
             f"{view.name}: your hooks (on {where}) edit activations, and {edits} cannot follow "
             "these edits completely. Use rules='ablation' or exact_ablation, or remove the hooks."
@@ -291,11 +291,36 @@ def _refuse_experts(view: ModelView) -> None:
         )
 
 
-def _differ(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether a and b differ by more than rounding could explain."""
+def differ(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether two tensors differ by more than rounding could explain.
+
+    Args:
+        a: a tensor.
+        b: the tensor that it should equal.
+        dtype: the type that both were computed in.
+    """
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
     a, b = a.float(), b.float()
     return bool((a - b).norm() > tolerance * (b.norm() + 1e-6))
+
+
+def added_embedding(view: ModelView, trace: Trace) -> None:
+    """Check that the residual stream begins with the sum of token and position embeddings.
+
+    Args:
+        view: the model.
+        trace: a run that recorded the site ("embed", 0).
+
+    Raises:
+        UnsupportedModelError: the embeddings are multiplied or changed before the first block.
+    """
+    multiplied = getattr(view.hf_config, "embedding_multiplier", None) not in (None, 1.0)
+    positions = (trace.resid[0] - trace["embed", 0])[:1]
+    if multiplied or differ(trace["embed", 0] + positions, trace.resid[0], view.dtype):
+        raise UnsupportedModelError(
+            f"{view.name}: an embedding that the residual stream does not hold as it is: the input "
+            "cannot take a baseline, so there are no edges from it and no empty run of MIB here"
+        )
 
 
 def _check_residual(view: ModelView, trace: Trace) -> None:
@@ -307,9 +332,9 @@ def _check_residual(view: ModelView, trace: Trace) -> None:
         total = trace.resid[layer] + trace["attn_out", layer]
         if ("mlp_out", layer) in trace:
             total = total + trace["mlp_out", layer]
-        if _differ(total, trace["resid_post", layer], view.dtype):
+        if differ(total, trace["resid_post", layer], view.dtype):
             _refuse(view, f"layer {layer}'s residual add (it is not resid + attn_out + mlp_out)")
-        if _differ(trace["resid_post", layer], trace.resid[layer + 1], view.dtype):
+        if differ(trace["resid_post", layer], trace.resid[layer + 1], view.dtype):
             _refuse(view, f"a component between layer {layer} and the next")
 
 
@@ -319,7 +344,7 @@ def _check_attention(view: ModelView, trace: Trace) -> None:
         value = trace["v", layer].repeat_interleave(group, dim=2)
         pattern = trace["pattern", layer].to(value.dtype)
         z = torch.einsum("bhqk,bkhd->bqhd", pattern, value)
-        if _differ(z, trace["z", layer], view.dtype):
+        if differ(z, trace["z", layer], view.dtype):
             _refuse(view, f"layer {layer}'s attention (z is not pattern @ v)")
 
 
@@ -328,7 +353,7 @@ def _check_logits(view: ModelView, trace: Trace, tokens: Tensor) -> None:
     with view.quiet():
         logits = view.candidate_logits(trace.resid[-1][:, -1], candidates)
     own = view.logits(tokens)[:, -1].gather(1, candidates.to(view.device))
-    if _differ(logits, own, view.dtype):
+    if differ(logits, own, view.dtype):
         _refuse(view, "a component between the unembedding and the logits")
 
 
@@ -341,7 +366,7 @@ def _check_norms(view: ModelView, trace: Trace) -> None:
             once = _normed(view, trace, layer, norm, 1.0)
             twice = _normed(view, trace, layer, norm, 2.0)
             zero = _normed(view, trace, layer, norm, 1e30)  # only the bias is left
-            if _differ(2 * (twice - zero), once - zero, view.dtype):
+            if differ(2 * (twice - zero), once - zero, view.dtype):
                 _refuse(view, f"layer {layer}'s norm {norm} (it does not divide by its hook_scale)")
 
 
@@ -414,4 +439,4 @@ def _is_plain_mlp(view: ModelView, trace: Trace, layer: int) -> bool:
         post = function(trace["pre", layer])
     if ("pre_linear", layer) in trace:
         post = post * trace["pre_linear", layer]
-    return not _differ(post, trace["post", layer], view.dtype)
+    return not differ(post, trace["post", layer], view.dtype)

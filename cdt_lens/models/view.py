@@ -458,6 +458,24 @@ class ModelView:
             return resid
         return self.tl.ln_final(resid.reshape(-1, 1, resid.shape[-1])).reshape(resid.shape)
 
+    def normed_by(
+        self, norm: str, layer: int, value: Float[Tensor, "*rows d_model"]
+    ) -> Float[Tensor, "*rows d_model"]:
+        """Apply a norm of a block in the caller's mode.
+
+        Args:
+            norm: name of the norm, such as "ln1".
+            layer: layer of the norm.
+            value: vectors of the residual stream.
+
+        Returns:
+            The normed vectors, or `value` if the block has no such norm.
+        """
+        place = self._places.get((f"{norm}.in", layer))
+        if place is None:
+            return value
+        return place.module(value.reshape(-1, 1, value.shape[-1])).reshape(value.shape)
+
     def unembedded(
         self, normed: Float[Tensor, "*rows _read d_model"], candidates: Candidates
     ) -> Float[Tensor, "*rows _read _k"]:

@@ -21,6 +21,7 @@ the head's own layer.
 
 All scores are signed, in logits, with the same task and baseline. `cdt:two-ended` and
 `integrated-gradients` find every planted circuit (docs/results/methods.md). See
-docs/method/scores.md for the formulas, `edge_scores.py` and `iterative.py` for edges (CD-T, arXiv
-2407.00886, section 3.3), and `agreement.py` to compare scores.
+docs/method/scores.md for the formulas, `edge_scores.py` and `iterative.py` for edges of all paths
+(CD-T, arXiv 2407.00886, section 3.3), `direct_edges.py` for direct edges (EAP-IG, arXiv
+2403.17806), and `agreement.py` to compare scores.
 """

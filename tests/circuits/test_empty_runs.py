@@ -42,24 +42,24 @@ from cdt_lens.tasks.task import Example, Examples
 
 FRACTIONS = (0.0, 0.3, 0.6, 1.0)
 QUIET = {"progress": False}
-# By position of a prompt: the input, z of a layer, and what the MLP of a layer adds.
+# By position of a prompt: the token embedding (input), z of a layer, and what the MLP of a layer adds.
 Values = dict[Any, Tensor]
 
 
-def parts(model: nn.Module) -> tuple[nn.Module, list[nn.Module], list[nn.Module]]:
-    """The module before whose blocks the stream starts, the output maps of heads, and the MLPs."""
+def parts(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The output maps of heads, and the MLPs."""
     if hasattr(model, "transformer"):
         blocks = model.transformer.h
-        return blocks[0], [b.attn.c_proj for b in blocks], [b.mlp for b in blocks]
+        return [b.attn.c_proj for b in blocks], [b.mlp for b in blocks]
     blocks = model.model.layers
-    return blocks[0], [b.self_attn.o_proj for b in blocks], [b.mlp for b in blocks]
+    return [b.self_attn.o_proj for b in blocks], [b.mlp for b in blocks]
 
 
 def run(
     model: nn.Module, tokens: Sequence[int], given: Values, heads: Iterable[Head], width: int
 ) -> tuple[Tensor, Values]:
     """Logits at the answer and what was seen, with the z of `heads`, MLPs and input replaced."""
-    first, outputs, mlps = parts(model)
+    outputs, mlps = parts(model)
     seen: Values = {}
     replaced = [(head.layer, slice(head.head * width, (head.head + 1) * width)) for head in heads]
 
@@ -67,8 +67,6 @@ def run(
         def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             value = args[0].clone()
             seen[name] = value[0]
-            if name == "input" and name in given:
-                value[0] = given[name]
             for layer, part in replaced:
                 if name == ("z", layer):
                     value[0, :, part] = given[name][:, part]
@@ -83,7 +81,7 @@ def run(
 
         return hook
 
-    handles = [first.register_forward_pre_hook(before("input"))]
+    handles = [model.get_input_embeddings().register_forward_hook(after("input"))]
     for layer, (output, mlp) in enumerate(zip(outputs, mlps, strict=True)):
         handles.append(output.register_forward_pre_hook(before(("z", layer))))
         handles.append(mlp.register_forward_hook(after(("mlp", layer))))
@@ -287,7 +285,7 @@ def test_intervals_are_of_the_same_empty_run(tokenizer_folder):
 def test_a_baseline_without_values_for_it_is_refused(tokenizer_folder):
     view, data = shared("gpt2", "bridge", tokenizer_folder), examples()
     scores = score_heads(view, data, mean_activations(view, data, **QUIET), **QUIET)
-    for lacking in ("mlp_means", "input_means"):
+    for lacking in ("mlp_means", "embed_means"):
         baseline = mean_activations(view, data, mlps=True, **QUIET)
         object.__setattr__(baseline, lacking, None)
         with pytest.raises(InputError, match=r"it holds no values for .*mlps=True"):

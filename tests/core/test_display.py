@@ -23,6 +23,8 @@ from helpers.tiny_tasks import LABELS, examples
 
 import cdt_lens as cdt
 from cdt_lens import Head
+from cdt_lens.circuits.direct_edge_scores import DirectEdgeScores
+from cdt_lens.circuits.edge_faithfulness import EdgeFaithfulness
 from cdt_lens.comparing.comparison import RankingCurve
 from cdt_lens.core import display
 from cdt_lens.core.errors import InputError
@@ -70,6 +72,24 @@ def edge_scores() -> EdgeScores:
     return EdgeScores((Head(0, 1), cdt.Mlp(1)), torch.tensor([0.25, 0.125]), heads, mlps)
 
 
+def direct_edge_scores() -> DirectEdgeScores:
+    edges = (("input", "L0H0", "q"), ("L0H0", "M0", ""), ("M0", "logits", ""))
+    values = torch.tensor([0.5, -0.25, torch.nan])
+    rows = values.repeat(2, 1)
+    return DirectEdgeScores(
+        edges, values, values.abs(), rows, LABELS[:2], 1.5, HOSTILE, 1, 1, 4, False,
+        sample.provenance(),
+    )  # fmt: skip
+
+
+def edge_faithfulness() -> EdgeFaithfulness:
+    rows = torch.tensor([[0.4, 0.6], [1.0, 1.0]], dtype=torch.float64)
+    return EdgeFaithfulness(
+        (3, 9), rows.mean(1), torch.tensor([[0.1, 1.0]], dtype=torch.float64), 2.0, 0.5,
+        "direction", sample.provenance(), rows, torch.tensor([0, 0]), (0.5, 1.0),
+    )  # fmt: skip
+
+
 def circuit_faithfulness() -> cdt.CircuitFaithfulness:
     draws = {"random": torch.tensor([0.1, 0.2, 0.4])}
     return cdt.CircuitFaithfulness(
@@ -101,6 +121,8 @@ RESULTS: dict[str, Callable[[], Any]] = {
     "Comparison": lambda: hostile_origin(sample_comparison.comparison()),
     "Decomposition": decomposition,
     "EdgeScores": edge_scores,
+    "DirectEdgeScores": direct_edge_scores,
+    "EdgeFaithfulness": edge_faithfulness,
     "Evaluation": evaluation,
     "Reliability": lambda: cdt.Reliability(0.86, 0.92, 0.4, 128),
     "Example": lambda: task().train[0],

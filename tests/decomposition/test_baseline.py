@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.checks import assert_close, assert_same_bits, left_untouched, unchecked_types
 from helpers.shared import models, other_weights, shared
-from helpers.tiny_models import Float64Throughout
+from helpers.tiny_models import Float64Throughout, build
 from helpers.tiny_tasks import GOLD, LABELS, LENGTHS, examples
 from helpers.wrapped import wrap
 from torch import Tensor
@@ -341,36 +341,39 @@ def test_means_of_mlps_are_saved_and_change_the_hash(tmp_path: Path, tokenizer_f
     assert with_mlps.hash != plain.hash
     loaded = Baseline.load(with_mlps.save(tmp_path / "b.json"))
     assert_same_bits(loaded.mlp_means, with_mlps.mlp_means)
-    assert_same_bits(loaded.input_means, with_mlps.input_means)
     assert loaded.hash == with_mlps.hash
-    assert replace(with_mlps, mlp_means=None, input_means=None).hash == plain.hash
-    for name in ("mlp_means", "input_means"):
+    assert_same_bits(loaded.embed_means, with_mlps.embed_means)
+    assert replace(with_mlps, mlp_means=None, embed_means=None).hash == plain.hash
+    for name in ("mlp_means", "embed_means"):
         other = replace(with_mlps, **{name: getattr(with_mlps, name) + 1})
         assert other.hash not in (plain.hash, with_mlps.hash)
 
 
-@pytest.mark.parametrize("kind", SLOTS)
-def test_means_of_the_input_are_those_of_the_stream_before_the_first_block(kind, tokenizer_folder):
+@models(("gpt2", "llama"))
+@pytest.mark.parametrize("kind", ["answer", "right"])
+def test_the_mean_of_the_embeddings_is_of_the_tokens_alone(family, backend, kind, tokenizer_folder):
+    """Rows of the embedding matrix, label-balanced; positions are no part of it."""
     with Float64Throughout():
-        view, data = shared("gpt2", "bridge", tokenizer_folder), examples()
+        view, data = shared(family, backend, tokenizer_folder), examples()
         found = mean_activations(
             view, data, positions=kind, mlps=True, batch_size=4, progress=False
         )
+        table = build(family).get_input_embeddings().weight
         seen: dict[tuple[int, str], list[Tensor]] = {}
         for item in data:
-            start = view.run(torch.tensor([item.tokens])).resid[0][0]
-            for position in range(len(item.tokens)):
+            for position, token in enumerate(item.tokens):
                 key = (slot(kind, position, len(item.tokens)), item.label)
-                seen.setdefault(key, []).append(start[position])
+                seen.setdefault(key, []).append(table[token])
         for number in {key[0] for key in seen}:
             labels = [torch.stack(seen[key]).mean(0) for key in seen if key[0] == number]
-            assert_close(found.input_means[number], sum(labels) / len(labels), atol=1e-6)
-        (batch,) = data.batches(10)
-        values = found.input_for_batch(view, batch)
-        for row, length in enumerate(batch.lengths.tolist()):
-            for position in range(length):
-                expected = found.input_means[slot(kind, position, length)]
-                assert_close(values[row, position], expected, atol=0)
+            assert_close(found.embed_means[number], sum(labels) / len(labels), atol=1e-6)
+        pairs = examples(seed=9, name="tiny/pairs")
+        paired = counterfactual_baseline(view, data, pairs)
+        for batch in data.batches(4):
+            for row, index in enumerate(batch.index):
+                expected = table[list(pairs[index].tokens)]
+                values = paired.embedding_for_batch(view, batch)[row, : len(expected)]
+                assert_close(values, expected, atol=1e-12)
 
 
 def test_files_without_mlps_load_with_the_hash_that_they_had(tmp_path: Path, tokenizer_folder):

@@ -22,10 +22,16 @@ from transformers import logging as hf_logging
 
 import cdt_lens as cdt
 from cdt_lens.circuits.ablation import circuit_metric
+from cdt_lens.circuits.edge_faithfulness import edge_faithfulness, edge_faithfulness_curve
 from cdt_lens.decomposition.baseline import zero_baseline
 from cdt_lens.interchange.graphs import circuit_from_graph
 from cdt_lens.models import provenance, session
 from cdt_lens.models.view import ModelView
+from cdt_lens.scoring.direct_edges import (
+    ablate_edges,
+    edge_attribution_patching,
+    edge_integrated_gradients,
+)
 from cdt_lens.scoring.edge_scores import score_edges
 from cdt_lens.scoring.ensemble import ensemble_scores
 from cdt_lens.scoring.expected_gradients import expected_gradients
@@ -55,6 +61,7 @@ class Subject:
     scores: Any
     circuit: Any
     graph: Any
+    edges: Any
     adapter: Any
     is_bridge: bool
     take_off: Callable[[], object] = list
@@ -78,8 +85,9 @@ def subject(backend: str, folder: str | None = None) -> Subject:
     circuit = scores.select(k=3)
     adapter = cdt.finetune(model, own, heads=HEADS, **{**QUICK, "epochs": 1}).adapter
     graph = cdt.trace_circuit(model, data, baseline, **QUIET).graph
+    edges = edge_attribution_patching(model, data, baseline, **QUIET)
     return Subject(
-        model, ModelView(model), data, own, baseline, scores, circuit, graph, adapter,
+        model, ModelView(model), data, own, baseline, scores, circuit, graph, edges, adapter,
         backend == "bridge",
     )  # fmt: skip
 
@@ -158,6 +166,21 @@ CALLS: dict[str, Callable[[Subject], Any]] = {
     "direct_attribution": lambda s: direct_attribution(s.model, s.data, s.baseline, **QUIET),
     "random_scores": lambda s: random_scores(s.model, s.data, s.baseline),
     "score_edges": lambda s: score_edges(s.model, s.data, s.baseline, **QUIET),
+    "ablate_edges": lambda s: ablate_edges(
+        s.model, s.data, s.baseline, edges=["M0->L1H3<k>", "input->logits"], **QUIET
+    ),
+    "edge_attribution_patching": lambda s: edge_attribution_patching(
+        s.model, s.data, s.baseline, **QUIET
+    ),
+    "edge_integrated_gradients": lambda s: edge_integrated_gradients(
+        s.model, s.data, s.baseline, steps=2, **QUIET
+    ),
+    "edge_faithfulness": lambda s: edge_faithfulness(
+        s.model, replace(s.graph, direct=True), s.data, s.baseline, draws=1, **QUIET
+    ),
+    "edge_faithfulness_curve": lambda s: edge_faithfulness_curve(
+        s.model, s.edges, s.data, s.baseline, fractions=(0.2, 1.0), draws=0, **QUIET
+    ),
     "trace_circuit": lambda s: cdt.trace_circuit(s.model, s.data, s.baseline, **QUIET),
     "attention_view": lambda s: attention_view(s.model, s.data[:2], s.circuit.heads),
     "token_relevance": lambda s: token_relevance(s.model, s.data[:2], s.circuit.heads, s.baseline),

@@ -32,6 +32,8 @@ from cdt_lens.interchange.graphs import (
     write_graph,
 )
 from cdt_lens.models.heads import Head
+from cdt_lens.scoring.direct_edges import edge_attribution_patching
+from cdt_lens.scoring.iterative import trace_circuit
 from cdt_lens.scoring.one_pass import one_pass
 
 ENDINGS = [".json", ".pt", ".graphml"]
@@ -54,7 +56,7 @@ def complete(*, parallel: bool = False, seed: int = 0) -> Graph:
         Edge(*ends, score, member)
         for ends, score, member in zip(listed, scores, kept, strict=False)
     )
-    return Graph(2, 3, nodes, edges, d_model=12, parallel=parallel, unit=OTHER_UNIT)
+    return Graph(2, 3, nodes, edges, d_model=12, parallel=parallel, unit=OTHER_UNIT, direct=True)
 
 
 def known(graph: Graph) -> dict[str, tuple[float | None, bool]]:
@@ -72,7 +74,7 @@ def assert_same(one: Graph, other: Graph) -> None:
     for name in node_names(one.n_layers, one.n_heads):
         if name != "logits":
             assert one.nodes.get(name, outside) == other.nodes.get(name, outside), name
-    for field in ("n_layers", "n_heads", "d_model", "parallel", "unit"):
+    for field in ("n_layers", "n_heads", "d_model", "parallel", "unit", "direct"):
         assert getattr(one, field) == getattr(other, field), field
 
 
@@ -99,6 +101,7 @@ def as_float32(graph: Graph) -> Graph:
         complete(),
         complete(parallel=True, seed=1),
         sample.small(),
+        replace(sample.small(), direct=True),
         sample.large(6, 3, heads=8, edges=20, parallel=True),
         replace(sample.small(), unit=OTHER_UNIT, edges=()),
     ],
@@ -237,6 +240,69 @@ def test_a_real_file_of_mib_is_read_and_written_to_the_last_byte(tmp_path: Path)
     assert text == shared_file().read_text()
     assert_same(tensors, graph)  # its numbers were float32 before they were text
     assert len(circuit) == 67 and circuit.scores is None
+
+
+# Direct edges ------------------------------------------------------------------------------------
+
+
+def pruned_as_by_eap_ig(document: dict[str, Any]) -> tuple[set[str], set[str]]:
+    """Edges and nodes that are left when nodes without edges in or out go, again and again.
+
+    By the field names of EAP-IG's `Graph.from_json`; the memberships of nodes follow from the edges.
+    """
+    edges = {name for name, own in document["edges"].items() if own["in_graph"]}
+    while True:
+        ends = {name: re.fullmatch(r"(.+)->([^<]+)(?:<.>)?", name).groups() for name in edges}
+        written, read = {a for a, _ in ends.values()}, {b for _, b in ends.values()}
+        nodes = {
+            name
+            for name in document["nodes"]
+            if name in written and (name in read or name == "input")
+        }
+        kept = {n for n, (a, b) in ends.items() if a in nodes and b in nodes | {"logits"}}
+        if kept == edges:
+            return edges, nodes | {"logits"}
+        edges = kept
+
+
+@models(("gpt2", "pythia"))
+def test_a_circuit_of_direct_edges_loses_nothing_in_eap_ig(
+    family, backend, tokenizer_folder, tmp_path: Path
+):
+    """Edges from the input are among them, so that no node is without one."""
+    view, data = shared(family, backend, tokenizer_folder, torch.float32), examples()
+    baseline = mean_activations(view, data, mlps=True, progress=False)
+    scores = edge_attribution_patching(view, data, baseline, progress=False)
+    graph = scores.graph(k=60, by="magnitude")
+    kept = {edge.name for edge in graph.kept_edges}
+    assert 20 < len(kept) <= 60 and any(name.startswith("input->L1") for name in kept)
+    for ending in ENDINGS:
+        again = read_graph(write_graph(graph, tmp_path / f"g{ending}"))
+        assert again.direct and {edge.name for edge in again.kept_edges} == kept
+        assert again.pruned().kept_edges == again.kept_edges
+    document = json.loads((tmp_path / "g.json").read_text())
+    edges, nodes = pruned_as_by_eap_ig(document)
+    assert edges == {name for name, own in document["edges"].items() if own["in_graph"]}
+    assert len(edges) == len(kept)
+    assert nodes == {name for name, own in document["nodes"].items() if own["in_graph"]}
+    assert document["edges_direct"] is True
+    traced = trace_circuit(view, data, baseline, progress=False).graph
+    document = json.loads(write_graph(traced, tmp_path / "traced.json").read_text())
+    assert "edges_direct" not in document and not read_graph(tmp_path / "traced.json").direct
+    assert pruned_as_by_eap_ig(document)[0] == set()  # no edge leaves the input
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pruning_of_direct_edges_is_that_of_eap_ig(seed: int, tmp_path: Path):
+    graph = complete(parallel=bool(seed % 2), seed=seed)
+    everyone = {name: replace(node, in_graph=True) for name, node in graph.nodes.items()}
+    graph = replace(graph, nodes=everyone)
+    document = json.loads(write_graph(graph, tmp_path / "g.json").read_text())
+    pruned = json.loads(write_graph(graph.pruned(), tmp_path / "p.json").read_text())
+    edges, nodes = pruned_as_by_eap_ig(document)
+    assert edges == {name for name, own in pruned["edges"].items() if own["in_graph"]}
+    assert nodes == {name for name, own in pruned["nodes"].items() if own["in_graph"]}
+    assert 0 < len(edges) < sum(own["in_graph"] for own in document["edges"].values())
 
 
 # What is refused -----------------------------------------------------------------------------------
