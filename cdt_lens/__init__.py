@@ -177,7 +177,6 @@ _FORMER = {
     "scoring.methods": ("DEFAULT_METHODS", "direct_attribution", "random_scores"),
     "scoring.one_pass": ("position_relevance",),
     "scoring.prompt_views": ("AttentionView", "TokenRelevance"),
-    "tasks.own_prompts": ("task_from_prompts",),
     "tasks.evaluate": ("label_prior",),
     "tasks.task": ("Example",),
 }
