@@ -330,6 +330,7 @@ def _by_example(
 ) -> tuple[Float[Tensor, "graph example"], Int[Tensor, " example"]]:
     """Compute the metric of each graph on each example, and the number of each label."""
     check_examples(view, examples)
+    examples.require_one_token("faithfulness of direct edges", "circuit_faithfulness")
     baseline.check_model(view)
     cut, places = cut.unique(dim=0, return_inverse=True)
     items: list[tuple[int, Tensor]] = []

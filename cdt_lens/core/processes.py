@@ -86,6 +86,17 @@ def sum_over_processes(value: Tensor) -> Tensor:
     return reduce(value.to(state.device), reduction="sum").to(value.device)
 
 
+def any_process(value: bool) -> bool:
+    """Return whether the value is true in any process; every process must call this.
+
+    A decision by a clock needs it: processes that decide apart wait for each other forever.
+
+    Args:
+        value: The value of this process.
+    """
+    return any(gather_items([value]))
+
+
 def gather_items(items: list[Any]) -> list[Any]:
     """Collect the items of all processes.
 

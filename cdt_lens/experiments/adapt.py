@@ -30,7 +30,7 @@ from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import CdtLensWarning, InputError
 from cdt_lens.core.folders import check_run_folder
 from cdt_lens.core.kept import Say, as_json
-from cdt_lens.core.processes import is_main, wait_for_all
+from cdt_lens.core.processes import any_process, is_main, wait_for_all
 from cdt_lens.core.run_lock import locked
 from cdt_lens.experiments.adapt_settings import AdaptSettings
 from cdt_lens.experiments.discovery import discover
@@ -293,7 +293,7 @@ class _Adapting:
         ranked = sorted(trials, key=lambda trial: _rank(trial[1]), reverse=True)
         for row in [trial[1] for trial in ranked[:_BEST]]:
             for factor in _FACTORS:
-                if time.monotonic() < end:
+                if not any_process(time.monotonic() >= end):
                     trials.append(self._trial(cells, row["run"], factor))
         return trials
 

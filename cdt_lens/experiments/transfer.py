@@ -40,7 +40,7 @@ from cdt_lens.core.errors import ArtifactError, InputError, NonFiniteError
 from cdt_lens.core.folders import check_run_folder
 from cdt_lens.core.kept import Cell, Kept, as_json
 from cdt_lens.core.passes import Passes
-from cdt_lens.core.processes import is_main, wait_for_all
+from cdt_lens.core.processes import any_process, is_main, wait_for_all
 from cdt_lens.core.run_lock import locked
 from cdt_lens.experiments.discovery import discover, judged_on, load_baseline, make_curve
 from cdt_lens.experiments.inputs import check_inputs, make_task, with_train
@@ -117,7 +117,7 @@ def run_transfer(
     with locked(folder):
         end = math.inf if hours is None else time.monotonic() + 3600 * hours
         experiment = Transfer(
-            config, folder, say, progress, lambda: time.monotonic() > end, log_with
+            config, folder, say, progress, lambda: any_process(time.monotonic() > end), log_with
         )
         result = experiment.run()
         if is_main():

@@ -193,6 +193,7 @@ def _score(
     passes: Passes,
 ) -> DirectEdgeScores:
     """Score the edges batch by batch, and collect the scores."""
+    examples.require_one_token("a score of direct edges", "score_heads")
     edges = edges_of(view)
     dtype = torch.promote_types(view.dtype, torch.float32)
     rows = table(len(examples), len(edges) + 1, dtype=dtype)

@@ -36,7 +36,7 @@ from cdt_lens.core.errors import ArtifactError
 from cdt_lens.core.kept import Kept
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.per_example import share_rows, table
-from cdt_lens.core.processes import gather_items
+from cdt_lens.core.processes import any_process, gather_items
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.gated_pass import GatedPass
 from cdt_lens.decomposition.rules import PRESETS, Rules
@@ -258,7 +258,7 @@ class Estimator:
             self._round(self.order[start:end], done, kept, heads)
             start = end
             late = budget.minutes is not None and time.monotonic() - began > 60 * budget.minutes
-            if any(gather_items([late])) or enough(done):
+            if any_process(late) or enough(done):
                 break
         return self._of(done, self.order[:start])
 
