@@ -7,7 +7,7 @@ prompt, followed by the tokens of the word before it.
    for each word that is not asked for within the row of another one.
 2. Every different question of an example is read at one position of one row.
 3. The score of a word is the sum over its tokens of log p(token | tokens before), in nats. This is
-   the teacher-forced log-probability of the word. A longer word has a lower score.
+   the teacher-forced log-probability of the word. Longer words tend to have lower scores.
 
 Differences of scores have the unit of differences of logits: for two candidates of one token,
 log p - log p' = logit - logit'.
@@ -118,29 +118,28 @@ def ask(
         The token ids of each row, and where each candidate is read.
     """
     words = [[(c,) if isinstance(c, int) else c for c in group] for group in candidates]
-    longest = max(len(word) for group in words for word in group)
-    reads = torch.zeros(len(words), len(words[0]), longest, dtype=torch.long)
     rows: list[tuple[int, ...]] = []
     per_row: list[tuple[int, int, int]] = []
     places: list[tuple[int, int]] = []
+    reads: list[Tensor] = []
     for number, (prompt, group) in enumerate(zip(prompts, words, strict=True)):
         endings = _endings(group)
-        asked: dict[tuple[int, ...], int] = {}
-        for k, word in enumerate(group):
-            for i in range(len(word)):
-                if word[:i] not in asked:
-                    asked[word[:i]] = len(places)
-                    own = next(j for j, ending in enumerate(endings) if ending[:i] == word[:i])
-                    places.append((len(rows) + own, len(prompt) - 1 + i))
-                reads[number, k, i] = asked[word[:i]]
+        questions = dict.fromkeys(word[:i] for word in group for i in range(len(word)))
+        asked = {question: len(places) + n for n, question in enumerate(questions)}
+        reads += [torch.tensor([asked[word[:i]] for i in range(len(word))]) for word in group]
+        for question in questions:
+            row = next(j for j, end in enumerate(endings) if end[: len(question)] == question)
+            places.append((len(rows) + row, len(prompt) - 1 + len(question)))
         for j, ending in enumerate(endings):
             alike = [len(prompt) + _alike(ending, other) for other in endings[:j]]
             per_row.append((number, len(ending), max(alike, default=0)))
-            rows.append((*prompt, *ending))
-    tokens = pad_sequence([torch.tensor(word) for group in words for word in group], True, -1)
+        rows += [(*prompt, *ending) for ending in endings]
+    tokens = [torch.tensor(word) for group in words for word in group]
+    shape = len(words), len(words[0]), -1
     return rows, Words(
-        tokens.reshape(reads.shape), reads, *torch.tensor(places).T, *torch.tensor(per_row).T
-    )
+        pad_sequence(tokens, True, -1).reshape(shape), pad_sequence(reads, True, 0).reshape(shape),
+        *torch.tensor(places).T, *torch.tensor(per_row).T,
+    )  # fmt: skip
 
 
 def _endings(words: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -149,7 +148,8 @@ def _endings(words: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     return [s for s in starts if not any(o != s and o[: len(s)] == s for o in starts)]
 
 
-def _alike(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the number of tokens with which both begin."""
     pairs = zip(one, other, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 

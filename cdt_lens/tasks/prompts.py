@@ -639,17 +639,7 @@ def verbalizer_token_ids(
     for label, pieces in zip(labels, read, strict=True):
         word = verbalizer[label]
         shown = tokenizer.convert_ids_to_tokens(pieces)
-        if not pieces or tokenizer.unk_token_id in pieces:
-            got = "the unknown token" if pieces else "none"
-            raise InputError(
-                f"verbalizer of label {label!r}: {word!r} must have tokens of the tokenizer, got "
-                f"{got}: {shown}; choose another word (most need a leading space)"
-            )
-        if len(pieces) > 1 and word[-1].isspace():
-            raise InputError(
-                f"verbalizer of label {label!r}: {word!r} ends in white space, which would be a "
-                f"part of the answer: {shown}. Remove it."
-            )
+        _check_pieces(tokenizer, label, word, pieces)
         own = pieces[0] if len(pieces) == 1 else tuple(pieces)
         same = f"token {shown[0]!r}" if len(pieces) == 1 else f"tokens {shown}"
         for other, taken in ids.items():
@@ -661,6 +651,24 @@ def verbalizer_token_ids(
         ids[label] = own
     _refuse_beginnings(verbalizer, ids)
     return ids
+
+
+def _check_pieces(
+    tokenizer: PreTrainedTokenizerBase, label: str, word: str, pieces: list[int]
+) -> None:
+    """Refuse a word that has no tokens, unknown ones, or some for white space at its end."""
+    shown = tokenizer.convert_ids_to_tokens(pieces)
+    if not pieces or tokenizer.unk_token_id in pieces:
+        got = "the unknown token" if pieces else "none"
+        raise InputError(
+            f"verbalizer of label {label!r}: {word!r} must have tokens of the tokenizer, got "
+            f"{got}: {shown}; choose another word (most need a leading space)"
+        )
+    if len(pieces) > 1 and word[-1].isspace():
+        raise InputError(
+            f"verbalizer of label {label!r}: {word!r} ends in white space, which would be a part "
+            f"of the answer: {shown}. Remove it."
+        )
 
 
 def _refuse_beginnings(verbalizer: Mapping[str, str], ids: Mapping[str, WordIds]) -> None:
