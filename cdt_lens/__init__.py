@@ -60,6 +60,7 @@ if TYPE_CHECKING:  # The same names for type checkers; a test compares the two l
     from cdt_lens.finetuning.combine import combine as combine
     from cdt_lens.finetuning.export import export as export
     from cdt_lens.finetuning.finetune import finetune as finetune
+    from cdt_lens.finetuning.hub import push_to_hub as push_to_hub
     from cdt_lens.finetuning.options import TrainingOptions as TrainingOptions
     from cdt_lens.finetuning.peft_files import from_peft as from_peft, to_peft as to_peft
     from cdt_lens.finetuning.result import FineTuneResult as FineTuneResult
@@ -140,6 +141,7 @@ _PUBLIC = {
     "finetuning.adapter": ("Adapter",),
     "finetuning.export": ("export",),
     "finetuning.finetune": ("finetune",),
+    "finetuning.hub": ("push_to_hub",),
     "finetuning.options": ("TrainingOptions",),
     "experiments.adapt": ("run_adapt",),
     "experiments.adapt_settings": ("AdaptSettings",),

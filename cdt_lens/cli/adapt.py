@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cdt_lens.cli.arguments import Out, Verbalizer, with_options, words_of
+from cdt_lens.cli.arguments import LogWith, Out, Verbalizer, with_options, words_of
 from cdt_lens.cli.console import say, tell
 from cdt_lens.cli.show import show_adaptation
 from cdt_lens.experiments.adapt_settings import AdaptSettings
@@ -33,6 +33,7 @@ def adapt(
     ready: Annotated[
         bool, typer.Option(help="The model does the task in the known language already.")
     ] = False,
+    log_with: LogWith = None,
 ) -> None:
     """Adapt a model to another language, with a few hundred labelled rows.
 
@@ -50,7 +51,7 @@ def adapt(
         model=model, ready=ready, verbalizer=words_of(verbalizer or []),
         target=_paths(files), source=_paths(source), **given,
     )  # fmt: skip
-    result = run_adapt(settings, out, say)
+    result = run_adapt(settings, out, say, log_with=log_with)
     show_adaptation(result)
     if result.exported:
         tell(f"the adapted model: {out / result.exported}")

@@ -22,6 +22,7 @@ from cdt_lens.cli.discover import discover, faithfulness, report, trace
 from cdt_lens.cli.finetune import demo, export, finetune, transfer
 from cdt_lens.cli.interrupts import reported_interrupts
 from cdt_lens.cli.predict import predict
+from cdt_lens.cli.push import push
 from cdt_lens.cli.show import show
 from cdt_lens.core.errors import CdtLensError, CdtLensWarning
 
@@ -89,7 +90,7 @@ app = typer.Typer(
 
 for _command in (
     demo, adapt, discover, faithfulness, trace, report, show, compare, finetune, transfer, export,
-    predict, convert, fetch,
+    push, predict, convert, fetch,
 ):  # fmt: skip
     app.command(cls=Command)(_command)
 

@@ -21,6 +21,13 @@ RunFolder = Annotated[Path, typer.Argument(help="Run directory of cdt-lens disco
 TrainFile = Annotated[Path | None, typer.Option(help="Your CSV, TSV or JSONL file to train on.")]
 ValidFile = Annotated[Path | None, typer.Option(help="Your file of validation examples.")]
 TestFile = Annotated[Path | None, typer.Option(help="Your file of test examples.")]
+LogWith = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Tracker of accelerate that gets every step, such as tensorboard or wandb; repeat the "
+        "option for each. Files are in the folder logs of --out."
+    ),
+]
 Verbalizer = Annotated[
     list[str] | None,
     typer.Option(

@@ -10,6 +10,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from cdt_lens.cli.arguments import (
+    LogWith,
     Out,
     TrainFile,
     ValidFile,
@@ -60,6 +61,7 @@ def finetune(
             "option for each."
         ),
     ] = None,
+    log_with: LogWith = None,
 ) -> None:
     """Train the heads of a circuit (or a control) on a target language.
 
@@ -72,6 +74,7 @@ def finetune(
     from cdt_lens.experiments.inputs import check_inputs, load_for, make_task
     from cdt_lens.finetuning.finetune import check_splits, finetune as train_on
     from cdt_lens.finetuning.scopes import scope_heads
+    from cdt_lens.finetuning.tracking import check_trackers, tracked
 
     if (out / "adapter.json").exists() and not (out / "checkpoint.json").exists():
         raise InputError(
@@ -79,6 +82,8 @@ def finetune(
         )
     check_run_folder(out, "checkpoint.json", "log.jsonl")
     options = TrainingOptions().changed(**{**training, **_options(option or [])})
+    trackers = tracked(log_with, out, "")
+    check_trackers(**trackers)
     chosen = {"model": model, "seed": training["seed"], **given}
     settings = settings_of(chosen, {"train": train, "valid": valid}, verbalizer)
     settings.require_valid("finetune")
@@ -94,21 +99,22 @@ def finetune(
         loaded, target, heads=heads, scope=cast(Any, scope),
         source=None if of_source is None else make_task(of_source, loaded.tokenizer),
         options=options, checkpoint=out / "checkpoint.json", keep_checkpoint=True,
-        log=out / "log.jsonl",
+        log=out / "log.jsonl", **trackers,
     )  # fmt: skip
     _write(result, out, target.name)
     _show(result, out)
 
 
 def _write(result: Any, out: Path, name: str) -> None:
-    from cdt_lens.core.artifacts import atomic_write, remove_artifact
+    from cdt_lens.core.artifacts import atomic_write
     from cdt_lens.core.processes import is_main
+    from cdt_lens.finetuning.checkpoints import remove_checkpoint
     from cdt_lens.viz.report.report import render_report
 
     if is_main():
         result.adapter.save(out)
         atomic_write(out / "history.csv", result.history.to_csv(index=False))
-        remove_artifact(out / "checkpoint.json")
+        remove_checkpoint(out / "checkpoint.json")
         render_report(result, path=out / "report.html", title=f"{name}: {result.scope}")
 
 
@@ -208,6 +214,7 @@ def transfer(
             min=0, help="Begin no run after this time; the same command goes on with those left."
         ),
     ] = None,
+    log_with: LogWith = None,
 ) -> None:
     """Run a transfer experiment: proxy stage, discovery, and training of every scope.
 
@@ -219,7 +226,7 @@ def transfer(
 
     read = read_config(config)
     config_read = replace(read, device=given["device"] or read.device)
-    show_transfer(run_transfer(config_read, out, say, hours=hours))
+    show_transfer(run_transfer(config_read, out, say, hours=hours, log_with=log_with))
     tell(str(out / "report.html"))
 
 

@@ -17,11 +17,8 @@ def _state() -> Any | None:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched < 2:
         return None
-    from accelerate import PartialState
-
     ours = not torch.distributed.is_initialized()
-    # Without a GPU and without `cpu=True`, accelerate treats each process as the only one.
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = accelerate_state()
     if ours and torch.distributed.is_initialized():
         atexit.register(_leave_group)
     if state.num_processes != launched:
@@ -30,6 +27,14 @@ def _state() -> Any | None:
             "launch them with accelerate launch or torchrun"
         )
     return state
+
+
+def accelerate_state() -> Any:
+    """Return accelerate's state of this process, which its loggers and trackers need."""
+    from accelerate import PartialState
+
+    # Without a GPU and without `cpu=True`, accelerate treats each process as the only one.
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def _leave_group() -> None:

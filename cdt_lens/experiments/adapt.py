@@ -25,7 +25,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from cdt_lens.core.artifacts import atomic_write, remove_artifact
+from cdt_lens.core.artifacts import atomic_write
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import CdtLensWarning, InputError
 from cdt_lens.core.folders import check_run_folder
@@ -44,9 +44,12 @@ from cdt_lens.finetuning.adapt_result import (
     TRIAL_COLUMNS,
     AdaptResult,
 )
+from cdt_lens.finetuning.checkpoints import remove_checkpoint
 from cdt_lens.finetuning.export import export
 from cdt_lens.finetuning.finetune import drop_stale_checkpoint, finetune
 from cdt_lens.finetuning.result import FineTuneResult
+from cdt_lens.finetuning.score import Score
+from cdt_lens.finetuning.tracking import check_trackers, tracked
 from cdt_lens.models.provenance import provenance_of
 from cdt_lens.models.view import view_of
 from cdt_lens.tasks.evaluate import Evaluation, evaluate
@@ -72,8 +75,9 @@ _SMALL = 100  # test rows below which the page warns
 
 @checked_arguments
 def run_adapt(
-    settings: AdaptSettings, folder: str | Path, say: Say, *, progress: bool = True
-) -> AdaptResult:
+    settings: AdaptSettings, folder: str | Path, say: Say, *, progress: bool = True,
+    log_with: Any = None,
+) -> AdaptResult:  # fmt: skip
     """Adapt a model to a language, and export and explain it.
 
     The folder then holds the adapted model in `model`, the `adapter`, `adapt.json` and
@@ -84,22 +88,25 @@ def run_adapt(
         folder: The run directory.
         say: Receives one line of progress.
         progress: Whether to show progress bars.
+        log_with: Trackers of every training, as in `finetune`. Their files are in the folder
+            `logs`.
 
     Returns:
         What was chosen, learnt and lost.
 
     Raises:
-        InputError: The rows cannot be learnt from, the folder holds another experiment, or another
-            process writes in it.
+        InputError: The rows cannot be learnt from, the folder holds another experiment, another
+            process writes in it, or the package of a tracker is missing.
     """
     folder = check_run_folder(folder, "transfer.json", _ROWS)
+    check_trackers(**tracked(log_with, folder, "proxy"))
     tables = {
         SOURCE: _tables(settings, settings.source, SOURCE),
         TARGET: _tables(settings, settings.target, TARGET),
     }
     _check_labels(settings, tables)
     with locked(folder):
-        return _Adapting(settings, folder, tables, say, progress).run()
+        return _Adapting(settings, folder, tables, say, progress, log_with).run()
 
 
 # ---------------------------------------------------------------------- rows
@@ -227,9 +234,12 @@ class _Adapting:
     tables: Mapping[str, Mapping[str, Table]]
     say: Say
     progress: bool
+    log_with: Any = None
 
     def run(self) -> AdaptResult:
-        experiment = Transfer(self._config(), self.folder, self.say, self.progress)
+        experiment = Transfer(
+            self._config(), self.folder, self.say, self.progress, log_with=self.log_with
+        )
         end = time.monotonic() + 60 * self.settings.minutes
         if is_main():
             _write_rows(self.tables, self.folder)
@@ -311,6 +321,7 @@ class _Adapting:
         return finetune(
             cells.model, trial.task, **training, checkpoint=checkpoint, keep_checkpoint=True,
             judge=lambda: self._judge(experiment), progress=self.progress,
+            **tracked(self.log_with, self.folder, "adapter"),
         )  # fmt: skip
 
     def _judge(self, experiment: Transfer) -> dict[str, Evaluation]:
@@ -324,12 +335,15 @@ class _Adapting:
     ) -> AdaptResult:  # fmt: skip
         """Save the adapter, export the model, and write the result and its page."""
         exported = "" if result.nothing_learnt else "model"
+        tasks = experiment.tasks
         if is_main():
-            replace(result.adapter, scope=best[0].scope).save(self.folder / "adapter")
+            adapter = replace(
+                result.adapter, scope=best[0].scope, scores=_scores(tasks, before, result.judged)
+            )
+            adapter.save(self.folder / "adapter")
             shutil.rmtree(self.folder / "model", ignore_errors=True)
             if exported:
-                export(result.adapter, experiment.proxy, self.folder / exported)
-        tasks = experiment.tasks
+                export(adapter, experiment.proxy, self.folder / exported)
         found = AdaptResult(
             model=self.settings.model, chosen=best[1]["run"], scope=best[0].scope,
             heads=len(best[0].heads), learning_rate=best[0].options.learning_rate or 0.0,
@@ -348,7 +362,7 @@ class _Adapting:
             found.save(self.folder / "adapt.json")
             title = f"{self.settings.model} adapted to a new language"
             render_report(found, path=self.folder / "report.html", title=title)
-            remove_artifact(self.folder / "adapter.checkpoint.json")
+            remove_checkpoint(self.folder / "adapter.checkpoint.json")
         wait_for_all()
         return found
 
@@ -357,6 +371,18 @@ def _rank(row: Mapping[str, Any]) -> tuple[float, float]:
     """Return a key that is greater for a better trial; one that diverged comes last."""
     loss = row["target_loss"]
     return (-math.inf, -math.inf) if loss != loss else (row["target_accuracy"], -loss)
+
+
+def _scores(
+    tasks: Mapping[str, Task], before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]
+) -> tuple[Score, ...]:
+    """Return the accuracies on the test rows, for the adapter."""
+    pairs = {name: (before[name], after[name]) for name in (TARGET, SOURCE)}
+    return tuple(
+        Score(name, tasks[name].name, "test", pair[0].examples,
+              *((one.accuracy, *one.intervals["accuracy"]) for one in pair))
+        for name, pair in pairs.items()
+    )  # fmt: skip
 
 
 def _languages(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]) -> pd.DataFrame:

@@ -47,9 +47,11 @@ from cdt_lens.experiments.runs import Run, discovered_on, keep_settings, kept_se
 from cdt_lens.experiments.scope_choices import choices, fix_rules
 from cdt_lens.experiments.transfer_cells import Cells
 from cdt_lens.experiments.transfer_config import TransferConfig
+from cdt_lens.finetuning.checkpoints import remove_checkpoint
 from cdt_lens.finetuning.export import export
 from cdt_lens.finetuning.finetune import drop_stale_checkpoint, finetune
 from cdt_lens.finetuning.options import DEFAULT_RATES, TrainingOptions
+from cdt_lens.finetuning.tracking import check_trackers, tracked
 from cdt_lens.finetuning.transfer_result import (
     AUTO_COLUMNS,
     BEFORE_COLUMNS,
@@ -84,7 +86,7 @@ class _Proxy(TypedDict):
 @checked_arguments
 def run_transfer(
     config: TransferConfig, folder: str | Path, say: Say, *, progress: bool = True,
-    hours: Positive | None = None,
+    hours: Positive | None = None, log_with: Any = None,
 ) -> TransferResult:  # fmt: skip
     """Run what is left of an experiment and write its result, figures and report.
 
@@ -98,18 +100,24 @@ def run_transfer(
         progress: Whether to show progress bars.
         hours: Begin no cell after this time; None runs all. `say` receives the number of those
             left, and the same call goes on with them.
+        log_with: Trackers of every training, as in `finetune`. Their files are in the folder
+            `logs`.
 
     Returns:
         The measurements of every scope, target and seed that has finished.
 
     Raises:
         InputError: The settings cannot be run, a prompt is longer than the model's context, the
-            folder holds another experiment, or another process writes in it.
+            folder holds another experiment, another process writes in it, or the package of a
+            tracker is missing.
     """
     folder = check_run_folder(folder, "transfer.json")
+    check_trackers(**tracked(log_with, folder, "proxy"))
     with locked(folder):
         end = math.inf if hours is None else time.monotonic() + 3600 * hours
-        experiment = Transfer(config, folder, say, progress, lambda: time.monotonic() > end)
+        experiment = Transfer(
+            config, folder, say, progress, lambda: time.monotonic() > end, log_with
+        )
         result = experiment.run()
         if is_main():
             _write(experiment, result)
@@ -155,6 +163,7 @@ class Transfer:
     say: Say
     progress: bool = True
     over: Callable[[], bool] = _never
+    log_with: Any = None
 
     def run(self) -> TransferResult:
         """Run every stage that is not finished.
@@ -322,7 +331,7 @@ class Transfer:
         tuned = finetune(
             model, task, scope="full", options=options,
             checkpoint=checkpoint, keep_checkpoint=True, log=self.folder / "proxy.log.jsonl",
-            progress=self.progress,
+            progress=self.progress, **tracked(self.log_with, self.folder, "proxy"),
         )  # fmt: skip
         last = tuned.after
         self.say(
@@ -339,7 +348,7 @@ class Transfer:
             export(tuned.adapter, config.model, self.proxy, allow_unchanged=True)
         kept.keep({"history": tuned.history.to_dict("records"), "options": dict(tuned.options)})
         if is_main():
-            remove_artifact(checkpoint)
+            remove_checkpoint(checkpoint)
         wait_for_all()
 
     def _tried_proxy(self, model: nn.Module, task: Task, rate: float) -> float:
@@ -446,6 +455,7 @@ class Transfer:
             self.config, self.folder, self.model, self.tasks, self._related, self.circuit,
             HeadScores.load(self.discovery.path("scores.json")),
             load_baseline(self.discovery).hash, self._faithfulness, self.say, self.progress,
+            self.log_with,
         )  # fmt: skip
 
     def _faithfulness(self, task: Task) -> float:

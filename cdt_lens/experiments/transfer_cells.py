@@ -30,11 +30,13 @@ from cdt_lens.experiments.inputs import with_train
 from cdt_lens.experiments.transfer_config import TransferConfig, Variant
 from cdt_lens.finetuning.adapter import ADAPTER_FILE
 from cdt_lens.finetuning.answer_pass import AnswerPass
+from cdt_lens.finetuning.checkpoints import remove_checkpoint
 from cdt_lens.finetuning.finetune import count_trained, drop_stale_checkpoint, finetune
 from cdt_lens.finetuning.lora import parameters_of_rank
 from cdt_lens.finetuning.options import DEFAULT_RATES, TrainingOptions
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.scopes import scope_heads
+from cdt_lens.finetuning.tracking import tracked
 from cdt_lens.finetuning.trainer import rank_of
 from cdt_lens.finetuning.training_signal import choose_heads, training_signal
 from cdt_lens.finetuning.transfer_result import CELL_COLUMNS, PER_EXAMPLE
@@ -111,6 +113,7 @@ class Cells:
         faithfulness: Returns f of the circuit on a task's validation prompts.
         say: Receives one line of progress.
         progress: Whether to show progress bars.
+        log_with: Trackers of every training, as in `finetune`.
     """
 
     config: TransferConfig
@@ -124,6 +127,7 @@ class Cells:
     faithfulness: Callable[[Task], float]
     say: Say
     progress: bool = True
+    log_with: Any = None
 
     @cached_property
     def _hash(self) -> str:
@@ -215,7 +219,7 @@ class Cells:
                 replace(result.adapter, scope=plan.scope).save(plan.adapter)
         plan.kept.keep({"row": cell["row"], "history": cell["history"]}, cell["per_example"])
         if is_main():
-            remove_artifact(plan.checkpoint)
+            remove_checkpoint(plan.checkpoint)
         return cell
 
     def _plan(self, target: str, name: str, seed: int) -> _Plan:
@@ -253,8 +257,13 @@ class Cells:
             self.model, plan.task, **training, checkpoint=plan.checkpoint, keep_checkpoint=True,
             judge=lambda: self._judge(plan.target),
             log=plan.checkpoint.with_name(f"{plan.kept.path.stem}.log.jsonl"),
-            progress=self.progress,
+            progress=self.progress, **self._tracked(plan.kept.path),
         )  # fmt: skip
+
+    def _tracked(self, path: Path) -> dict[str, Any]:
+        """Return the arguments of `finetune` for the trackers of a kept training."""
+        part = path.relative_to(self.folder).with_suffix("")
+        return tracked(self.log_with, self.folder, str(part))
 
     # ------------------------------------------------------------------ heads and options
 
@@ -381,13 +390,14 @@ class Cells:
         history: list[dict[str, Any]] = []
         try:
             result = finetune(
-                self.model, trial.task, **training, checkpoint=checkpoint, progress=self.progress
-            )
+                self.model, trial.task, **training, checkpoint=checkpoint, progress=self.progress,
+                **self._tracked(path),
+            )  # fmt: skip
             history += result.history.to_dict("records")  # type: ignore[arg-type]
         except NonFiniteError as error:
             self.say(str(error))
             if is_main():
-                remove_artifact(checkpoint)
+                remove_checkpoint(checkpoint)
         trial.kept.keep({"history": history})
         return history
 

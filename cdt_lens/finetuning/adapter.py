@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.saved import Saved
 from cdt_lens.core.undo import take_back_if_failed, unbroken
+from cdt_lens.finetuning.score import Score
 from cdt_lens.finetuning.slices import CHANNEL_ROLES, WeightSlice, by_channel
 from cdt_lens.finetuning.trainable import Slices
 from cdt_lens.models.heads import Head
@@ -52,6 +53,9 @@ class Adapter(Saved):
         provenance: origin of the adapter, with the base model's hash.
         task: how the prompts of the training were made of text. None for prompts that were made by
             hand, and in files of cdt_lens 0.3.
+        scores: accuracies before and after the training, of the target and the source language.
+            Empty where nothing was evaluated.
+        total_parameters: number of parameters of the model, or None where it was not recorded.
     """
 
     scope: str
@@ -60,6 +64,8 @@ class Adapter(Saved):
     whole: Mapping[str, Tensor] = field(repr=False)
     provenance: Provenance = field(repr=False)
     task: TaskCard | None = field(default=None, repr=False)
+    scores: tuple[Score, ...] = field(default=(), repr=False)
+    total_parameters: int | None = field(default=None, repr=False)
     _format, _kind = "cdt_lens.adapter", "adapter"
     _advice = "finetune(...).adapter is one"
 
@@ -212,6 +218,8 @@ class Adapter(Saved):
             "slices": {name: list(index) for name, (index, _) in self.slices.items()},
             "provenance": self.provenance.to_dict(),
             **({} if self.task is None else {"task": self.task.to_dict()}),
+            "scores": [asdict(score) for score in self.scores],
+            "total_parameters": self.total_parameters,
         }
         tensors = {f"slice/{name}": value for name, (_, value) in self.slices.items()}
         return body, tensors | {f"whole/{name}": value for name, value in self.whole.items()}
@@ -237,6 +245,8 @@ class Adapter(Saved):
             },
             provenance=Provenance.from_dict(body["provenance"]),
             task=TaskCard.from_dict(body["task"]) if "task" in body else None,
+            scores=tuple(Score.from_dict(score) for score in body.get("scores", ())),
+            total_parameters=body.get("total_parameters"),
         )
 
     @classmethod

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from cdt_lens.core.artifacts import atomic_write
+from cdt_lens.core.artifacts import atomic_write, remove_artifact
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.core.kept import Behaviour, Cell, Kept, Say
 from cdt_lens.core.processes import is_main
@@ -147,6 +147,26 @@ class Checkpoint:
     def remove(self) -> None:
         """Remove the checkpoint of a run that has its result."""
         self._kept.remove()
+        record_of(self.path).unlink(missing_ok=True)
+
+
+def record_of(checkpoint: Path) -> Path:
+    """Return the hidden file beside a checkpoint that counts what trackers were sent.
+
+    Args:
+        checkpoint: The JSON file of the checkpoint.
+    """
+    return checkpoint.with_name(f".{checkpoint.stem}.tracked")
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove the checkpoint of a run whose result is kept elsewhere.
+
+    Args:
+        checkpoint: The JSON file of the checkpoint. It may be missing.
+    """
+    remove_artifact(checkpoint)
+    record_of(checkpoint).unlink(missing_ok=True)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -4,7 +4,7 @@
    what the prompts of the training began with. The saved tokenizer adds BOS if the prompts had it
    and nothing otherwise, and it is read back and compared.
 2. `cdt_task.json` holds the `TaskCard`, which `cdt-lens predict` reads.
-3. `README.md` says the same in words, with code that needs transformers alone.
+3. `README.md` is the model card (`model_card`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from typing import Any
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-import cdt_lens
 from cdt_lens.core.errors import InputError
 from cdt_lens.finetuning.adapter import Adapter
+from cdt_lens.finetuning.model_card import CARD_FILE, TASK_FILE, model_card
 from cdt_lens.tasks.card import TaskCard
-
-TASK_FILE = "cdt_task.json"
 
 
 def write_task(
@@ -46,7 +44,7 @@ def write_task(
     else:
         _save_tokenizer(tokenizer, card, folder)
         card.save(folder / TASK_FILE)
-    (folder / "README.md").write_text(_readme(adapter, base, lora), encoding="utf-8")
+    model_card(adapter, base, "lora" if lora else "checkpoint").save(folder / CARD_FILE)
 
 
 def _save_tokenizer(tokenizer: Any, card: TaskCard, folder: Path) -> None:
@@ -89,102 +87,3 @@ def _ways_to_save(tokenizer: Any, bos_ids: Sequence[int], folder: Path) -> Itera
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     yield
-
-
-def _readme(adapter: Adapter, base: str, lora: bool) -> str:
-    name = adapter.provenance.task.removesuffix("/train")
-    holds = (
-        f"a LoRA for the model `{base}`, in the files of peft, that changes" if lora
-        else f"the model `{Path(base).name}` with"
-    )  # fmt: skip
-    about = (
-        f"# {Path(base).name}, adapted to {name}\n\n"
-        f"`cdt-lens export` (cdt_lens {cdt_lens.__version__}) wrote this folder. It holds {holds} "
-        f"{adapter.elements:,} elements{'' if lora else ' trained'} (scope `{adapter.scope}`). "
-        f"Every other weight is bit-identical.\n"
-    )
-    if adapter.task is None:
-        return about + _NO_TASK
-    card = adapter.task
-    return about + _TASK.format(
-        name=card.name, labels=_label_lines(card), template=json.dumps(card.template),
-        prefix=f" Few-shot examples of {len(card.prefix)} characters stand before it "
-        f"(`prefix` in `{TASK_FILE}`)." if card.prefix else "",
-        bos=f"The token ids {list(card.bos_ids)} (BOS) stand before the text" if card.bos_ids
-        else "No token stands before the text",
-        longest=card.longest, file=TASK_FILE,
-    ) + _usage(card, lora)  # fmt: skip
-
-
-def _label_lines(card: TaskCard) -> str:
-    lines = [
-        f"| {label} | {json.dumps(card.verbalizer[label], ensure_ascii=False)} | {id} |"
-        for label, id in card.verbalizer_ids.items()
-    ]
-    return "\n".join(lines)
-
-
-def _usage(card: TaskCard, lora: bool) -> str:
-    if not card.verbalizer or not card.columns:
-        return _NO_WORDS
-    row = ", ".join(f'{json.dumps(column)}: "Put your text here."' for column in card.columns)
-    code = _CODE.replace("ROW", f"{{{row}}}").replace("FILE", TASK_FILE)
-    return code + (_PEFT if lora else _PREDICT)
-
-
-_NO_TASK = """
-The prompts of its training were given as token ids, so this folder does not say how to make them of
-text.
-"""
-_NO_WORDS = """
-The answers differ from prompt to prompt, so there are no label words to compare.
-"""
-_TASK = """
-## The task
-
-Task `{name}`. The prompt is this template (as a JSON string), with the columns in braces filled in,
-and the model's next token is the answer: {template}{prefix}
-
-| label | word | token id |
-|---|---|---|
-{labels}
-
-{bos}. The tokenizer in this folder does this by itself. The longest prompt of the training had
-{longest} tokens. `{file}` holds all of this.
-"""
-_CODE = """
-## How to ask it
-
-Run this in the folder:
-
-```python
-import json
-from pathlib import Path
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = Path(".")
-task = json.loads((folder / "FILE").read_text("utf-8"))
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder).eval()
-
-row = ROW
-prompt = task["prefix"] + task["template"].format_map(row)
-with torch.no_grad():
-    logits = model(tokenizer(prompt, return_tensors="pt").input_ids).logits[0, -1]
-prior = task["prior"] or {}
-scores = {
-    label: float(logits[token]) - prior.get(label, 0.0)
-    for label, token in task["verbalizer_ids"].items()
-}
-print(max(scores, key=scores.get), scores)
-```
-"""
-_PEFT = """
-transformers reads the LoRA with the base model if peft is installed.
-"""
-_PREDICT = """
-`cdt-lens predict FOLDER --text "..."` and `cdt-lens predict FOLDER --file rows.csv` do the same and
-print CSV.
-"""

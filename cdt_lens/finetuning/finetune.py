@@ -26,7 +26,7 @@ from cdt_lens.core.kept import Behaviour, Say
 from cdt_lens.core.undo import take_back_if_failed, unbroken, undoing
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.finetuning.answer_pass import AnswerPass
-from cdt_lens.finetuning.checkpoints import Checkpoint, Log
+from cdt_lens.finetuning.checkpoints import Checkpoint, Log, record_of
 from cdt_lens.finetuning.lora import LowRank
 from cdt_lens.finetuning.options import DEFAULT_RATES, TrainingOptions
 from cdt_lens.finetuning.result import FineTuneResult
@@ -38,6 +38,7 @@ from cdt_lens.finetuning.scopes import (
     choose_by_race,
     scope_heads,
 )
+from cdt_lens.finetuning.score import Score, estimate
 from cdt_lens.finetuning.slices import (
     WeightSlice,
     channel_slices,
@@ -47,6 +48,7 @@ from cdt_lens.finetuning.slices import (
     selected_heads,
     siblings,
 )
+from cdt_lens.finetuning.tracking import Tracking, check_trackers
 from cdt_lens.finetuning.trainable import SlicesAndWholes, Trainable
 from cdt_lens.finetuning.trainer import Trained, Trainer
 from cdt_lens.models.behaviour import PROMPTS, behaviour_of
@@ -75,6 +77,8 @@ def finetune(
     checkpoint: str | Path | None = None,
     keep_checkpoint: bool = False,
     log: str | Path | None = None,
+    log_with: Any = None,
+    logging_dir: str | Path | None = None,
     keep: bool = False,
     judge: Callable[[], Any] | None = None,
     progress: bool = True,
@@ -102,6 +106,9 @@ def finetune(
         keep_checkpoint: Keep the checkpoint of a finished run; the same call then returns the same
             result at once.
         log: A JSON-lines file with one line per step and one per evaluation.
+        log_with: Trackers of accelerate that get the same values: "tensorboard", "wandb" or another
+            name, "all", a `GeneralTracker`, or a list of these.
+        logging_dir: Folder for the files of trackers. TensorBoard needs it.
         keep: Leave the trained values in the model.
         judge: Called once with the best values in the model; its return value becomes
             `result.judged`. For `lora` in half precision this is more exact than the merged,
@@ -113,7 +120,8 @@ def finetune(
         The history, the adapter with the values of the best epoch, and what was trained.
 
     Raises:
-        InputError: An option, scope, head or split cannot be trained with.
+        InputError: An option, scope, head or split cannot be trained with, or the package of a
+            tracker is missing.
         ArtifactError: The circuit is of another model; the message shows both hashes.
         UnsupportedModelError: The norms are folded, or a weight is missing or tied.
         NonFiniteError: A loss or gradient became NaN or infinite; the message names the step.
@@ -122,17 +130,21 @@ def finetune(
     if scope is None:
         scope = _default_scope(heads)
     options = (options or TrainingOptions()).changed(**changes)
+    trackers = check_trackers(log_with, logging_dir)
     if scope == "auto":
         choice = _choose(view, task, heads, source, options, rule, progress)
         result = finetune(
             view, task, heads=heads, scope=choice.scope, source=source, options=options,
-            checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, log=log, keep=keep,
-            judge=judge, progress=progress,
+            checkpoint=checkpoint, keep_checkpoint=keep_checkpoint, log=log, log_with=log_with,
+            logging_dir=logging_dir, keep=keep, judge=judge, progress=progress,
         )  # fmt: skip
         return replace(result, options={**result.options, "chosen_by": asdict(choice)})
     plan = _plan(view, task, heads, scope, source, options)
     stored = None if checkpoint is None else _checkpoint(Path(checkpoint), plan)
-    result = _run(plan, stored, None if log is None else Log(log), judge, keep, progress)
+    tracking = _tracking(plan, trackers, logging_dir, stored)
+    written = None if log is None else Log(log)
+    with tracking:
+        result = _run(plan, stored, written, tracking, judge, keep, progress)
     if stored is not None and not keep_checkpoint:
         stored.remove()
     return result
@@ -183,8 +195,8 @@ def _plan(
 
 
 def _run(
-    plan: _Plan, stored: Checkpoint | None, log: Log | None, judge: Callable[[], Any] | None,
-    keep: bool, progress: bool,
+    plan: _Plan, stored: Checkpoint | None, log: Log | None, tracking: Tracking,
+    judge: Callable[[], Any] | None, keep: bool, progress: bool,
 ) -> FineTuneResult:  # fmt: skip
     """Train, and restore the model unless the trained values are to stay in it."""
     view, options = plan.view, plan.options
@@ -194,19 +206,47 @@ def _run(
         with trainable.attached():
             trained = Trainer(
                 AnswerPass(view, first_layer=first), trainable, plan.task, options, plan.source,
-                stored, log, progress, f"{plan.task.name} {plan.scope}",
+                stored, log, progress, f"{plan.task.name} {plan.scope}", tracking,
             ).run()  # fmt: skip
             judged = None if judge is None else judge()
         learnt = trainable.learnt()
         card = TaskCard.of(plan.task, getattr(view.tl, "tokenizer", None))
         adapter = Adapter(
-            plan.scope, plan.heads, learnt.slices, learnt.whole, plan.provenance, card
+            plan.scope, plan.heads, learnt.slices, learnt.whole, plan.provenance, card,
+            scores=_scores(plan, trained), total_parameters=count_parameters(view),
         )  # fmt: skip
     changed = adapter.changes(view)
     if keep:
         _keep(view, adapter)
     result = _result(view, plan.scope, plan.heads, options, trainable, trained, adapter)
     return replace(result, judged=judged, changed=changed)
+
+
+def _tracking(
+    plan: _Plan, trackers: tuple[Any, ...], folder: str | Path | None, stored: Checkpoint | None
+) -> Tracking:
+    config = {
+        "model": plan.view.name, "task": plan.task.name, "scope": plan.scope,
+        "heads": " ".join(map(str, plan.heads)), **asdict(plan.options),
+    }  # fmt: skip
+    return Tracking(
+        trackers, None if folder is None else Path(folder),
+        f"{plan.task.name} {plan.scope} {plan.options.seed}", config,
+        None if stored is None else record_of(stored.path),
+    )  # fmt: skip
+
+
+def _scores(plan: _Plan, trained: Trained) -> tuple[Score, ...]:
+    """Return the validation accuracies before and after, of the target and the source."""
+    by_epoch = {row["epoch"]: row for row in trained.history}
+    found = []
+    for role, task in (("target", plan.task), ("source", plan.source)):
+        n = 0 if task is None else len(task.valid)
+        if task is not None and n:
+            rows = (by_epoch[0], by_epoch[trained.best_epoch])
+            pair = (estimate(row[f"{role}_accuracy"], n) for row in rows)
+            found.append(Score(role, task.name, "validation", n, *pair))
+    return tuple(found)
 
 
 @uses_model

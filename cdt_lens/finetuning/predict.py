@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cdt_lens.core.errors import InputError
-from cdt_lens.finetuning.export_task import TASK_FILE
+from cdt_lens.finetuning.model_card import TASK_FILE
 from cdt_lens.models.hugging_face import load_hugging_face, load_tokenizer, third_party_noise_off
 from cdt_lens.models.loading import default_device
 from cdt_lens.tasks.card import TaskCard

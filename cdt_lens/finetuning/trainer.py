@@ -36,6 +36,7 @@ from cdt_lens.finetuning.answer_pass import AnswerPass
 from cdt_lens.finetuning.checkpoints import Checkpoint, Log, State
 from cdt_lens.finetuning.options import TrainingOptions
 from cdt_lens.finetuning.saved_tensors import SavedOnce
+from cdt_lens.finetuning.tracking import Tracking
 from cdt_lens.finetuning.trainable import Trainable
 from cdt_lens.tasks.evaluate import evaluate
 from cdt_lens.tasks.metrics import answer_loss
@@ -73,6 +74,7 @@ class Trainer:
         source: a second task whose validation accuracy shows forgetting. It is never trained on.
         checkpoint: where the state is saved, or None.
         log: where each step is logged, or None.
+        tracking: the trackers that each step is sent to, or None.
         progress: whether to show a progress bar.
         name: name of the run in messages and in the progress bar.
     """
@@ -86,6 +88,7 @@ class Trainer:
     log: Log | None = None
     progress: bool = True
     name: str = "training"
+    tracking: Tracking | None = None
 
     def run(self) -> Trained:
         """Train until the last epoch or until `patience` ends the run.
@@ -157,6 +160,8 @@ class Trainer:
             state.masters, state.moments = {}, {}
         if self.log is not None:
             self.log.cut(-1 if state is None else state.step)
+        if self.tracking is not None:
+            self.tracking.begin(0 if state is None else state.step + len(state.history))
         if state is None:
             state = State(masters={}, best=set_aside(self._values()))
             self._add_row(state, train_loss=math.nan)
@@ -174,9 +179,8 @@ class Trainer:
                 group["lr"] = rate(state.step)
             loss, norm = self._step(index, optimizer, state)
             state.seconds += time.perf_counter() - started
-            if self.log is not None:
-                row = {"step": state.step + 1, "epoch": state.epoch + 1, "loss": loss}
-                self.log.write(row | {"grad_norm": norm, "learning_rate": rate(state.step)})
+            row = {"step": state.step + 1, "epoch": state.epoch + 1, "loss": loss}
+            self._tell(row | {"grad_norm": norm, "learning_rate": rate(state.step)})
             state.step += 1
             state.loss_sum += loss
             state.loss_count += 1
@@ -282,10 +286,16 @@ class Trainer:
         if self.source is not None:
             row["source_accuracy"] = self._evaluate(self.source, self.source.valid).accuracy
         state.history.append(row)
-        if self.log is not None:
-            logged = {k: None if v != v else v for k, v in row.items()}  # JSON has no NaN
-            self.log.write({"kind": "validation", **logged})
+        # JSON has no NaN.
+        self._tell({"kind": "validation"} | {k: None if v != v else v for k, v in row.items()})
         return row
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        """Write a row to the log and send it to the trackers."""
+        if self.log is not None:
+            self.log.write(row)
+        if self.tracking is not None:
+            self.tracking.log(row)
 
     def _evaluate(self, task: Task, examples: Examples) -> Any:
         view = self.passes.view

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.locks import held_elsewhere
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_task
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -48,7 +49,7 @@ def test_circuit_to_adapter_to_checkpoint(place: Path, tmp_path: Path):
         "finetune", "--model", model, "--circuit", str(circuit), "--out", str(out),
         *data(place, "train"), "--valid", str(place / "data" / "test.csv"), "--epochs", "2", "--learning-rate", "0.01", "--option",
         "norms=circuit", "--option", "clip=0.5", "--source-valid",
-        str(place / "data" / "test.csv"),
+        str(place / "data" / "test.csv"), "--log-with", "tensorboard",
     )  # fmt: skip
     adapter = Adapter.load(out)
     assert f"{adapter.elements:,} of" in printed
@@ -62,6 +63,8 @@ def test_circuit_to_adapter_to_checkpoint(place: Path, tmp_path: Path):
     assert adapter.provenance.options["clip"] == 0.5
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    losses = EventAccumulator(str(out / "logs")).Reload().Scalars("train/loss")
+    assert [event.step for event in losses] == [1, 2, 3, 4]
     assert (out / "report.html").exists() and (out / "history.csv").exists()
     assert not (out / "checkpoint.json").exists()
     shown = run("show", str(out))

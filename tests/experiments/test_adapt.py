@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_csv
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cdt_lens.core.errors import CdtLensWarning, InputError
@@ -18,6 +19,7 @@ from cdt_lens.experiments import adapt as adapting
 from cdt_lens.experiments.adapt import run_adapt
 from cdt_lens.experiments.adapt_settings import AdaptSettings
 from cdt_lens.finetuning.adapt_result import AdaptResult
+from cdt_lens.finetuning.adapter import Adapter
 
 
 def quiet(_: str) -> None:
@@ -52,7 +54,8 @@ def adapted(place: Path) -> tuple[AdaptResult, Path]:
     out = place / "run"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CdtLensWarning)
-        return run_adapt(settings(place), out, quiet, progress=False), out
+        result = run_adapt(settings(place), out, quiet, progress=False, log_with="tensorboard")
+        return result, out
 
 
 def test_the_rows_are_divided_within_labels(adapted: tuple[AdaptResult, Path], place: Path):
@@ -70,6 +73,28 @@ def test_the_rows_are_divided_within_labels(adapted: tuple[AdaptResult, Path], p
         assert sorted(together) == sorted(row["text"] for row in rows_of(place / f"{language}.csv"))
         for rows in splits.values():
             assert len({[row["label"] for row in rows].count(label) for label in VERBALIZER}) == 1
+
+
+def test_every_training_is_in_the_logs(adapted: tuple[AdaptResult, Path]):
+    result, out = adapted
+    logs = {str(p.parent.relative_to(out / "logs")) for p in out.glob("logs/**/events.out.*")}
+    runs = {f"search/{run}-1" for run in result.trials["run"]}
+    assert runs | {"proxy", "adapter"} <= logs
+    reader = EventAccumulator(str(out / "logs" / "adapter")).Reload()
+    found = [event.value for event in reader.Scalars("validation/target_accuracy")]
+    trial = result.trials.set_index("run").loc[result.chosen]
+    assert max(found) == pytest.approx(trial["target_accuracy"])
+
+
+def test_the_adapter_keeps_the_accuracies_on_the_test_rows(adapted: tuple[AdaptResult, Path]):
+    result, out = adapted
+    for score, (_, row) in zip(
+        Adapter.load(out / "adapter").scores, result.languages.iterrows(), strict=True
+    ):
+        assert (score.role, score.split) == (row["language"], "test")
+        assert score.examples == row["examples"]
+        for value, name in ((score.before, "before"), (score.after, "after")):
+            assert value == tuple(row[[name, f"{name}_low", f"{name}_high"]])
 
 
 def test_the_best_trial_is_chosen_on_validation_rows(adapted: tuple[AdaptResult, Path]):

@@ -397,8 +397,9 @@ def test_languages_whose_names_differ_in_their_signs_have_files_of_their_own(own
     task = {"targets": names, "files": {"source": files(own, "source")}}
     task["files"] |= {n: files(own, f) for n, f in zip(names, ("near", "far", "near"), strict=True)}
     config = settings(own, **{**FEW, "task": task})
-    result = run_transfer(config, own / "run", quiet, progress=False)
+    result = run_transfer(config, own / "run", quiet, progress=False, log_with="tensorboard")
     assert result.cells["target"].tolist() == names
+    assert len(list((own / "run" / "logs" / "cells").glob("*/norms-0/events.out.*"))) == 3
     assert len(list((own / "run").glob("adapters/*/norms-0/adapter.json"))) == 3
     said: list[str] = []
     again = run_transfer(config, own / "run", said.append, progress=False)

@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoTokenizer
 import cdt_lens as cdt
 from cdt_lens.core.errors import InputError
 from cdt_lens.finetuning.adapter import Adapter
-from cdt_lens.finetuning.export_task import TASK_FILE, write_task as write_export
+from cdt_lens.finetuning.export_task import write_task as write_export
+from cdt_lens.finetuning.model_card import TASK_FILE
 from cdt_lens.finetuning.predict import predict
 from cdt_lens.tasks.card import TaskCard
 from cdt_lens.tasks.prompts import build_examples
@@ -147,7 +148,8 @@ def test_the_snippet_of_the_readme_runs_without_this_package(exported, monkeypat
     place, _, _ = exported
     readme = (place / "out" / "README.md").read_text("utf-8")
     assert "w5" in readme and all(word in readme for word in WORDS.values())
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    code, own = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert "cdt.load_model(folder)" in own
     assert "cdt_lens" not in code
     row = next(iter(read_table(place / "data" / "valid.csv").rows))
     code = code.replace("Put your text here.", str(row["text"]))
