@@ -52,7 +52,8 @@ for _ in range(2):
     if os.environ["RANK"] == "0" and lost.exists():
         lost.unlink()
 measure(folder / "single", one_example())
-result = train(folder, log=folder / "log.jsonl")
+logs = {"log_with": "tensorboard", "logging_dir": folder / "logs"}
+result = train(folder, log=folder / "log.jsonl", **logs)
 result.adapter.save(folder / "adapter")
 result.history.to_json(folder / "history.json", orient="records", double_precision=15)
 """

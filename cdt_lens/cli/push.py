@@ -16,10 +16,10 @@ def push(
     ],
     name: Annotated[str, typer.Argument(help="Repository, such as name/javanese-sentiment.")],
     public: Annotated[
-        bool, typer.Option("--public", help="Make a public repository; the default is private.")
+        bool, typer.Option(help="Make a public repository; the default is private.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the files of a repository that holds some.")
+        bool, typer.Option(help="Replace the files of a repository that holds some.")
     ] = False,
     base_model: Annotated[
         str | None, typer.Option(help="Name on the hub of the base model, for the model card.")

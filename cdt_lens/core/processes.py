@@ -18,7 +18,7 @@ def _state() -> Any | None:
     if launched < 2:
         return None
     ours = not torch.distributed.is_initialized()
-    state = accelerate_state()
+    state = _partial_state()
     if ours and torch.distributed.is_initialized():
         atexit.register(_leave_group)
     if state.num_processes != launched:
@@ -31,6 +31,10 @@ def _state() -> Any | None:
 
 def accelerate_state() -> Any:
     """Return accelerate's state of this process, which its loggers and trackers need."""
+    return _state() or _partial_state()
+
+
+def _partial_state() -> Any:
     from accelerate import PartialState
 
     # Without a GPU and without `cpu=True`, accelerate treats each process as the only one.

@@ -218,8 +218,8 @@ class Adapter(Saved):
             "slices": {name: list(index) for name, (index, _) in self.slices.items()},
             "provenance": self.provenance.to_dict(),
             **({} if self.task is None else {"task": self.task.to_dict()}),
-            "scores": [asdict(score) for score in self.scores],
-            "total_parameters": self.total_parameters,
+            **({"scores": [asdict(score) for score in self.scores]} if self.scores else {}),
+            **({"total_parameters": self.total_parameters} if self.total_parameters else {}),
         }
         tensors = {f"slice/{name}": value for name, (_, value) in self.slices.items()}
         return body, tensors | {f"whole/{name}": value for name, value in self.whole.items()}

@@ -62,7 +62,7 @@ def push_to_hub(
         overwrite: Whether to replace the files of a repository that holds some.
         base_model: Hub name of the base model. A LoRA whose base is a folder of this machine needs
             it.
-        license: Licence for the card, such as "cc-by-sa-4.0". None gives none.
+        license: Licence for the card, such as that of the data: "cc-by-sa-4.0". None names none.
         language: Codes of the languages for the card, such as "jv".
         datasets: Hub names of the data sets for the card.
 

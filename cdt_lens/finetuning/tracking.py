@@ -44,8 +44,10 @@ def check_trackers(log_with: Any = None, logging_dir: str | Path | None = None) 
             raise InputError(f'logging_dir={str(logging_dir)!r}: expected log_with="tensorboard"')
         return ()
     from accelerate.tracking import GeneralTracker, filter_trackers
+    from accelerate.utils import LoggerType
 
     asked = list(log_with) if isinstance(log_with, list | tuple) else [log_with]
+    asked = [str(one) if isinstance(one, LoggerType) else one for one in asked]
     for one in asked:
         if not isinstance(one, str | GeneralTracker):
             raise InputError(

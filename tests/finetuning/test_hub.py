@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from helpers import sample_results as sample
 from helpers.hub import TOKEN, Hub, Repo, running_hub
 from helpers.saved import VERBALIZER, save_model
 from helpers.tiny_models import prompts
@@ -25,6 +26,7 @@ from cdt_lens.cli import app as cli
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.finetuning.hub import push_to_hub
+from cdt_lens.finetuning.model_card import model_card
 from cdt_lens.models.view import ModelView
 from cdt_lens.tasks.intervals import share_interval
 
@@ -201,6 +203,12 @@ def test_the_card_says_what_was_trained_and_measured(place, hub):
     assert f"{adapter.elements:,} of {adapter.total_parameters:,}" in card.text
     for text in (one.files["README.md"], two.files["README.md"]):
         assert str(place).encode() not in text
+
+
+def test_a_base_on_the_hub_is_named_in_the_metadata():
+    card = model_card(sample.fine_tuning().adapter, "HuggingFaceTB/SmolLM2-135M", "lora")
+    assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M"
+    assert (card.data.library_name, card.data.get("eval_results")) == ("peft", None)
 
 
 def test_an_edited_card_is_kept(place, hub, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker, get_available_trackers
+from accelerate.utils import LoggerType
 from helpers.tiny_training import HEADS, QUICK, task
 from helpers.wrapped import view
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -115,7 +116,7 @@ def test_tensorboard_reads_every_step_and_evaluation(model, tmp_path):
     (config,) = folder.glob("*/hparams.yml")
     assert "scope: decision" in config.read_text("utf-8")
     # Another run into the same folder takes the place of the first.
-    run(model, log_with="tensorboard", logging_dir=folder)
+    run(model, log_with=LoggerType.TENSORBOARD, logging_dir=folder)
     assert scalars(folder)["train/loss"] == found["train/loss"]
 
 
@@ -193,16 +194,23 @@ def wandb_rows(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def test_wandb_writes_a_run_without_a_network(model, tmp_path, monkeypatch):
+def test_wandb_writes_one_run_without_a_network(model, tmp_path, monkeypatch):
+    """A resumed run has the same id, by which W&B joins the two."""
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     log = tmp_path / "log.jsonl"
-    run(model, log=log, log_with="wandb", logging_dir=tmp_path / "logs")
+    given: dict[str, Any] = {
+        "log": log, "log_with": "wandb", "logging_dir": tmp_path / "logs",
+        "checkpoint": tmp_path / "run.json",
+    }  # fmt: skip
+    interrupted(monkeypatch, 6, lambda: run(model, **given))
+    run(model, **given)
     assert wandb.run is None
-    wandb.teardown()  # waits until the file is written
-    (path,) = tmp_path.glob("logs/wandb/offline-run-*/*.wandb")
-    rows = [row for row in wandb_rows(path) if "train/loss" in row]
+    wandb.teardown()  # waits until the files are written
+    paths = sorted(tmp_path.glob("logs/wandb/offline-run-*/*.wandb"), key=str)
+    assert {path.name for path in paths} == {paths[0].name}
+    rows = [row for path in paths for row in wandb_rows(path) if "train/loss" in row]
     expected = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
     assert [(row["_step"], row["train/loss"]) for row in rows] == [
         (row["step"], row["loss"]) for row in expected if "kind" not in row
