@@ -19,6 +19,7 @@ from helpers.places import TESTS
 from helpers.saved import save_model, write_task
 from helpers.tiny_tasks import examples
 from helpers.two_processes import commands, measure, one_example, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve
 from cdt_lens.circuits.head_scores import HeadScores
@@ -149,6 +150,11 @@ def test_training(launched: Path):
     )  # fmt: skip
     logs = [(launched / name).read_text("utf-8") for name in ("log.jsonl", "whole.jsonl")]
     assert logs[0].count("\n") == logs[1].count("\n")
+    # The first process alone sends each step.
+    assert len(list((launched / "logs").glob("events.out.*"))) == 1
+    steps = [row["step"] for row in map(json.loads, logs[0].splitlines()) if "kind" not in row]
+    losses = EventAccumulator(str(launched / "logs")).Reload().Scalars("train/loss")
+    assert [event.step for event in losses] == steps
 
 
 def test_no_process_ends_with_its_groups_threads_alive(launched: Path):

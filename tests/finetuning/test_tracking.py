@@ -201,15 +201,15 @@ def test_wandb_writes_one_run_without_a_network(model, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     log = tmp_path / "log.jsonl"
     given: dict[str, Any] = {
-        "log": log, "log_with": "wandb", "logging_dir": tmp_path / "logs",
-        "checkpoint": tmp_path / "run.json",
+        "log": log, "log_with": "wandb", "checkpoint": tmp_path / "run.json"
     }  # fmt: skip
-    interrupted(monkeypatch, 6, lambda: run(model, **given))
-    run(model, **given)
+    # The names of W&B's folders tell seconds apart.
+    interrupted(monkeypatch, 6, lambda: run(model, **given, logging_dir=tmp_path / "1"))
+    run(model, **given, logging_dir=tmp_path / "2")
     assert wandb.run is None
     wandb.teardown()  # waits until the files are written
-    paths = sorted(tmp_path.glob("logs/wandb/offline-run-*/*.wandb"), key=str)
-    assert {path.name for path in paths} == {paths[0].name}
+    paths = sorted(tmp_path.glob("*/wandb/offline-run-*/*.wandb"))
+    assert len(paths) == 2 and paths[0].name == paths[1].name
     rows = [row for path in paths for row in wandb_rows(path) if "train/loss" in row]
     expected = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
     assert [(row["_step"], row["train/loss"]) for row in rows] == [
