@@ -108,7 +108,8 @@ def finetune(
         log: A JSON-lines file with one line per step and one per evaluation.
         log_with: Trackers of accelerate that get the same values: "tensorboard", "wandb" or another
             name, "all", a `GeneralTracker`, or a list of these.
-        logging_dir: Folder for the files of trackers. TensorBoard needs it.
+        logging_dir: Folder of this run for the files of trackers, which TensorBoard needs. A new
+            run takes the place of an earlier one in the same folder.
         keep: Leave the trained values in the model.
         judge: Called once with the best values in the model; its return value becomes
             `result.judged`. For `lora` in half precision this is more exact than the merged,

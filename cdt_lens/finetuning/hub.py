@@ -229,4 +229,5 @@ def _commit(api: HfApi, repo: str, files: dict[str, Path | bytes], held: list[st
 def _line(error: Exception) -> str:
     """Return an error and what caused it in one line."""
     chain = [error, *([] if error.__cause__ is None else [error.__cause__])]
-    return "; ".join(f"{type(e).__name__}: {' '.join(str(e).split())[:300]}" for e in chain)
+    lines = [f"{type(e).__name__}: {' '.join(str(e).split())[:300]}" for e in chain]
+    return "; ".join(dict.fromkeys(lines))

@@ -138,7 +138,7 @@ def _training(adapter: Adapter, base: str) -> str:
         "training examples": f"{sum(origin.examples.values())} ({counts})",
         "scope": f"`{adapter.scope}`",
         "heads": few(adapter.heads, 40) if adapter.heads else "no single heads",
-        "trained parameters": _share(adapter),
+        "changed parameters": _share(adapter),
         "seed": "" if origin.seed is None else str(origin.seed),
         "versions": versions,
     }

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cdt_lens.core.checked import Checked
+from cdt_lens.core.choices import Count
 from cdt_lens.tasks.intervals import share_interval
 
 # An accuracy from 0 to 1 and the limits of its 95 % interval.
@@ -13,7 +15,7 @@ Estimate = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Checked):
     """The accuracy on one split of a task before and after a training.
 
     Attributes:
@@ -29,7 +31,7 @@ class Score:
     role: str
     task: str
     split: str
-    examples: int
+    examples: Count
     before: Estimate
     after: Estimate
 
@@ -42,8 +44,11 @@ class Score:
 
         Returns:
             The score.
+
+        Raises:
+            InputError: a value is of another type.
         """
-        pairs = {name: tuple(map(float, values[name])) for name in ("before", "after")}
+        pairs = {name: tuple(values[name]) for name in ("before", "after")}
         return cls(**{**values, **pairs})
 
 

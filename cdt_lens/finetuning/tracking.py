@@ -112,7 +112,8 @@ class Tracking:
         self._folder, self._name, self._config = folder, name, config
         self._record = record
         self._id = secrets.token_hex(8)
-        self._rows = self._sent = 0
+        self._from = self._rows = self._sent = 0
+        self._configured = False
         self._started: list[Any] | None = None
 
     def __enter__(self) -> Tracking:
@@ -134,12 +135,12 @@ class Tracking:
         """
         if not self._asked:
             return
-        self._rows = self._sent = rows
+        self._from = self._rows = self._sent = rows
         if self._record is None:
             return
         if rows and self._record.exists():
             self._id, *sent = self._record.read_text("utf-8").splitlines()
-            self._sent = max(rows, len(sent))
+            self._sent, self._configured = max(rows, len(sent)), True
         else:
             atomic_write(self._record, f"{self._id}\n")
 
@@ -168,7 +169,7 @@ class Tracking:
         started = [self._made(one) if isinstance(one, str) else one for one in self._asked]
         for tracker in started:
             tracker.start()
-            if self._rows == 1:
+            if not self._configured:
                 tracker.store_init_configuration(dict(self._config))
         return started
 
@@ -180,7 +181,7 @@ class Tracking:
         folder = self._folder
         if name == "tensorboard" and folder is not None:
             # A new run replaces what an earlier one wrote into the folder.
-            return kind(folder.name, folder.parent, purge_step=0 if self._rows == 1 else None)
+            return kind(folder.name, folder.parent, purge_step=None if self._from else 0)
         if name == "wandb":
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)

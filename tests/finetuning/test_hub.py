@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 import cdt_lens as cdt
 from cdt_lens.cli import app as cli
+from cdt_lens.core.artifacts import load_artifact, save_artifact
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.finetuning.hub import push_to_hub
@@ -299,3 +300,16 @@ def test_scores_stay_with_the_adapter_and_old_files_have_none(place, tmp_path):
     assert [score.split for score in adapter.scores] == ["validation", "validation"]
     bare = replace(adapter, scores=(), total_parameters=None)
     assert Adapter.load(bare.save(tmp_path)) == bare
+    body, tensors = load_artifact(tmp_path / "adapter.json", format="cdt_lens.adapter", version=1)
+    good = asdict(adapter.scores[0])
+
+    def saved(score: dict[str, Any]) -> Adapter:
+        document = body | {"scores": [score]}
+        path = tmp_path / "x.json"
+        save_artifact(path, document, format="cdt_lens.adapter", version=1, tensors=tensors)
+        return Adapter.load(path)
+
+    assert saved(good).scores == adapter.scores[:1]
+    for wrong in ({"after": (0.5, 0.4)}, {"examples": 0}, {"task": 3}, {"before": ("a", 0, 1)}):
+        with pytest.raises(ArtifactError, match="not a whole adapter"):
+            saved(good | wrong)

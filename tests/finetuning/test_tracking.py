@@ -149,6 +149,16 @@ def test_a_resumed_run_sends_no_step_twice_and_loses_none(n, every, model, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "logs"]
 
 
+def test_trackers_may_join_a_run_that_resumes(model, tmp_path, monkeypatch):
+    seen, place = Seen(), tmp_path / "run.json"
+    interrupted(monkeypatch, 6, lambda: run(model, checkpoint=place))
+    run(model, checkpoint=place, log_with=seen)
+    assert [step for step, values in seen.rows if "train/loss" in values] == list(
+        range(4, STEPS + 1)
+    )
+    assert len(seen.config) == 1
+
+
 def test_a_finished_run_that_is_kept_sends_nothing_again(model, tmp_path):
     seen = Seen()
     given: dict[str, Any] = {
