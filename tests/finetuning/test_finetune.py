@@ -24,6 +24,7 @@ from helpers.tiny_models import build, prompts
 from helpers.tiny_training import HEADS, QUICK, assert_moved_only, may_move, task, values
 from helpers.two_processes import train
 from helpers.wrapped import needs_hooked, view, wrap
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import cdt_lens as cdt
@@ -439,7 +440,8 @@ def step(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return true(*args)
 Trainer._step = step
-train(folder, checkpoint=folder / "run.json", log=folder / "log.jsonl")
+logs = {"log_with": "tensorboard", "logging_dir": folder / "logs"}
+train(folder, checkpoint=folder / "run.json", log=folder / "log.jsonl", **logs)
 """
 
 
@@ -469,7 +471,8 @@ def test_a_killed_process_is_resumed_to_the_same_bits(place):
     torch.set_num_threads(1)  # as there: sums over threads would be rounded in another order
     try:
         run_until_killed(place)
-        resumed = train(place, checkpoint=place / "run.json", log=place / "log.jsonl")
+        logs = {"log_with": "tensorboard", "logging_dir": place / "logs"}
+        resumed = train(place, checkpoint=place / "run.json", log=place / "log.jsonl", **logs)
         whole = train(place, log=place / "whole.jsonl")
     finally:
         torch.set_num_threads(threads)
@@ -478,6 +481,11 @@ def test_a_killed_process_is_resumed_to_the_same_bits(place):
         without_seconds(resumed.history), without_seconds(whole.history), check_exact=True
     )
     assert log_rows(place / "log.jsonl") == log_rows(place / "whole.jsonl")
+    rows = [json.loads(line) for line in (place / "log.jsonl").read_text("utf-8").splitlines()]
+    reader = EventAccumulator(str(place / "logs"), purge_orphaned_data=False).Reload()
+    assert [(event.step, event.value) for event in reader.Scalars("train/loss")] == [
+        (row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in rows if "kind" not in row
+    ]
 
 
 # Frozen layers -------------------------------------------------------------------------------------
