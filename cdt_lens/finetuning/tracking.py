@@ -156,22 +156,23 @@ class Tracking:
         if self._rows <= self._sent:
             return
         if self._started is None:
-            self._started = self._start()
+            self._start()
         kind = row.get("kind", "train")
         values = {f"{kind}/{k}": v for k, v in row.items() if k not in _LABELS and v is not None}
-        for tracker in self._started:
+        for tracker in self._started or ():
             tracker.log(values, step=row["step"])
         if self._record is not None:
             with open(self._record, "a", encoding="utf-8") as file:
                 file.write(f"{row['step']} {kind}\n")
 
-    def _start(self) -> list[Any]:
-        started = [self._made(one) if isinstance(one, str) else one for one in self._asked]
-        for tracker in started:
+    def _start(self) -> None:
+        self._started = []
+        for one in self._asked:
+            tracker = self._made(one) if isinstance(one, str) else one
             tracker.start()
+            self._started.append(tracker)  # also if a later one cannot start
             if not self._configured:
                 tracker.store_init_configuration(dict(self._config))
-        return started
 
     def _made(self, name: str) -> Any:
         """Return a tracker of accelerate."""
