@@ -150,7 +150,9 @@ def _multiplied_outputs(block: Any, layer: int) -> dict[Site, Place]:
     """Find the outputs of attention and MLP in a block that multiplies them (Granite)."""
     factor = getattr(getattr(block, "original_component", None), "residual_multiplier", None)
     places: dict[Site, Place] = {}
-    for name in () if factor is None else ("attn", "mlp"):
+    if factor is None:
+        return places
+    for name in ("attn", "mlp"):
         module = _resolve(block, name)
         if module is not None:
             places[f"{name}.out", layer] = Place(module, "output")

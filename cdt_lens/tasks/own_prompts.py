@@ -70,8 +70,8 @@ def task_from_prompts(
     for text, ids, label, own, rest, at in zip(
         prompts, tokens, named, right, wrong, places, strict=True
     ):
-        found = (_ids(tokenizer, text, words, at) for words in (own, rest))
-        items.append(Example(text, ids, label, *found))
+        answer, other = (_ids(tokenizer, text, words, at) for words in (own, rest))
+        items.append(Example(text, ids, label, answer, other))
     words, expected = [own[0] for own in right], [item.answers[0] for item in items]
     check_boundary(tokenizer, items, words, expected, places, prepend_bos=prepend_bos)
     return _task(items, tuple(sorted(set(named))), valid, name)

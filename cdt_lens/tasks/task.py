@@ -64,7 +64,8 @@ class Example:
 
     Raises:
         InputError: there is no token, no answer or no competitor, a candidate occurs twice or
-            begins with another one, or ids are not a sequence of whole numbers.
+            begins with another one, ids are not a sequence of whole numbers, or the pair is no
+            `Example`.
     """
 
     prompt: str
@@ -83,6 +84,11 @@ class Example:
         candidates = self.candidates
         if not self.tokens:
             raise InputError(f"prompt {self.prompt!r}: it has no tokens. Give it some text.")
+        if self.pair is not None and not isinstance(self.pair, Example):
+            raise InputError(
+                f"prompt {self.prompt!r}: pair: expected an Example or None, got "
+                f"{type(self.pair).__name__}"
+            )
         if not self.answers or not self.others or len(set(candidates)) < len(candidates):
             raise InputError(
                 f"prompt {self.prompt!r}: expected at least one answer and one other token, all "

@@ -17,7 +17,7 @@ from cdt_lens.decomposition.baseline import counterfactual_baseline, mean_activa
 from cdt_lens.models.view import view_of
 from cdt_lens.tasks.datasets import task_from_files, task_from_hub
 from cdt_lens.tasks.prompts import PromptFormat
-from cdt_lens.tasks.task import Task
+from cdt_lens.tasks.task import Example, Task
 
 ROWS = (
     ("w20 w21", "bad", "w22 w23", "good"),
@@ -127,6 +127,11 @@ def test_the_hubs_columns_give_the_same_pairs(tmp_path, tokenizer):
     options = {"tokenizer": tokenizer, "pair_label": "other_label", **GIVEN}
     ours = task_from_files({"train": tmp_path / "train.csv"}, **options).train
     assert task_from_hub(str(tmp_path), **options).train.pairs.items == ours.pairs.items
+
+
+def test_a_pair_is_an_example():
+    with pytest.raises(InputError, match="pair: expected an Example or None, got str"):
+        Example("a", (1, 2), "good", (3,), (4,), pair="b")  # type: ignore[arg-type]
 
 
 # The baseline -------------------------------------------------------------------------------------
