@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,8 +19,9 @@ from cdt_lens.cli.arguments import (
     with_options,
 )
 from cdt_lens.cli.console import lead_on, say, tell
-from cdt_lens.cli.show import show_curve, show_heads, tell_graph
+from cdt_lens.cli.show import show_curve, show_edge_faithfulness, show_heads, tell_graph
 from cdt_lens.core.choices import Empty, Metric
+from cdt_lens.core.errors import InputError
 from cdt_lens.experiments.settings import Settings
 
 _OPTIONS = (
@@ -86,10 +88,18 @@ def faithfulness(
             "input, as in MIB."
         ),
     ] = "heads",
+    graph: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure this graph of direct edges instead (.json, .pt or .graphml), such as a "
+            "circuit of EAP-IG or MIB."
+        ),
+    ] = None,
 ) -> None:
     """Measure the faithfulness of the circuit with every other head ablated.
 
-    Random circuits of the same sizes are measured as well.
+    Random circuits of the same sizes are measured as well. With --graph every direct edge outside
+    the graph is ablated, and nothing is written.
     """
     from cdt_lens.experiments import discovery as experiment, runs
 
@@ -97,11 +107,30 @@ def faithfulness(
         "split": split, "examples": examples, "metric": metric, "draws": draws,
         "empty": empty,
     }  # fmt: skip
+    if graph is not None:
+        if empty != "heads":
+            raise InputError("--empty: of a graph of direct edges, a run without any edge is f = 0")
+        wanted.pop("empty")
+        _measure_graph(run, graph, wanted)
+        return
     opened = runs.open_run(run, say, partial(experiment.check_measure, **wanted))
     curve = experiment.measure(opened, say, **wanted)
     show_curve(curve)
     tell(str(opened.path("faithfulness.json")))
     lead_on(["report", run])
+
+
+def _measure_graph(run: Path, file: Path, wanted: dict[str, Any]) -> None:
+    from cdt_lens.experiments import discovery as experiment, runs
+    from cdt_lens.interchange.graphs import read_graph
+
+    graph = read_graph(file)
+
+    def check(_folder: Path, settings: Settings, task: Any) -> None:
+        experiment.judged_on(task, wanted["split"], wanted["examples"], settings.seed)
+
+    opened = runs.open_run(run, say, check)
+    show_edge_faithfulness(experiment.measure_graph(opened, say, graph, **wanted))
 
 
 def trace(

@@ -98,6 +98,17 @@ def show_curve(curve: Any) -> None:
     )
 
 
+def show_edge_faithfulness(result: Any) -> None:
+    """Print the faithfulness of graphs of direct edges."""
+    for row in result.to_dataframe().to_dict("records"):
+        limits = f"{row['faithfulness low']:.3f}, {row['faithfulness high']:.3f}"
+        tell(
+            f"{row['edges']} edges: f {row['faithfulness']:.3f} [{limits}]; as many random edges "
+            f"{row['random (median)']:.3f}"
+        )
+    tell(f"metric {result.metric}: {result.full:.3f} with all edges, {result.empty:.3f} with none")
+
+
 def tell_graph(graph: Any, limit: int = 12) -> None:
     """Print the strongest edges of the graph of a circuit."""
     edges = graph.top_edges(limit)

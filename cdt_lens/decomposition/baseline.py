@@ -102,12 +102,15 @@ class Baseline(Saved):
 
     @property
     def hash(self) -> str:
-        """The sha256 of everything that changes a number: kind, model, task, means and pairs."""
+        """The sha256 of everything that changes a number: kind, model, task, means and pairs.
+
+        The mean embeddings are left out: model and task determine them, and runs of earlier
+        versions, which have none, go on with the hash that they recorded.
+        """
         origin = self.provenance
         pairs = sorted([list(k), list(v)] for k, v in self.pairs.items())
         parts = [self.kind, origin.model_hash, origin.task_hash, _digest(self.means), pairs]
-        more = (self.mlp_means, self.embed_means)
-        return content_hash(parts + [_digest(means) for means in more if means is not None])
+        return content_hash(parts + ([] if self.mlp_means is None else [_digest(self.mlp_means)]))
 
     @checked_arguments
     @uses_model

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from cdt_lens.circuits.circuit import Circuit
+from cdt_lens.circuits.edge_faithfulness import EdgeFaithfulness, edge_faithfulness
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve, faithfulness_curve
+from cdt_lens.circuits.graph import Graph
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.reliability import NOISE, reliability
 from cdt_lens.core.choices import Empty, Metric
@@ -133,6 +135,36 @@ def measure(
     )  # fmt: skip
     data = judged_on(run.task, split, examples, run.settings.seed)
     return make_curve(run, say, data, metric=metric, draws=draws, empty=empty)
+
+
+def measure_graph(
+    run: Run, say: Say, graph: Graph, *, split: str = "valid", examples: int = 48,
+    metric: Metric = "direction", draws: int = 5,
+) -> EdgeFaithfulness:  # fmt: skip
+    """Measure the faithfulness of a graph of direct edges; nothing is written.
+
+    Args:
+        run: The opened run directory.
+        say: Receives one line of progress.
+        graph: The graph, such as one of EAP-IG or MIB.
+        split: The split to measure on.
+        examples: Number of examples, balanced over the labels.
+        metric: What the graph should keep of the full model.
+        draws: Number of random graphs of as many edges.
+
+    Returns:
+        f of the graph, with the run's kind of baseline.
+
+    Raises:
+        InputError: No such split, or a graph of another model's shape or of all paths.
+    """
+    data = judged_on(run.task, split, examples, run.settings.seed)
+    say(f"faithfulness of direct edges on {len(data)} examples of {data.name}")
+    settings = run.settings
+    return edge_faithfulness(
+        run.model, graph, data, whole_baseline(run), metric=metric, draws=draws, seed=settings.seed,
+        task=run.task, batch_size=settings.batch_size, rows=settings.rows,
+    )  # fmt: skip
 
 
 def make_curve(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from cdt_lens.circuits.reliability import reliability
 from cdt_lens.cli import app as cli
 from cdt_lens.core.errors import CdtLensError, InputError
 from cdt_lens.experiments import inputs, runs
+from cdt_lens.interchange.graphs import graph_from_circuit, write_graph
+from cdt_lens.models.heads import all_heads
 from cdt_lens.tasks.task import Task
 
 
@@ -71,6 +74,14 @@ def test_from_files_to_the_report(place: Path, tmp_path: Path):
     assert traced.graph is not None
     assert all(edge.name in printed for edge in traced.graph.kept_edges)
     assert sum(edge.target == "logits" for edge in traced.graph.kept_edges) == 2
+
+    everything = graph_from_circuit(replace(circuit, heads=all_heads(2, 4), graph=None))
+    written = str(write_graph(everything, tmp_path / "graph.json"))
+    printed = run("faithfulness", str(out), "--graph", written, "--examples", "6", "--draws", "2")
+    assert "110 edges: f 1.000" in printed and "as many random edges 1.000" in printed
+    with pytest.raises(InputError, match="expected direct edges"):
+        paths = str(write_graph(traced, tmp_path / "traced.json"))
+        run("faithfulness", str(out), "--graph", paths, "--examples", "6")
 
     printed = run("report", str(out))
     page = (out / "report.html").read_text("utf-8")

@@ -343,10 +343,11 @@ def test_means_of_mlps_are_saved_and_change_the_hash(tmp_path: Path, tokenizer_f
     assert_same_bits(loaded.mlp_means, with_mlps.mlp_means)
     assert loaded.hash == with_mlps.hash
     assert_same_bits(loaded.embed_means, with_mlps.embed_means)
-    assert replace(with_mlps, mlp_means=None, embed_means=None).hash == plain.hash
-    for name in ("mlp_means", "embed_means"):
-        other = replace(with_mlps, **{name: getattr(with_mlps, name) + 1})
-        assert other.hash not in (plain.hash, with_mlps.hash)
+    assert replace(with_mlps, mlp_means=None).hash == plain.hash
+    other = replace(with_mlps, mlp_means=with_mlps.mlp_means + 1)
+    assert other.hash not in (plain.hash, with_mlps.hash)
+    # A baseline of an earlier version has no mean embeddings, and the runs made with it go on.
+    assert replace(with_mlps, embed_means=None).hash == with_mlps.hash
 
 
 @models(("gpt2", "llama"))
