@@ -305,3 +305,18 @@ def test_what_has_no_direct_edges_is_refused(tokenizer_folder):
     view = shared("gpt2", "bridge", tokenizer_folder)
     with pytest.raises(InputError, match=re.escape("mean_activations(model, examples, mlps=True)")):
         edge_attribution_patching(view, FEW, mean_activations(view, FEW, progress=False), **QUIET)
+
+
+def test_half_precision_and_inference_mode_change_little_and_nothing(tokenizer_folder):
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        view = shared("llama", "bridge", tokenizer_folder, dtype)
+        base = baseline_of("pairs", view, FEW, FEW_PAIRS)
+        scores = [f(view, FEW, base, **QUIET) for f in (ablate_edges, edge_attribution_patching)]
+        with torch.inference_mode():
+            again = edge_attribution_patching(view, FEW, base, **QUIET)
+        assert_close(again.values, scores[1].values, atol=0)
+        found.append([own.values for own in scores])
+        assert scores[0].values.dtype == torch.float32
+    for exact, half in zip(*found, strict=True):
+        assert float((half - exact).norm() / exact.norm()) < 0.1
