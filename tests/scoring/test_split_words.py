@@ -10,8 +10,8 @@ from helpers import split_words
 from helpers.checks import assert_close
 from helpers.shared import models, shared
 from helpers.split_words import SPLIT
-from helpers.tiny_models import Float64Throughout
-from helpers.tiny_tasks import many
+from helpers.tiny_models import D_VOCAB, Float64Throughout
+from helpers.tiny_tasks import LABELS, many
 from torch import Tensor
 
 from cdt_lens.circuits.ablation import circuit_metric
@@ -166,6 +166,31 @@ def test_rules_leave_no_part_out(rules, tokenizer_folder):
     assert not parts.relevant[0].any() and parts.relevant[1].any()
     assert parts.tokens.shape == (6, 3, 3)
     assert_close(parts.relevant_direction[1], by_rows.per_example[:, 1, 0], atol=1e-5)
+
+
+@models(("gpt2", "llama", "gemma2"))
+@pytest.mark.parametrize("rules", ["official", "stable", "shared"])
+def test_parts_are_log_probabilities_of_the_irrelevant_logits(
+    family, backend, rules, tokenizer_folder
+):
+    """The whole vocabulary as candidates of one token, one question after another."""
+    vocabulary = range(D_VOCAB)
+    with Float64Throughout():
+        view, data = shared(family, backend, tokenizer_folder), split_words.examples()[1:3]
+        baseline = means(view, data, positions="pooled")
+        found = decompose(view, data, [[Head(0, 1)]], baseline, rules=rules)
+        for number, item in enumerate(data):
+            for k, word in enumerate(item.candidates):
+                total = 0.0
+                for i, token in enumerate(split_words.ids(word)):
+                    tokens = (*item.tokens, *split_words.ids(word)[:i])
+                    rest = tuple(v for v in vocabulary if v != token)
+                    asked = Examples(
+                        (Example("x", tokens, item.label, (token,), rest),), LABELS, "x"
+                    )
+                    parts = decompose(view, asked, [[Head(0, 1)]], baseline, rules=rules)
+                    total += float(parts.irrelevant[0, 0].log_softmax(-1)[0])
+                assert float(found.irrelevant[0, number, k]) == pytest.approx(total, abs=1e-6)
 
 
 def test_nodes_are_positions_of_the_prompt(tokenizer_folder):
