@@ -145,7 +145,7 @@ def is_routed(mlp: object) -> bool:
 
 def _multiplied_outputs(block: Any, layer: int) -> dict[Site, Place]:
     """Find the outputs of attention and MLP in a block that multiplies them (Granite)."""
-    factor = getattr(getattr(block, "original_component", None), "residual_multiplier", None)
+    factor: Any = getattr(getattr(block, "original_component", None), "residual_multiplier", None)
     places: dict[Site, Place] = {}
     for name in () if factor is None else ("attn", "mlp"):
         module = _resolve(block, name)
