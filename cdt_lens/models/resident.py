@@ -30,6 +30,7 @@ def resident(module: nn.Module) -> Iterator[None]:
     Args:
         module: the module, such as one block.
     """
+    hooks: list[tuple[nn.Module, Any]]
     hooks = [(m, m._hf_hook) for m in module.modules() if _is_away(m)]
     with undoing(partial(_drop, hooks)):
         for part, hook in hooks:
