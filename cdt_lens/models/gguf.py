@@ -50,6 +50,8 @@ def check_gguf(path: Path, config: Any) -> None:
     scaled = any(rope.get("rope_type", "default") != "default" for rope in ropes(config))
     if scaling not in (None, "none") and not scaled:
         _refuse(path, f"a rotary scaling ({scaling}), which transformers does not read")
+    if _entry(reader, f"{architecture}.expert_count"):
+        _refuse(path, "a mixture of experts, whose options are not in the file")
     for name, ours in _ACTING.items():
         value = _entry(reader, f"{architecture}.{name}")
         if value and not np.isclose(value, getattr(config, ours, None) or 0.0):

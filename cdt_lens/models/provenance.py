@@ -25,11 +25,12 @@ from cdt_lens.models.configuration import (
     digest as digest_of,
     first_difference,
 )
+from cdt_lens.models.resident import resident
 from cdt_lens.models.view import ModelView
 from cdt_lens.models.weights import (
-    END_WEIGHTS,
     adapter_layers,
-    canonical_weights,
+    block_weights,
+    end_weights,
     is_bias,
     other_parameters,
 )
@@ -239,17 +240,22 @@ def weight_hash(view: ModelView) -> str:
 
 def _hashed(view: ModelView) -> str:
     digest = hashlib.sha256()
-    weights = canonical_weights(view)
-    ends_first = sorted(weights, key=lambda name: name not in END_WEIGHTS)
-    for name in ends_first:
-        if not is_bias(name) or bool(weights[name].any()):
-            _add(digest, name.removeprefix("blocks."), weights[name])
+    _add_all(digest, end_weights(view))
+    for layer, block in enumerate(view.blocks):
+        with resident(block):
+            _add_all(digest, block_weights(view, layer))
     for name, parameter in sorted(other_parameters(view).items()):
         _add(digest, name, parameter)
     for adapted, added in adapter_layers(view).items():
         for name, parameter in added.items():
             _add(digest, f"{adapted}.{name}", parameter)
     return digest.hexdigest()
+
+
+def _add_all(digest: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    for name, value in weights.items():
+        if not is_bias(name) or bool(value.any()):
+            _add(digest, name.removeprefix("blocks."), value)
 
 
 def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:

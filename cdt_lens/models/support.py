@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from cdt_lens.core.errors import InputError, UnsupportedModelError
 from cdt_lens.models.caller_hooks import caller_hooks, lifted
+from cdt_lens.models.resident import is_offloaded, resident, unreadable
 from cdt_lens.models.sites import Hook, Site
 from cdt_lens.models.trace import Trace
 from cdt_lens.models.view import ModelView, at_least_float32
@@ -168,7 +169,8 @@ def _weights_state(view: ModelView) -> object:
     biases and the norms, count as well.
     """
     parameters = list(view.tl.parameters())
-    small = [p.detach().float().flatten() for p in parameters if p.numel() < 65536]
+    present = [p.detach() for p in parameters if not p.is_meta]
+    small = [p.float().flatten() for p in present if p.numel() < 65536]
     values = torch.cat(small).cpu().numpy().tobytes() if small else b""
     # Inference tensors have no version.
     where = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
@@ -176,9 +178,10 @@ def _weights_state(view: ModelView) -> object:
 
 
 def _check(view: ModelView) -> Support:
-    for name, parameter in view.tl.named_parameters():
-        if not bool(torch.isfinite(parameter.detach()).all()):
-            raise InputError(f"{view.name}: weight {name} holds NaN or infinity. Load it again.")
+    _check_finite(view, view.tl)
+    for block in view.blocks if is_offloaded(view) else ():
+        with resident(block):
+            _check_finite(view, block)
     _refuse_by_name(view)
     generator = torch.Generator().manual_seed(0)
     length = min(_PROBE_LENGTH, view.n_ctx)
@@ -197,6 +200,12 @@ def _check(view: ModelView) -> Support:
     biases = _read_biases(view, trace)
     plain = frozenset(layer for layer in range(view.n_layers) if _is_plain_mlp(view, trace, layer))
     return Support(biases, plain)
+
+
+def _check_finite(view: ModelView, module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if not parameter.is_meta and not bool(torch.isfinite(parameter.detach()).all()):
+            raise InputError(f"{view.name}: weight {name} holds NaN or infinity. Load it again.")
 
 
 def _refuse(view: ModelView, component: str) -> None:
@@ -220,9 +229,17 @@ def _refuse_flags(view: ModelView) -> None:
 
 def _refuse_weights(view: ModelView) -> None:
     """Refuse weights whose values are elsewhere or are not plain floats."""
+    away = unreadable(view)
+    if away is not None:
+        raise UnsupportedModelError(
+            f"{view.name}: weight {away} is offloaded (on the meta device), and its value is read "
+            "past the hooks with which accelerate loads it. Offload the projections of the blocks "
+            "only, with cdt_lens.models.offload.offload(model)."
+        )
+    devices = {str(p.device) for p in view.tl.parameters() if not p.is_meta}
+    if len(devices) > 1:
+        _refuse(view, f"a model spread over several devices ({', '.join(sorted(devices))})")
     for name, parameter in view.tl.named_parameters():
-        if parameter.is_meta:
-            _refuse_offloaded(view, name)
         if parameter.dtype not in _TYPES:
             kind = str(parameter.dtype).removeprefix("torch.")
             _refuse(view, f"quantised weights ({name} in {kind})")
@@ -258,14 +275,6 @@ def _refuse_by_name(view: ModelView) -> None:
         for name in ("q", "k", "v", "pattern", "z", "attn_out", "resid_post"):
             if (name, layer) not in view.sites:
                 _refuse(view, f"layer {layer} without a hook point for {name}")
-
-
-def _refuse_offloaded(view: ModelView, weight: str) -> None:
-    raise UnsupportedModelError(
-        f"{view.name}: weight {weight} is offloaded (on the meta device). Hashes, norms and the "
-        "unembedding are read from the weights themselves, past the hooks with which accelerate "
-        "loads them. Load the whole model, with dtype='bfloat16' if memory is short."
-    )
 
 
 def _kind_of(config: Any, layer: int) -> str:

@@ -26,6 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cdt_lens.core.errors import InputError, UnsupportedModelError
+from cdt_lens.models.resident import check_whole, resident
 from cdt_lens.models.view import ModelView
 
 # HookedTransformer keeps grouped keys and values under _W_K; W_K is then an expanded copy.
@@ -106,7 +107,11 @@ def named_weights(view: ModelView) -> dict[str, Tensor]:
     Returns:
         Views into the parameters by canonical name, from the embedding to the unembedding, and
         then `other_parameters`, detached.
+
+    Raises:
+        UnsupportedModelError: some weights are offloaded.
     """
+    check_whole(view)
     others = {name: value.detach() for name, value in other_parameters(view).items()}
     return canonical_weights(view) | others
 
@@ -120,14 +125,43 @@ def canonical_weights(view: ModelView) -> dict[str, Tensor]:
     Returns:
         Views into the parameters by canonical name, detached.
     """
-    weights = {name: first_tensor(view.tl, name) for name in END_WEIGHTS[:2]}
-    for layer, block in enumerate(view.blocks):
-        for names in BLOCK_WEIGHTS:
-            weights[f"blocks.{layer}.{canonical(names)}"] = first_tensor(block, names)
-    weights |= {name: first_tensor(view.tl, name) for name in END_WEIGHTS[2:]}
+    weights = end_weights(view)
+    blocks = {n: v for layer in range(view.n_layers) for n, v in block_weights(view, layer).items()}
+    first = {name: value for name, value in weights.items() if name in END_WEIGHTS[:2]}
+    return first | blocks | {name: v for name, v in weights.items() if name not in first}
+
+
+def end_weights(view: ModelView) -> dict[str, Tensor]:
+    """Return the weights outside the blocks.
+
+    Args:
+        view: the model.
+
+    Returns:
+        Views into the parameters by canonical name, detached.
+    """
+    weights = {name: first_tensor(view.tl, name) for name in END_WEIGHTS}
     found = {name: value.detach() for name, value in weights.items() if value is not None}
     if view.is_bridge and getattr(view.hf_config, "model_type", None) == "opt":
         found["pos_embed.W_pos"] = found["pos_embed.W_pos"][_OPT_PADDING_ROWS:]
+    return found
+
+
+def block_weights(view: ModelView, layer: int) -> dict[str, Tensor]:
+    """Return the weights of a block.
+
+    Args:
+        view: the model.
+        layer: the layer.
+
+    Returns:
+        Views into the parameters by canonical name, detached.
+    """
+    found = {
+        f"blocks.{layer}.{canonical(names)}": value.detach()
+        for names in BLOCK_WEIGHTS
+        if (value := first_tensor(view.blocks[layer], names)) is not None
+    }
     return {name: value for name, value in found.items() if not _is_shared(name, found)}
 
 
@@ -146,13 +180,16 @@ def other_parameters(view: ModelView) -> dict[str, nn.Parameter]:
     Returns:
         The parameters by name, such as "blocks.0.self_attn.q_layernorm.norms.0.weight".
     """
-    known = {place(value)[0] for value in canonical_weights(view).values()}
-    known |= {place(parameter)[0] for parameter in _fused_parameters(view)}
+    known = {place(value)[0] for value in end_weights(view).values()}
+    for layer, block in enumerate(view.blocks):
+        with resident(block):
+            known |= {place(value)[0] for value in block_weights(view, layer).values()}
+    known |= {place(parameter)[0] for parameter in fused_parameters(view)}
     known |= {place(p)[0] for layer in _peft_layers(view) for p in layer.parameters()}
     return {
         _name_in_block(name): parameter
         for name, parameter in view.tl.named_parameters()
-        if place(parameter)[0] not in known
+        if not parameter.is_meta and place(parameter)[0] not in known
     }
 
 
@@ -163,8 +200,12 @@ def _name_in_block(name: str) -> str:
     return name if found is None else f"blocks.{found[1]}.{found[2]}"
 
 
-def _fused_parameters(view: ModelView) -> Iterator[nn.Parameter]:
-    """Yield the fused projections that a bridge runs as split q, k and v."""
+def fused_parameters(view: ModelView) -> Iterator[nn.Parameter]:
+    """Yield the fused projections that a bridge runs as split q, k and v.
+
+    Args:
+        view: the model.
+    """
     for block in view.blocks if view.is_bridge else ():
         fused = getattr(getattr(block, "attn", None), "qkv", None)
         yield from getattr(fused, "original_component", nn.Module()).parameters()

@@ -51,6 +51,10 @@ UNREAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: write_gguf(path, more=lambda writer: writer.add_logit_scale(0.25)),
         "logit_scale=0.25",
     ),
+    "experts": (
+        lambda path: write_gguf(path, more=lambda writer: writer.add_expert_count(4)),
+        "mixture of experts",
+    ),
     "an epsilon that is no number": (
         lambda path: write_gguf(
             path, more=lambda writer: writer.add_layer_norm_rms_eps(float("nan"))
