@@ -53,7 +53,7 @@ class _Measure:
     spread: bool = True
 
 
-_MEASURES = {
+MEASURES = {
     "accuracy": _Measure("target accuracy"),
     "macro_f1": _Measure(_MACRO_F1),
     "retention": _Measure("retention"),
@@ -109,7 +109,7 @@ def runs_of(result: TransferResult, target: str, scope: str) -> pd.DataFrame:
         scope: The scope.
     """
     # Before the first run has finished, the table may have no columns at all.
-    columns = dict.fromkeys([*_RUNS, *_MEASURES, "share"])
+    columns = dict.fromkeys([*_RUNS, *MEASURES, "share"])
     runs = result.cells.reindex(columns=list(columns))
     return runs[(runs["target"] == target) & (runs["scope"] == scope)].sort_values("seed")
 
@@ -157,7 +157,7 @@ def comparison_table(result: TransferResult) -> Table:
     notes = ["mean \u00b1 standard deviation over seeds (costs: mean)"] if several else []
     notes += [f"{BEST} best of the scopes", f"{BELOW} below the untouched proxy checkpoint"]
     measures = _measured(result)
-    headings = ["target", "scope", "seeds", *(_MEASURES[name].heading for name in measures)]
+    headings = ["target", "scope", "seeds", *(MEASURES[name].heading for name in measures)]
     return Table(headings, rows, f"Scopes on test data; {', '.join(notes)}", grouped=True)
 
 
@@ -166,9 +166,9 @@ def _measured(result: TransferResult) -> list[str]:
 
     Files of 0.3 have no related task and no loss on text.
     """
-    always = set(_MEASURES) - {"related_retention", "source_text_loss", "target_text_loss"}
+    always = set(MEASURES) - {"related_retention", "source_text_loss", "target_text_loss"}
     known = set(result.cells.columns[result.cells.notna().any()])
-    return [name for name in _MEASURES if name in always | known]
+    return [name for name in MEASURES if name in always | known]
 
 
 def differences_table(result: TransferResult, of: str) -> Table:
@@ -385,7 +385,7 @@ def _scope_rows(result: TransferResult, target: str) -> list[list[object]]:
     seeds = [str(n) if n == planned else f"{n} of {planned}" for n in map(finished, runs)]
     columns = []
     for name in _measured(result):
-        measure = _MEASURES[name]
+        measure = MEASURES[name]
         before = untouched(result, target, name) if name in ("accuracy", "macro_f1") else np.nan
         shares = [part["share"] for part in runs] if name == "trained_parameters" else None
         columns.append(_column([part[name] for part in runs], measure, before, shares))
