@@ -328,6 +328,44 @@ def _verdict(row: Mapping[Any, Any]) -> str:
     return "now wrong" if row["before"] == row["label"] else "still wrong"
 
 
+def disagreements_table(result: TransferResult, of: str, most: int = 200) -> Table | None:
+    """Return the test rows that one scope answers rightly more or less often than another.
+
+    Args:
+        result: The transfer.
+        of: The scope.
+        most: The maximum number of rows, those of the largest differences.
+
+    Returns:
+        The table; None if no row differs, or the result holds no test examples.
+    """
+    gaps = []
+    for target in result.targets:
+        right = {scope: _right_of_rows(result, target, scope) for scope in result.scopes}
+        for other, values in right.items():
+            if other == of or values is None or right[of] is None:
+                continue
+            for row in np.flatnonzero(values != right[of]).tolist():
+                ours, theirs = right[of][row], values[row]
+                verdict = f"{of} better" if ours > theirs else f"{other} better"
+                shares = f"{ours:.0%}", f"{theirs:.0%}"
+                gaps.append((-abs(ours - theirs), [target, row + 1, other, *shares, verdict]))
+    gaps.sort(key=lambda gap: gap[0])
+    headings = ["target", "test row", "compared with", f"{of} right", "other right", "verdict"]
+    caption = (
+        f"Test rows whose answer depends on the scope, by their number in the test split: share of "
+        f"seeds with the right answer; {min(most, len(gaps))} of {len(gaps)}"
+    )
+    return Table(headings, [row for _, row in gaps[:most]], caption) if gaps else None
+
+
+def _right_of_rows(result: TransferResult, target: str, scope: str) -> Any:
+    """Return the share of seeds that answer each test row rightly; None if it is not known."""
+    names = (f"right|{target}|{scope}|{seed}" for seed in result.seeds)
+    known = [result.per_example[name].numpy() for name in names if name in result.per_example]
+    return np.mean(known, axis=0) if known else None
+
+
 def settings_table(entries: Mapping[str, Any], *, caption: str) -> Table:
     """Return settings, one row for each entry, with the path of names of nested entries.
 

@@ -244,11 +244,11 @@
     const rows = [...box.parentElement.querySelectorAll("tbody tr")];
     const note = box.querySelector("output");
     const apply = () => {
-      const wanted = [...box.querySelectorAll("select")].map((s) => s.value);
+      const [first, last] = [...box.querySelectorAll("select")].map((s) => s.value);
       let count = 0;
       for (const row of rows) {
         const cells = [...row.children].map((cell) => cell.textContent);
-        row.hidden = !wanted.every((value) => !value || cells.includes(value));
+        row.hidden = (first && cells[0] !== first) || (last && cells.at(-1) !== last) ? true : false;
         count += row.hidden ? 0 : 1;
       }
       note.textContent = count + " of " + rows.length + " rows";

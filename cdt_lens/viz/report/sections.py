@@ -65,6 +65,8 @@ class Section:
         facts: The facts about the result, by name.
         figures: The figures.
         tables: The tables.
+        changes: The test rows whose answer changed, which a page can filter by their first and
+            last column.
         examples: The prompts.
         scale: The numbers at the ends of the colours of the views, and their unit.
         measures: The measures that the last figure can show, with their headings.
@@ -79,6 +81,7 @@ class Section:
     facts: Mapping[str, str]
     figures: tuple[Figure, ...] = ()
     tables: tuple[Table, ...] = ()
+    changes: Table | None = None
     examples: tuple[Example, ...] = ()
     scale: tuple[str, str] | None = None
     measures: Mapping[str, str] = field(default_factory=dict)
@@ -86,6 +89,16 @@ class Section:
     provenance: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     id: str = ""
     kind: str = ""
+
+    @property
+    def filters(self) -> dict[str, list[str]]:
+        """The choices of the first and the last column of the changes, by heading."""
+        if self.changes is None:
+            return {}
+        return {
+            self.changes.headings[column]: sorted({str(row[column]) for row in self.changes.rows})
+            for column in (0, -1)
+        }
 
 
 def head_scores_section(scores: HeadScores, id: str, results: Sequence[object]) -> Section:

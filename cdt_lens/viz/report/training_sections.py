@@ -64,6 +64,7 @@ def transfer_section(result: TransferResult, id: str, _: Sequence[object]) -> Se
         headline=_outcome(result),
         facts=_transfer_facts(result),
         figures=(trade_off(result), measures(result)),
+        changes=training_tables.disagreements_table(result, compared),
         measures=measures_of(result),
         scopes=result.scopes,
         tables=tuple(tables),
@@ -77,8 +78,6 @@ def adapt_section(result: AdaptResult, id: str, _: Sequence[object]) -> Section:
     tables = [
         training_tables.languages_table(result), training_tables.trials_table(result),
     ]  # fmt: skip
-    if len(result.changes):
-        tables.append(training_tables.changes_table(result))
     if result.settings:
         tables.append(training_tables.settings_table(result.settings, caption="Settings"))
     name = "Adaptation"
@@ -91,6 +90,7 @@ def adapt_section(result: AdaptResult, id: str, _: Sequence[object]) -> Section:
         ),
         facts=_adaptation_facts(result),
         tables=tuple(tables),
+        changes=training_tables.changes_table(result) if len(result.changes) else None,
         provenance=_origin(name, result.provenance),
     )
 

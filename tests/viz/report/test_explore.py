@@ -239,6 +239,46 @@ def test_a_transfer_shows_the_measure_scopes_and_seeds_that_are_chosen(run: Path
     assert browser.complaints() == []
 
 
+def test_the_rows_whose_answer_changed_are_filtered(run: Path, browser: Browser, tmp_path: Path):
+    moved = sample.transfer(("javanese", "sundanese"), ("decision", "full"), per_example=True)
+    flipped = {
+        name: 1 - values.round() if "full|0" in name else values.round()
+        for name, values in moved.per_example.items()
+    }
+    moved = replace(moved, per_example=flipped)
+    path = render_report(moved, sample.adaptation(), path=tmp_path / "r.html")
+    browser.open(path)
+    shown = (
+        "return [...document.querySelectorAll('.TransferResult .changes tbody tr')]"
+        ".filter(r => !r.hidden).map(r => [...r.children].map(c => c.textContent))"
+    )
+    every = browser.run(shown)
+    # In one seed of three the other scope differs, on every row of both targets.
+    assert len(every) == 40 and {row[2] for row in every} == {"full"}
+    right = flipped["right|javanese|decision|0"]
+    own = {row[1]: row[-1] for row in every if row[0] == "javanese"}
+    for number, value in enumerate(right.tolist(), start=1):
+        assert own[str(number)] == ("decision better" if value else "full better")
+    for place, value in ((0, "javanese"), (1, "full better")):
+        browser.run(
+            "const s = document.querySelectorAll('.TransferResult .filter select')[arguments[0]];"
+            "s.value = arguments[1]; s.dispatchEvent(new Event('change', {bubbles: true}))",
+            place, value,
+        )  # fmt: skip
+    rows = browser.run(shown)
+    assert len(rows) == int((right == 0).sum()) and {row[0] for row in rows} == {"javanese"}
+    told = browser.run(
+        "return document.querySelector('.TransferResult .filter output').textContent"
+    )
+    assert told == f"{len(rows)} of 40 rows"
+    # The sentence of an adaptation is there as text.
+    sentence = browser.run(
+        "return document.querySelector('.AdaptResult .changes tbody').textContent"
+    )
+    assert "Makanannya <b>enak</b> sekali!" in sentence and "now right" in sentence
+    assert browser.complaints() == []
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_serious_fault(run: Path, browser: Browser, scheme: str):
     axe = pytest.importorskip("axe_core_python.base")
@@ -296,6 +336,35 @@ def test_only_the_circuit_that_the_curve_kept_has_its_f():
     assert curve.sizes[explore.own_size(curve, ranking, circuit)] == 27
     assert explore.own_size(curve, ranking, scores.select(k=26)) is None
     assert explore.own_size(curve, ranking, scores.select(k=27, by="magnitude")) is None
+
+
+def test_f_outside_0_to_1_comes_with_a_reason(tmp_path: Path):
+    curve = sample.curve()
+    odd = replace(curve, faithfulness=torch.tensor([0, -2.7, *curve.faithfulness[2:].tolist()]))
+    page = render_report(odd, path=tmp_path / "r.html").read_text("utf-8")
+    kept = curve.empty - 2.7 * (curve.full - curve.empty)
+    assert (
+        f"f = -2.70 with 1 heads: kept alone they give {kept:+.3f} logits, which is below" in page
+    )
+    assert "f outside 0 to 1" not in render_report(curve, path=tmp_path / "r.html").read_text(
+        "utf-8"
+    )
+
+
+def test_the_circuits_own_f_is_the_first_number_of_its_section(tmp_path: Path):
+    results = sample.scores(), sample.circuit(), sample.curve()
+    page = render_report(*results, path=tmp_path / "r.html").read_text("utf-8")
+    assert "<strong>0.84</strong><span>faithfulness f of the circuit: 27 of 270 heads<" in page
+    assert ">CPR<" not in page and "mean of f over the sizes of circuits (CPR)" in page
+
+
+def test_prompts_whose_tokens_lost_their_spaces_are_read(tmp_path: Path):
+    view = sample.attention_view((("guests", "disliked", "this", "film"),))
+    page = render_report(view, path=tmp_path / "r.html").read_text("utf-8")
+    assert "Prompt 1: guests disliked this film</h3>" in page
+    spaced = sample.attention_view((("guests", " disliked", " this", " film"),))
+    page = render_report(spaced, path=tmp_path / "r.html").read_text("utf-8")
+    assert "Prompt 1: guests disliked this film</h3>" in page
 
 
 def test_a_large_model_keeps_the_effects_of_its_strongest_heads(monkeypatch):
