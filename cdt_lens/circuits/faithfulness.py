@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
@@ -54,9 +54,6 @@ from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.intervals import Interval, mean_interval
 from cdt_lens.tasks.metrics import warn_at_chance
 from cdt_lens.tasks.task import Examples, Task
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 CONTROLS = ("random", "random-per-layer")
 Heads = tuple[Head, ...]
@@ -204,7 +201,7 @@ class FaithfulnessCurve(Saved):
         frame = pd.DataFrame(table).assign(**{"empty run": self.empty_run})
         return frame[frame["heads"] > 0].reset_index(drop=True)
 
-    def plot(self) -> Figure:
+    def plot(self) -> display.Figure:
         """f over the share of heads kept, with the band of random circuits."""
         return display.figure(self)
 

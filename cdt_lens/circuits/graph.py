@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -36,9 +36,6 @@ from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
 from cdt_lens.models.heads import Head
 from cdt_lens.models.view import ModelView
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _HEAD = """digraph circuit {
   rankdir=BT; nodesep=0.25; ranksep=0.45;
@@ -251,7 +248,7 @@ class Graph(EqualByContent):
         return dot_text(self, kept_only=kept_only)
 
     @checked_arguments
-    def plot(self, max_edges: Count = 40) -> Figure:
+    def plot(self, max_edges: Count = 40) -> display.Figure:
         """Drawing of the kept nodes, layers upwards, with the strongest kept edges."""
         return display.figure(self, max_edges=max_edges)
 

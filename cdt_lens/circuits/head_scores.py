@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
@@ -29,9 +29,6 @@ from cdt_lens.models.heads import Head, all_heads, check_heads
 from cdt_lens.models.provenance import Provenance
 from cdt_lens.tasks.intervals import t_interval
 from cdt_lens.tasks.metrics import balanced_mean, balanced_stderr, label_numbers
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -358,7 +355,7 @@ class HeadScores(Saved):
         return frame.sort_values("score", ascending=False, kind="stable", ignore_index=True)
 
     @checked_arguments
-    def heatmap(self, circuit: Circuit | None = None) -> Figure:
+    def heatmap(self, circuit: Circuit | None = None) -> display.Figure:
         """Map of the scores, layer x head, with the heads of `circuit` outlined.
 
         Args:
@@ -375,7 +372,7 @@ class HeadScores(Saved):
         return display.figure(self, circuit=circuit)
 
     @checked_arguments
-    def bars(self, k: Count = 20) -> Figure:
+    def bars(self, k: Count = 20) -> display.Figure:
         """Draw the `k` heads with the largest scores, with their standard errors."""
         return display.figure(self, kind="bars", k=k)
 

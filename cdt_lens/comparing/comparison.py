@@ -16,7 +16,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import pandas as pd
 import torch
@@ -33,9 +33,6 @@ from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.provenance import Provenance
 from cdt_lens.tasks.intervals import mean_interval
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 YARDSTICK = "exact"  # the method that the others' scores are compared with
 RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
@@ -407,7 +404,7 @@ class Comparison(Saved):
         """Return the numbers as text, with `*` at the best of a column other than the yardstick."""
         return display.table(self).to_dataframe()
 
-    def plot(self) -> Figure:
+    def plot(self) -> display.Figure:
         """Draw faithfulness curves, CPR and CMD beside random rankings, and agreement by cost."""
         return display.figure(self)
 
@@ -594,7 +591,7 @@ class PlantedComparison(Saved):
         """Return a measure as text, with `*` at the best of a circuit, and the mean over all."""
         return display.table(self, measure=measure).to_dataframe()
 
-    def plot(self) -> Figure:
+    def plot(self) -> display.Figure:
         """Draw AUROC and average precision of each method on each circuit."""
         return display.figure(self)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -198,9 +197,7 @@ def write_comparison(result: Comparison | PlantedComparison, folder: str | Path)
     if is_main():
         result.save(folder / "comparison.json")
         atomic_write(folder / "comparison.csv", result.to_dataframe().to_csv(index=False))
-        picture = io.BytesIO()
-        result.plot().savefig(picture, format="png", dpi=150, bbox_inches="tight")
-        atomic_write(folder / "comparison.png", picture.getvalue())
+        result.plot().save(folder / "comparison.png")
         title = "Methods on planted circuits"
         if isinstance(result, Comparison):
             title = f"{result.task}: {len(result.methods)} methods on {result.model}"

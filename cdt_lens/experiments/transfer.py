@@ -127,16 +127,12 @@ def run_transfer(
 
 
 def _write(experiment: Transfer, result: TransferResult) -> None:
-    import io
-
-    from cdt_lens.viz.training_figures import accuracies, trade_off
+    from cdt_lens.viz.training_figures import measures, trade_off
 
     folder = experiment.folder
     _write_tables(folder, result)
-    for name, draw in (("trade_off", trade_off), ("accuracies", accuracies)):
-        picture = io.BytesIO()
-        draw(result).savefig(picture, format="png", dpi=150, bbox_inches="tight")
-        atomic_write(folder / f"{name}.png", picture.getvalue())
+    trade_off(result).save(folder / "trade_off.png")
+    measures(result).save(folder / "accuracies.png")
     curve = experiment.curve()
     scores = HeadScores.load(experiment.discovery.path("scores.json"))
     parts: list[object] = [result, experiment.circuit, scores]

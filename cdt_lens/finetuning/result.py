@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -13,9 +13,6 @@ from cdt_lens.core.equality import EqualByContent
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.models.heads import Head
 from cdt_lens.models.provenance import Provenance
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +106,7 @@ class FineTuneResult(EqualByContent):
         """Return the history."""
         return self.history.copy()
 
-    def plot(self) -> Figure:
+    def plot(self) -> display.Figure:
         """Target and source accuracy over the epochs."""
         return display.figure(self)
 

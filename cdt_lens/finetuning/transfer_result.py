@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -23,9 +23,6 @@ from cdt_lens.core.kept import Cell
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.provenance import Provenance
 from cdt_lens.tasks.intervals import crossed_interval
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 CELL_COLUMNS = (
     "target", "scope", "seed", "accuracy", "macro_f1", "source_accuracy", "source_macro_f1",
@@ -226,7 +223,7 @@ class TransferResult(Saved):
         """Return the cells."""
         return self.cells.copy()
 
-    def plot(self) -> Figure:
+    def plot(self) -> display.Figure:
         """Target accuracy against retention, a panel a target."""
         return display.figure(self)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,9 +17,6 @@ from cdt_lens.core import display
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Any two points lie on a line.
 _FEWEST = 3
@@ -152,7 +149,7 @@ class MethodAgreement(EqualByContent):
         table = self.scores.to_dataframe()[columns]
         return table.assign(reference=self.reference.to_dataframe()["score"])
 
-    def plot(self) -> Figure:
+    def plot(self) -> display.Figure:
         """Draw the scores against the reference, one point per head, in logits."""
         return display.figure(self)
 

@@ -1,7 +1,7 @@
-"""Figures of compared methods, by matplotlib's object interface without pyplot.
+"""Figures of compared methods as Vega-Lite specifications.
 
-1. A method has the same colour, marker and line style in every panel. No two of a dozen methods
-   share a marker, and neighbours differ in line style, so that a grey print can be read.
+1. A method has the same colour, marker and dash in every panel. No two of a dozen methods share a
+   marker, and neighbours differ in dash, so that a grey print can be read.
 2. Random rankings are drawn wherever a ranking is, because a method must beat them.
 3. The yardstick is black. It is left out where it would be compared with itself.
 """
@@ -12,41 +12,34 @@ import math
 from typing import Any
 
 import numpy as np
-import pandas as pd
-from matplotlib import colormaps
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from cdt_lens.comparing.comparison import (
     RANKINGS,
     YARDSTICK,
     Comparison,
-    Measure,
     MethodResult,
     PlantedComparison,
 )
-from cdt_lens.core.display import INK, MUTED
-from cdt_lens.viz import style
-from cdt_lens.viz.words import empty_run, number, score
+from cdt_lens.core.choices import Ranking
+from cdt_lens.core.display import INK, MUTED, POSITIVE, Figure
+from cdt_lens.viz import spec
+from cdt_lens.viz.spec import DASHES, PAPER, Spec, field, layer, looks, name, rule, tips
+from cdt_lens.viz.words import empty_run, number
 
-Look = tuple[str, str, Any]  # colour, marker, line style
-_YARDSTICK_LOOK: Look = (INK, "*", "-")
-_DASHES = (0, (7, 2, 1, 2, 1, 2))
-_LOOKS: tuple[Look, ...] = (
-    ("#2166ac", "o", "-"), ("#d9822b", "s", "--"), ("#3f7a52", "^", "-."), ("#b2182b", "v", ":"),
-    ("#7a4988", "D", _DASHES), ("#12808f", "P", "-"), ("#a03b6d", "X", "--"),
-    ("#6b8e23", "<", "-."), ("#5b7083", ">", ":"), ("#8a5a00", "h", _DASHES),
-    ("#3d5a98", "p", "-"), ("#c2571a", "d", "--"), ("#444444", "8", "-."),
+Look = tuple[str, str, list[int]]  # colour, marker, dash
+_COLOURS = (
+    POSITIVE, "#d9822b", "#3f7a52", "#b2182b", "#7a4988", "#12808f", "#a03b6d", "#6b8e23",
+    "#5b7083", "#8a5a00", "#3d5a98", "#c2571a", "#444444",
 )  # fmt: skip
-_RANDOM: dict[str, Any] = {"color": MUTED, "linestyle": (0, (1, 1)), "linewidth": 2.2}
-_LEVEL: dict[str, Any] = {"color": MUTED, "linewidth": 0.8, "zorder": 1}
-_BAND: dict[str, Any] = {"color": MUTED, "alpha": 0.18, "linewidth": 0}
+_MARKERS = (
+    "circle", "square", "triangle-up", "triangle-down", "diamond", "cross", spec.CROSS,
+    "triangle-left", "triangle-right", spec.PENTAGON, spec.HOURGLASS,
+    "M-.9,-.2L.9,-.2L.9,.2L-.9,.2Z", "M-.2,-.9L.2,-.9L.2,.9L-.2,.9Z",
+)  # fmt: skip
 # f outside this range is cut off with a note, as one failing method would flatten all others.
 _F_RANGE = (-1.0, 2.0)
-_RANKED_BY = {"signed": "signed score", "magnitude": "magnitude of the score"}
+_RANKED_BY: dict[Ranking, str] = {"signed": "signed score", "magnitude": "magnitude of the score"}
+_RANDOM = {"color": MUTED, "strokeDash": DASHES[3], "strokeWidth": 2}
 
 
 def comparison(result: Comparison) -> Figure:
@@ -55,34 +48,28 @@ def comparison(result: Comparison) -> Figure:
     Top: f of the ranking of each method, by signed score and by magnitude, over the heads kept.
     Below: CPR and CMD by method (filled: signed, hollow: magnitude) beside random rankings, whose
     5th to 95th percentile is shaded, and Spearman with exact ablation against time in forward
-    passes. The points have gids such as "cpr-signed" and "cmd-magnitude", and "agreement-3" for the
-    fourth method; `point_lines` names them.
+    passes.
 
     Args:
         result: The compared methods.
     """
-    rows = 0.24 * len(result.methods)
-    figure = style.paper(11.0, 7.1 + rows)
-    title = f"Methods compared: {result.task} with {result.model}; {empty_run(result.empty_run)}"
-    style.name_page(figure, title, size=12)
-    panels = figure.subplot_mosaic("AAABBB;CCDDEE", height_ratios=(4.0, 2.2 + rows))
-    for panel, ranking in zip("AB", RANKINGS, strict=True):
-        _draw_curves(panels[panel], result, ranking)
-    _draw_areas(panels["C"], result, "cpr")
-    _draw_areas(panels["D"], result, "cmd")
-    panels["D"].sharey(panels["C"])
-    panels["D"].tick_params(labelleft=False)
-    _draw_agreement(panels["E"], result)
-    style.legend(figure, _handles(result), ncols=4, handlelength=4)
     refused = [method.method for method in result.methods if method.refused]
-    figure.set_label(
+    curves = {"hconcat": [_curves(result, by) for by in RANKINGS]}
+    areas = {"hconcat": [_areas(result, "cpr"), _areas(result, "cmd"), _agreement(result)]}
+    left_out = f" Refused, and not drawn: {', '.join(refused)}." if refused else ""
+    notes = "Filled marks: ranked by the signed score; hollow marks: by its magnitude."
+    if result.random:
+        notes += f" Grey: {len(result.random)} random rankings, their median and 5-95 %."
+    return spec.figure(
+        f"Methods compared: {result.task} with {result.model}; {empty_run(result.empty_run)}",
         f"{len(result.methods)} methods compared: line charts of faithfulness over the share of "
         "heads kept, dot plots of CPR and CMD beside random rankings, and a scatter plot of "
-        "Spearman with exact ablation against time in forward passes; the table holds the numbers; "
-        f"{empty_run(result.empty_run)}."
-        + (f" Refused, and not drawn: {', '.join(refused)}." if refused else "")
+        f"Spearman with exact ablation against time in forward passes; the table holds the "
+        f"numbers; {empty_run(result.empty_run)}.{left_out}",
+        {"vconcat": [curves, areas]},
+        notes=[notes],
+        width=820,
     )
-    return figure
 
 
 def planted(result: PlantedComparison) -> Figure:
@@ -93,158 +80,144 @@ def planted(result: PlantedComparison) -> Figure:
     Args:
         result: The methods on every circuit.
     """
-    frames = {
-        "AUROC (0.5 is chance)": result.matrix("auroc"),
-        "Average precision": result.matrix("average_precision"),
-    }
-    rows, columns = next(iter(frames.values())).shape
-    figure = style.paper(max(6.0, 2.6 + 0.72 * (columns + 1)), 2 * (1.5 + 0.26 * rows) + 0.6)
-    panels = figure.subplots(2, 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (name, frame) in zip(panels, frames.items(), strict=True):
-        _draw_cells(axes, frame.assign(mean=frame.mean(axis=1, skipna=False)))
-        axes.set_title(name, loc="left", fontsize=11)
-    panels[0].tick_params(labelbottom=False)
-    figure.set_label(
+    titles = {"auroc": "AUROC (0.5 is chance)", "average_precision": "Average precision"}
+    rows, columns = result.matrix("auroc").shape
+    return spec.figure(
+        "Methods on planted circuits",
         f"Two tables of shades, AUROC and average precision, of {rows} methods on {columns} "
-        "planted circuits and their mean; the tables hold the numbers."
+        "planted circuits and their mean; the tables hold the numbers.",
+        {"vconcat": [_shades(result, measure, title) for measure, title in titles.items()]},
+        width=520,
     )
-    return figure
 
 
-def point_lines(result: Comparison) -> dict[str, list[str]]:
-    """Return the tooltips of the points of `comparison`, by the gid of the points."""
-    lines = {
-        f"{measure}-{ranking}": [
-            f"{m.method}: {measure.upper()} {score(m.value(measure, ranking))}, ranked {ranking}"
-            for m in result.methods
-            if m.curve(ranking) is not None
-        ]
-        for measure in ("cpr", "cmd")
-        for ranking in RANKINGS
+def method_looks(result: Comparison) -> dict[str, Look]:
+    """Return colour, marker and dash of each method, the same in every panel."""
+    others = [method for method in result.names if method != YARDSTICK]
+    styles = {
+        method: (_COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)], DASHES[i % len(DASHES)])
+        for i, method in enumerate(others)
     }
-    for method in _agreeing(result):
-        words = f"Spearman {score(method.spearman)}, {method.forward_passes:.3g} forward passes"
-        lines[f"agreement-{result.names.index(method.method)}"] = [f"{method.method}: {words}"]
-    return lines
+    return {YARDSTICK: (INK, spec.STAR, DASHES[0]), **styles}
 
 
-def looks(result: Comparison) -> dict[str, Look]:
-    """Return colour, marker and line style of each method, the same in every panel."""
-    others = [name for name in result.names if name != YARDSTICK]
-    styles = {name: _LOOKS[index % len(_LOOKS)] for index, name in enumerate(others)}
-    return {YARDSTICK: _YARDSTICK_LOOK, **styles}
+def _on(result: Comparison, *channels: str) -> Spec:
+    """Return the encodings of a method by colour, shape and dash."""
+    styles, order = method_looks(result), ("color", "shape", "strokeDash")
+    drawn = [method.method for method in result.methods if not method.refused]
+    legend = {"title": None, "columns": 4}
+    return {
+        channel: name(
+            "method",
+            legend=legend,
+            **looks(drawn, (styles[m][order.index(channel)] for m in drawn)),
+        )
+        for channel in channels
+    }
 
 
-def _draw_curves(axes: Axes, result: Comparison, ranking: Any) -> None:
+def _curves(result: Comparison, ranking: Ranking) -> Spec:
     """Draw f over the share of heads, one line for each method, above the random rankings."""
-    shown = np.asarray(result.sizes) > 0  # No head is kept at the others.
-    fractions = np.asarray(result.fractions, dtype=float)[shown]
-    for level in (0.0, 1.0):
-        axes.axhline(level, **_LEVEL)
-    drawn = [np.asarray(curve.f)[shown] for curve in result.random]
-    if drawn:
-        low, middle, high = np.quantile(np.stack(drawn), (0.05, 0.5, 0.95), axis=0)
-        axes.fill_between(fractions, low, high, **_BAND)
-        axes.plot(fractions, middle, **_RANDOM)
-    styles = looks(result)
-    # The yardstick comes last, on top of the others.
-    for index, name in enumerate(sorted(result.names, key=lambda name: name == YARDSTICK)):
-        curve = result[name].curve(ranking)
-        if curve is not None:
-            drawn.append(np.asarray(curve.f)[shown])
-            _draw_curve(axes, fractions, drawn[-1], styles[name], index)
-    _limit(axes, drawn)
-    style.share_axis(axes, fractions)
-    axes.tick_params(axis="x", labelsize=9)
-    axes.set(xlabel="share of heads kept", ylabel="faithfulness f")
-    axes.set_title(f"Heads ranked by {_RANKED_BY[ranking]}", loc="left", fontsize=10)
-    style.plain_axes(axes, "x")
-
-
-def _draw_curve(axes: Axes, fractions: np.ndarray, f: np.ndarray, look: Look, index: int) -> None:
-    colour, marker, line = look
-    # Lines on top of each other set their markers at alternate points.
-    points: dict[str, Any] = {"marker": marker, "markersize": 6}
-    points["markevery"] = (index % 2, 2) if len(fractions) > 6 else 1
-    yardstick = look == _YARDSTICK_LOOK
-    points |= {"linewidth": 2.0 if yardstick else 1.4, "zorder": 4 if yardstick else 2}
-    axes.plot(fractions, f, color=colour, linestyle=line, **points)
-
-
-def _limit(axes: Axes, drawn: list[Any]) -> None:
-    """Cut off what lies far outside 0 to 1, with a note."""
-    low = min(float(values.min()) for values in drawn) if drawn else 0.0
-    high = max(float(values.max()) for values in drawn) if drawn else 1.0
-    bottom, top = max(low, _F_RANGE[0]), min(high, _F_RANGE[1])
-    margin = 0.05 * max(top - bottom, 1.0)
-    axes.set_ylim(min(bottom, 0.0) - margin, max(top, 1.0) + margin)
-    if low < bottom or high > top:
-        corner: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "va": "top"}
-        words = f"cut off: f from {low:.1f} to {high:.1f}"
-        axes.text(0.99, 0.99, words, fontsize=8, color=MUTED, **corner)
-
-
-def _draw_areas(axes: Axes, result: Comparison, measure: Measure) -> None:
-    """Draw one area by method, a filled marker for the signed and a hollow one for the other."""
-    values = [getattr(curve, measure) for curve in result.random]
-    if values:
-        low, middle, high = np.quantile(values, (0.05, 0.5, 0.95))
-        axes.axvspan(low, high, **_BAND)
-        axes.axvline(middle, **_RANDOM)
-    for ranking in RANKINGS:
-        _draw_markers(axes, result, measure, ranking)
-    names = [f"{m.method} (refused)" if m.refused else m.method for m in result.methods]
-    axes.set_yticks(range(len(names)), names, fontsize=9, parse_math=False)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0)
-    better = "more is better" if measure == "cpr" else "less is better"
-    axes.set_xlabel(measure.upper())
-    axes.set_title(f"{measure.upper()}: {better}", loc="left", fontsize=10)
-    style.plain_axes(axes, "both")
-
-
-def _draw_markers(axes: Axes, result: Comparison, measure: Measure, ranking: Any) -> None:
-    styles = looks(result)
-    drawn = [
-        (method.value(measure, ranking), row, styles[method.method][0])
-        for row, method in enumerate(result.methods)
-        if method.curve(ranking) is not None
+    sizes = [place for place, heads in enumerate(result.sizes) if heads > 0]
+    at = [{"fraction": result.fractions[p], "heads": result.sizes[p]} for p in sizes]
+    rows = [
+        {"method": method.method, "f": curve.f[p], **here}
+        for method in result.methods
+        if (curve := method.curve(ranking)) is not None
+        for p, here in zip(sizes, at, strict=True)
     ]
-    if not drawn:
-        return
-    across, up, colours = zip(*drawn, strict=True)
-    hollow = ranking == "magnitude"
-    # Hollow markers stand a little lower, so that equal areas show both.
-    rows = np.asarray(up) + 0.22 * hollow
-    paint: dict[str, Any] = {"c": "white" if hollow else colours, "edgecolors": colours}
-    points = axes.scatter(across, rows, s=40, linewidths=1.4, zorder=4, **paint)
-    points.set_gid(f"{measure}-{ranking}")
+    band: list[Spec] = []
+    if result.random:
+        levels = np.quantile([curve.f for curve in result.random], (0.05, 0.5, 0.95), axis=0)
+        ends = (dict(zip(("low", "f", "high"), levels[:, p], strict=True)) for p in sizes)
+        band = [here | row for here, row in zip(at, ends, strict=True)]
+    every = [value for row in (*rows, *band) for key, value in row.items() if key in "low f high"]
+    low, high = min(every, default=0.0), max(every, default=1.0)
+    domain = [min(max(low, _F_RANGE[0]), 0.0) - 0.05, max(min(high, _F_RANGE[1]), 1.0) + 0.05]
+    f, clip = field("f", "faithfulness f", scale={"domain": domain}), {"clip": True}
+    grey = {"color": MUTED, "opacity": 0.18, **clip}
+    told = tips(method="method", heads="heads", f="f")
+    layers = [
+        rule("y", 0),
+        rule("y", 1),
+        layer("area", band, "", grey, y=f | {"field": "low"}, y2={"field": "high"}),
+        layer("line", band, "", {**_RANDOM, **clip}, y=f),
+        layer("line", rows, "", {"strokeWidth": 1.5, **clip}, y=f,
+              **_on(result, "color", "strokeDash")),
+        layer("point", rows, "", {"size": 40, "filled": True, **clip}, y=f, tooltip=told,
+              **_on(result, "color", "shape")),
+    ]  # fmt: skip
+    for part in layers[2:]:
+        part["encoding"]["x"] = spec.share()
+    if low < domain[0] or high > domain[1]:
+        cut, look = f"cut off: f from {low:.1f} to {high:.1f}", {"align": "right", "color": MUTED}
+        corner = {"x": {"value": "width"}, "y": {"value": 8}}
+        layers.append(layer("text", [{"words": cut}], "", look, **corner, text=name("words")))
+    title = f"Heads ranked by {_RANKED_BY[ranking]}"
+    return {"title": title, "width": 380, "height": 260, "layer": layers}
 
 
-def _draw_agreement(axes: Axes, result: Comparison) -> None:
+def _areas(result: Comparison, measure: Any) -> Spec:
+    """Draw one area by method, a filled mark for the signed and a hollow one for the other."""
+    names = {m.method: f"{m.method} (refused)" if m.refused else m.method for m in result.methods}
+    x = field("value", measure.upper(), scale={"zero": False})
+    axis = {"ticks": False, "grid": True, "labels": measure == "cpr"}
+    on = {
+        "x": x, "y": name("row", scale={"domain": list(names.values())}, axis=axis),
+        "tooltip": tips(method="method", ranked="ranked by", value=measure.upper()),
+    }  # fmt: skip
+    layers = []
+    if result.random:
+        values = [getattr(curve, measure) for curve in result.random]
+        band = [
+            dict(zip(("low", "value", "high"), np.quantile(values, (0.05, 0.5, 0.95)), strict=True))
+        ]
+        grey, ends = {"color": MUTED, "opacity": 0.18}, {"x": x | {"field": "low"}}
+        layers = [layer("rect", band, "", grey, **ends, x2={"field": "high"}),
+                  layer("rule", band, "", _RANDOM, x=x)]  # fmt: skip
+    for by in RANKINGS:
+        rows = [
+            {
+                "method": m.method,
+                "row": names[m.method],
+                "ranked": by,
+                "value": m.value(measure, by),
+            }
+            for m in result.methods
+            if m.curve(by) is not None
+        ]
+        # Hollow marks stand a little lower, so that equal areas show both.
+        look = {"size": 55, "filled": by == "signed", "yOffset": 0 if by == "signed" else 6}
+        layers.append(layer("point", rows, "", look, **on, **_on(result, "color")))
+    better = "more is better" if measure == "cpr" else "less is better"
+    title = f"{measure.upper()}: {better}"
+    return {"title": title, "width": 180, "height": {"step": 20}, "layer": layers}
+
+
+def _agreement(result: Comparison) -> Spec:
     """Draw Spearman with the yardstick against cost; a line marks the cost of the yardstick."""
-    styles = looks(result)
-    axes.axhline(0.0, **_LEVEL)
-    for method in _agreeing(result):
-        colour, marker, _ = styles[method.method]
-        # Crosses have less ink than other markers of their size.
-        shape: dict[str, Any] = {"marker": marker, "s": 120 if marker in "PX" else 80, "zorder": 4}
-        across = max(method.forward_passes, 1e-3)
-        edge: dict[str, Any] = {"edgecolors": "white", "linewidths": 0.5}
-        points = axes.scatter(across, method.spearman, color=colour, **shape, **edge)
-        points.set_gid(f"agreement-{result.names.index(method.method)}")
+    rows = [
+        {"method": m.method, "cost": max(m.forward_passes, 1e-3), "spearman": m.spearman}
+        for m in _agreeing(result)
+    ]
+    axis = {"format": "~g", "values": [10**n for n in range(-3, 7)]}
+    x = field("cost", "time in forward passes", scale={"type": "log"}, axis=axis)
+    y = field("spearman", "Spearman with exact ablation")
+    told = tips(method="method", spearman="Spearman", cost="forward passes")
+    layers = [
+        rule("y", 0),
+        layer("point", rows, "", {"size": 80, "filled": True}, x=x, y=y, tooltip=told,
+              **_on(result, "color", "shape")),
+    ]  # fmt: skip
     cost = next((m.forward_passes for m in result.methods if m.method == YARDSTICK), math.nan)
     if math.isfinite(cost):
-        axes.axvline(cost, color=INK, linewidth=1.2, linestyle="--")
-        foot: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "rotation": 90}
-        axes.text(cost, 0.02, " exact ablation", fontsize=8, ha="right", va="bottom", **foot)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.margins(0.12)
-    axes.set(xlabel="time in forward passes", ylabel="Spearman with exact ablation")
-    axes.set_title("Agreement: up and left is better", loc="left", fontsize=10)
-    style.plain_axes(axes, "both")
+        mark, look = [{"cost": cost, "words": "exact ablation"}], {"color": INK}
+        text = {"angle": 270, "align": "left", "dx": 4, "dy": -5, "fontSize": 10}
+        foot = {"x": x, "y": {"value": "height"}, "text": name("words")}
+        layers.append(layer("rule", mark, "", {**look, "strokeDash": DASHES[1]}, x=x))
+        layers.append(layer("text", mark, "", text, **foot))
+    title = "Agreement: up and left is better"
+    return {"title": title, "width": 240, "height": 240, "layer": layers}
 
 
 def _agreeing(result: Comparison) -> list[MethodResult]:
@@ -258,39 +231,29 @@ def _agreeing(result: Comparison) -> list[MethodResult]:
     ]
 
 
-def _handles(result: Comparison) -> dict[str, Artist]:
-    """Return the entries of the legend by label."""
-    styles = looks(result)
-    handles: dict[str, Artist] = {}
-    for method in result.methods:
-        if not method.refused:
-            colour, marker, line = styles[method.method]
-            shape: dict[str, Any] = {"marker": marker, "markersize": 6, "linewidth": 1.4}
-            handles[method.method] = Line2D([], [], color=colour, linestyle=line, **shape)
-    if result.random:
-        name = f"random rankings ({len(result.random)}): median, 5-95 %"
-        handles[name] = Line2D([], [], **_RANDOM)
-    for ranking, words in _RANKED_BY.items():
-        fill = MUTED if ranking == "signed" else "white"
-        handles[f"CPR, CMD: ranked by {words}"] = style.dot(marker="o", mfc=fill, mec=MUTED)
-    return handles
-
-
-def _draw_cells(axes: Axes, frame: pd.DataFrame) -> None:
+def _shades(result: PlantedComparison, measure: str, title: str) -> Spec:
     """Draw cells shaded from white (0) to blue (1), with their number."""
-    values = frame.to_numpy(dtype=float)
-    rows, columns = values.shape
-    shades = colormaps["Blues"].with_extremes(bad="#eeeeee")
-    edges = [np.arange(n + 1) - 0.5 for n in (columns, rows)]
-    axes.pcolormesh(*edges, values, cmap=shades, vmin=0.0, vmax=1.25, edgecolors="white")
-    centred: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8.5}
-    for (row, column), value in np.ndenumerate(values):
-        ink = "white" if value > 0.85 else INK
-        axes.text(column, row, number(float(value), ".2f"), color=ink, **centred)
-    axes.axvline(columns - 1.5, color=INK, linewidth=1.0)
-    slanted: dict[str, Any] = {"rotation": 35, "ha": "right", "parse_math": False}
-    axes.set_xticks(range(columns), [str(name) for name in frame.columns], **slanted)
-    axes.set_yticks(range(rows), [str(name) for name in frame.index], parse_math=False)
-    axes.tick_params(length=0, labelsize=9)
-    axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
-    axes.spines[:].set_visible(False)
+    frame = result.matrix(measure)
+    frame = frame.assign(mean=frame.mean(axis=1, skipna=False))
+    rows = [
+        {"method": method, "circuit": circuit, "value": value, "words": number(value, ".2f")}
+        for method, values in zip(frame.index, frame.to_numpy(dtype=float), strict=True)
+        for circuit, value in zip(frame.columns, values, strict=True)
+    ]
+    shade = {"domain": [0, 1.25], "range": [PAPER, POSITIVE], "interpolate": "rgb"}
+    missing = {"test": "datum.value === null", "value": spec.EMPTY}
+    colour = field("value", scale=shade, legend=None, condition=missing)
+    ink = {"condition": {"test": "datum.value > 0.85", "value": "white"}, "value": INK}
+    sides = {"x": ("circuit", list(frame.columns), -35), "y": ("method", list(frame.index), 0)}
+    on = {
+        side: name(of, scale={"domain": names}, axis={"domain": False, "labelAngle": angle})
+        for side, (of, names, angle) in sides.items()
+    }
+    return {
+        "title": title, "width": {"step": 62}, "height": {"step": 24}, "data": {"values": rows},
+        "encoding": on,
+        "layer": [
+            layer("rect", look={"stroke": PAPER, "invalid": None}, color=colour),
+            layer("text", text=name("words"), color=ink),
+        ],
+    }  # fmt: skip

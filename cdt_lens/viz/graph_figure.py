@@ -6,33 +6,26 @@ figures, blue is positive and red is negative, and red lines are dashed.
 
 The layout is that of Sugiyama: rows by layer, an order within the rows that avoids crossings, and
 bends where a line passes a row. networkx has no such layout; its `multipartite_layout` draws lines
-through the nodes of the rows between.
+through the nodes of the rows between. Vega-Lite draws what is placed here.
 """
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any
 
 import numpy as np
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import FancyBboxPatch, PathPatch
-from matplotlib.path import Path
 from scipy.optimize import isotonic_regression
 
 from cdt_lens.circuits.graph import NODE_FILL, Edge, Graph
 from cdt_lens.circuits.nodes import NodePlace, Site, parse_node
-from cdt_lens.core.display import INK, MUTED, NEGATIVE, POSITIVE
+from cdt_lens.core.display import INK, MUTED, NEGATIVE, POSITIVE, Figure
 from cdt_lens.core.errors import InputError
-from cdt_lens.viz import style
+from cdt_lens.viz import spec
+from cdt_lens.viz.spec import DASHES, PAPER, Spec, field, layer, looks, tips
 
-# In inches: the distance between two rows, and the room of a node and of a bend in a row.
+# In units of the drawing: the distance of two rows, and the room of a node and of a bend in a row.
 _ROW, _NODE_ROOM, _BEND_ROOM = 0.74, 0.7, 0.13
 _ORDER_SWEEPS, _POSITION_SWEEPS = 24, 40
 Spot = tuple[float, float]
@@ -40,12 +33,15 @@ Spot = tuple[float, float]
 _Point = str | tuple[int, int]
 _Near = Mapping[_Point, Sequence[_Point]]
 
-# In inches, the unit of the axes: the size of a node, and the inputs of a head from its middle.
+# The size of a node, the inputs of a head from its middle, and the pixels of one unit.
 _WIDE, _HIGH = 0.58, 0.36
 _PORTS: dict[Site, float] = {"q": -0.18, "k": 0.0, "v": 0.18, "": 0.0}
-_DASHES = (0, (4, 1.6))
-_UNSCORED: dict[str, Any] = {"linestyle": ":", "linewidth": 1.0}
-_THIN, _THICK = 0.6, 4.0
+_UNIT = 92
+_SIGNS = {
+    "positive": (POSITIVE, DASHES[0]), "negative": (NEGATIVE, DASHES[1]),
+    "not scored": (MUTED, DASHES[3]),
+}  # fmt: skip
+_FILLS = [PAPER if colour == "white" else colour for colour in NODE_FILL.values()]
 
 
 def graph_figure(graph: Graph, max_edges: int = 40) -> Figure:
@@ -53,8 +49,7 @@ def graph_figure(graph: Graph, max_edges: int = 40) -> Figure:
 
     Blue solid lines are positive (towards the gold label), red dashed lines are negative. Their
     width grows with the magnitude, and the number in a node is its own score. Edges without a score
-    are thin and dotted. MLPs without a line are left out. Line i of `drawn_edges` is the patch with
-    gid "edge-i", and a node is a patch with a gid such as "node-L9H6".
+    are thin and dotted. MLPs without a line are left out.
 
     Args:
         graph: The graph.
@@ -69,17 +64,26 @@ def graph_figure(graph: Graph, max_edges: int = 40) -> Figure:
     places = _shown(graph, edges)
     steps = {name: place.step(graph.parallel) for name, place in places.items()}
     layout = layered(steps, [(edge.source, edge.target) for edge in edges])
-    figure, axes = _paper(layout)
-    largest = max((abs(edge.score or 0.0) for edge in edges), default=0.0)
     # The strongest comes last, over the weaker ones.
-    for index, edge in reversed(list(enumerate(edges))):
-        _line(axes, edge, layout.bends[index], layout.nodes, largest, f"edge-{index}")
-    for name, spot in layout.nodes.items():
-        sites = {edge.site for edge in edges if edge.target == name}
-        _node(axes, name, graph.nodes[name].score, spot, places[name], sites)
-    _name_layers(axes, places, layout.nodes)
-    _explain(figure, graph, edges, largest)
-    return figure
+    drawn = reversed(list(enumerate(edges)))
+    lines = [row for index, edge in drawn for row in _line(graph, edge, layout, index)]
+    nodes = [_node(graph, name, place, layout.nodes[name]) for name, place in places.items()]
+    total, heads = len(graph.kept_edges), len(graph.heads)
+    count = f"{len(edges)} of {total} edges" if len(edges) < total else f"{total} edges"
+    strongest = f" The strongest edge is {edge_line(graph, edges[0])}." if edges else ""
+    widest = f"The widest line is {abs(edges[0].score or 0):.2g}." if edges else ""
+    body = _body(layout, lines, nodes, _letters(layout, edges), _layers(places, layout))
+    return spec.figure(
+        f"Circuit graph: {heads} heads of {graph.n_layers * graph.n_heads}, {count}",
+        f"Layered drawing of a circuit graph, the input at the bottom and the logits on top: "
+        f"{heads} heads of {graph.n_layers} layers of {graph.n_heads}, {count} drawn.{strongest}",
+        body,
+        notes=[
+            f"Scores in {graph.unit}. {widest}",
+            "q, k, v: read by the queries, keys, values of a head.",
+        ],
+        width=body["width"],
+    )
 
 
 def drawn_edges(graph: Graph, max_edges: int) -> tuple[Edge, ...]:
@@ -113,119 +117,90 @@ def _shown(graph: Graph, edges: Sequence[Edge]) -> dict[str, NodePlace]:
     return dict(sorted(shown.items(), key=lambda item: (item[1].step(False), item[1].head)))
 
 
-def _paper(layout: Layout) -> tuple[Figure, Axes]:
-    """Return a figure in which one unit of the axes is about one inch."""
-    spots = [*layout.nodes.values(), *chain.from_iterable(layout.bends)] or [(0.0, 0.0)]
-    across, up = zip(*spots, strict=True)
-    left, low = min(across) - 0.5, min(up) - 0.4
-    wide, high = max(max(across) + 0.5 - left, 4.6), max(up) + 0.4 - low
-    middle = (min(across) + max(across)) / 2
-    figure = style.paper(wide + 0.9, high + 1.6)
-    axes = figure.add_subplot()
-    axes.set(xlim=(middle - wide / 2, middle + wide / 2), ylim=(low, low + high), xticks=[])
-    axes.spines[:].set_visible(False)
-    return figure, axes
-
-
-def _line(
-    axes: Axes,
-    edge: Edge,
-    bends: Sequence[Spot],
-    nodes: Mapping[str, Spot],
-    largest: float,
-    gid: str,
-) -> None:
-    (x0, y0), (x1, y1) = nodes[edge.source], nodes[edge.target]
+def _line(graph: Graph, edge: Edge, layout: Layout, index: int) -> list[Spec]:
+    """Return the points of a line, from the top of its source to the bottom of its target."""
+    (x0, y0), (x1, y1) = layout.nodes[edge.source], layout.nodes[edge.target]
     letter = 0.12 if edge.site else 0.0
     end = (x1 + _PORTS[edge.site], y1 - _HIGH / 2 - letter)
-    spots, codes = [(x0, y0 + _HIGH / 2)], [Path.MOVETO]
-    # The line is upright at every bend.
-    for (ax, ay), (bx, by) in pairwise([*spots, *bends, end]):
-        pull = 0.45 * (by - ay)
-        spots += [(ax, ay + pull), (bx, by - pull), (bx, by)]
-        codes += [Path.CURVE4] * 3
-    pen = _pen(edge.score, largest)
-    axes.add_patch(PathPatch(Path(spots, codes), fill=False, alpha=0.85, zorder=2, gid=gid, **pen))
+    sign = "not scored" if edge.score is None else "negative" if edge.score < 0 else "positive"
+    row = {"edge": edge_line(graph, edge), "line": index, "sign": sign}
+    row["size"] = abs(edge.score or 0.0)
+    spots = [(x0, y0 + _HIGH / 2), *layout.bends[index], end]
+    return [{**row, "order": order, "x": x, "y": y} for order, (x, y) in enumerate(spots)]
 
 
-def _pen(score: float | None, largest: float) -> dict[str, Any]:
-    """Return colour, style and width of a line with this score."""
-    if score is None:
-        return {"edgecolor": MUTED, **_UNSCORED}
-    return {
-        "edgecolor": NEGATIVE if score < 0 else POSITIVE,
-        "linestyle": _DASHES if score < 0 else "-",
-        "linewidth": _THIN + (_THICK - _THIN) * abs(score) / (largest or 1.0),
-    }
-
-
-def _node(
-    axes: Axes, name: str, score: float | None, spot: Spot, place: NodePlace, sites: set[Site]
-) -> None:
+def _node(graph: Graph, name: str, place: NodePlace, spot: Spot) -> Spec:
+    score = graph.nodes[name].score
     x, y = spot
-    corner = (x - _WIDE / 2 + 0.05, y - _HIGH / 2 + 0.05)
-    paint: dict[str, Any] = {"facecolor": NODE_FILL[place.kind], "edgecolor": INK, "linewidth": 0.9}
-    shape: dict[str, Any] = {"boxstyle": "round,pad=0.05", "gid": f"node-{name}", "zorder": 4}
-    axes.add_patch(FancyBboxPatch(corner, _WIDE - 0.1, _HIGH - 0.1, **shape, **paint))
-    words: dict[str, Any] = {"ha": "center", "va": "center", "color": INK, "zorder": 5}
-    axes.text(x, y if score is None else y + 0.065, name, fontsize=8.5, **words)
-    if score is not None:
-        axes.text(x, y - 0.085, f"{score:+z.2g}", fontsize=7, **words)
-    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
-    for site in sorted(sites - {""}):
-        axes.text(x + _PORTS[site], y - _HIGH / 2 - 0.065, site, fontsize=7.5, bbox=behind, **words)
+    return {
+        "node": name, "kind": place.kind, "x": x,
+        "words": "" if score is None else f"{score:+z.2g}",
+        "left": x - _WIDE / 2, "right": x + _WIDE / 2, "low": y - _HIGH / 2, "high": y + _HIGH / 2,
+        "name_y": y if score is None else y + 0.075, "score_y": y - 0.08,
+    }  # fmt: skip
 
 
-def _name_layers(axes: Axes, places: Mapping[str, NodePlace], nodes: Mapping[str, Spot]) -> None:
-    ticks: dict[float, str] = {}
-    named: set[int] = set()
+def _letters(layout: Layout, edges: Sequence[Edge]) -> list[Spec]:
+    read = dict.fromkeys((edge.target, edge.site) for edge in edges if edge.site)
+    return [
+        {"site": site, "x": x + _PORTS[site], "y": y - _HIGH / 2 - 0.065}
+        for (x, y), site in ((layout.nodes[target], site) for target, site in read)
+    ]
+
+
+def _layers(places: Mapping[str, NodePlace], layout: Layout) -> list[Spec]:
+    """Return the names of the rows; the heads of a layer and the MLP above them share one."""
+    rows: dict[object, Spec] = {}
     for name, place in places.items():
-        # The heads of a layer and the MLP above them share one name.
-        if place.layer not in named:
-            ticks[nodes[name][1]] = name if place.kind in ("input", "logits") else str(place.layer)
-        named.add(place.layer)
-    axes.set_yticks(list(ticks), list(ticks.values()))
-    axes.tick_params(length=0)
-    axes.set_ylabel("layer")
+        ends = place.kind in ("input", "logits")
+        row = {"words": name if ends else f"layer {place.layer}", "y": layout.nodes[name][1]}
+        rows.setdefault(name if ends else place.layer, row)
+    return list(rows.values())
 
 
-def _explain(figure: Figure, graph: Graph, edges: Sequence[Edge], largest: float) -> None:
-    """Add the title, the unit, the legend and the description."""
-    total, heads = len(graph.kept_edges), len(graph.heads)
-    count = f"{len(edges)} of {total} edges" if len(edges) < total else f"{total} edges"
-    style.title(
-        figure, f"Circuit graph: {heads} heads of {graph.n_layers * graph.n_heads}, {count}"
+def _body(
+    layout: Layout, lines: list[Spec], nodes: list[Spec], letters: list[Spec], layers: list[Spec]
+) -> Spec:
+    spots = [*layout.nodes.values(), *chain.from_iterable(layout.bends)] or [(0.0, 0.0)]
+    across, up = zip(*spots, strict=True)
+    left, right, low, high = min(across) - 1.1, max(across) + 0.5, min(up) - 0.4, max(up) + 0.4
+    x, y = (
+        field(axis, scale={"domain": list(ends), "nice": False, "zero": False}, axis=None)
+        for axis, ends in (("x", (left, right)), ("y", (low, high)))
     )
-    note = f"Scores in {graph.unit}. q, k, v: read by the queries, keys, values of a head."
-    lines = textwrap.fill(note, int(figure.get_figwidth() * 12))
-    figure.axes[0].set_xlabel(lines, fontsize=9, parse_math=False)
-    handles = _handles(largest, any(edge.score is None for edge in edges))
-    style.legend(figure, handles, ncols=len(handles), handlelength=2.6)
-    strongest = f" The strongest edge is {edge_line(graph, edges[0])}." if edges else ""
-    figure.set_label(
-        f"Layered drawing of a circuit graph, the input at the bottom and the logits on top: "
-        f"{heads} heads of {graph.n_layers} layers of {graph.n_heads}, {count} drawn.{strongest}"
-    )
-
-
-def _handles(largest: float, unscored: bool) -> dict[str, Artist]:
-    """Return the entries of the legend; `unscored` is whether a line has no score."""
-    handles: dict[str, Artist] = {
-        "positive": Line2D([], [], color=POSITIVE, linewidth=2),
-        "negative": Line2D([], [], color=NEGATIVE, linewidth=2, linestyle=_DASHES),
-    }
-    if largest:
-        thick, thin = (_THIN + share * (_THICK - _THIN) for share in (1.0, 0.1))
-        handles[f"magnitude {largest:.2g}"] = Line2D([], [], color=INK, linewidth=thick)
-        handles[f"{largest / 10:.2g}"] = Line2D([], [], color=INK, linewidth=thin)
-    if unscored:
-        handles["not scored"] = Line2D([], [], color=MUTED, **_UNSCORED)
-    return handles
+    legend = {"title": None, "columns": 3, "symbolType": "stroke", "symbolStrokeWidth": 2}
+    colours, dashes = zip(*_SIGNS.values(), strict=True)
+    look = {
+        "color": spec.name("sign", legend=legend, **looks(_SIGNS, colours)),
+        "strokeDash": spec.name("sign", legend=legend, **looks(_SIGNS, dashes)),
+        "size": field("size", scale={"range": [0.7, 4.5], "zero": True}, legend=None),
+        "detail": {"field": "line"}, "order": {"field": "order"}, "tooltip": tips(edge="edge"),
+    }  # fmt: skip
+    box = {
+        "x": x | {"field": "left"}, "x2": {"field": "right"}, "y": y | {"field": "low"},
+        "y2": {"field": "high"}, "tooltip": tips(node="node", words="score"),
+        "fill": spec.name("kind", legend=None, **looks(NODE_FILL, _FILLS)),
+    }  # fmt: skip
+    node, words, site = (spec.name(key) for key in ("node", "words", "site"))
+    curved = {"interpolate": "monotone", "orient": "horizontal", "opacity": 0.85}
+    return {
+        "width": round(_UNIT * (right - left)), "height": round(_UNIT * (high - low)),
+        "usermeta": {"fixed": True},
+        "layer": [
+            layer("line", lines, "", curved, x=x, y=y, **look),
+            layer("rect", nodes, "", {"stroke": INK, "cornerRadius": 3}, **box),
+            layer("text", nodes, x=x, y=y | {"field": "name_y"}, text=node),
+            layer("text", nodes, "", {"fontSize": 9}, x=x, y=y | {"field": "score_y"}, text=words),
+            layer("text", letters, "", {"fontSize": 10}, x=x, y=y, text=site),
+            layer("text", layers, "", {"align": "left", "color": MUTED}, y=y, x={"value": 0},
+                  text=words),
+        ],
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The positions of a drawing, in inches.
+    """The positions of a drawing, in units of the drawing.
 
     Args:
         nodes: The middle of each node.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from matplotlib.figure import Figure
-
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve
 from cdt_lens.circuits.graph import Graph
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.comparing.comparison import Comparison, PlantedComparison
 from cdt_lens.core import display
+from cdt_lens.core.display import Figure
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.transfer_result import TransferResult
 from cdt_lens.scoring.agreement import MethodAgreement
@@ -24,7 +23,6 @@ from cdt_lens.viz import (
     training_figures,
     widgets,
 )
-from cdt_lens.viz.svg import figure_html
 from cdt_lens.viz.tables import Scored
 
 display.figure.register(Graph, graph_figure.graph_figure)
@@ -56,21 +54,21 @@ def _scores_figure(
 @display.page.register(FaithfulnessCurve)
 @display.page.register(MethodAgreement)
 def _figure_page(result: object) -> str:
-    return str(figure_html(display.figure(result)))
+    return str(display.figure(result).svg())
 
 
 @display.page.register(Comparison)
 @display.page.register(PlantedComparison)
 def _comparison_page(result: object) -> str:
-    return display.table(result).__html__() + figure_html(display.figure(result))
+    return str(display.table(result).__html__() + display.figure(result).svg())
 
 
 @display.page.register(Circuit)
 def _circuit_page(circuit: Circuit) -> str:
     scored = Scored.kept_by(circuit)
-    parts = [] if scored is None else [figure_html(figures.heatmap(scored, circuit=circuit))]
+    parts = [] if scored is None else [figures.heatmap(scored, circuit=circuit).svg()]
     if circuit.graph is not None:
-        parts.append(figure_html(display.figure(circuit.graph)))
+        parts.append(display.figure(circuit.graph).svg())
     title = f"Circuit of {len(circuit)} of {circuit.n_layers * circuit.n_heads} heads"
     return display.html(title, *parts, circuit.to_dataframe())
 

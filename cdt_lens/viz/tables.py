@@ -228,9 +228,13 @@ def tokens_table(tokens: Sequence[str], values: Sequence[float]) -> Table:
         tokens: The tokens of a prompt.
         values: The relevance of each token, in logits.
     """
-    signs = str.maketrans({" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5"})
     rows = [
-        (position, token.translate(signs), number(value, "+z.4f"))
+        (position, visible(token), number(value, "+z.4f"))
         for position, (token, value) in enumerate(zip(tokens, values, strict=True))
     ]
     return Table(("position", "token", "relevance (logits)"), rows)
+
+
+def visible(token: str) -> str:
+    """Return a token with its spaces and line breaks as signs."""
+    return token.translate(str.maketrans(" \n\t", "\u00b7\u21b5\u21e5"))

@@ -1,55 +1,53 @@
-"""Figures of fine-tuning and transfer, by matplotlib's object interface without pyplot.
+"""Figures of fine-tuning and transfer as Vega-Lite specifications.
 
 1. A scope has the same colour and marker in every figure and panel; no two scopes share a marker.
-2. Every seed is a small dot, and the mean over seeds is a large one. A difference smaller than the
-   scatter of the dots means nothing. With one seed there is only the large dot.
+2. Every seed is a small mark, and the mean over seeds is a large one. A difference smaller than the
+   scatter of the small ones means nothing.
 3. The untouched checkpoint is drawn wherever a scope is, because training must beat it.
+4. The figure of the measures has parameters: the `measure` shown, the `hidden` scopes, and whether
+   the `seeds` are drawn.
 """
 
 from __future__ import annotations
 
-import math
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
-from cdt_lens.core.display import INK, MUTED, POSITIVE
+from cdt_lens.core.display import INK, MUTED, POSITIVE, Figure
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.transfer_result import TransferResult
-from cdt_lens.viz import style
-from cdt_lens.viz.training_tables import runs_of, untouched
-from cdt_lens.viz.words import mean_and_spread, mean_in_words, score
+from cdt_lens.models.heads import all_heads
+from cdt_lens.viz import spec
+from cdt_lens.viz.spec import DASHES, PAPER, Spec, field, layer, looks, name, rule, tips
+from cdt_lens.viz.training_tables import MEASURES, runs_of, untouched
+from cdt_lens.viz.words import score
 
 # Colour and marker of each scope; the controls have the colours of the faithfulness curve.
 _LOOKS = {
-    "decision": (POSITIVE, "o"),
-    "near-zero": ("#d9822b", "s"),
-    "random": ("#8a5a00", "^"),
-    "random-per-layer": ("#3f7a52", "v"),
-    "norms": ("#7a4988", "D"),
-    "full": (INK, "P"),
-    "lora": ("#12808f", "X"),
+    "decision": (POSITIVE, "circle"),
+    "near-zero": ("#d9822b", "square"),
+    "random": ("#8a5a00", "triangle-up"),
+    "random-per-layer": ("#3f7a52", "triangle-down"),
+    "norms": ("#7a4988", "diamond"),
+    "full": (INK, "cross"),
+    "lora": ("#12808f", spec.CROSS),
 }
-_OTHER_LOOKS = (("#a03b6d", "<"), ("#5b7083", ">"), ("#6b8e23", "h"), ("#444444", "d"))
-_BEFORE: dict[str, Any] = {"color": MUTED, "linewidth": 1.0, "linestyle": (0, (5, 3))}
-_CHANCE: dict[str, Any] = {"color": MUTED, "linewidth": 1.2, "linestyle": (0, (1, 1.5))}
-# The lines of a learning curve, and the star at the evaluation whose weights are kept.
-_TARGET: dict[str, Any] = {"color": POSITIVE, "marker": "o", "markersize": 5, "linewidth": 2.2}
-_MACRO_F1: dict[str, Any] = {"color": "#12808f", "marker": "D", "markersize": 4, "linestyle": ":"}
-_SOURCE: dict[str, Any] = {"color": "#8a5a00", "marker": "s", "markersize": 4, "linestyle": "--"}
-_TRAINING: dict[str, Any] = {"color": INK, "marker": "^", "markersize": 4, "linestyle": "-."}
-_KEPT: dict[str, Any] = {"marker": "*", "s": 170, "color": "white", "edgecolors": INK, "zorder": 5}
-_TRADE_OFF = ("accuracy", "retention")
+_OTHER_LOOKS = (
+    ("#a03b6d", "triangle-left"), ("#5b7083", "triangle-right"), ("#6b8e23", spec.PENTAGON),
+    ("#444444", spec.HOURGLASS),
+)  # fmt: skip
+_LINES = {
+    "target_accuracy": ("target accuracy", POSITIVE, "circle"),
+    "target_macro_f1": ("target macro-F1", "#12808f", "diamond"),
+    "source_accuracy": ("source accuracy", "#8a5a00", "square"),
+    "target_loss": ("target loss", POSITIVE, "circle"),
+    "train_loss": ("training loss", INK, "triangle-up"),
+}
+_KEPT = {"shape": spec.STAR, "filled": True, "fill": PAPER, "stroke": INK, "size": 170}
+_SEED = {"size": 22, "opacity": 0.7, "filled": True}
+_MEAN = {"size": 90, "opacity": 1, "filled": True}
 
 
 def learning_curve(result: FineTuneResult) -> Figure:
@@ -61,263 +59,215 @@ def learning_curve(result: FineTuneResult) -> Figure:
     Args:
         result: The fine-tuning run.
     """
-    history = result.history
-    figure = style.paper(5.2, 5.4)
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    _draw_line(top, history, "target_accuracy", "target accuracy", _TARGET)
-    _draw_line(top, history, "target_macro_f1", "target macro-F1", _MACRO_F1)
-    _draw_line(top, history, "source_accuracy", "source accuracy", _SOURCE)
-    _draw_line(bottom, history, "target_loss", "target loss", _TARGET)
-    _draw_line(bottom, history, "train_loss", "training loss", _TRAINING)
-    kept = history[history["epoch"] == result.best_epoch]
-    label = f"kept: epoch {result.best_epoch}"
-    top.scatter(kept["step"], kept["target_accuracy"], label=label, **_KEPT)
-    bottom.scatter(kept["step"], kept["target_loss"], **_KEPT)
-    for axes in (top, bottom):
-        style.plain_axes(axes, "y")
-    top.set_ylabel("accuracy, macro-F1")
-    bottom.set(ylabel="loss (nats)", xlabel="optimiser step")
-    bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(ncols=2, **style.LEGEND)
-    style.title(figure, f"Learning curve: {result.scope}")
+    columns, apart = list(_LINES), dict.fromkeys(("color", "shape", "strokeDash"), "independent")
+    upper = _history(result, columns[:3], "accuracy, macro-F1")
+    lower = _history(result, columns[3:], "loss (nats)")
     before, after = (score(float(row["target_accuracy"])) for row in (result.before, result.after))
-    figure.set_label(
-        f"Two line charts over {len(history)} evaluations: target accuracy goes from {before} to "
-        f"{after} at epoch {result.best_epoch}, whose weights are kept."
+    return spec.figure(
+        f"Learning curve: {result.scope}",
+        f"Two line charts over {len(result.history)} evaluations: target accuracy goes from "
+        f"{before} to {after} at epoch {result.best_epoch}, whose weights are kept.",
+        {"vconcat": [upper, lower], "resolve": {"scale": apart}},
+        notes=[f"The star marks epoch {result.best_epoch}, whose weights are kept."],
+        width=400,
     )
-    return figure
 
 
 def trained_heads(result: FineTuneResult) -> Figure:
     """Draw the heads whose slices were trained, layers down and heads across.
 
-    Trained heads are dark. Heads with a cross were not selected but share a trained K/V slice. The
-    cells are the collection with gid "cells", row by row.
+    Trained heads are dark. Heads with a cross were not selected but share a trained K/V slice.
 
     Args:
         result: The fine-tuning run.
     """
-    states = np.zeros((result.n_layers, result.n_heads))
-    for state, members in ((1, result.siblings), (2, result.heads)):
-        for head in members:
-            states[head.layer, head.head] = state
-    colours = ("#ececec", "#a9c6e3", POSITIVE)
-    figure, axes, _ = style.head_map(states, ListedColormap(colours), (-0.5, 2.5))
-    shared = f"shares a K/V slice ({len(result.siblings)})"
-    crosses = style.mark(axes, shared, "x", states == 1)
-    handles: dict[str, Artist] = {f"trained ({len(result.heads)} heads)": Patch(color=POSITIVE)}
-    handles |= dict(zip([shared], crosses, strict=False))
-    handles["not trained"] = Patch(color=colours[0])
-    style.legend(figure, handles, ncols=2)
-    style.title(figure, f"Trained heads: {result.scope}")
-    figure.set_label(
-        f"Map of {result.n_layers} layers by {result.n_heads} heads: {len(result.heads)} trained, "
-        f"{len(result.siblings)} that share a trained key or value slice."
+    trained, shared = len(result.heads), len(result.siblings)
+    states = f"trained ({trained})", f"shares a K/V slice ({shared})", "not trained"
+    rows = []
+    for head in all_heads(result.n_layers, result.n_heads):
+        state = states[0 if head in result.heads else 1 if head in result.siblings else 2]
+        rows.append({"layer": head.layer, "head": head.head, "cell": head, "state": state})
+    colour = name("state", legend={"columns": 3}, **looks(states, (POSITIVE, "#a9c6e3", "#ececec")))
+    crosses = [row for row in rows if row["state"] == states[1]]
+    mark = layer("point", crosses, "", {"shape": spec.CROSS, "filled": True, "fill": INK})
+    told = tips(cell="head", state="state")
+    return spec.figure(
+        f"Trained heads: {result.scope}",
+        f"Map of {result.n_layers} layers by {result.n_heads} heads: {trained} trained, "
+        f"{shared} that share a trained key or value slice.",
+        spec.head_map(rows, (result.n_layers, result.n_heads), colour, told, mark),
     )
-    return figure
 
 
 def trade_off(result: TransferResult) -> Figure:
     """Draw target accuracy (up) against retention (across) on test data, one panel per target.
 
     Up and to the right is better. The star is the untouched proxy checkpoint, whose retention is 1
-    by definition. In panel i, the seeds and the mean of scope j are the collections with gid
-    "seeds-i-j" and "mean-i-j"; `point_lines` names them.
+    by definition.
 
     Args:
         result: The transfer.
     """
-    title = "Target accuracy against retention: up and to the right is better"
-    figure, panels = _panels(title, result.targets, height=3.1)
-    for index, (target, axes) in enumerate(zip(result.targets, panels, strict=True)):
-        before = untouched(result, target, "accuracy")
-        axes.axvline(1.0, zorder=1, **_BEFORE)
-        if np.isfinite(before):
-            axes.axhline(before, zorder=1, **_BEFORE)
-            axes.scatter([1.0], [before], marker="*", s=150, color="white", edgecolors=INK)
-        for row, runs in enumerate(_drawn(result, target, *_TRADE_OFF)):
-            across, up = runs["retention"], runs["accuracy"]
-            mean = across.mean(), up.mean()
-            _draw_points(axes, f"{index}-{row}", across, up, mean, _look(result, row))
-        _note_if_empty(axes)
-    _label(panels, "retention (after / before)", "target accuracy")
-    star = Line2D([], [], marker="*", markersize=11, mfc="white", mec=INK, **_BEFORE)
-    handles = {**_scope_handles(result), "untouched checkpoint": star}
-    _draw_legend(figure, result, handles, "mean over seeds")
-    figure.set_label(
-        f"Scatter plots, one for each of {len(result.targets)} target languages, of target "
-        f"accuracy against retention for {', '.join(result.scopes)}; the tables hold the numbers."
+    axes = {
+        axis: field(key, MEASURES[key].heading, scale={"zero": False})
+        for axis, key in (("x", "retention"), ("y", "accuracy"))
+    }
+    means = {axis: on | {"aggregate": "mean"} for axis, on in axes.items()}
+    told = tips(
+        target="target", scope="scope", seed="seed", accuracy="accuracy", retention="retention"
     )
-    return figure
+    run, before = f"{_RUN} && isValid(datum.retention)", "datum.part === 'untouched'"
+    level = {"color": MUTED, "strokeDash": DASHES[1]}
+    body = _panels(result, 220, 190, [
+        rule("x", 1, strokeDash=DASHES[1]),
+        layer("rule", None, before, level, y=axes["y"]),
+        layer("point", None, before, _KEPT, **axes, tooltip=told),
+        layer("point", None, run, _SEED, **axes, **_scopes(result), tooltip=told),
+        layer("point", None, run, _MEAN, **means, **_scopes(result)),
+    ])  # fmt: skip
+    return spec.figure(
+        "Target accuracy against retention: up and to the right is better",
+        f"Scatter plots, one for each of {len(result.targets)} target languages, of target "
+        f"accuracy against retention for {', '.join(result.scopes)}; the tables hold the numbers.",
+        body,
+        notes=["Star, dashed: the untouched checkpoint. Large marks: the mean over seeds."],
+        width=560,
+    )
 
 
-def accuracies(result: TransferResult) -> Figure:
-    """Draw target accuracy on test data by scope, one panel per target, with seeds and mean.
+def measures(result: TransferResult) -> Figure:
+    """Draw one measure on test data by scope, one panel per target, with seeds and mean.
 
     The line through a mean is one standard deviation over seeds each way. Dotted: chance, always
-    the commonest label. Dashed: the untouched proxy checkpoint. The gids are those of `trade_off`.
+    the commonest label. Dashed: the untouched proxy checkpoint. The parameter `measure` names the
+    column of `result.cells` that is shown, first the accuracy.
 
     Args:
         result: The transfer.
     """
-    title = "Target accuracy of each scope"
-    figure, panels = _panels(title, result.targets, height=0.75 + 0.3 * len(result.scopes))
-    for index, (target, axes) in enumerate(zip(result.targets, panels, strict=True)):
-        before, chance = untouched(result, target, "accuracy"), result.chance.get(target, np.nan)
-        for value, line in ((before, _BEFORE), (chance, _CHANCE)):
-            if np.isfinite(value):
-                axes.axvline(value, zorder=1, **line)
-        for row, runs in enumerate(_drawn(result, target, "accuracy")):
-            _draw_accuracies(axes, f"{index}-{row}", row, runs["accuracy"], _look(result, row))
-        _note_if_empty(axes)
-        axes.set_yticks(range(len(result.scopes)), result.scopes, parse_math=False)
-        axes.set_ylim(len(result.scopes) - 0.4, -0.6)
-        axes.tick_params(axis="y", length=0)
-    _label(panels, "target accuracy", "")
-    handles = {
-        "chance (the commonest label)": Line2D([], [], **_CHANCE),
-        "untouched checkpoint": Line2D([], [], **_BEFORE),
+    x = field("value", None, scale={"zero": False})
+    y = name("scope", scale={"domain": list(result.scopes)}, axis={"ticks": False, "grid": True})
+    told = tips(target="target", scope="scope", seed="seed", value="value")
+    mean = {"x": x | {"aggregate": "mean"}, "y": y}
+    run = "datum.part === 'run' && isValid(datum.value) && indexof(hidden, datum.place) < 0"
+    levels = (("untouched", DASHES[1]), ("chance", DASHES[3]))
+    body = _panels(result, 200, 26 * max(len(result.scopes), 1), [
+        *(layer("rule", None, f"datum.part === '{part}'", {"color": MUTED, "strokeDash": dash}, x=x,
+                tooltip=told) for part, dash in levels),
+        layer("errorbar", None, run, {"extent": "stdev"}, x=x, y=y, color=_scopes(result)["color"]),
+        layer("point", None, f"{run} && seeds", {**_SEED, "yOffset": 8}, x=x, y=y, tooltip=told,
+              **_scopes(result)),
+        layer("point", None, run, _MEAN, **mean, **_scopes(result)),
+    ])  # fmt: skip
+    headings = {
+        k: f"{m.heading[:1].upper()}{m.heading[1:]} of each scope" for k, m in MEASURES.items()
     }
-    _draw_legend(figure, result, handles, "mean over seeds \u00b1 1 s.d.")
-    figure.set_label(
+    body["transform"] = [{"calculate": "datum[measure]", "as": "value"}]
+    start = {"measure": "accuracy", "hidden": [], "seeds": True, "headings": headings}
+    body["params"] = [{"name": key, "value": value} for key, value in start.items()]
+    drawn = spec.figure(
+        headings["accuracy"],
         f"Dot plots, one for each of {len(result.targets)} target languages, of the target "
-        f"accuracy of {', '.join(result.scopes)}, beside chance."
+        f"accuracy of {', '.join(result.scopes)}, beside chance.",
+        body,
+        notes=[
+            "Dashed: the untouched checkpoint. Dotted: chance. Large marks: the mean over seeds "
+            "\u00b1 1 standard deviation."
+        ],
+        width=560,
     )
-    return figure
+    drawn.spec["title"]["text"] = {"expr": "headings[measure]"}
+    return drawn
 
 
-def point_lines(result: TransferResult, *columns: str) -> dict[str, list[str]]:
-    """Return the tooltips of the points of a figure, by the gid of the points.
-
-    Args:
-        result: The transfer.
-        *columns: The columns that the figure draws: accuracy, and retention in the trade-off.
-    """
-    lines = {}
-    for index, target in enumerate(result.targets):
-        for row, runs in enumerate(_drawn(result, target, *columns)):
-            name = f"{target}, {result.scopes[row]}"
-            words = [
-                f"{name}, seed {run['seed']}: {', '.join(f'{c} {score(run[c])}' for c in columns)}"
-                for run in runs.to_dict("records")
-            ]
-            if len(words) > 1:
-                lines[f"seeds-{index}-{row}"] = words
-                means = ", ".join(f"{c} {mean_in_words(runs[c])}" for c in columns)
-                words = [f"{name}, mean of {len(runs)} seeds: {means}"]
-            if words:
-                lines[f"mean-{index}-{row}"] = words
-    return lines
+def measures_of(result: TransferResult) -> dict[str, str]:
+    """Return the columns of the cells that have values, with their headings."""
+    known = set(result.cells.columns[result.cells.notna().any()]) if len(result.cells) else set()
+    return {key: measure.heading for key, measure in MEASURES.items() if key in known}
 
 
-def _drawn(result: TransferResult, target: str, *columns: str) -> list[pd.DataFrame]:
-    """Return, for each scope, the runs whose `columns` are finite."""
-    scopes = (runs_of(result, target, scope) for scope in result.scopes)
-    return [
-        runs[np.isfinite(runs[list(columns)].to_numpy(dtype=float)).all(axis=1)] for runs in scopes
+def _history(result: FineTuneResult, columns: Sequence[str], title: str) -> Spec:
+    """Draw columns of the history over the steps, those that were measured."""
+    records: list[Any] = result.history.to_dict("records")
+    rows = [
+        {"step": row["step"], "epoch": row["epoch"], "value": row[key], "line": _LINES[key][0]}
+        for key in columns
+        for row in records
+        if np.isfinite(row[key])
     ]
+    first = _LINES[columns[0]][0]
+    kept = [r for r in rows if (r["epoch"], r["line"]) == (result.best_epoch, first)]
+    names, colours, shapes = zip(*(_LINES[key] for key in columns), strict=True)
+    legend = {"title": None, "columns": 3}
+    on = {
+        channel: name("line", legend=legend, **looks(names, values))
+        for channel, values in (("color", colours), ("strokeDash", DASHES), ("shape", shapes))
+    }
+    on |= {"x": field("step", "optimiser step"), "y": field("value", title, scale={"zero": False})}
+    shape = on.pop("shape")
+    at = {axis: on[axis] for axis in ("x", "y")}
+    told = tips(line="line", step="step", value="value")
+    dots = {"color": on["color"], "shape": shape, "tooltip": told}
+    return {
+        "width": 340, "height": 170,
+        "layer": [
+            layer("line", rows, "", {"strokeWidth": 2}, **on),
+            layer("point", rows, "", {"size": 36, "filled": True}, **at, **dots),
+            layer("point", kept, "", _KEPT, **at),
+        ],
+    }  # fmt: skip
 
 
-def _draw_accuracies(
-    axes: Axes, name: str, row: int, values: pd.Series, look: tuple[str, str]
-) -> None:
-    """Draw the accuracies of one scope, with one standard deviation around their mean."""
-    mean, spread = mean_and_spread(values)
-    if np.isfinite(spread):
-        axes.plot([mean - spread, mean + spread], [row, row], color=look[0], linewidth=1.4)
-    # The seeds stand below their mean and apart, so that none of them is hidden.
-    heights = pd.Series(row + np.linspace(0.16, 0.36, len(values)))
-    _draw_points(axes, name, values, heights, (mean, float(row)), look)
+_RUN = "datum.part === 'run' && isValid(datum.accuracy)"
 
 
-def _draw_points(
-    axes: Axes,
-    name: str,
-    across: pd.Series,
-    up: pd.Series,
-    mean: tuple[float, float],
-    look: tuple[str, str],
-) -> None:
-    """Draw a small dot for each of several seeds, and a large one for their mean."""
-    if across.empty:
-        return
-    # Crosses have less ink than other markers of their size.
-    size = 1.5 if look[1] in "PX" else 1.0
-    shape: dict[str, Any] = {"color": look[0], "marker": look[1]}
-    if len(across) > 1:
-        small: dict[str, Any] = {"s": 16 * size, "alpha": 0.6, "linewidths": 0, "zorder": 3}
-        axes.scatter(across, up, **small, **shape).set_gid(f"seeds-{name}")
-    large: dict[str, Any] = {"s": 62 * size, "edgecolors": "white", "linewidths": 0.6, "zorder": 4}
-    axes.scatter([mean[0]], [mean[1]], **large, **shape).set_gid(f"mean-{name}")
+def _panels(result: TransferResult, width: int, height: int, layers: list[Spec]) -> Spec:
+    """Return a panel for each target, at most three in a row, on the same scales."""
+    count = len(result.targets)
+    empty = layer("text", None, "datum.part === 'empty'", {"color": MUTED},
+                  text={"value": "no finished run"}, y={"value": 12})  # fmt: skip
+    return {
+        "data": {"values": [row for target in result.targets for row in _rows(result, target)]},
+        "facet": name("panel", header={"title": None, "labelLimit": width},
+                      sort={"field": "order", "op": "min"}),
+        "columns": 2 if count == 4 else min(max(count, 1), 3),
+        "spec": {"width": width, "height": height, "layer": [*layers, empty]},
+    }  # fmt: skip
 
 
-def _note_if_empty(axes: Axes) -> None:
-    if not any(points.get_gid() for points in axes.collections):
-        centre: dict[str, Any] = {"transform": axes.transAxes, "ha": "center", "va": "center"}
-        axes.text(0.5, 0.5, "no finished run", color=MUTED, fontsize=9, **centre)
+def _rows(result: TransferResult, target: str) -> list[Spec]:
+    """Return the runs on one target, the untouched checkpoint, and chance."""
+    before = {key: untouched(result, target, key) for key in MEASURES} | {"retention": 1.0}
+    rows: list[Spec] = [
+        {"part": "chance", "scope": "chance", "accuracy": result.chance.get(target)},
+        {"part": "untouched", "scope": "untouched checkpoint", **before},
+    ]
+    keys = ["seed", *MEASURES]
+    for place, scope in enumerate(result.scopes):
+        runs: list[Any] = runs_of(result, target, scope)[keys].to_dict("records")
+        rows += [{"part": "run", "scope": scope, "place": place, **run} for run in runs]
+    done = any(row["part"] == "run" and np.isfinite(row["accuracy"]) for row in rows)
+    rows += [] if done else [{"part": "empty"}]
+    # The name of a pseudo-language, such as "0.3", would read as a tick label.
+    title = f"target {target}" if target.replace(".", "").isdigit() else target
+    order = result.targets.index(target)
+    return [{"target": target, "panel": title, "order": order, **row} for row in rows]
+
+
+def _scopes(result: TransferResult) -> Spec:
+    drawn = [_look(result, index) for index in range(len(result.scopes))]
+    colours, shapes = zip(*drawn, strict=True) if drawn else ((), ())
+    legend = {"title": None, "columns": 4}
+    return {
+        channel: name("scope", legend=legend, **looks(result.scopes, values))
+        for channel, values in (("color", colours), ("shape", shapes))
+    }
 
 
 def _look(result: TransferResult, index: int) -> tuple[str, str]:
     """Return colour and marker of a scope; an unknown scope takes the next unused ones."""
     scope = result.scopes[index]
-    unknown = [name for name in result.scopes if name not in _LOOKS]
+    unknown = [other for other in result.scopes if other not in _LOOKS]
     if scope in _LOOKS:
         return _LOOKS[scope]
     return _OTHER_LOOKS[unknown.index(scope) % len(_OTHER_LOOKS)]
-
-
-def _panels(title: str, targets: Sequence[str], height: float) -> tuple[Figure, list[Axes]]:
-    """Return a panel for each target, at most three in a row, on the same scales."""
-    count = max(len(targets), 1)
-    across = 2 if count == 4 else min(count, 3)
-    down = math.ceil(count / across)
-    figure = style.paper(max(3.2 * across, 5.4), height * down + 1.5)
-    style.name_page(figure, title)
-    grid = list(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat)
-    for index, axes in enumerate(grid):
-        axes.set_visible(index < count)
-        # The last panel of a column has the numbers, although the grid may be longer there.
-        axes.tick_params(labelbottom=index + across >= count)
-        axes.margins(0.1)
-        style.plain_axes(axes, "both")
-    for axes, target in zip(grid, targets, strict=False):
-        name = textwrap.fill(target, 30, max_lines=3, placeholder="\u2026")
-        axes.set_title(name, loc="left", fontsize=10, parse_math=False)
-    return figure, grid[: len(targets)]
-
-
-def _label(panels: Sequence[Axes], across: str, up: str) -> None:
-    """Name the axes of the panels at the edge."""
-    for axes in panels:
-        cell = axes.get_subplotspec()
-        if cell is not None and cell.is_first_col():
-            axes.set_ylabel(up)
-        if axes.xaxis.get_tick_params().get("labelbottom"):
-            axes.set_xlabel(across)
-
-
-def _scope_handles(result: TransferResult) -> dict[str, Line2D]:
-    looks = {scope: _look(result, index) for index, scope in enumerate(result.scopes)}
-    return {
-        scope: style.dot(color=colour, marker=marker, markersize=8)
-        for scope, (colour, marker) in looks.items()
-    }
-
-
-def _draw_legend(
-    figure: Figure, result: TransferResult, handles: dict[str, Line2D], mean: str
-) -> None:
-    """Draw the legend, with the meaning of the large and the small dots if there are several."""
-    dots = {mean: 8, "one seed": 4} if len(result.seeds) > 1 else {}
-    for name, size in dots.items():
-        handles[name] = style.dot(color=MUTED, marker="o", markersize=size)
-    style.legend(figure, handles, ncols=max(2, int(figure.get_figwidth() / 2.4)))
-
-
-def _draw_line(
-    axes: Axes, history: pd.DataFrame, column: str, label: str, line: dict[str, Any]
-) -> None:
-    """Draw one column of the history over the steps; nothing if it was never measured."""
-    known = history[np.isfinite(history[column].to_numpy(dtype=float))]
-    if len(known):
-        axes.plot(known["step"], known[column], label=label, **line)

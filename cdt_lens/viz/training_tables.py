@@ -53,7 +53,7 @@ class _Measure:
     spread: bool = True
 
 
-_MEASURES = {
+MEASURES = {
     "accuracy": _Measure("target accuracy"),
     "macro_f1": _Measure(_MACRO_F1),
     "retention": _Measure("retention"),
@@ -109,7 +109,7 @@ def runs_of(result: TransferResult, target: str, scope: str) -> pd.DataFrame:
         scope: The scope.
     """
     # Before the first run has finished, the table may have no columns at all.
-    columns = dict.fromkeys([*_RUNS, *_MEASURES, "share"])
+    columns = dict.fromkeys([*_RUNS, *MEASURES, "share"])
     runs = result.cells.reindex(columns=list(columns))
     return runs[(runs["target"] == target) & (runs["scope"] == scope)].sort_values("seed")
 
@@ -157,7 +157,7 @@ def comparison_table(result: TransferResult) -> Table:
     notes = ["mean \u00b1 standard deviation over seeds (costs: mean)"] if several else []
     notes += [f"{BEST} best of the scopes", f"{BELOW} below the untouched proxy checkpoint"]
     measures = _measured(result)
-    headings = ["target", "scope", "seeds", *(_MEASURES[name].heading for name in measures)]
+    headings = ["target", "scope", "seeds", *(MEASURES[name].heading for name in measures)]
     return Table(headings, rows, f"Scopes on test data; {', '.join(notes)}", grouped=True)
 
 
@@ -166,9 +166,9 @@ def _measured(result: TransferResult) -> list[str]:
 
     Files of 0.3 have no related task and no loss on text.
     """
-    always = set(_MEASURES) - {"related_retention", "source_text_loss", "target_text_loss"}
+    always = set(MEASURES) - {"related_retention", "source_text_loss", "target_text_loss"}
     known = set(result.cells.columns[result.cells.notna().any()])
-    return [name for name in _MEASURES if name in always | known]
+    return [name for name in MEASURES if name in always | known]
 
 
 def differences_table(result: TransferResult, of: str) -> Table:
@@ -328,6 +328,44 @@ def _verdict(row: Mapping[Any, Any]) -> str:
     return "now wrong" if row["before"] == row["label"] else "still wrong"
 
 
+def disagreements_table(result: TransferResult, of: str, most: int = 200) -> Table | None:
+    """Return the test rows that one scope answers rightly more or less often than another.
+
+    Args:
+        result: The transfer.
+        of: The scope.
+        most: The maximum number of rows, those of the largest differences.
+
+    Returns:
+        The table; None if no row differs, or the result holds no test examples.
+    """
+    gaps = []
+    for target in result.targets:
+        right = {scope: _right_of_rows(result, target, scope) for scope in result.scopes}
+        for other, values in right.items():
+            if other == of or values is None or right[of] is None:
+                continue
+            for row in np.flatnonzero(values != right[of]).tolist():
+                ours, theirs = right[of][row], values[row]
+                verdict = f"{of} better" if ours > theirs else f"{other} better"
+                shares = f"{ours:.0%}", f"{theirs:.0%}"
+                gaps.append((-abs(ours - theirs), [target, row + 1, other, *shares, verdict]))
+    gaps.sort(key=lambda gap: gap[0])
+    headings = ["target", "test row", "compared with", f"{of} right", "other right", "verdict"]
+    caption = (
+        f"Test rows whose answer depends on the scope, by their number in the test split: share of "
+        f"seeds with the right answer; {min(most, len(gaps))} of {len(gaps)}"
+    )
+    return Table(headings, [row for _, row in gaps[:most]], caption) if gaps else None
+
+
+def _right_of_rows(result: TransferResult, target: str, scope: str) -> Any:
+    """Return the share of seeds that answer each test row rightly; None if it is not known."""
+    names = (f"right|{target}|{scope}|{seed}" for seed in result.seeds)
+    known = [result.per_example[name].numpy() for name in names if name in result.per_example]
+    return np.mean(known, axis=0) if known else None
+
+
 def settings_table(entries: Mapping[str, Any], *, caption: str) -> Table:
     """Return settings, one row for each entry, with the path of names of nested entries.
 
@@ -385,7 +423,7 @@ def _scope_rows(result: TransferResult, target: str) -> list[list[object]]:
     seeds = [str(n) if n == planned else f"{n} of {planned}" for n in map(finished, runs)]
     columns = []
     for name in _measured(result):
-        measure = _MEASURES[name]
+        measure = MEASURES[name]
         before = untouched(result, target, name) if name in ("accuracy", "macro_f1") else np.nan
         shares = [part["share"] for part in runs] if name == "trained_parameters" else None
         columns.append(_column([part[name] for part in runs], measure, before, shares))

@@ -1,55 +1,26 @@
 """Interactive views of prompts by circuitsvis, without a network, for a page or a notebook.
 
-1. A view is a circuitsvis component and its data. A page holds the bundle that draws views once.
-   The data is inert JSON, and one small script mounts a view when it scrolls into sight.
-2. Prompts are untrusted text. Everything is escaped, and a Content-Security-Policy names the two
-   scripts by their hashes, so that no other script can run and nothing can be fetched.
+A view is a circuitsvis component and its data, which `scripts.py` puts into a page. Prompts are
+untrusted text, and everything is escaped.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from cdt_lens.core.display import NEGATIVE, POSITIVE, Widget
+from cdt_lens.core.display import POSITIVE, Widget
 from cdt_lens.core.errors import InputError, NonFiniteError
 from cdt_lens.scoring.prompt_views import AttentionView, TokenRelevance
+from cdt_lens.viz import scripts
 
-_COLOURS = {"positiveColor": POSITIVE, "negativeColor": NEGATIVE}
-_MOUNT = """
-(function () {
-  var views = JSON.parse(document.getElementById("cdt-views").textContent);
-  function mount(view) {
-    if (view.mounted) return;
-    view.mounted = true;
-    CircuitsVis.render(view.id, CircuitsVis[view.component], view.props);
-  }
-  function mountAll() { views.forEach(mount); }
-  window.addEventListener("beforeprint", function () {
-    document.querySelectorAll("details").forEach(function (box) { box.open = true; });
-    mountAll();
-  });
-  if (!("IntersectionObserver" in window)) return mountAll();
-  var seen = new IntersectionObserver(function (entries) {
-    entries.forEach(function (entry) {
-      if (!entry.isIntersecting) return;
-      seen.unobserve(entry.target);
-      mount(views.find(function (view) { return view.id === entry.target.id; }));
-    });
-  }, { rootMargin: "400px" });
-  views.forEach(function (view) { seen.observe(document.getElementById(view.id)); });
-})();
-"""
+# Lighter than in the figures, so that black text on them can be read.
+_COLOURS = {"positiveColor": "#67a9cf", "negativeColor": "#ef8a62"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +72,7 @@ def attention(view: AttentionView, prompt: int = 0, *, id: str = "view") -> View
         "attention": _rounded(pattern.tolist(), 4),
         "attentionHeadNames": [str(head) for head in view.heads],
         "maskUpperTri": True,
-        "positiveColor": _COLOURS["positiveColor"],
+        "positiveColor": POSITIVE,
     }
     return View(id, "AttentionHeads", props)
 
@@ -164,24 +135,9 @@ def tokens_widget(relevance: TokenRelevance, prompt: int = 0) -> Widget:
     return _widget("Token relevance", part, height=min(110 + 30 * lines, 600))
 
 
-def scripts(views: Sequence[View]) -> Markup:
-    """Return the scripts that draw `views`, for the end of the page; empty without views."""
-    if not views:
-        return Markup("")
-    data = [{"id": v.id, "component": v.component, "props": v.props} for v in views]
-    return Markup(
-        '<script type="application/json" id="cdt-views">{}</script>'
-        "<script>{}</script><script>{}</script>"
-    ).format(_json(data), Markup(_bundle()), Markup(_MOUNT))
-
-
-def policy(views: Sequence[View]) -> str:
-    """Return a Content-Security-Policy that allows the scripts of `views` and no network."""
-    hashes = " ".join(_csp_hash(script) for script in (_bundle(), _MOUNT)) if views else "'none'"
-    return (
-        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
+def data(views: Sequence[View]) -> list[dict[str, Any]]:
+    """Return the views as the data of a page."""
+    return [{"id": v.id, "component": v.component, "props": v.props} for v in views]
 
 
 def _prompt(prompts: Sequence[tuple[str, ...]], index: int, where: str) -> tuple[str, ...]:
@@ -210,35 +166,16 @@ def _inert(token: str) -> str:
     return re.sub("([<&])", "\\1\u2060", token).replace("\n", "\u21b5\n")
 
 
-def _json(value: Any) -> Markup:
-    """Return ASCII JSON without a character that could end its script element."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
-
-
-@cache
-def _bundle() -> str:
-    # Imported here because only pages with views need it.
-    import circuitsvis
-
-    path = Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js"
-    text = path.read_text("utf-8").replace("\r\n", "\n")
-    return re.sub("</(script)", r"<\\/\1", text, flags=re.IGNORECASE)
-
-
-@cache
-def _csp_hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-
-
 def _widget(title: str, view: View, *, height: int) -> Widget:
     document = Markup(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta http-equiv="Content-Security-Policy" content="{}"><title>{}</title>'
         "<style>body{{font-family:system-ui,sans-serif;margin:8px;color:#1a1a1a}}"
-        ".AttentionHeads{{max-width:760px}}.AttentionHeads h4{{font-size:10px}}</style>"
+        ".AttentionHeads{{max-width:760px}}.AttentionHeads h4{{font-size:10px}}"
+        ".ColoredTokens span{{color:#1a1a1a!important}}</style>"
         "</head><body>{}{}</body></html>"
-    ).format(policy([view]), title, view.placeholder, scripts([view]))
+    ).format(
+        scripts.policy(["circuitsvis"]), title, view.placeholder,
+        scripts.scripts({"views": data([view])}, ["circuitsvis"]),
+    )  # fmt: skip
     return Widget(title, str(document), height)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -149,6 +149,17 @@ def control_name(name: str) -> str:
     """Return the name of a random control; "random-per-layer" keeps the number in each layer."""
     known = {"random": "random heads", "random-per-layer": "random heads, same per layer"}
     return known.get(name, name)
+
+
+def prompt_text(tokens: Sequence[str]) -> str:
+    """Return the text of a prompt; tokens that lost their spaces are set apart.
+
+    Args:
+        tokens: The tokens, each decoded by itself. Some tokenizers keep the space before a word in
+            its token; others drop it, and then no token holds one.
+    """
+    spaced = any(" " in token or "\n" in token for token in tokens)
+    return "".join(tokens) if spaced or len(tokens) < 2 else " ".join(tokens)
 
 
 def metric_name(name: str) -> str:

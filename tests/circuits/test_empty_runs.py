@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import drawn
 from helpers.by_hand import balanced, direction
 from helpers.checks import assert_close
 from helpers.shared import models, shared
 from helpers.tiny_models import Float64Throughout, build
 from helpers.tiny_tasks import examples
-from matplotlib.text import Text
 from torch import Tensor, nn
 
 from cdt_lens.circuits.circuit import Circuit
@@ -303,8 +303,7 @@ def test_the_choice_is_kept_in_files_and_shown(tmp_path: Path, tokenizer_folder)
     assert curve.provenance.options["empty"] == "all"
     words = "f = 0: heads, MLPs and input replaced, as in MIB"
     assert words in repr(curve) and words in curve._repr_html_()
-    figure = curve.plot()
-    titles = [" ".join(text.get_text().split()) for text in figure.findobj(Text)]
+    titles = [" ".join(drawn.words(curve.plot()))]
     assert any(words in title for title in titles)
     assert set(curve.to_dataframe()["empty run"]) == {"all"}
 

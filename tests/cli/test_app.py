@@ -21,7 +21,7 @@ from cdt_lens.experiments.settings import Settings
 from cdt_lens.finetuning.options import TrainingOptions
 
 ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-HEAVY = "('torch', 'transformers', 'transformer_lens', 'matplotlib', 'pandas')"
+HEAVY = "('torch', 'transformers', 'transformer_lens', 'vl_convert', 'pandas')"
 COMMANDS = sorted(str(info.name) for info in cli.app.registered_commands)
 
 

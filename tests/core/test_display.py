@@ -276,7 +276,7 @@ def test_a_subclass_is_drawn_as_its_base():
 
     scores = sample.scores(6, 4)
     values = {f.name: getattr(scores, f.name) for f in dataclasses.fields(scores)}
-    assert Special(**values).heatmap().get_label() == scores.heatmap().get_label()
+    assert Special(**values).heatmap() == scores.heatmap()
 
 
 def test_results_are_imported_without_drawing():
@@ -357,7 +357,7 @@ def test_every_result_reads_on_a_light_and_a_dark_page(
     assert ink == {"rgb(238, 238, 238)" if dark else "rgb(17, 17, 17)"}
     grounds = browser.run(
         "return [...document.querySelectorAll('svg')].map(s => "
-        "getComputedStyle(s.querySelector('path')).fill)"
+        "getComputedStyle(s.querySelector('rect')).fill)"
     )
     assert grounds and set(grounds) == {"rgb(255, 255, 255)"}
     assert not [url for url in browser.requests() if not url.startswith(("file:", "about:"))]

@@ -55,12 +55,15 @@ class Browser:
             time.sleep(0.05)
 
     def requests(self) -> list[str]:
-        """The addresses asked for since the last call, without data: (it is not the network)."""
+        """The addresses asked for since the last call, without data: (it is not the network).
+
+        The page of an empty tab, which the browser opens first, is no part of a test.
+        """
         events = (json.loads(line["message"]) for line in self.driver.get_log("performance"))
         sent = [e["message"] for e in events]
         names = ("Network.requestWillBeSent", "Network.webSocketCreated")
         urls = [_url(m["params"]) for m in sent if m["method"] in names]
-        return [url for url in urls if not url.startswith("data:")]
+        return [url for url in urls if not url.startswith(("data:", "chrome:"))]
 
     def complaints(self) -> list[str]:
         """The console's messages since the last call: errors, warnings, blocked content."""

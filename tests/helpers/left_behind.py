@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from transformers import logging as hf_logging
@@ -239,7 +238,6 @@ def _process() -> dict[str, Any]:
         "torch generator": torch.get_rng_state(),
         "numpy generator": str(np.random.get_state()),
         "random": random.getstate(),
-        "matplotlib": dict(matplotlib.rcParams),
         "warnings": list(warnings.filters),
         "torch threads": torch.get_num_threads(),
         "threads": {t for t in threading.enumerate() if not t.daemon},

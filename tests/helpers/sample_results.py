@@ -107,7 +107,14 @@ def curve() -> FaithfulnessCurve:
         random_cpr={name: values.mean(1) + 0.4 for name, values in draws.items()},
         random_cmd={name: 0.6 - values.mean(1) for name, values in draws.items()},
         beaten={name: (values < f).float().mean(0) for name, values in draws.items()},
-        provenance=provenance({"metric": "direction"}),
+        provenance=provenance(
+            {
+                "metric": "direction",
+                "by": "signed",
+                "scores": scores().provenance.options,
+                "scores_task": scores().provenance.task_hash,
+            }
+        ),
         effects=f[:, None] + torch.tensor([-0.1, 0.0, 0.1] * 4),
         without_effects=1 - 0.9 * f[:, None] + torch.tensor([-0.2, 0.0, 0.2] * 4),
         strata=torch.tensor([0] * 6 + [1] * 6),

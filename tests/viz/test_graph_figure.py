@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import combinations, pairwise
 
-import matplotlib
 import numpy as np
 import pytest
 from helpers import sample_graph as sample
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, PathPatch
+from helpers.drawn import look, rows, words
 
 from cdt_lens.circuits.graph import Edge, Graph, GraphNode
 from cdt_lens.circuits.nodes import node_names
+from cdt_lens.core.display import Figure
 from cdt_lens.core.errors import InputError
 from cdt_lens.viz.graph_figure import drawn_edges, edge_line, graph_figure, layered
 
@@ -25,92 +24,69 @@ GRAPHS = [
 ]
 
 
-def patches(figure: Figure, kind: type, start: str) -> dict[str, object]:
-    gids = {str(patch.get_gid()): patch for patch in figure.axes[0].patches}
-    return {gid: p for gid, p in gids.items() if gid.startswith(start) and isinstance(p, kind)}
-
-
-def texts(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.axes[0].texts]
+def lines(figure: Figure) -> dict[str, list[dict]]:
+    """The points of each line, from its source upwards, by the words of its edge."""
+    found: dict[str, list[dict]] = {}
+    for row in rows(figure, "line"):
+        found.setdefault(row["edge"], []).append(row)
+    return {edge: sorted(points, key=lambda row: row["order"]) for edge, points in found.items()}
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_every_kept_head_and_drawn_edge_is_there_once(graph: Graph):
     figure = graph_figure(graph, 40)
     edges = drawn_edges(graph, 40)
-    assert set(patches(figure, PathPatch, "edge-")) == {f"edge-{i}" for i in range(len(edges))}
-    nodes = {gid.removeprefix("node-") for gid in patches(figure, FancyBboxPatch, "node-")}
+    assert set(lines(figure)) == {edge_line(graph, edge) for edge in edges}
+    nodes = [row["node"] for row in rows(figure, "rect")]
     ends = {end for edge in edges for end in (edge.source, edge.target)}
-    assert ends | {str(head) for head in graph.heads} <= nodes <= set(graph.kept_nodes)
-    assert nodes <= set(texts(figure))
-    assert len(figure.axes[0].patches) == len(edges) + len(nodes)
+    assert ends | {str(head) for head in graph.heads} <= set(nodes) <= set(graph.kept_nodes)
+    assert len(nodes) == len(set(nodes)) and set(nodes) <= set(words(figure))
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_lines_run_upwards_and_boxes_do_not_touch(graph: Graph):
     figure = graph_figure(graph, 60)
-    figure.draw_without_rendering()
-    for patch in patches(figure, PathPatch, "edge-").values():
-        ends = patch.get_path().vertices[::3, 1]
-        assert all(low < high for low, high in pairwise(ends))
-    boxes = [p.get_window_extent() for p in patches(figure, FancyBboxPatch, "node-").values()]
+    for points in lines(figure).values():
+        assert all(low["y"] < high["y"] for low, high in pairwise(points))
+    boxes = rows(figure, "rect")
     for one, other in combinations(boxes, 2):
-        assert not one.overlaps(other)
-    width, height = figure.bbox.width, figure.bbox.height
-    assert all(0 <= b.x0 < b.x1 <= width and 0 <= b.y0 < b.y1 <= height for b in boxes)
-
-
-def test_names_fit_their_boxes():
-    figure = graph_figure(sample.large(24, 16, heads=20), 40)
-    figure.draw_without_rendering()
-    names = {t.get_text(): t.get_window_extent() for t in figure.axes[0].texts}
-    for gid, patch in patches(figure, FancyBboxPatch, "node-").items():
-        box, name = patch.get_window_extent(), names[gid.removeprefix("node-")]
-        assert box.x0 <= name.x0 and name.x1 <= box.x1
+        apart = one["right"] < other["left"] or other["right"] < one["left"]
+        assert apart or one["high"] < other["low"] or other["high"] < one["low"]
 
 
 def test_a_line_starts_and_ends_at_its_nodes_and_enters_at_its_letter():
     graph = sample.small()
     figure = graph_figure(graph)
-    boxes = patches(figure, FancyBboxPatch, "node-")
-
-    def middle(name: str) -> float:
-        box = boxes[f"node-{name}"]
-        return box.get_x() + box.get_width() / 2
-
+    middle = {row["node"]: row["x"] for row in rows(figure, "rect")}
     offsets = {}
-    for index, edge in enumerate(drawn_edges(graph, 40)):
-        spots = patches(figure, PathPatch, "edge-")[f"edge-{index}"].get_path().vertices
-        assert spots[0, 0] == pytest.approx(middle(edge.source))
-        offsets[edge.name] = spots[-1, 0] - middle(edge.target)
+    for edge in drawn_edges(graph, 40):
+        points = lines(figure)[edge_line(graph, edge)]
+        assert points[0]["x"] == pytest.approx(middle[edge.source])
+        offsets[edge.name] = points[-1]["x"] - middle[edge.target]
     assert offsets["L0H1->L1H0<q>"] < 0 < offsets["M0->L1H0<v>"]
     assert offsets["L1H0->logits"] == pytest.approx(0)
-    assert {"q", "v"} <= set(texts(figure)) and "k" not in texts(figure)
+    assert {"q", "v"} <= set(words(figure)) and "k" not in words(figure)
 
 
 def test_sign_is_told_by_colour_and_line_and_size_by_width():
     graph = sample.small()
-    lines = patches(graph_figure(graph), PathPatch, "edge-")
-    looks = {edge.name: lines[f"edge-{index}"] for index, edge in enumerate(drawn_edges(graph, 40))}
-    positive, negative = looks["input->L0H1<v>"], looks["L0H1->L1H0<q>"]
-    assert positive.get_linestyle() in ("-", "solid")
-    assert negative.get_linestyle() not in ("-", "solid")
-    blue, red = positive.get_edgecolor(), negative.get_edgecolor()
-    assert blue[2] > blue[0] and red[0] > red[2]
-    widths = [line.get_linewidth() for line in lines.values()]
-    strongest = looks["input->L0H1<v>"].get_linewidth()
-    assert strongest == max(widths) > looks["M0->L1H0<v>"].get_linewidth()
-    unscored = looks["input->M0"]
-    assert unscored.get_linestyle() in (":", "dotted")
+    figure = graph_figure(graph)
+    drawn = {edge.name: lines(figure)[edge_line(graph, edge)][0] for edge in drawn_edges(graph, 40)}
+    signs = {name: row["sign"] for name, row in drawn.items()}
+    assert signs["input->L0H1<v>"] == "positive" and signs["L0H1->L1H0<q>"] == "negative"
+    assert signs["input->M0"] == "not scored"
+    assert len(set(look(figure, "sign", "strokeDash").values())) == 3
+    strongest = drawn["input->L0H1<v>"]["size"]
+    assert strongest == max(row["size"] for row in drawn.values()) == 0.5
 
 
 def test_the_strongest_edges_are_drawn_and_the_title_counts_the_rest():
     graph = sample.large(edges=50)
     figure = graph_figure(graph, 10)
     assert drawn_edges(graph, 10) == graph.top_edges(10)
-    assert figure.axes[0].get_title() == "Circuit graph: 12 heads of 270, 10 of 50 edges"
-    assert edge_line(graph, graph.top_edges(1)[0]) in figure.get_label()
-    assert "50 edges" in graph_figure(graph, 50).axes[0].get_title()
+    assert figure.title == "Circuit graph: 12 heads of 270, 10 of 50 edges"
+    assert edge_line(graph, graph.top_edges(1)[0]) in figure.description
+    assert "50 edges" in graph_figure(graph, 50).title
     with pytest.raises(InputError, match="max_edges=-1"):
         graph_figure(graph, -1)
 
@@ -126,22 +102,18 @@ def test_edges_without_a_score_are_drawn_only_if_all_fit():
 
 
 def test_layers_are_named_once_at_their_row():
-    graph = sample.small()
-    axes = graph_figure(graph).axes[0]
-    names = [label.get_text() for label in axes.get_yticklabels()]
-    assert names == ["input", "0", "1", "logits"]
-    heights = axes.get_yticks()
-    assert list(heights) == sorted(heights)
+    names = rows(graph_figure(sample.small()), "text", 3)
+    assert [row["words"] for row in names] == ["input", "layer 0", "layer 1", "logits"]
+    heights = [row["y"] for row in names]
+    assert heights == sorted(set(heights))
 
 
 def test_the_unit_is_the_graphs_own():
-    note = graph_figure(sample.small()).axes[0].get_xlabel().replace("\n", " ")
+    note = " ".join(graph_figure(sample.small()).spec["title"]["subtitle"])
     assert "Scores in logits (+ = towards the gold label)" in note
-    foreign = replace(sample.small(), unit="nats of a $loss$ and $")
-    figure = graph_figure(foreign)
-    figure.draw_without_rendering()
-    assert "nats of a $loss$" in figure.axes[0].get_xlabel().replace("\n", " ")
-    assert "logits." not in figure.get_label()
+    figure = graph_figure(replace(sample.small(), unit="nats of a $loss$ and $"))
+    assert "nats of a $loss$" in " ".join(figure.spec["title"]["subtitle"])
+    assert "logits." not in figure.description and figure.svg()
 
 
 @pytest.mark.parametrize(
@@ -159,18 +131,11 @@ def test_the_unit_is_the_graphs_own():
 )
 def test_hardly_anything_is_drawn_too(graph: Graph):
     figure = graph_figure(graph)
-    figure.draw_without_rendering()
-    assert figure.get_label()
+    assert figure.svg() and figure.description
 
 
-def test_drawing_is_the_same_each_time_and_leaves_matplotlib_alone():
-    before = dict(matplotlib.rcParams)
-    paths = [
-        [p.get_path().vertices.tolist() for p in graph_figure(sample.large()).axes[0].patches]
-        for _ in range(2)
-    ]
-    assert paths[0] == paths[1]
-    assert dict(matplotlib.rcParams) == before
+def test_drawing_is_the_same_each_time():
+    assert graph_figure(sample.large()) == graph_figure(sample.large())
 
 
 # Layout --------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from helpers import sample_results as sample
 from helpers.browser import Browser, open_browser
 
 from cdt_lens.core.errors import InputError, NonFiniteError
-from cdt_lens.viz import widgets
+from cdt_lens.viz import scripts, widgets
 
 HOSTILE = (
     "<s>",
@@ -33,8 +33,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Browser:
 
 
 def data_of(html: str) -> list[dict]:
-    found = re.search(r'<script type="application/json" id="cdt-views">(.*?)</script>', html, re.S)
-    return json.loads(found.group(1))
+    found = re.search(r'<script type="application/json" id="cdt-data">(.*?)</script>', html, re.S)
+    return json.loads(found.group(1))["views"]
 
 
 def test_attention_hands_over_every_head_and_token():
@@ -91,7 +91,7 @@ def test_scripts_hold_the_bundle_once_and_the_data_unbroken():
         widgets.attention(sample.attention_view((HOSTILE,)), id="a"),
         widgets.colored_tokens(sample.token_relevance((HOSTILE,)), id="b"),
     ]
-    html = widgets.scripts(views)
+    html = scripts.scripts({"views": widgets.data(views)}, ["circuitsvis"])
     assert html.count("var CircuitsVis") == 1
     assert html.lower().count("</script") == html.lower().count("<script ") + 2 == 3
     first, second = data_of(html)
@@ -103,12 +103,12 @@ def test_scripts_hold_the_bundle_once_and_the_data_unbroken():
 
 def test_a_page_without_views_needs_no_script_and_no_circuitsvis(monkeypatch):
     monkeypatch.setitem(sys.modules, "circuitsvis", None)
-    assert widgets.scripts([]) == ""
-    assert "script-src 'none'" in widgets.policy([])
+    assert scripts.scripts({"views": []}, []) == ""
+    assert "script-src 'none'" in scripts.policy([])
 
 
 def test_the_policy_allows_no_network_and_no_other_script():
-    policy = widgets.policy([widgets.attention(sample.attention_view())])
+    policy = scripts.policy(["circuitsvis"])
     rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
     assert rules["default-src"] == "'none'"
     assert re.fullmatch(r"'sha256-[\w+/]+=' 'sha256-[\w+/]+='", rules["script-src"])

@@ -9,7 +9,6 @@ from cdt_lens.comparing.comparison import RANKINGS, Comparison, Measure, Planted
 from cdt_lens.core.table import Table
 from cdt_lens.viz import comparison_figures, comparison_tables
 from cdt_lens.viz.report.sections import Section
-from cdt_lens.viz.svg import figure_html
 from cdt_lens.viz.words import empty_run, score
 
 
@@ -19,14 +18,13 @@ def comparison_section(result: Comparison, id: str, _: Sequence[object]) -> Sect
     value = math.nan if best is None else best.value("cpr")
     refused = sum(method.refused is not None for method in result.methods)
     areas, run = result.random_areas(), empty_run(result.empty_run)
-    drawing = figure_html(
-        comparison_figures.comparison(result),
-        prefix=f"{id}-methods",
-        tooltips=comparison_figures.point_lines(result),
-    )
     return Section(
         title="Methods compared",
-        headline=(score(value), f"best CPR, by {best.method if best else 'no method'}; {run}"),
+        headline=(
+            score(value),
+            "best mean of f over the sizes of circuits (CPR), by "
+            f"{best.method if best else 'no method'}; {run}",
+        ),
         facts={
             "Methods": f"{len(result.methods)}, {refused} refused",
             **_budget(result),
@@ -38,7 +36,7 @@ def comparison_section(result: Comparison, id: str, _: Sequence[object]) -> Sect
             f"CMD {score(areas['cmd'])}, area on log sizes {score(areas['log_area'])}",
             **_best(result),
         },
-        figures=(drawing,),
+        figures=(comparison_figures.comparison(result),),
         tables=(
             comparison_tables.agreement(result),
             comparison_tables.use(result),
@@ -61,7 +59,6 @@ def planted_section(result: PlantedComparison, id: str, _: Sequence[object]) -> 
         tables.append(comparison_tables.planted_meanings(result))
     if first is not None:
         tables.append(comparison_tables.meanings(first))
-    drawing = figure_html(comparison_figures.planted(result), prefix=f"{id}-planted")
     return Section(
         title="Methods on planted circuits",
         headline=(value, f"best mean average precision, by {best or 'no method'}"),
@@ -69,7 +66,7 @@ def planted_section(result: PlantedComparison, id: str, _: Sequence[object]) -> 
             "Methods": str(len(result.methods)),
             "Planted circuits": f"{len(result.circuits)}: {', '.join(result.circuits)}",
         },
-        figures=(drawing,),
+        figures=(comparison_figures.planted(result),),
         tables=tuple(tables),
         provenance=tuple(
             (f"Planted circuit {name}", comparison.provenance.to_dict())

@@ -4,6 +4,8 @@
 2. The sections stand in the order of the method, in whatever order the results came.
 3. The template explains each section: its subject, its sign and unit, and signs of trouble. The
    sections are not built in Jinja, because their facts are computed and checked in Python.
+4. Scripts draw the figures and link the map of the heads with the curve and the prompts
+   (`explore.py`). Without them the tables hold the numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache, singledispatch
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
@@ -33,7 +36,9 @@ from cdt_lens.scoring.agreement import MethodAgreement
 from cdt_lens.scoring.prompt_views import AttentionView, TokenRelevance
 from cdt_lens.viz import widgets, words
 from cdt_lens.viz.report import comparison_sections, sections, training_sections
+from cdt_lens.viz.report.explore import explorer
 from cdt_lens.viz.report.sections import Section
+from cdt_lens.viz.scripts import Library, policy, scripts
 
 __all__ = ["render_report"]
 
@@ -94,13 +99,22 @@ def render_report(*results: object, path: str | Path, title: str | None = None) 
         built.append(replace(part, id=f"s{number}", kind=_kind(result).__name__))
     parts = _distinct(built)
     views = [example.view for part in parts for example in part.examples]
+    linked = explorer(ordered)
+    drawn = {f"{part.id}-figure{n}": f for part in parts for n, f in enumerate(part.figures)}
+    drawn |= {f"explore-{name}": f for name, f in (linked.figures.items() if linked else ())}
+    libraries: list[Library] = ["circuitsvis"] if views else []
+    libraries += ["vega"] if drawn else []
+    data: dict[str, Any] = {"views": widgets.data(views)}
+    data["figures"] = {id: figure.spec for id, figure in drawn.items()}
+    data |= {"explore": linked.data} if linked else {}
     page = _template().render(
         title=title or "Circuit report",
         version=_version(),
         sections=parts,
+        linked=linked,
         provenance=_provenance(parts),
-        policy=widgets.policy(views),
-        scripts=widgets.scripts(views),
+        policy=policy(libraries),
+        scripts=scripts(data, libraries),
     )
     # A byte-level token may hold a lone surrogate, which UTF-8 cannot encode.
     return atomic_write(path, page.encode("utf-8", "replace"))

@@ -7,14 +7,11 @@ the numbers are in the template.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from markupsafe import Markup
-from torch import Tensor
 
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve
@@ -23,17 +20,21 @@ from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.measures import EMPTY_RUNS
 from cdt_lens.circuits.reliability import reliability
 from cdt_lens.core.choices import Metric
+from cdt_lens.core.display import Figure
 from cdt_lens.core.table import Table
 from cdt_lens.scoring.agreement import MethodAgreement
 from cdt_lens.scoring.prompt_views import AttentionView, TokenRelevance
 from cdt_lens.tasks.metrics import chance_caution
 from cdt_lens.viz import figures, graph_figure, tables, widgets, words
-from cdt_lens.viz.svg import figure_html
+from cdt_lens.viz.report import explore
 from cdt_lens.viz.tables import Scored
 from cdt_lens.viz.widgets import View
 
 _TOP = 20
 _EDGES = 40
+# Beyond these, f needs a word of why.
+_LOWEST_F, _HIGHEST_F = -0.1, 1.5
+_TITLE = 48  # characters of a prompt in its title
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,14 @@ class Example:
     """One prompt of a section.
 
     Args:
+        title: The beginning of the prompt.
         facts: The facts about the prompt, by name.
         view: The view of the prompt.
         text: The text of the prompt; empty if the view shows it.
         numbers: The numbers of the view.
     """
 
+    title: str
     facts: Mapping[str, str]
     view: View
     text: str = ""
@@ -61,10 +64,14 @@ class Section:
         title: The title.
         headline: A number, and its name.
         facts: The facts about the result, by name.
-        figures: The figures, as SVG.
+        figures: The figures.
         tables: The tables.
+        changes: The test rows whose answer changed, which a page can filter by their first and
+            last column.
         examples: The prompts.
-        scale: The relevance at which the colours of the tokens end, in logits.
+        scale: The numbers at the ends of the colours of the views, and their unit.
+        measures: The measures that the last figure can show, with their headings.
+        scopes: The scopes that it can hide.
         provenance: The name of each result, and the entries of its provenance.
         id: The id of the section, with which the ids of its figures and views start.
         kind: The type of the result, which chooses the explanation in the template.
@@ -73,22 +80,37 @@ class Section:
     title: str
     headline: tuple[str, str]
     facts: Mapping[str, str]
-    figures: tuple[Markup, ...] = ()
+    figures: tuple[Figure, ...] = ()
     tables: tuple[Table, ...] = ()
+    changes: Table | None = None
     examples: tuple[Example, ...] = ()
-    scale: float | None = None
+    scale: tuple[str, str] | None = None
+    measures: Mapping[str, str] = field(default_factory=dict)
+    scopes: tuple[str, ...] = ()
     provenance: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     id: str = ""
     kind: str = ""
 
+    @property
+    def filters(self) -> dict[str, list[str]]:
+        """The choices of the first and the last column of the changes, by heading."""
+        if self.changes is None:
+            return {}
+        return {
+            self.changes.headings[column]: sorted({str(row[column]) for row in self.changes.rows})
+            for column in (0, -1)
+        }
+
 
 def head_scores_section(scores: HeadScores, id: str, results: Sequence[object]) -> Section:
-    """Return map, bars and table of scores; the map outlines a circuit selected from them."""
+    """Return bars and table of scores; the map of the first scores is among the linked figures."""
     finite = scores.values[scores.values.isfinite()]
     heads = scores.top(min(_TOP, finite.numel()))
-    circuits = (result for result in results if isinstance(result, Circuit))
-    circuit = next((c for c in circuits if _same(c.scores, scores.values)), None)
     scored = Scored.of(scores)
+    first = next(result for result in results if isinstance(result, HeadScores))
+    maps = (
+        () if scores is first else (figures.heatmap(scored, circuit=_circuit_of(scores, results)),)
+    )
     return Section(
         title=f"Head scores: {scores.method}",
         headline=(f"{scores.direction:+.2f}", "logits, task direction of the full model"),
@@ -101,13 +123,15 @@ def head_scores_section(scores: HeadScores, id: str, results: Sequence[object]) 
             **_caution("direction", scores.direction, len(set(scores.example_labels))),
             "Range of scores": f"{float(finite.min()):+.3f} to {float(finite.max()):+.3f} logits",
         },
-        figures=(
-            _map(scored, circuit, f"{id}-map"),
-            figure_html(figures.bars(scores, _TOP), prefix=f"{id}-bars"),
-        ),
+        figures=(*maps, figures.bars(scores, _TOP)),
         tables=(tables.heads_table(scored, heads, caption=f"Top {len(heads)} heads"),),
         provenance=((f"Head scores: {scores.method}", scores.provenance.to_dict()),),
     )
+
+
+def _circuit_of(scores: HeadScores, results: Sequence[object]) -> Circuit | None:
+    circuits = (result for result in results if isinstance(result, Circuit))
+    return next((c for c in circuits if explore.same(c.scores, scores.values)), None)
 
 
 def _reliability(scores: HeadScores) -> dict[str, str]:
@@ -130,11 +154,11 @@ def _caution(metric: Metric, full: float, n_labels: int) -> dict[str, str]:
 
 
 def circuit_section(circuit: Circuit, id: str, results: Sequence[object]) -> Section:
-    """Return the heads of a circuit; their map only if no scores of the page draw the same one."""
+    """Return the heads of a circuit, and its own f; a map only if no other part draws the same."""
     total = circuit.n_layers * circuit.n_heads
     count = len(circuit.heads)
-    others = (result for result in results if isinstance(result, HeadScores))
-    own = next((scores for scores in others if _same(circuit.scores, scores.values)), None)
+    others = [result for result in results if isinstance(result, HeadScores)]
+    own = next((scores for scores in others if explore.same(circuit.scores, scores.values)), None)
     scored = Scored.kept_by(circuit) if own is None else Scored.of(own)
     parts = [tables.layers_table(circuit)]
     if scored is not None:
@@ -143,18 +167,62 @@ def circuit_section(circuit: Circuit, id: str, results: Sequence[object]) -> Sec
         caption = f"The {count} heads of the circuit, largest first"
         members = None if own is None else tables.members_of(own, circuit)
         parts.insert(0, tables.heads_table(scored, best, caption=caption, members=members))
+    # Without any scores on the page the first circuit is the one whose map is linked.
+    linked = own is not None or (
+        not others and circuit is next(r for r in results if isinstance(r, Circuit))
+    )
     recorded = circuit.provenance
+    headline, facts = _own_f(circuit, own, results)
     return Section(
         title="Circuit",
-        headline=(f"{count} of {total}", "heads in the circuit"),
+        headline=headline or (f"{count} of {total}", "heads in the circuit"),
         facts={
             "Heads": f"{count} of {total} ({count / total:.1%})",
+            **facts,
             "Selection": words.in_words(circuit.selection) or "not recorded",
         },
-        figures=() if scored is None or own is not None else (_map(scored, circuit, f"{id}-map"),),
+        figures=() if scored is None or linked else (figures.heatmap(scored, circuit=circuit),),
         tables=tuple(parts),
         provenance=() if recorded is None else (("Circuit", recorded.to_dict()),),
     )
+
+
+def _own_f(
+    circuit: Circuit, scores: HeadScores | None, results: Sequence[object]
+) -> tuple[tuple[str, str] | None, dict[str, str]]:
+    """Return f of the circuit itself as a headline and as facts, where a curve holds it."""
+    for curve in (result for result in results if isinstance(result, FaithfulnessCurve)):
+        if scores is None or not explore.measured_for(curve, scores):
+            continue
+        place = explore.own_size(curve, explore.ranking_of(scores, curve), circuit)
+        if place is None:
+            continue
+        f = float(curve.faithfulness[place])
+        low, high = (float(limit[place]) for limit in curve.interval())
+        total = circuit.n_layers * circuit.n_heads
+        name = f"faithfulness f of the circuit: {len(circuit)} of {total} heads"
+        read = words.with_limits(f, (low, high))
+        facts = {"Faithfulness f": f"{read} ({words.metric_name(curve.metric)})"}
+        return (f"{f:.2f}", name), facts | _odd_f(curve, [place])
+    return None, {}
+
+
+def _odd_f(curve: FaithfulnessCurve, places: Sequence[int]) -> dict[str, str]:
+    """Return the fact that f lies far outside 0 to 1, and why, at the farthest of some sizes."""
+    f = {place: float(curve.faithfulness[place]) for place in places if curve.sizes[place]}
+    place = max(f, key=lambda p: abs(f[p] - 0.5), default=None)
+    if place is None or _LOWEST_F <= f[place] <= _HIGHEST_F:
+        return {}
+    unit = " logits" if curve.metric == "direction" else ""
+    gap = curve.full - curve.empty
+    kept = curve.empty + f[place] * gap
+    side = "below no heads at all" if f[place] < 0 else "beyond the full model"
+    why = (
+        f"f = {f[place]:.2f} with {curve.sizes[place]} heads: kept alone they give "
+        f"{kept:+.3f}{unit}, which is {side}. f counts in units of {gap:+.3f}{unit}, the "
+        f"difference between all heads ({curve.full:+.3f}) and none ({curve.empty:+.3f})."
+    )
+    return {"f outside 0 to 1": why}
 
 
 def graph_section(graph: Graph, id: str, _: Sequence[object]) -> Section:
@@ -162,8 +230,6 @@ def graph_section(graph: Graph, id: str, _: Sequence[object]) -> Section:
     drawn = graph_figure.drawn_edges(graph, _EDGES)
     kept, edges = graph.kept_nodes, graph.kept_edges
     mlps = sum(name.startswith("M") for name in kept)
-    lines = {f"edge-{n}": [graph_figure.edge_line(graph, edge)] for n, edge in enumerate(drawn)}
-    drawing = graph_figure.graph_figure(graph, _EDGES)
     if not edges:
         headline = (str(len(graph.heads)), "heads in the graph, without edges")
     else:
@@ -180,13 +246,16 @@ def graph_section(graph: Graph, id: str, _: Sequence[object]) -> Section:
             "Edges": f"{len(edges)} in the graph, {len(drawn)} drawn",
             "Scores": f"in {graph.unit}",
         },
-        figures=(figure_html(drawing, prefix=f"{id}-graph", tooltips=lines),),
+        figures=(graph_figure.graph_figure(graph, _EDGES),),
         tables=(listed,) if drawn else (),
     )
 
 
-def faithfulness_section(curve: FaithfulnessCurve, id: str, _: Sequence[object]) -> Section:
-    """Return the curve beside its random controls, its areas, and f by size."""
+def faithfulness_section(curve: FaithfulnessCurve, id: str, results: Sequence[object]) -> Section:
+    """Return the areas of a curve, and f by size; a linked curve is drawn beside the map."""
+    scores = next((result for result in results if isinstance(result, HeadScores)), None)
+    first = next(result for result in results if isinstance(result, FaithfulnessCurve))
+    linked = scores is not None and curve is first and explore.measured_for(curve, scores)
     unit = " logits" if curve.metric == "direction" else ""
     drawn = (f"{len(draws)} {words.control_name(key)}" for key, draws in curve.random.items())
     name = f"Faithfulness: {words.metric_name(curve.metric)}"
@@ -194,8 +263,8 @@ def faithfulness_section(curve: FaithfulnessCurve, id: str, _: Sequence[object])
         title=name,
         headline=(
             f"{curve.cpr:.2f}",
-            f"CPR ({words.empty_run(curve.empty_run)}); random heads "
-            f"{words.medians(curve.random_cpr)}",
+            "mean of f over the sizes of circuits (CPR; "
+            f"{words.empty_run(curve.empty_run)}); random heads {words.medians(curve.random_cpr)}",
         ),
         facts={
             "Metric": words.metric_name(curve.metric),
@@ -203,8 +272,9 @@ def faithfulness_section(curve: FaithfulnessCurve, id: str, _: Sequence[object])
             **_caution(curve.metric, curve.full, len(curve.provenance.examples)),
             "Empty run (f = 0)": f"{curve.empty:.3f}{unit}, {EMPTY_RUNS[curve.empty_run]}",
             "Random circuits": "; ".join(drawn) or "none",
+            **_odd_f(curve, range(len(curve.sizes))),
         },
-        figures=(figure_html(figures.curve(curve), prefix=f"{id}-curve"),),
+        figures=() if linked else (figures.curve(curve),),
         tables=(tables.areas_table(curve), tables.sizes_table(curve)),
         provenance=((name, curve.provenance.to_dict()),),
     )
@@ -214,11 +284,6 @@ def agreement_section(agreement: MethodAgreement, id: str, _: Sequence[object]) 
     """Return the scatter of a method against its reference, and their largest differences."""
     one, other = Scored.of(agreement.scores), Scored.of(agreement.reference)
     both = (one.values + other.values).isfinite().flatten().tolist()
-    lines = zip(one.lines(), other.lines(), both, strict=True)
-    points = [f"{line}; {reference}" for line, reference, drawn in lines if drawn]
-    drawing = figure_html(
-        figures.agreement(agreement), prefix=f"{id}-scatter", tooltips={"points": points}
-    )
     named = (agreement.scores, agreement.reference)
     return Section(
         title=f"Agreement: {one.method} and {other.method}",
@@ -226,21 +291,23 @@ def agreement_section(agreement: MethodAgreement, id: str, _: Sequence[object]) 
         facts={
             "Spearman (order)": f"{agreement.spearman:.3f}",
             "Pearson (value)": f"{agreement.pearson:.3f}",
-            "Heads": str(len(points)),
+            "Heads": str(sum(both)),
         },
-        figures=(drawing,),
+        figures=(figures.agreement(agreement),),
         tables=(tables.differences_table(one, other),),
         provenance=tuple((f"Head scores: {s.method}", s.provenance.to_dict()) for s in named),
     )
 
 
 def attention_section(view: AttentionView, id: str, _: Sequence[object]) -> Section:
-    """Return the attention patterns of the heads, prompt by prompt."""
+    """Return the attention patterns of the heads, prompt by prompt, with tables of the numbers."""
     examples = tuple(
         Example(
+            title=_title(view.prompts[index]),
             facts={"Gold label": label},
             view=widgets.attention(view, index, id=f"{id}-view{index}"),
-            text="".join(view.prompts[index]),
+            text=words.prompt_text(view.prompts[index]),
+            numbers=_reads(view, index),
         )
         for index, label in enumerate(view.labels)
     )
@@ -249,7 +316,23 @@ def attention_section(view: AttentionView, id: str, _: Sequence[object]) -> Sect
         headline=(str(len(view.prompts)), f"prompts with the patterns of {len(view.heads)} heads"),
         facts={"Heads": ", ".join(str(head) for head in view.heads)},
         examples=examples,
+        scale=("0", "1, weight of attention"),
     )
+
+
+def _reads(view: AttentionView, prompt: int) -> Table:
+    rows = [
+        (head, position, tables.visible(token), words.score(weight))
+        for index, head in enumerate(view.heads)
+        for position, token, weight in explore.strongest(view, prompt, index)
+    ]
+    caption = "What each head reads most from the last position"
+    return Table(("head", "position", "token", "weight"), rows, caption, grouped=True)
+
+
+def _title(tokens: Sequence[str]) -> str:
+    text = " ".join(words.prompt_text(tokens).split())
+    return text if len(text) <= _TITLE else f"{text[:_TITLE]}\u2026"
 
 
 def relevance_section(relevance: TokenRelevance, id: str, _: Sequence[object]) -> Section:
@@ -257,32 +340,20 @@ def relevance_section(relevance: TokenRelevance, id: str, _: Sequence[object]) -
     examples = []
     for index, label in enumerate(relevance.labels):
         values = relevance.relevance[index].tolist()
+        tokens = relevance.prompts[index]
         facts = {
             "Gold label": label,
             "Task direction": f"{relevance.directions[index]:+.3f} logits",
             "Sum over tokens": f"{sum(values):+.3f} logits",
         }
         view = widgets.colored_tokens(relevance, index, id=f"{id}-view{index}")
-        numbers = tables.tokens_table(relevance.prompts[index], values)
-        examples.append(Example(facts, view, numbers=numbers))
+        numbers = tables.tokens_table(tokens, values)
+        examples.append(Example(_title(tokens), facts, view, numbers=numbers))
+    end = f"{relevance.largest:.3g}"
     return Section(
         title="Token relevance",
         headline=(f"\u00b1{relevance.largest:.2g}", "logits, the largest relevance of a token"),
         facts={"Prompts": str(len(relevance.prompts))},
         examples=tuple(examples),
-        scale=relevance.largest,
+        scale=(f"-{end}", f"+{end} logits"),
     )
-
-
-def _map(scored: Scored, circuit: Circuit | None, prefix: str) -> Markup:
-    figure = figures.heatmap(scored, circuit=circuit)
-    return figure_html(figure, prefix=prefix, tooltips={"cells": scored.lines()})
-
-
-def _same(
-    one: Float[Tensor, "layer head"] | None, other: Float[Tensor, "layer head"] | None
-) -> bool:
-    """Return whether two sets of scores are equal, also if one of them was saved and loaded."""
-    if one is None or other is None or one.shape != other.shape:
-        return False
-    return bool(((one == other) | (one.isnan() & other.isnan())).all())

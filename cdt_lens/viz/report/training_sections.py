@@ -10,15 +10,13 @@ import numpy as np
 from cdt_lens.finetuning.adapt_result import AdaptResult
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.transfer_result import TransferResult
-from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.tasks.intervals import share_interval
 from cdt_lens.viz import training_tables
 from cdt_lens.viz.report.sections import Section
-from cdt_lens.viz.svg import figure_html
 from cdt_lens.viz.training_figures import (
-    accuracies,
     learning_curve,
-    point_lines,
+    measures,
+    measures_of,
     trade_off,
     trained_heads,
 )
@@ -29,11 +27,7 @@ from cdt_lens.viz.words import Number, duration, mean_and_spread, score
 def fine_tune_section(result: FineTuneResult, id: str, _: Sequence[object]) -> Section:
     """Return the learning curve of one run, its trained heads, its history and options."""
     before, after = result.before, result.after
-    drawn = [figure_html(learning_curve(result), prefix=f"{id}-curve")]
-    if result.heads:
-        lines = [_head_line(head, result) for head in all_heads(result.n_layers, result.n_heads)]
-        map_of_heads = trained_heads(result)
-        drawn.append(figure_html(map_of_heads, prefix=f"{id}-map", tooltips={"cells": lines}))
+    drawn = [learning_curve(result), *([trained_heads(result)] if result.heads else [])]
     tables = [training_tables.history_table(result)]
     if result.options:
         tables.append(training_tables.settings_table(result.options, caption="Training options"))
@@ -53,13 +47,6 @@ def fine_tune_section(result: FineTuneResult, id: str, _: Sequence[object]) -> S
 
 def transfer_section(result: TransferResult, id: str, _: Sequence[object]) -> Section:
     """Return the scopes on every target: trade-off, accuracies, tables, automatic choice."""
-    drawn = [
-        figure_html(figure(result), prefix=f"{id}-{name}", tooltips=point_lines(result, *columns))
-        for name, figure, columns in (
-            ("tradeoff", trade_off, ("accuracy", "retention")),
-            ("accuracies", accuracies, ("accuracy",)),
-        )
-    ]
     tables = [training_tables.comparison_table(result)]
     compared = "decision" if "decision" in result.scopes else result.scopes[0]
     if result.per_example and len(result.scopes) > 1:
@@ -76,7 +63,10 @@ def transfer_section(result: TransferResult, id: str, _: Sequence[object]) -> Se
         title=name,
         headline=_outcome(result),
         facts=_transfer_facts(result),
-        figures=tuple(drawn),
+        figures=(trade_off(result), measures(result)),
+        changes=training_tables.disagreements_table(result, compared),
+        measures=measures_of(result),
+        scopes=result.scopes,
         tables=tuple(tables),
         provenance=_origin(name, result.provenance),
     )
@@ -88,8 +78,6 @@ def adapt_section(result: AdaptResult, id: str, _: Sequence[object]) -> Section:
     tables = [
         training_tables.languages_table(result), training_tables.trials_table(result),
     ]  # fmt: skip
-    if len(result.changes):
-        tables.append(training_tables.changes_table(result))
     if result.settings:
         tables.append(training_tables.settings_table(result.settings, caption="Settings"))
     name = "Adaptation"
@@ -102,6 +90,7 @@ def adapt_section(result: AdaptResult, id: str, _: Sequence[object]) -> Section:
         ),
         facts=_adaptation_facts(result),
         tables=tuple(tables),
+        changes=training_tables.changes_table(result) if len(result.changes) else None,
         provenance=_origin(name, result.provenance),
     )
 
@@ -208,14 +197,6 @@ def _outcome(result: TransferResult) -> tuple[str, str]:
     of = f", {done} of {asked} {what}" if done < asked else ""
     words = f"target accuracy, untouched and after {main}{beside}, {over}{of}"
     return _change(before, after), words
-
-
-def _head_line(head: Head, result: FineTuneResult) -> str:
-    if head in result.heads:
-        return f"{head}: trained"
-    if head in result.siblings:
-        return f"{head}: not selected, shares a trained K/V slice"
-    return f"{head}: not trained"
 
 
 def _change(before: Number, after: Number) -> str:

@@ -34,7 +34,10 @@ def test_a_comparison_is_headed_by_its_best_cpr():
     section = comparison_section(result, "s1", [result])
     best = result.best("cpr")
     run = "f = 0: heads ablated, MLPs intact"
-    assert section.headline == (f"{best.value('cpr'):.3f}", f"best CPR, by {best.method}; {run}")
+    assert section.headline == (
+        f"{best.value('cpr'):.3f}",
+        f"best mean of f over the sizes of circuits (CPR), by {best.method}; {run}",
+    )
     areas = result.random_areas()
     assert section.facts == {
         "Methods": "12, 1 refused",
@@ -66,7 +69,11 @@ def test_a_comparison_is_headed_by_its_best_cpr():
 def test_a_comparison_of_refusals_alone_has_a_section():
     result = replace(sample.comparison(), methods=(MethodResult("exact", refused="no"),))
     section = comparison_section(result, "s1", [result])
-    assert section.headline == ("n/a", "best CPR, by no method; f = 0: heads ablated, MLPs intact")
+    assert section.headline == (
+        "n/a",
+        "best mean of f over the sizes of circuits (CPR), by no method; f = 0: heads ablated, MLPs "
+        "intact",
+    )
     assert "Best CPR" not in section.facts
 
 
@@ -120,11 +127,13 @@ def test_the_page_fits_its_window_and_names_its_dots(browser: Browser, tmp_path:
         browser.open(path, width=width)
         assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")
     browser.open(path, width=1400)
+    browser.wait("return document.querySelectorAll('.Comparison .mark-symbol path').length > 50")
     titles = browser.run(
-        "return [...document.querySelectorAll('.Comparison svg [id*=cpr-signed] title')].map(t =>"
-        " t.textContent)"
+        "return [...document.querySelectorAll('.Comparison .mark-symbol path')]"
+        ".map(p => p.getAttribute('aria-label') || '')"
     )
-    assert len(titles) == 11 and titles[0].startswith("exact: CPR 0.")
+    exact = [t for t in titles if t.startswith("CPR: 0.") and "exact; ranked by: signed" in t]
+    assert len(exact) == 1
     # The tables of methods are seen whole on a desk.
     widths = "[...document.querySelectorAll('.Comparison .scroll')].slice(0, 2)"
     assert browser.run(f"return {widths}.every(box => box.scrollWidth <= box.clientWidth)") is True
