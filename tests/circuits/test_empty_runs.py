@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import drawn
 from helpers.by_hand import balanced, direction
 from helpers.checks import assert_close
 from helpers.shared import models, shared
@@ -303,8 +302,7 @@ def test_the_choice_is_kept_in_files_and_shown(tmp_path: Path, tokenizer_folder)
     assert curve.provenance.options["empty"] == "all"
     words = "f = 0: heads, MLPs and input replaced, as in MIB"
     assert words in repr(curve) and words in curve._repr_html_()
-    titles = [" ".join(drawn.words(curve.plot()))]
-    assert any(words in title for title in titles)
+    assert words in curve.plot().title
     assert set(curve.to_dataframe()["empty run"]) == {"all"}
 
     by_run = {
