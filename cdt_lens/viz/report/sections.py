@@ -263,8 +263,8 @@ def faithfulness_section(curve: FaithfulnessCurve, id: str, results: Sequence[ob
         title=name,
         headline=(
             f"{curve.cpr:.2f}",
-            "mean of f over the sizes of circuits (CPR; "
-            f"{words.empty_run(curve.empty_run)}); random heads {words.medians(curve.random_cpr)}",
+            f"mean of f over the sizes of circuits (CPR); {words.empty_run(curve.empty_run)}; "
+            f"random heads {words.medians(curve.random_cpr)}",
         ),
         facts={
             "Metric": words.metric_name(curve.metric),
