@@ -251,7 +251,7 @@ def effects(labels: Sequence[str]) -> Figure:
         labels: The labels.
     """
     x = field("effect", UNIT)
-    lane = field("lane", scale={"domain": [-3, 3], "range": [-9, 9]})
+    lane = field("lane", scale={"domain": [-3, 3], "range": [8, 34]})
     told = tips(prompt="prompt", label="gold label", effect="effect")
     dots = {"size": 26, "opacity": 0.55, "color": POSITIVE}
     mean = {"color": POINTED, "thickness": 3, "size": 26}

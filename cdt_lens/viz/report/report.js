@@ -38,8 +38,19 @@
       Object.entries(value).map(([key, part]) => [key, key === "values" ? part : themed(part)]));
   }
 
-  // Narrow windows get narrow panels, or panels below each other: text keeps its size.
+  function wrapped(lines, width) {
+    const most = Math.floor(width / 8);
+    return [].concat(lines).flatMap((line) => line.match(new RegExp("\\S.{0," + (most - 1) + "}(?=\\s|$)|\\S+", "gu")) || []);
+  }
+
+  // Narrow windows get narrow panels, or panels below each other: text keeps its size and wraps.
   function fitted(spec, width) {
+    if (width < 560 && spec.config) {
+      const { title, config } = spec;
+      const text = Array.isArray(title.text) ? wrapped(title.text, width) : title.text;
+      const legend = { ...config.legend, labelLimit: width - 60, columns: 1 };
+      spec = { ...spec, title: { ...title, text, subtitle: wrapped(title.subtitle, width) }, config: { ...config, legend } };
+    }
     const room = Math.max(width - 120, 180);
     if (spec.layer && typeof spec.width === "number" && !spec.usermeta)
       return { ...spec, width: Math.min(spec.width, room) };
@@ -53,7 +64,8 @@
 
   async function draw(id) {
     const element = byId(id);
-    const spec = themed(fitted(specs[id], element.clientWidth));
+    const room = element.closest(".panel") || element.closest("section");
+    const spec = themed(fitted(specs[id], room.clientWidth - 70));
     const old = drawn[id];
     const result = await vegaEmbed(element, spec, { mode: "vega-lite", actions: false, ast: true, renderer: "svg", logLevel: 1, tooltip: { theme: dark.matches ? "dark" : "light" } });
     if (old) old.finalize();
@@ -214,7 +226,7 @@
       const size = explore.sizes[slider.value];
       set("explore-map", "kept", size.heads);
       set("explore-curve", "kept", size.heads);
-      const random = size.random.map((r) => r.name + " " + fixed(r.median) + " (beats " + Math.round(100 * r.beaten) + " %)");
+      const random = size.random.map((r) => r.name + " " + fixed(r.median) + " (" + Math.round(100 * r.beaten) + " % beaten)");
       const words = size.heads + " heads (" + +(100 * size.share).toPrecision(3) + " %): f = " + fixed(size.f) + range(size.low, size.high, fixed);
       told.textContent = words + "; without them " + fixed(size.without) + (random.length ? "; " + random.join(", ") : "");
       slider.setAttribute("aria-valuetext", words);

@@ -303,7 +303,8 @@ def test_the_policy_stops_what_a_hole_would_let_in(report: Path, browser: Browse
     )
     wanted = {"img-src", "script-src-attr", "script-src-elem", "connect-src"}
     browser.wait("return new Set(window.stopped).size >= 4")
-    assert set(browser.run("return window.stopped")) == wanted
+    # circuitsvis may ask for WebAssembly at this moment, which is "script-src" and stopped too.
+    assert set(browser.run("return window.stopped")) - {"script-src"} == wanted
     assert browser.run("return typeof window.__pwned") == "undefined"
 
 
