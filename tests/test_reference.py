@@ -236,7 +236,7 @@ def test_everything_through_is_ablation(family: str, seed: int):
     assert_close(result.irrel_logits, expected)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "pythia", "llama", "gemma2"])
+@pytest.mark.parametrize("family", ["gpt2", "pythia", "llama", "gemma2", "granite"])
 def test_everything_through_is_ablation_of_an_mlp_and_a_head(family: str):
     model, tokens = tiny(family), prompts()
     baseline = random_baseline(model, tokens)
@@ -249,7 +249,8 @@ def test_everything_through_is_ablation_of_an_mlp_and_a_head(family: str):
     )
     block = (body.h if family == "gpt2" else body.layers)[0]
     adds = block.post_feedforward_layernorm if family == "gemma2" else block.mlp
-    handle = adds.register_forward_hook(lambda *_: mean)
+    written = mean / getattr(model.config, "residual_multiplier", 1.0)
+    handle = adds.register_forward_hook(lambda *_: written)
     try:
         with _ablated(model, [(1, 0, None)], baseline):
             expected = true_logits(model, tokens)

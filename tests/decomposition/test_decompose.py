@@ -112,7 +112,7 @@ def test_official_targets(backend, dtype, kind, baseline, tokenizer_folder):
 # Targets against the two-stream reference ----------------------------------------------------------
 
 
-@models(("gpt2", "llama", "qwen3", "gemma2"))
+@models(("gpt2", "llama", "qwen3", "gemma2", "granite"))
 @pytest.mark.parametrize("rules", ["stable", "official"])
 def test_targets_equal_the_two_stream_reference(family, backend, rules, tokenizer_folder):
     sources, targets = (

@@ -106,7 +106,7 @@ WITH_MLPS = [
 ]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "pythia"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "pythia", "granite"])
 def test_mlps_as_sources_equal_the_two_stream_reference(family, tokenizer_folder):
     with Float64Throughout():
         hf_model = build(family)

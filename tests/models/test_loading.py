@@ -22,7 +22,7 @@ from helpers.shared import (
     classes_of,
     models,
 )
-from helpers.tiny_models import D_VOCAB, _randomise as randomise, build, prompts
+from helpers.tiny_models import D_VOCAB, EXPERTS, _randomise as randomise, build, prompts
 from helpers.tiny_tasks import examples
 from helpers.tiny_training import QUICK, task
 from helpers.wrapped import needs_hooked, tokenizer, wrap
@@ -103,6 +103,12 @@ def test_the_type_is_the_one_asked_for(family, backend, folders):
         view = ModelView(load_model(str(folders(family)), backend=backend, dtype=dtype))
         assert view.dtype == dtype
         assert relative(view.logits(prompts(2, LENGTH)), logits_of(folders(family))) < limit
+
+
+def test_experts_in_float64_are_those_of_hugging_face(folders):
+    """Where torch has no grouped products."""
+    view = ModelView(load_model(folders("qwen3_moe"), dtype=torch.float64))
+    assert relative(view.logits(prompts(2, LENGTH)), logits_of(folders("qwen3_moe"))) < 1e-5
 
 
 @models(("gpt2", "llama"))
@@ -533,7 +539,7 @@ def outcome(folder: Path, backend: Any, dtype: str) -> str:
         return "refused"
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", [*EVERY_FAMILY, *EXPERTS])
 def test_every_family_is_read_in_half_precision(family, folders):
     for backend in {"auto", *classes_of(family)} if classes_of(family) else ():
         view = ModelView(load_model(folders(family), backend=backend, dtype=torch.bfloat16))

@@ -87,7 +87,7 @@ def mlp_off(view: ModelView, mlp: Mlp) -> Any:
     return hooks
 
 
-@models(("gpt2", "llama", "qwen3", "gemma2", "pythia"))
+@models(("gpt2", "llama", "qwen3", "gemma2", "pythia", "granite", "gptj"))
 def test_an_edge_is_what_the_target_loses_by_hand(family, backend, tokenizer_folder):
     """Under the rules in which everything goes through the model, an edge is an experiment."""
     with Float64Throughout():

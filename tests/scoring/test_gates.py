@@ -56,7 +56,7 @@ def test_soft_circuits_have_their_size_and_its_derivative(size: float):
     assert torch.autograd.gradcheck(lambda x: soft_circuit(x, size), (logits,), atol=1e-6)
 
 
-@models(("gpt2", "llama", "gemma2"))
+@models(("gpt2", "llama", "gemma2", "granite"))
 def test_the_slope_of_a_step_is_that_of_the_loss_by_hand(family, backend, tokenizer_folder):
     """A gate for each head; central differences of prompts run one by one."""
     generator = torch.Generator().manual_seed(0)

@@ -118,7 +118,7 @@ def gradients_by_hand(
     return torch.stack(rows)
 
 
-@models(("gpt2", "llama", "qwen3", "gemma2"))
+@models(("gpt2", "llama", "qwen3", "gemma2", "granite"))
 def test_attribution_patching_and_one_step_of_the_path_by_hand(family, backend, tokenizer_folder):
     with Float64Throughout():
         view, data = shared(family, backend, tokenizer_folder), examples()

@@ -63,7 +63,7 @@ def removed_by_hand(view: ModelView, item: Example, baseline: Baseline) -> Float
     return scores
 
 
-@models(("gpt2", "llama", "neox_seq", "gemma2"))
+@models(("gpt2", "llama", "neox_seq", "gemma2", "granite"))
 def test_the_removal_by_hand(family, backend, tokenizer_folder):
     """Prompts of five lengths, batched and padded here, alone there; heads in two chunks."""
     with Float64Throughout():
