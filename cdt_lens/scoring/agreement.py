@@ -147,7 +147,8 @@ class MethodAgreement(EqualByContent):
         """Return one row per head: its score and the reference's, both in logits."""
         columns = ["head", "layer", "index", "score"]
         table = self.scores.to_dataframe()[columns]
-        return table.assign(reference=self.reference.to_dataframe()["score"])
+        reference = self.reference.to_dataframe().set_index("head")["score"]
+        return table.assign(reference=table["head"].map(reference))
 
     def plot(self) -> display.Figure:
         """Draw the scores against the reference, one point per head, in logits."""

@@ -246,6 +246,8 @@ def test_views_as_rows_have_a_row_a_weight_and_a_row_a_token():
 def test_agreement_and_planted_rows():
     agreement, planted = sample.agreement(), made("PlantedCircuit")
     frame = agreement.to_dataframe()
+    assert frame["score"].is_monotonic_decreasing
+    frame = frame.sort_values(["layer", "index"])
     assert frame["reference"].tolist() == agreement.reference.values.flatten().tolist()
     assert frame["score"].tolist() == agreement.scores.values.flatten().tolist()
     assert planted.to_dataframe()["in_circuit"].sum() == int(planted.truth.sum())

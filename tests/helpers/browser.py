@@ -63,7 +63,7 @@ class Browser:
         sent = [e["message"] for e in events]
         names = ("Network.requestWillBeSent", "Network.webSocketCreated")
         urls = [_url(m["params"]) for m in sent if m["method"] in names]
-        return [url for url in urls if not url.startswith(("data:", "chrome:"))]
+        return [url for url in urls if not url.startswith(("data:", "chrome"))]
 
     def complaints(self) -> list[str]:
         """The console's messages since the last call: errors, warnings, blocked content."""
