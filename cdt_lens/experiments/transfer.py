@@ -519,6 +519,10 @@ class Transfer:
                 for cell in cells
                 for name, values in cell["per_example"].items()
             },
+            test_rows={
+                target: tuple((e.prompt, e.label) for e in self.cells.judged(self.tasks[target]))
+                for target in config.task.targets
+            },
         )
 
 

@@ -75,6 +75,8 @@ class TransferResult(Saved):
         per_example: for each run what it made of every test example, by
             `"measure|target|scope|seed"`: whether it was `right` (1 or 0) and the `loss` in nats,
             and the same of the source as `source_right` and `source_loss`. Empty in files of 0.3.
+        test_rows: by target the prompt and the gold label of every test example, in the order of
+            `per_example`. Empty in files of earlier versions.
     """
 
     task: str
@@ -89,6 +91,7 @@ class TransferResult(Saved):
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
     provenance: Provenance | None = field(default=None, repr=False)
     per_example: Mapping[str, Float[Tensor, " _example"]] = field(default_factory=dict, repr=False)
+    test_rows: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict, repr=False)
     _format, _kind = "cdt_lens.transfer", "transfer result"
     _name = "result.json"
 
@@ -238,26 +241,35 @@ class TransferResult(Saved):
             "discovery": dict(self.discovery), "settings": dict(self.settings),
             "provenance": None if self.provenance is None else self.provenance.to_dict(),
         }  # fmt: skip
+        if self.test_rows:
+            rows = self.test_rows.items()
+            body["test_rows"] = {target: [list(row) for row in own] for target, own in rows}
         tables = {name: frame_to_json(getattr(self, name)) for name in _TABLES}
         return body | tables, dict(self.per_example)
 
     @classmethod
     def _from_file(cls, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TransferResult:
-        _check_per_example(tensors)
+        test_rows = {
+            target: tuple((prompt, label) for prompt, label in rows)
+            for target, rows in body.get("test_rows", {}).items()
+        }
+        _check_per_example(tensors, test_rows)
         provenance = body["provenance"]
         return cls(
             task=body["task"], proxy=body["proxy"], targets=tuple(body["targets"]),
             scopes=tuple(body["scopes"]), chance=_chance(body),
             discovery=body["discovery"], settings=body["settings"],
             provenance=None if provenance is None else Provenance.from_dict(provenance),
-            per_example=tensors,
+            per_example=tensors, test_rows=test_rows,
             **{name: _from_json(name, body[name]) for name in _TABLES},
         )  # fmt: skip
 
 
-def _check_per_example(tensors: Mapping[str, Tensor]) -> None:
+def _check_per_example(
+    tensors: Mapping[str, Tensor], test_rows: Mapping[str, Sequence[tuple[str, str]]]
+) -> None:
     """Refuse tensors that are no measure of a run, or not one value for each test example."""
-    sizes: dict[tuple[bool, str], int] = {}
+    sizes = {(False, target): len(rows) for target, rows in test_rows.items()}
     for name, value in tensors.items():
         measure, _, place = name.partition("|")
         target = place.rsplit("|", 2)[0]

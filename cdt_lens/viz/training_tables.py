@@ -329,7 +329,7 @@ def _verdict(row: Mapping[Any, Any]) -> str:
 
 
 def disagreements_table(result: TransferResult, of: str, most: int = 200) -> Table | None:
-    """Return the test rows that one scope answers rightly more or less often than another.
+    """Return the test examples that one scope answers rightly more or less often than another.
 
     Args:
         result: The transfer.
@@ -342,6 +342,7 @@ def disagreements_table(result: TransferResult, of: str, most: int = 200) -> Tab
     gaps = []
     for target in result.targets:
         right = {scope: _right_of_rows(result, target, scope) for scope in result.scopes}
+        texts = result.test_rows.get(target, ())
         for other, values in right.items():
             if other == of or values is None or right[of] is None:
                 continue
@@ -349,14 +350,18 @@ def disagreements_table(result: TransferResult, of: str, most: int = 200) -> Tab
                 ours, theirs = right[of][row], values[row]
                 verdict = f"{of} better" if ours > theirs else f"{other} better"
                 shares = f"{ours:.0%}", f"{theirs:.0%}"
-                gaps.append((-abs(ours - theirs), [target, row + 1, other, *shares, verdict]))
+                text = texts[row] if row < len(texts) else (f"example {row + 1}", "n/a")
+                gaps.append((-abs(ours - theirs), [target, *text, other, *shares, verdict]))
     gaps.sort(key=lambda gap: gap[0])
-    headings = ["target", "test row", "compared with", f"{of} right", "other right", "verdict"]
+    headings = [
+        "target", "text", "gold label", "compared with", f"{of} right", "other right", "verdict",
+    ]  # fmt: skip
     caption = (
-        f"Test rows whose answer depends on the scope, by their number in the test split: share of "
-        f"seeds with the right answer; {min(most, len(gaps))} of {len(gaps)}"
+        "Test examples whose answer depends on the scope, with the share of seeds that give the "
+        f"right answer; {min(most, len(gaps))} of {len(gaps)}"
     )
-    return Table(headings, [row for _, row in gaps[:most]], caption) if gaps else None
+    rows = [row for _, row in gaps[:most]]
+    return Table(headings, rows, caption, sentences=True) if gaps else None
 
 
 def _right_of_rows(result: TransferResult, target: str, scope: str) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from helpers import sample_results
 from helpers.places import ROOT
 
 from cdt_lens.core.errors import ArtifactError, InputError
@@ -117,3 +118,17 @@ def test_every_run_is_placed_among_the_random_sets():
     assert row["above_line"] == pytest.approx(0.85 - (1 - 0.25))
     with pytest.raises(InputError, match="expected the name of a variant with random sets"):
         result.among("random")
+
+
+def test_the_test_examples_are_kept_and_must_fit_their_numbers(tmp_path: Path):
+    result = sample_results.transfer(per_example=True)
+    path = result.save(tmp_path / "r.json")
+    loaded = TransferResult.load(path)
+    assert loaded == result and loaded.test_rows["javanese"][1] == (
+        "Prompt 1 in javanese:",
+        "neutral",
+    )
+    short = dataclasses.replace(result, test_rows={"javanese": result.test_rows["javanese"][:19]})
+    path = short.save(tmp_path / "short.json")
+    with pytest.raises(ArtifactError, match="javanese.* has 20 examples, others 19"):
+        TransferResult.load(path)

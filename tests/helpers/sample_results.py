@@ -243,6 +243,10 @@ def transfer(
             for scope in scopes
             for seed in seeds
         },
+        test_rows={
+            target: tuple((f"Prompt {n} in {target}:", LABELS[n % 3]) for n in range(20))
+            for target in (targets if per_example else ())
+        },
     )
 
 

@@ -22,6 +22,8 @@ from cdt_lens.models.heads import Head
 from cdt_lens.viz.report import explore
 from cdt_lens.viz.report.report import render_report
 
+HOSTILE = "<script>window.__pwned=1</script>"
+
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
@@ -245,7 +247,8 @@ def test_the_rows_whose_answer_changed_are_filtered(run: Path, browser: Browser,
         name: 1 - values.round() if "full|0" in name else values.round()
         for name, values in moved.per_example.items()
     }
-    moved = replace(moved, per_example=flipped)
+    sentences = tuple((f"{HOSTILE} sentence {n}", "positive") for n in range(1, 21))
+    moved = replace(moved, per_example=flipped, test_rows={"javanese": sentences})
     path = render_report(moved, sample.adaptation(), path=tmp_path / "r.html")
     browser.open(path)
     shown = (
@@ -254,11 +257,13 @@ def test_the_rows_whose_answer_changed_are_filtered(run: Path, browser: Browser,
     )
     every = browser.run(shown)
     # In one seed of three the other scope differs, on every row of both targets.
-    assert len(every) == 40 and {row[2] for row in every} == {"full"}
+    assert len(every) == 40 and {row[3] for row in every} == {"full"}
     right = flipped["right|javanese|decision|0"]
     own = {row[1]: row[-1] for row in every if row[0] == "javanese"}
     for number, value in enumerate(right.tolist(), start=1):
-        assert own[str(number)] == ("decision better" if value else "full better")
+        assert own[f"{HOSTILE} sentence {number}"] == (
+            "decision better" if value else "full better"
+        )
     for place, value in ((0, "javanese"), (1, "full better")):
         browser.run(
             "const s = document.querySelectorAll('.TransferResult .filter select')[arguments[0]];"
@@ -276,6 +281,7 @@ def test_the_rows_whose_answer_changed_are_filtered(run: Path, browser: Browser,
         "return document.querySelector('.AdaptResult .changes tbody').textContent"
     )
     assert "Makanannya <b>enak</b> sekali!" in sentence and "now right" in sentence
+    assert browser.run("return typeof window.__pwned") == "undefined"
     assert browser.complaints() == []
 
 
