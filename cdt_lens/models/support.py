@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from cdt_lens.core.errors import InputError, UnsupportedModelError
 from cdt_lens.models.caller_hooks import caller_hooks, lifted
 from cdt_lens.models.resident import is_offloaded, resident, unreadable
-from cdt_lens.models.sites import Hook, Site
+from cdt_lens.models.sites import Hook, Site, is_routed
 from cdt_lens.models.trace import Trace
 from cdt_lens.models.view import ModelView, at_least_float32
 
@@ -257,7 +257,8 @@ def _refuse_by_name(view: ModelView) -> None:
             _refuse(view, f"layer {layer} without attention heads ({_kind_of(config, layer)})")
     if any(name.endswith(".sinks") for name, _ in view.tl.named_parameters()):
         _refuse(view, "attention sinks, which take a part of every pattern")
-    if flag("num_experts") or flag("num_local_experts") or flag("n_routed_experts"):
+    routed = any(is_routed(getattr(block, "mlp", None)) for block in view.blocks)
+    if routed or flag("num_experts") or flag("num_local_experts"):
         _refuse_experts(view)
     if flag("positional_embedding_type") in ("alibi", "shortformer", "relative_positional_bias"):
         _refuse(view, f"{flag('positional_embedding_type')} positions inside attention")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from helpers.checks import assert_close
-from helpers.tiny_models import _GROUPED, _randomise as randomise
+from helpers.tiny_models import _GROUPED, D_VOCAB, _randomise as randomise
 from helpers.tiny_tasks import examples
 from helpers.tiny_training import QUICK, task
 from helpers.wrapped import needs_hooked, tokenizer
@@ -121,6 +121,45 @@ def test_every_length_within_the_context_is_read_right_or_refused(name, tmp_path
             assert_close(view.logits(tokens), expected, atol=2e-3)
     assert {"bridge"} <= read
     assert "auto" in read or not has_hooked_transformer()
+
+
+_HOOKED_ONLY: dict[str, Callable[[], Any]] = {
+    "gptj": lambda: transformers.GPTJForCausalLM(
+        transformers.GPTJConfig(
+            vocab_size=D_VOCAB, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=4, rotary_dim=4,
+            bos_token_id=1, eos_token_id=2,
+        )
+    ),
+    "gpt_neo, window 80": lambda: transformers.GPTNeoForCausalLM(
+        transformers.GPTNeoConfig(
+            vocab_size=D_VOCAB, max_position_embeddings=CONTEXT, hidden_size=32, num_layers=2,
+            num_heads=4, attention_types=[[["global", "local"], 1]], window_size=80,
+            bos_token_id=1, eos_token_id=2,
+        )
+    ),
+    "opt": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=D_VOCAB, max_position_embeddings=CONTEXT, hidden_size=32, ffn_dim=48,
+            num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, pad_token_id=0,
+            bos_token_id=1, eos_token_id=2,
+        )
+    ),
+}  # fmt: skip
+
+
+@needs_hooked
+@pytest.mark.parametrize("name", _HOOKED_ONLY)
+def test_every_length_of_a_family_that_only_hooked_transformer_reads(
+    name, tmp_path, tokenizer_folder
+):
+    with torch.random.fork_rng():
+        folder = saved(_HOOKED_ONLY[name](), tmp_path, tokenizer_folder)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    view = ModelView(load_model(folder))
+    for length in (CONTEXT, 50, 300):
+        tokens = torch.arange(length)[None] * 7 % 120 + 3
+        with torch.no_grad():
+            assert_close(view.logits(tokens), plain.eval()(tokens).logits, atol=2e-3)
 
 
 @needs_hooked
