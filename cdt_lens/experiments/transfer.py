@@ -439,8 +439,11 @@ class Transfer:
     def _discover(self) -> None:
         """Make baseline, scores, circuit and faithfulness, or keep existing ones."""
         keep_settings(self.discovery)
-        discover(self.discovery, self.say)
+        circuit, scores, _ = discover(self.discovery, self.say)
         d, run = self.config.discovery, self.discovery
+        if is_main():  # The first picture, long before the report
+            scores.heatmap(circuit).save(run.path("heads.svg"))
+            self.say(f"the score of every head: {run.path('heads.svg')}")
         data = judged_on(run.task, "valid", d.faithfulness_examples, run.settings.seed)
         make_curve(run, self.say, data, draws=d.draws)
 

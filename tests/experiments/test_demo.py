@@ -48,6 +48,7 @@ def test_a_short_demo_runs_to_the_report(tmp_path: Path, monkeypatch):
     assert result.targets == (demo.NEAR, demo.FAR)
     assert len(result.cells) == 4 and result.cells["accuracy"].notna().all()
     assert (tmp_path / "demo" / "report.html").exists()
+    assert "<svg" in (tmp_path / "demo" / "discovery" / "heads.svg").read_text("utf-8")
 
     def refuse(*_a: object, **_kw: object) -> None:
         raise AssertionError("the model is there already")
