@@ -118,11 +118,12 @@ for _panel, _commands in _PANELS.items():
         app.command(_name, cls=Command, rich_help_panel=_panel)(_command)
 
 
-def _tell_versions(asked: bool) -> None:
+def _tell_versions(asked: bool) -> bool:
     if asked:
         for package in ("cdt_lens", "torch", "transformer-lens", "transformers"):
             tell(f"{package} {metadata.version(package)}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()

@@ -204,7 +204,7 @@ class Baseline(Saved):
                 other prompts.
         """
         if self.kind == "zero":
-            return self.for_batch(view, batch)(0)
+            return torch.zeros(1, 1, view.d_model, device=view.device, dtype=view.dtype)
         if self.kind == "counterfactual":
             return self._paired(view, batch, "embed")(0)
         if self.embed_means is None:

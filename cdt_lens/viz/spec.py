@@ -140,7 +140,7 @@ def layer(
     return made | ({"transform": [{"filter": where}]} if where else {})
 
 
-def rule(axis: str, at: float, **look: Any) -> Spec:
+def rule(axis: str, at: float | int, **look: Any) -> Spec:
     """Return a line across the panel at a value of one axis."""
     return layer("rule", [{}], "", {"color": MUTED, **look}, **{axis: {"datum": at}})
 

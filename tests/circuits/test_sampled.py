@@ -46,7 +46,7 @@ def population(family: str, folder: str) -> tuple[Tensor, tuple[Tensor, ...], Te
     parts = parts_of(PRESETS["two-ended"])
     passes = Passes(64, progress=False)
     cheap = Estimator(
-        view, data, baseline, parts, "mean", passes, 0, dict, 0, passes.bar(name="none")
+        view, data, baseline, parts, "mean", passes, 0, dict, len, passes.bar(name="none")
     ).cheap()
     exact = [
         score_heads(
