@@ -78,16 +78,6 @@ class Scored:
         index = head.layer, head.head
         return limits((float(self.low[index]), float(self.high[index])), "+z.4f")
 
-    def lines(self) -> list[str]:
-        """Return one line for each head, layer by layer: "L9H6: +0.12 \u00b1 0.01 logits (cdt)"."""
-        return [self._line(head) for head in all_heads(*self.values.shape)]
-
-    def _line(self, head: Head) -> str:
-        value, error = self.at(head)
-        if value != value:
-            return f"{head}: not scored ({self.method})"
-        return f"{head}: {value:+.4g} \u00b1 {error:.2g} logits ({self.method})"
-
 
 SELECTED_AGAIN = "selected again: how often prompts that are drawn anew select the head, too"
 

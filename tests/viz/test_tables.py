@@ -30,15 +30,6 @@ def tiny(**changes) -> Scored:
     return Scored(**(values | changes))
 
 
-def test_scored_says_a_score_in_words():
-    assert tiny().lines() == [
-        "L0H0: +0.5 \u00b1 0.1 logits (cdt)",
-        "L0H1: -0.25 \u00b1 0 logits (cdt)",
-        "L1H0: not scored (cdt)",
-        "L1H1: -1e-06 \u00b1 0.1 logits (cdt)",
-    ]
-
-
 def test_scored_reads_the_scores_a_circuit_kept():
     circuit = sample.circuit()
     kept = Scored.kept_by(circuit)

@@ -30,7 +30,7 @@ from cdt_lens.viz.spec import plain
 from cdt_lens.viz.tables import Scored
 
 # A page holds at most this many effects on single prompts, those of the strongest heads.
-_MOST_EFFECTS = 120_000
+_MOST_EFFECTS = 60_000
 _READ = 5  # positions that a head reads most, of each prompt
 
 
@@ -59,7 +59,7 @@ def explorer(results: Sequence[object]) -> Explorer | None:
     scored = Scored.of(scores) if scores else Scored.kept_by(circuit) if circuit else None
     if scored is None:
         return None
-    curve = next((r for r in results if scores and measured_for(r, scores)), None)
+    curve = linked_curve(results)
     ranking = ranking_of(scores, curve) if scores else ()
     drawn = {"map": figures.heatmap(scored, circuit=circuit, ranking=ranking)}
     heads = all_heads(*scored.values.shape)
@@ -78,6 +78,12 @@ def explorer(results: Sequence[object]) -> Explorer | None:
         own = own_size(curve, ranking, circuit)
         data |= {"sizes": _sizes(curve), "own": None if own is None else curve.sizes[own]}
     return Explorer(drawn, plain(data))
+
+
+def linked_curve(results: Sequence[object]) -> FaithfulnessCurve | None:
+    """Return the first curve that was measured for the first scores, which the map shows."""
+    scores = next((r for r in results if isinstance(r, HeadScores)), None)
+    return next((r for r in results if scores and measured_for(r, scores)), None)
 
 
 def ranking_of(scores: HeadScores, curve: FaithfulnessCurve | None) -> tuple[Head, ...]:

@@ -202,7 +202,7 @@
       point(explore.heads[layer * across + head].name);
     });
     map.addEventListener("drawn", () => {
-      const at = (item) => item && item.datum && "head" in item.datum && "L" + item.datum.layer + "H" + item.datum.head;
+      const at = (item) => item && typeof item.datum === "object" && "head" in item.datum && "L" + item.datum.layer + "H" + item.datum.head;
       drawn["explore-map"].addEventListener("pointerover", (event, item) => { if (!pinned && at(item)) point(at(item)); });
       drawn["explore-map"].addEventListener("click", (event, item) => {
         if (!at(item)) return;

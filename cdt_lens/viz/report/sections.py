@@ -253,9 +253,6 @@ def graph_section(graph: Graph, id: str, _: Sequence[object]) -> Section:
 
 def faithfulness_section(curve: FaithfulnessCurve, id: str, results: Sequence[object]) -> Section:
     """Return the areas of a curve, and f by size; a linked curve is drawn beside the map."""
-    scores = next((result for result in results if isinstance(result, HeadScores)), None)
-    first = next(result for result in results if isinstance(result, FaithfulnessCurve))
-    linked = scores is not None and curve is first and explore.measured_for(curve, scores)
     unit = " logits" if curve.metric == "direction" else ""
     drawn = (f"{len(draws)} {words.control_name(key)}" for key, draws in curve.random.items())
     name = f"Faithfulness: {words.metric_name(curve.metric)}"
@@ -274,7 +271,7 @@ def faithfulness_section(curve: FaithfulnessCurve, id: str, results: Sequence[ob
             "Random circuits": "; ".join(drawn) or "none",
             **_odd_f(curve, range(len(curve.sizes))),
         },
-        figures=() if linked else (figures.curve(curve),),
+        figures=() if curve is explore.linked_curve(results) else (figures.curve(curve),),
         tables=(tables.areas_table(curve), tables.sizes_table(curve)),
         provenance=((name, curve.provenance.to_dict()),),
     )

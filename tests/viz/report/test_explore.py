@@ -333,6 +333,9 @@ def test_a_curve_of_other_scores_is_not_linked():
     assert not explore.measured_for(curve, other)
     linked = explore.explorer([other, curve])
     assert linked and linked.data["sizes"] == [] and "curve" not in linked.figures
+    assert explore.linked_curve([other, scores, curve]) is None, "the map shows the first scores"
+    foreign = replace(curve, provenance=scores.provenance)
+    assert explore.linked_curve([scores, foreign, curve]) is curve
 
 
 def test_only_the_circuit_that_the_curve_kept_has_its_f():
