@@ -110,6 +110,7 @@ def hostile() -> list[object]:
 def test_hostile_text_stays_text(browser: Browser, tmp_path: Path):
     path = render_report(*hostile(), path=tmp_path / "r.html", title=SCRIPT)
     browser.open(path)
+    browser.wait("return document.querySelector('.Comparison svg') !== null")
     assert browser.run("return typeof window.__pwned") == "undefined"
     for place in (".Comparison table", ".Comparison svg text", ".PlantedComparison table"):
         shown = browser.run(

@@ -360,7 +360,7 @@ def test_the_page_can_be_read_without_seeing_it(report: Path, browser: Browser):
 def test_a_print_shows_every_view_and_every_number(report: Path, browser: Browser):
     browser.open(report)
     browser.driver.print_page()
-    assert browser.run("return [...document.querySelectorAll('details')].every(d => d.open)")
+    browser.wait("return [...document.querySelectorAll('details')].every(d => d.open)")
     browser.wait("return [...document.querySelectorAll('.view')].every(v => v.children.length)")
     browser.wait("return document.querySelectorAll('.view canvas').length === 39")
     browser.wait(
