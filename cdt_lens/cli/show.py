@@ -210,10 +210,16 @@ def _show_adapter(path: Path) -> Any:
 
     adapter = Adapter.load(path)
     tell(f"adapter, scope {adapter.scope}: {adapter.elements:,} trained elements")
+    if adapter.heads:
+        tell(f"heads: {', '.join(map(str, adapter.heads))}")
     frame = adapter.to_dataframe()
-    parts = frame.assign(heads=frame["heads"].where(frame["heads"] != "", "all")).groupby("heads")
-    rows = [[heads, len(own), f"{own['elements'].sum():,}"] for heads, own in parts]
-    tell_table(["heads", "weights", "elements"], rows)
+    layers = frame["weight"].str.extract(r"\.(\d+)\.")[0].astype(float)
+    parts = frame.groupby(layers, dropna=False)["elements"]
+    rows = [
+        ["outside the layers" if layer != layer else int(layer), len(own), f"{own.sum():,}"]
+        for layer, own in parts
+    ]
+    tell_table(["layer", "weights", "elements"], rows)
     return adapter.provenance
 
 

@@ -94,7 +94,7 @@ def mistakes(place: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     tuning = of_files(place, "finetune", new)
     return cases | {
         "finetune: a circuit that is a folder": (
-            [*tuning, "--circuit", ran], "run: is a folder. Name the JSON file .* circuit.json",
+            [*tuning, "--circuit", str(foreign)], "foreign/circuit.json: no such file",
         ),
         "finetune: no circuit": (tuning, "scope 'decision': expected a circuit"),
         "finetune: no source": (
@@ -176,7 +176,7 @@ def test_show_takes_the_folder_of_a_run(place: Path):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("run.json", "k: 2"), ("scores.json", "standard error"), ("baseline.json", "Baseline"),
+        ("run.json", "k: 2"), ("scores.json", "L0H1"), ("baseline.json", "Baseline"),
         ("faithfulness.json", "CPR"), ("circuit.json", "2 of 8 heads"),
     ],
 )  # fmt: skip

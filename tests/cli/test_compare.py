@@ -147,7 +147,7 @@ def test_a_budget_that_pays_for_nothing_is_told_before_anything_runs(
 ):
     monkeypatch.setattr(experiments, "make_baseline", None)
     arguments = of_files(place, tmp_path / "x", "--methods", "cdt:two-ended", "--budget", "38")
-    with pytest.raises(CdtLensError, match="budget=38: too small for cdt:two-ended, .* 39 "):
+    with pytest.raises(CdtLensError, match="--budget 38: too small for cdt:two-ended, .* 39 "):
         run("compare", *arguments)
 
 
