@@ -42,7 +42,7 @@ from cdt_lens.core.processes import sum_over_processes
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.provenance import Provenance, provenance_of
 from cdt_lens.models.session import uses_model
-from cdt_lens.models.support import added_embedding, check_supported
+from cdt_lens.models.support import check_embedding, check_supported, has_embedding
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.task import Batch, Examples, check_examples
 
@@ -202,7 +202,9 @@ class Baseline(Saved):
         Raises:
             InputError: the baseline has no values for embeddings, or was made for another model or
                 other prompts.
+            UnsupportedModelError: the model multiplies its embeddings.
         """
+        check_embedding(view)
         if self.kind == "zero":
             return torch.zeros(1, 1, view.d_model, device=view.device, dtype=view.dtype)
         if self.kind == "counterfactual":
@@ -229,8 +231,9 @@ class Baseline(Saved):
             InputError: as `embedding_for_batch`.
             UnsupportedModelError: the stream is not the sum of both kinds of embeddings.
         """
+        check_embedding(view)
         trace = view.run(batch.tokens, [("embed", 0)])
-        added_embedding(view, trace)
+        check_embedding(view, trace)
         return trace.resid[0] - trace["embed", 0] + self.embedding_for_batch(view, batch)
 
     def _slots(self, batch: Batch) -> Int[Tensor, "row pos"]:
@@ -367,6 +370,7 @@ def mean_activations(
         # The embedding stands behind the layers' MLPs.
         *layers, embed_means = _balanced(more_sums, counts).float()
         mlp_means = torch.stack(layers)
+        embed_means = embed_means if has_embedding(view) else None
     if not bool(torch.isfinite(means).all()):
         raise InputError(f"{view.name}: z is not finite on {examples.name}. Check the weights.")
     if mlp_means is not None and not bool(torch.isfinite(mlp_means).all()):

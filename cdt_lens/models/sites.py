@@ -108,7 +108,9 @@ def find_sites(model: Any, n_layers: int) -> dict[Site, Place]:
     """
     places: dict[Site, Place] = {}
     embedding = _resolve(model, "hook_embed")
-    if embedding is not None:
+    # Granite multiplies the embedding outside of the bridge's component, whose hook never fires.
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    if embedding is not None and getattr(config, "embedding_multiplier", None) is None:
         places["embed", 0] = Place(embedding, "point")
     for layer, block in enumerate(model.blocks):
         # HookedTransformer has some MLP hook points in attention-only blocks, but none fires.

@@ -314,23 +314,31 @@ def differ(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     return bool((a - b).norm() > tolerance * (b.norm() + 1e-6))
 
 
-def added_embedding(view: ModelView, trace: Trace) -> None:
+def has_embedding(view: ModelView) -> bool:
+    """Return whether the token embedding is a site of the model."""
+    return ("embed", 0) in view.sites
+
+
+def check_embedding(view: ModelView, trace: Trace | None = None) -> None:
     """Check that the residual stream begins with the sum of token and position embeddings.
 
     Args:
         view: the model.
-        trace: a run that recorded the site ("embed", 0).
+        trace: a run that recorded the site ("embed", 0); None checks the model alone.
 
     Raises:
         UnsupportedModelError: the embeddings are multiplied or changed before the first block.
     """
-    multiplied = getattr(view.hf_config, "embedding_multiplier", None) not in (None, 1.0)
-    positions = (trace.resid[0] - trace["embed", 0])[:1]
-    if multiplied or differ(trace["embed", 0] + positions, trace.resid[0], view.dtype):
-        raise UnsupportedModelError(
-            f"{view.name}: an embedding that the residual stream does not hold as it is: the input "
-            "cannot take a baseline, so there are no edges from it and no empty run of MIB here"
-        )
+    if has_embedding(view):
+        if trace is None:
+            return
+        positions = (trace.resid[0] - trace["embed", 0])[:1]
+        if not differ(trace["embed", 0] + positions, trace.resid[0], view.dtype):
+            return
+    raise UnsupportedModelError(
+        f"{view.name}: an embedding that the residual stream does not hold as it is: the input "
+        "cannot take a baseline, so there are no edges from it and no empty run of MIB here"
+    )
 
 
 def _check_residual(view: ModelView, trace: Trace) -> None:

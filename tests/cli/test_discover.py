@@ -147,7 +147,7 @@ def test_a_run_on_counterfactual_prompts(place: Path, tmp_path: Path, monkeypatc
     for wrong, said in {
         ("--pair", "other", "--baseline", "mean"): "--pair 'other' has no effect with .* 'mean'",
         ("--pair-label", "label"): "--pair-label 'label' has no effect",
-        ("--pair", "other", "--baseline-examples", "6"): "baseline_examples=6 has no effect",
+        ("--pair", "other", "--baseline-examples", "6"): "--baseline-examples 6 has no effect",
     }.items():
         kept = given[: given.index("--baseline")] if "--baseline" in wrong else given
         with pytest.raises(InputError, match=said):

@@ -143,7 +143,7 @@ def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     )
     heard: list[str] = []
     make_demo_model(tmp_path / "m", distances=[], say=heard.append)
-    assert heard[-1] == "pre-training step 400 of 400: 2.500 nats a word"
+    assert heard[-1] == "pre-training step 240 of 240: 2.500 nats a word"
 
 
 def test_mistakes_are_refused_and_leave_nothing(tmp_path: Path) -> None:
