@@ -30,7 +30,7 @@ from cdt_lens.circuits.nodes import Site as EdgeSite, node_names, possible_edges
 from cdt_lens.core.errors import NonFiniteError, UnsupportedModelError
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.sites import Hook, Site
-from cdt_lens.models.support import check_embedding, check_caller_hooks, check_supported, differ
+from cdt_lens.models.support import check_caller_hooks, check_embedding, check_supported, differ
 from cdt_lens.models.view import ModelView, at_answer, at_least_float32
 from cdt_lens.models.weights import check_gradients, named_weights
 from cdt_lens.tasks.metrics import task_direction

@@ -95,7 +95,7 @@ def make_demo_model(
     full = _encoded(tokenizer, languages, seed, plain=False)
     model = _new_model(len(tokenizer), seed)
     for step, loss in _pretrain(model, _batches(plain, full, steps, seed), steps):
-        if step % 100 == 0:
+        if step % 100 == 0 or step == steps:
             say(f"pre-training step {step} of {steps}: {loss:.3f} nats a word")
     with new_folder(folder) as made, third_party_noise_off():
         model.save_pretrained(made)

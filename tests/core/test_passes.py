@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.checks import unchecked_types
 from helpers.shared import shared
+from helpers.terminal import Terminal
 from helpers.tiny_tasks import examples, many
 
 import cdt_lens as cdt
@@ -48,13 +49,6 @@ def test_batches_are_those_of_the_examples():
     data = examples()
     sizes = [len(batch.index) for batch in Passes(4).batches(data)]
     assert sizes == [len(batch.index) for batch in data.batches(4)]
-
-
-class Terminal(io.StringIO):
-    """Standard error of a terminal."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -15,6 +15,7 @@ import torch
 from helpers.checks import assert_close, assert_same_bits
 from helpers.sample_results import provenance
 from helpers.shared import models, shared
+from helpers.terminal import Terminal
 from helpers.tiny_tasks import LABELS, examples
 
 from cdt_lens.circuits.head_scores import HeadScores, combined, label_index
@@ -256,9 +257,10 @@ def test_the_bar_ends_at_its_total(tokenizer_folder, monkeypatch):
         return bars[-1]
 
     monkeypatch.setattr(Passes, "bar", bar)
+    monkeypatch.setattr("sys.stderr", Terminal())
     baseline = mean_activations(view, data(), progress=False)
     bars.clear()
     for options in ({"exact": 20}, {"exact": 28, "decide": {"threshold": 0.3}}):
         score_heads(view, data(), baseline, batch_size=4, **options)
-    heads = [each for each in bars if each.desc == "heads"]
+    heads = [each for each in bars if each.desc == "heads: "]
     assert len(heads) == 2 and all(0 < each.n == each.total for each in heads)
