@@ -262,5 +262,5 @@ def test_the_bar_ends_at_its_total(tokenizer_folder, monkeypatch):
     bars.clear()
     for options in ({"exact": 20}, {"exact": 28, "decide": {"threshold": 0.3}}):
         score_heads(view, data(), baseline, batch_size=4, **options)
-    heads = [each for each in bars if each.desc == "heads: "]
+    heads = [each for each in bars if each.desc == "heads"]
     assert len(heads) == 2 and all(0 < each.n == each.total for each in heads)
