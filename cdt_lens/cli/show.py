@@ -21,7 +21,10 @@ def show_transfer(result: Any) -> None:
     """Print the tables of a transfer result."""
     from cdt_lens.viz.training_tables import right_of
 
-    columns = ["target", "scope", "seeds", "accuracy", "macro-F1", "retention", "trained", "s"]
+    columns = [
+        "target", "scope", "seeds", "accuracy", "95 % interval", "macro-F1", "retention", "trained",
+        "s",
+    ]  # fmt: skip
     runs = result.summary().to_dict("records")
     rows: list[list[str]] = []
     for target in result.targets:
@@ -43,7 +46,17 @@ def _untouched(result: Any, target: str) -> list[list[str]]:
     """Return the row of the proxy checkpoint on a target, if it was measured."""
     measured = result.before[result.before["language"] == target].to_dict("records")
     return [
-        [target, "(none)", "", f"{row['accuracy']:.3f}", f"{row['macro_f1']:.3f}", "1.000", "0", ""]
+        [
+            target,
+            "(none)",
+            "",
+            f"{row['accuracy']:.3f}",
+            "",
+            f"{row['macro_f1']:.3f}",
+            "1.000",
+            "0",
+            "",
+        ]
         for row in measured
     ]
 
@@ -53,8 +66,10 @@ def _cells_of(run: dict[str, Any]) -> list[str]:
         std = run[f"{name}_std"]
         return f"{run[name]:.3f}" + ("" if std != std else f" ±{std:.3f}")
 
+    low = run["accuracy_low"]
     return [
-        run["target"], run["scope"], _seeds(run), spread("accuracy"), spread("macro_f1"),
+        run["target"], run["scope"], _seeds(run), spread("accuracy"),
+        "" if low != low else f"{low:.2f} to {run['accuracy_high']:.2f}", spread("macro_f1"),
         spread("retention"), f"{run['share']:.2%}", f"{run['seconds']:.0f}",
     ]  # fmt: skip
 

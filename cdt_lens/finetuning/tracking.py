@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,7 @@ class Tracking:
         kind: Any = LOGGER_TYPE_TO_CLASS[name]
         folder = self._folder
         if name == "tensorboard" and folder is not None:
+            _wait_for_a_later_name(folder)
             # A new run replaces what an earlier one wrote into the folder.
             return kind(folder.name, folder.parent, purge_step=None if self._from else 0)
         if name == "wandb":
@@ -188,3 +190,14 @@ class Tracking:
                 folder.mkdir(parents=True, exist_ok=True)
             return kind(_PROJECT, name=self._name, id=self._id, resume="allow", dir=folder)
         return kind(_PROJECT, folder) if kind.requires_logging_directory else kind(_PROJECT)
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait until the second in the names of TensorBoard's files has passed.
+
+    TensorBoard reads the files in the order of their names: the second, the host, the process.
+    """
+    names = [path.name.split(".") for path in folder.glob("events.out.tfevents.*")]
+    newest = max((int(parts[3]) for parts in names if parts[3].isdigit()), default=0)
+    while 0 <= newest - int(time.time()) <= 1:
+        time.sleep(0.05)

@@ -22,7 +22,7 @@ from cdt_lens.core.errors import InputError
 from cdt_lens.core.kept import Cell
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.provenance import Provenance
-from cdt_lens.tasks.intervals import crossed_interval
+from cdt_lens.tasks.intervals import crossed_interval, share_interval
 
 CELL_COLUMNS = (
     "target", "scope", "seed", "accuracy", "macro_f1", "source_accuracy", "source_macro_f1",
@@ -105,7 +105,8 @@ class TransferResult(Saved):
         Returns:
             One row for each (target, scope) with means and standard deviations. `seeds` is the
             number of seeds in the means, `asked` the number of all seeds, and `diverged` the number
-            of failed runs.
+            of failed runs. `accuracy_low` and `accuracy_high` are the limits of a 95 % interval
+            over test examples and seeds, NaN for a file of 0.3.
         """
         rows = []
         asked = len(self.seeds)
@@ -120,12 +121,25 @@ class TransferResult(Saved):
                 for name in ("accuracy", "macro_f1", "source_accuracy", "retention"):
                     row[name] = float(of[name].mean())
                     row[f"{name}_std"] = float(of[name].std(ddof=1)) if len(of) > 1 else math.nan
+                limits = self._accuracy_interval(target, scope)
+                row["accuracy_low"], row["accuracy_high"] = limits
                 row["seconds"] = float(of["seconds"].mean())
                 trained = of["trained_parameters"].dropna()  # NaN where a run diverged
                 row["trained_parameters"] = int(trained.iloc[0]) if len(trained) else 0
                 row["share"] = float(of["share"].mean())
                 rows.append(row)
         return pd.DataFrame(rows)
+
+    def _accuracy_interval(self, target: str, scope: str) -> tuple[float, float]:
+        """Return the limits of the mean accuracy over test examples and seeds."""
+        found = (self.per_example.get(f"right|{target}|{scope}|{seed}") for seed in self.seeds)
+        right = [values for values in found if values is not None]
+        if not right:
+            return math.nan, math.nan
+        if len(right) == 1:
+            return share_interval(int(right[0].sum()), len(right[0]))
+        low, high = crossed_interval(torch.stack(right))
+        return float(low), float(high)
 
     @checked_arguments
     def differences(

@@ -128,7 +128,7 @@ def test_the_seed_decides_the_weights_and_no_global_state_moves(tmp_path: Path) 
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         make_demo_model(tmp_path / name, distances=[1], seed=seed, steps=2, say=heard.append)
     assert torch.equal(state, torch.get_rng_state())
-    assert heard == ["writing reviews in 2 languages"] * 3
+    assert heard[::2] == ["writing reviews in 2 languages"] * 3
     a, b, c = (weights(tmp_path / name) for name in "abc")
     assert all(torch.equal(value, b[name]) for name, value in a.items())
     matrices = [name for name, value in a.items() if value.ndim == 2]
