@@ -251,7 +251,7 @@ def demo(
     given: dict[str, Any],
     full: Annotated[
         bool,
-        typer.Option("--full", help="Train every scope with two seeds; takes some three minutes."),
+        typer.Option(help="Train every scope with two seeds; takes some three minutes."),
     ] = False,
 ) -> None:
     """Run a whole transfer experiment offline, in two minutes on two cores.
