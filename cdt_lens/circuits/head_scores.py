@@ -371,6 +371,10 @@ class HeadScores(Saved):
             )
         return display.figure(self, circuit=circuit)
 
+    def plot(self) -> display.Figure:
+        """Draw the map of the scores, as `heatmap`."""
+        return self.heatmap()
+
     @checked_arguments
     def bars(self, k: Count = 20) -> display.Figure:
         """Draw the `k` heads with the largest scores, with their standard errors."""

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cdt_lens.circuits.circuit import Circuit
-from cdt_lens.circuits.faithfulness import FaithfulnessCurve
+from cdt_lens.circuits.faithfulness import CircuitFaithfulness, FaithfulnessCurve
 from cdt_lens.circuits.graph import Edge
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.reliability import membership
@@ -190,6 +190,24 @@ def sizes_table(curve: FaithfulnessCurve) -> Table:
         rows.append(row)
     caption = f"Faithfulness by size ({empty_run(curve.empty_run)}), with 95 % intervals"
     return Table(columns, rows, f"{caption} over prompts")
+
+
+def circuit_faithfulness_table(result: CircuitFaithfulness) -> Table:
+    """Return f of one circuit, of its complement, and of random circuits, with the shares beaten.
+
+    Args:
+        result: The measurement of the circuit.
+    """
+    rows: list[list[object]] = [
+        ["circuit", with_limits(result.faithfulness, result.interval), ""],
+        ["without it", with_limits(result.completeness, result.completeness_interval), ""],
+    ]
+    for name, draws in result.random.items():
+        beaten = number(float(result.beaten[name]), ".0%")
+        rows.append([control_name(name), spread(draws), beaten])
+    caption = f"Faithfulness ({empty_run(result.empty_run)}) with 95 % intervals over prompts"
+    caption += "; of random heads the median [5 %, 95 %], and the share with a smaller f"
+    return Table(("heads kept", "f", "beaten by the circuit"), rows, caption)
 
 
 def differences_table(scores: Scored, reference: Scored, count: int = 10) -> Table:

@@ -21,7 +21,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from cdt_lens.circuits.circuit import Circuit
-from cdt_lens.circuits.faithfulness import FaithfulnessCurve
+from cdt_lens.circuits.faithfulness import CircuitFaithfulness, FaithfulnessCurve
 from cdt_lens.circuits.graph import Graph
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.comparing.comparison import Comparison, PlantedComparison
@@ -58,6 +58,7 @@ _section.register(HeadScores, sections.head_scores_section)
 _section.register(Circuit, sections.circuit_section)
 _section.register(Graph, sections.graph_section)
 _section.register(FaithfulnessCurve, sections.faithfulness_section)
+_section.register(CircuitFaithfulness, sections.circuit_faithfulness_section)
 _section.register(MethodAgreement, sections.agreement_section)
 _section.register(Comparison, comparison_sections.comparison_section)
 _section.register(PlantedComparison, comparison_sections.planted_section)
@@ -77,8 +78,9 @@ def render_report(*results: object, path: str | Path, title: str | None = None) 
 
     Args:
         *results: The results: Circuit (whose graph gets a section of its own), Graph, HeadScores,
-            FaithfulnessCurve, MethodAgreement, Comparison, PlantedComparison, AttentionView,
-            TokenRelevance, FineTuneResult, TransferResult, AdaptResult, or subclasses of these.
+            FaithfulnessCurve, CircuitFaithfulness, MethodAgreement, Comparison, PlantedComparison,
+            AttentionView, TokenRelevance, FineTuneResult, TransferResult, AdaptResult, or
+            subclasses of these.
         path: The file to write.
         title: The title of the page.
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cdt_lens.circuits.circuit import Circuit
-from cdt_lens.circuits.faithfulness import FaithfulnessCurve
+from cdt_lens.circuits.faithfulness import CircuitFaithfulness, FaithfulnessCurve
 from cdt_lens.circuits.graph import Graph
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.measures import EMPTY_RUNS
@@ -274,6 +274,34 @@ def faithfulness_section(curve: FaithfulnessCurve, id: str, results: Sequence[ob
         figures=() if curve is explore.linked_curve(results) else (figures.curve(curve),),
         tables=(tables.areas_table(curve), tables.sizes_table(curve)),
         provenance=((name, curve.provenance.to_dict()),),
+    )
+
+
+def circuit_faithfulness_section(
+    result: CircuitFaithfulness, id: str, _: Sequence[object]
+) -> Section:
+    """Return f of one circuit and of its complement, beside random circuits of its size."""
+    unit = " logits" if result.metric == "direction" else ""
+    name = f"Faithfulness of one circuit: {words.metric_name(result.metric)}"
+    drawn = (f"{len(draws)} {words.control_name(key)}" for key, draws in result.random.items())
+    return Section(
+        title=name,
+        headline=(
+            words.with_limits(result.faithfulness, result.interval),
+            f"f of the circuit of {len(result.heads)} heads; {words.empty_run(result.empty_run)}",
+        ),
+        facts={
+            "Heads": ", ".join(map(str, result.heads)),
+            "Without them (completeness)": words.with_limits(
+                result.completeness, result.completeness_interval
+            ),
+            "Full model": f"{result.full:.3f}{unit}",
+            **_caution(result.metric, result.full, len(result.provenance.examples)),
+            "Empty run (f = 0)": f"{result.empty:.3f}{unit}, {EMPTY_RUNS[result.empty_run]}",
+            "Random circuits": "; ".join(drawn) or "none",
+        },
+        tables=(tables.circuit_faithfulness_table(result),),
+        provenance=((name, result.provenance.to_dict()),),
     )
 
 

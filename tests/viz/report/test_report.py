@@ -12,9 +12,14 @@ import pytest
 import torch
 from helpers import sample_graph, sample_results as sample
 from helpers.browser import Browser, open_browser
+from helpers.shared import shared
+from helpers.tiny_tasks import many
 
 from cdt_lens.circuits.circuit import Circuit
+from cdt_lens.circuits.faithfulness import circuit_faithfulness
 from cdt_lens.core.errors import InputError, NonFiniteError
+from cdt_lens.decomposition.baseline import mean_activations
+from cdt_lens.scoring.methods import score_by
 from cdt_lens.viz.report.report import render_report
 
 SCRIPT = "<script>window.__pwned=1</script>"
@@ -376,3 +381,20 @@ def test_a_task_at_chance_is_said_in_the_report(tmp_path: Path) -> None:
     poor = replace(scores, direction=-0.44), replace(curve, full=-0.1)
     page = render_report(*poor, path=tmp_path / "poor.html").read_text("utf-8")
     assert page.count(words) == 2 and "Caution" in page
+
+
+def test_the_test_of_one_circuit_has_its_section(tmp_path: Path, tokenizer_folder: str):
+    view, data = shared("gpt2", "bridge", tokenizer_folder), many(24)
+    baseline = mean_activations(view, data, progress=False)
+    scores = score_by("random", view, data, baseline)
+    measured = circuit_faithfulness(
+        view, scores.select(k=2), data, baseline, draws=3, progress=False
+    )
+    page = render_report(measured, path=tmp_path / "r.html")
+    assert sections(page) == ["CircuitFaithfulness", "provenance"]
+    text = page.read_text("utf-8")
+    low, high = measured.interval
+    assert f"{measured.faithfulness:.3f} [{low:.3f}, {high:.3f}]" in text
+    assert f"{measured.completeness:.3f}" in text and "3 random heads" in text
+    assert all(str(head) in text for head in measured.heads)
+    assert scores.plot() == scores.heatmap()
