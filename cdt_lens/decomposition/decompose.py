@@ -97,7 +97,7 @@ class Decomposition(EqualByContent):
     """
 
     sources: tuple[tuple[Source, ...], ...]
-    tokens: Int[Tensor, "example k *token"]
+    tokens: Int[Tensor, "example k ..."]
     direction: Float[Tensor, "example k"] = field(repr=False)
     logits: Float[Tensor, "example k"] = field(repr=False)
     relevant: Float[Tensor, "source example k"] = field(repr=False)
