@@ -254,7 +254,7 @@ def demo(
         typer.Option(help="Train every scope with two seeds; takes some three minutes."),
     ] = False,
 ) -> None:
-    """Run a whole transfer experiment offline, in two minutes on two cores.
+    """Run a whole transfer experiment offline, in about a minute on two cores.
 
     A small model is trained on the spot and adapted to two invented languages, a near and a far
     one.
