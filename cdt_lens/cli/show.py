@@ -22,7 +22,7 @@ def show_transfer(result: Any) -> None:
     from cdt_lens.viz.training_tables import right_of
 
     columns = [
-        "target", "scope", "seeds", "accuracy", "95 % interval", "macro-F1", "retention", "trained",
+        "target", "scope", "seeds", "accuracy", "interval", "macro-F1", "retention", "trained",
         "s",
     ]  # fmt: skip
     runs = result.summary().to_dict("records")
@@ -35,7 +35,8 @@ def show_transfer(result: Any) -> None:
     if fewer:
         tell(f"means over fewer seeds than asked: {'; '.join(fewer)}")
     tell(
-        "accuracy and macro-F1 on the target's test split; retention: source accuracy after / "
+        "accuracy (95 % interval over test rows and seeds) and macro-F1 on the target's test split; "
+        "retention: source accuracy after / "
         "before; (none): the proxy checkpoint without training on the target"
     )
     for rule, right in right_of(result).items():
