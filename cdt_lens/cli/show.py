@@ -35,9 +35,9 @@ def show_transfer(result: Any) -> None:
     if fewer:
         tell(f"means over fewer seeds than asked: {'; '.join(fewer)}")
     tell(
-        "accuracy (95 % interval over test rows and seeds) and macro-F1 on the target's test split; "
-        "retention: source accuracy after / "
-        "before; (none): the proxy checkpoint without training on the target"
+        "accuracy (95 % interval over test rows and seeds) and macro-F1 on the target's test "
+        "split; retention: source accuracy after / before; (none): the proxy checkpoint without "
+        "training on the target"
     )
     for rule, right in right_of(result).items():
         tell(f"scope auto, {rule} rule: chose the best of its scopes in {right}")
