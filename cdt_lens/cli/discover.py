@@ -177,5 +177,9 @@ def report(
     """
     from cdt_lens.experiments import discovery as experiment, runs
 
+    page = run / "report.html"
+    if (run / "adapter.json").is_file() and page.is_file():  # `finetune` has written it
+        tell(str(page))
+        return
     opened = runs.open_run(run, say, experiment.check_report)
     tell(str(experiment.report(opened, say, prompts=prompts, heads=heads)))

@@ -68,6 +68,7 @@ def test_circuit_to_adapter_to_checkpoint(place: Path, tmp_path: Path):
     losses = EventAccumulator(str(out / "logs")).Reload().Scalars("train/loss")
     assert [event.step for event in losses] == [1, 2, 3, 4]
     assert (out / "report.html").exists() and (out / "history.csv").exists()
+    assert run("report", str(out)).replace("\n", "") == str(out / "report.html")
     assert not (out / "checkpoint.json").exists()
     shown = run("show", str(out))
     assert "scope decision" in shown and "model_hash" in shown
