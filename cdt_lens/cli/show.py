@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -194,20 +196,19 @@ def show(
 
     path = _file_in(file) if file.is_dir() else file
     kind = artifact_format(path)
-    show_it = {
-        "cdt_lens.circuit": _show_circuit, "cdt_lens.adapter": _show_adapter,
-        "cdt_lens.transfer": _show_transfer_file, "cdt_lens.comparison": _show_comparison_file,
-        "cdt_lens.planted_comparison": _show_planted_file, "cdt_lens.adapt": _show_adapt_file,
-        "cdt_lens.scores": _show_scores, "cdt_lens.baseline": _show_baseline,
-        "cdt_lens.faithfulness": _show_curve_file, "cdt_lens.run": _show_settings,
-        "cdt_lens.transfer_run": _show_settings,
-    }  # fmt: skip
-    if kind not in show_it:
-        raise InputError(f"{path}: expected a file of {', '.join(sorted(show_it))}; got {kind}")
-    provenance = show_it[kind](path)
+    if kind in _SETTINGS:
+        _show_settings(path, kind)
+        return
+    if kind not in _SHOWN:
+        known = ", ".join(sorted([*_SHOWN, *_SETTINGS]))
+        raise InputError(f"{path}: expected a file of {known}; got {kind}")
+    home, name, show_it = _SHOWN[kind]
+    result = getattr(importlib.import_module(f"cdt_lens.{home}"), name).load(path)
+    show_it(result)
+    provenance = getattr(result, "provenance", None)
     if provenance is not None:
-        for name, value in provenance.to_dict().items():
-            tell(f"{name}: {value}")
+        for entry, value in provenance.to_dict().items():
+            tell(f"{entry}: {value}")
 
 
 def _file_in(folder: Path) -> Path:
@@ -221,10 +222,7 @@ def _file_in(folder: Path) -> Path:
     return inside[0]
 
 
-def _show_adapter(path: Path) -> Any:
-    from cdt_lens.finetuning.adapter import Adapter
-
-    adapter = Adapter.load(path)
+def _show_adapter(adapter: Any) -> None:
     tell(f"adapter, scope {adapter.scope}: {adapter.elements:,} trained elements")
     if adapter.heads:
         tell(f"heads: {', '.join(map(str, adapter.heads))}")
@@ -236,83 +234,31 @@ def _show_adapter(path: Path) -> Any:
         for layer, own in parts
     ]
     tell_table(["layer", "weights", "elements"], rows)
-    return adapter.provenance
 
 
-def _show_scores(path: Path) -> Any:
-    from cdt_lens.circuits.head_scores import HeadScores
-
-    scores = HeadScores.load(path)
+def _show_scores(scores: Any) -> None:
     tell(repr(scores))
     _tell_heads(scores.to_dataframe().head(12).to_dict("records"))
-    return scores.provenance
 
 
-def _show_baseline(path: Path) -> Any:
-    from cdt_lens.decomposition.baseline import Baseline
-
-    baseline = Baseline.load(path)
+def _show_baseline(baseline: Any) -> None:
     tell(repr(baseline))
-    return baseline.provenance
 
 
-def _show_curve_file(path: Path) -> Any:
-    from cdt_lens.circuits.faithfulness import FaithfulnessCurve
-
-    curve = FaithfulnessCurve.load(path)
-    show_curve(curve)
-    return curve.provenance
-
-
-def _show_settings(path: Path) -> None:
-    from cdt_lens.core.artifacts import artifact_format
+def _show_settings(path: Path, kind: str) -> None:
     from cdt_lens.experiments.runs import kept_settings
 
-    for name, value in kept_settings(path, artifact_format(path)).items():
+    for name, value in kept_settings(path, kind).items():
         if value not in (None, {}, []):
             tell(f"{name}: {value}")
 
 
-def _show_transfer_file(path: Path) -> Any:
-    from cdt_lens.finetuning.transfer_result import TransferResult
-
-    result = TransferResult.load(path)
-    show_transfer(result)
-    return result.provenance
-
-
-def _show_adapt_file(path: Path) -> Any:
-    from cdt_lens.finetuning.adapt_result import AdaptResult
-
-    result = AdaptResult.load(path)
-    show_adaptation(result)
-    return result.provenance
-
-
-def _show_comparison_file(path: Path) -> Any:
-    from cdt_lens.comparing.comparison import Comparison
-
-    comparison = Comparison.load(path)
-    show_comparison(comparison)
-    return comparison.provenance
-
-
-def _show_planted_file(path: Path) -> None:
-    from cdt_lens.comparing.comparison import PlantedComparison
-
-    show_planted(PlantedComparison.load(path))
-
-
-def _show_circuit(path: Path) -> Any:
-    from cdt_lens.circuits.circuit import Circuit
-
-    circuit = Circuit.load(path)
+def _show_circuit(circuit: Any) -> None:
     heads = circuit.n_layers * circuit.n_heads
     tell(f"{len(circuit)} of {heads} heads, {dict(circuit.selection)}")
     _tell_heads(circuit.to_dataframe().to_dict("records"))
     if circuit.graph is not None:
         tell_graph(circuit.graph)
-    return circuit.provenance
 
 
 def show_heads(scores: Any, circuit: Any, limit: int = 12) -> None:
@@ -356,3 +302,18 @@ def _tell_heads(rows: list[Any]) -> None:
         for row in rows
     ]
     tell_table(["head", "score (logits)", "standard error"], cells)
+
+
+# By kind of file: the module and the class that read it, and what prints it.
+_SHOWN: dict[str, tuple[str, str, Callable[[Any], None]]] = {
+    "cdt_lens.adapt": ("finetuning.adapt_result", "AdaptResult", show_adaptation),
+    "cdt_lens.adapter": ("finetuning.adapter", "Adapter", _show_adapter),
+    "cdt_lens.baseline": ("decomposition.baseline", "Baseline", _show_baseline),
+    "cdt_lens.circuit": ("circuits.circuit", "Circuit", _show_circuit),
+    "cdt_lens.comparison": ("comparing.comparison", "Comparison", show_comparison),
+    "cdt_lens.faithfulness": ("circuits.faithfulness", "FaithfulnessCurve", show_curve),
+    "cdt_lens.planted_comparison": ("comparing.comparison", "PlantedComparison", show_planted),
+    "cdt_lens.scores": ("circuits.head_scores", "HeadScores", _show_scores),
+    "cdt_lens.transfer": ("finetuning.transfer_result", "TransferResult", show_transfer),
+}
+_SETTINGS = ("cdt_lens.run", "cdt_lens.transfer_run")  # of run directories
