@@ -498,7 +498,7 @@ def _scores(run: Run, baseline: Baseline) -> HeadScores:
 
 
 def _tell_noise(run: Run, scores: HeadScores, seconds: float, say: Say) -> None:
-    """Say if most of the ranking is the draw of the prompts, and what would help."""
+    """Say if much of the ranking is noise, and what would help."""
     found = reliability(scores)
     if not found.split_half < NOISE:
         return
@@ -508,8 +508,8 @@ def _tell_noise(run: Run, scores: HeadScores, seconds: float, say: Say) -> None:
         advice = f"score more prompts (--examples {more}), or {advice}"
     took = f"; these scores took {seconds / 60:.1f} minutes" if seconds > 60 else ""
     say(
-        f"caution: the ranking is mostly the draw of the prompts, split-half reliability "
-        f"{found.split_half:.2f} from {found.examples}; {advice}{took}"
+        f"caution: much of the ranking is noise (split-half reliability {found.split_half:.2f} "
+        f"from {found.examples} prompts); {advice}{took}"
     )
 
 
