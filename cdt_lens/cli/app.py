@@ -71,6 +71,8 @@ class Command(TyperCommand):
 def _with_options(message: str, params: Sequence[Any]) -> str:
     """Name the options of a command in a message as they are typed: `k=5` becomes `--k 5`."""
     typed = {p.name: p.opts[0] for p in params if p.param_type_name == "option"}
+    if "language" in typed:
+        typed["config"] = typed["language"]  # as `load_task` calls it
     names = "|".join(map(re.escape, sorted(typed, key=len, reverse=True)))
     return re.sub(
         rf"(?<![\w.\[-])({names})=(?:True\b|(?=[^\s=]))",

@@ -123,7 +123,11 @@ def _write(result: Any, out: Path, name: str) -> None:
 def _show(result: Any, out: Path) -> None:
     columns = ["epoch", "train_loss", "target_loss", "target_accuracy", "source_accuracy"]
     history = result.history.to_dict("records")
-    rows = [[row["epoch"], *(f"{row[c]:.3f}" for c in columns[1:])] for row in history]
+    # Epoch 0 is the untrained model, which has no training loss.
+    rows = [
+        [row["epoch"], *("" if row[c] != row[c] else f"{row[c]:.3f}" for c in columns[1:])]
+        for row in history
+    ]
     tell_table(columns, rows)
     tell(
         f"{result.trained_parameters:,} of {result.total_parameters:,} parameters "

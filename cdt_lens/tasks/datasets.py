@@ -356,7 +356,7 @@ def _language(name: str, config: str | None) -> str:
     options = dict.fromkeys((*languages, *languages.values()))
     hint = did_you_mean(config or "", options)
     raise InputError(
-        f"task {name!r}: config {config!r}: expected a language{hint}; one of {', '.join(options)}"
+        f"task {name!r}: config={config!r}: expected a language{hint}; one of {', '.join(options)}"
     )
 
 

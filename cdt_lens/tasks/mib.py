@@ -172,7 +172,7 @@ def load_mib_task(
         names = [each for each in known.sources if each is not None]
         expected = f"one of {', '.join(names)}" if names else "none"
         raise InputError(
-            f"task {name!r}: config {config!r}: expected {expected}"
+            f"task {name!r}: config={config!r}: expected {expected}"
             f"{did_you_mean(config or '', names)}"
         )
     title = name if config is None else f"{name}/{config}"

@@ -138,7 +138,7 @@ def parse_distance(config: object) -> float:
         distance = -1.0
     if not 0 <= distance <= 1:
         raise InputError(
-            f"task {PSEUDO_TASK!r}: config {config!r}: expected 'source' or the distance of the "
+            f"task {PSEUDO_TASK!r}: config={config!r}: expected 'source' or the distance of the "
             "language from it, a number from 0 to 1 such as '0.6'"
         )
     return distance

@@ -163,8 +163,8 @@ def test_an_interrupted_command_says_that_it_resumes(tmp_path: Path, number: int
 
 def test_messages_name_options_as_they_are_typed():
     params = get_command(cli.app).commands["discover"].params  # type: ignore[attr-defined]
-    said = "exact=2: calibrate=True, k=1 and baseline_examples=4; not direction==5, norms=none or [seed=3]"
-    typed = "--exact 2: --calibrate, --k 1 and --baseline-examples 4; not direction==5, norms=none or [seed=3]"
+    said = "config=None; exact=2: calibrate=True, k=1 and baseline_examples=4; not direction==5, norms=none or [seed=3]"
+    typed = "--language None; --exact 2: --calibrate, --k 1 and --baseline-examples 4; not direction==5, norms=none or [seed=3]"
     assert cli._with_options(said, params) == typed
 
 

@@ -192,9 +192,9 @@ def test_limit_draws_the_same_rows_in_every_language(
     [
         ("nusax", "english", {}, r"task 'nusax': unknown; did you mean 'nusax-senti'"),
         ("zzz", None, {}, r"unknown; expected one of nusax-senti, xnli, ioi"),
-        ("nusax-senti", None, {}, r"config None: expected a language; one of acehnese"),
+        ("nusax-senti", None, {}, r"config=None: expected a language; one of acehnese"),
         ("nusax-senti", "javanes", {}, r"did you mean 'javanese'"),
-        ("xnli", "english", {}, r"config 'english': expected a language"),
+        ("xnli", "english", {}, r"config='english': expected a language"),
         ("xnli", "en", {"n": (2, 2, 2)}, r"\(use limit\): n=\(2, 2, 2\) does not apply"),
         ("ioi", "english", {}, r"'ioi' is generated: config='english' does not apply"),
         ("ioi", None, {"shots": 2}, r"is generated: shots=2 does not apply"),

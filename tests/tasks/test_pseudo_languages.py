@@ -213,7 +213,7 @@ def test_mistakes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         pseudo_sentences(3, 0, part="dev")
     with pytest.raises(InputError, match="n=-1"):
         pseudo_sentences(-1, 0)
-    with pytest.raises(InputError, match="config 1.01: expected 'source' or the distance"):
+    with pytest.raises(InputError, match="config=1.01: expected 'source' or the distance"):
         pseudo_vocabulary([0.3, 1.01])
     monkeypatch.setattr(pseudo.zlib, "crc32", lambda _text: 3)
     with pytest.raises(InputError, match="hardly more than 0 different sentences"):
@@ -271,11 +271,11 @@ def test_options_of_known_data_sets_apply(tokenizer: PreTrainedTokenizerBase) ->
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        (None, {}, "config None: expected 'source' or the distance .* such as '0.6'"),
-        ("javanese", {}, "config 'javanese': expected 'source'"),
-        ("1.5", {}, "config '1.5': expected"),
-        ("-0.1", {}, "config '-0.1': expected"),
-        ("nan", {}, "config 'nan': expected"),
+        (None, {}, "config=None: expected 'source' or the distance .* such as '0.6'"),
+        ("javanese", {}, "config='javanese': expected 'source'"),
+        ("1.5", {}, "config='1.5': expected"),
+        ("-0.1", {}, "config='-0.1': expected"),
+        ("nan", {}, "config='nan': expected"),
         ("0.6", {"n": (30, 30)}, r"n=\(30, 30\): expected the sizes of train, valid and test"),
         ("0.6", {"n": (30, 2, 30)}, "each 0 or at least 3"),
         ("0.6", {"folder": Path("x")}, "is generated: folder=.*does not apply"),
