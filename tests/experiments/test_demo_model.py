@@ -147,7 +147,7 @@ def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_mistakes_are_refused_and_leave_nothing(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="config 1.2: expected"):
+    with pytest.raises(InputError, match="config=1.2: expected"):
         make_demo_model(tmp_path / "m", distances=[1.2])
     with pytest.raises(InputError, match="steps=0: expected a whole number of at least 1"):
         make_demo_model(tmp_path / "m", distances=[0.3], steps=0)
