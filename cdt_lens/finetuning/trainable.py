@@ -338,7 +338,8 @@ def flags_kept(parameters: Iterable[nn.Parameter]) -> undoing:
 
 
 def _copy(value: Tensor) -> nn.Parameter:
-    return nn.Parameter(at_least_float32(value.detach()).clone())
+    value = at_least_float32(value.detach())
+    return nn.Parameter(value.clone(memory_format=torch.contiguous_format))
 
 
 def _hand_over(master: nn.Parameter, *, transpose: bool = False) -> Callable[[Tensor], None]:
