@@ -1,8 +1,9 @@
 """The plain tools that `benchmarks/training.py` compares with: transformers, and peft's LoRA.
 
-They train with torch's AdamW on the same batch. The loss is cross-entropy over the label tokens at
-the last position. `logits_to_keep=1` computes no other logits, so that the comparison of memory is
-one of training and not of logits. Attention is the default of transformers (sdpa).
+They train with torch's fused AdamW, the default of transformers, on the same batch. The loss is
+cross-entropy over the label tokens at the last position. `logits_to_keep=1` computes no other
+logits, so that the comparison of memory is one of training and not of logits. Attention is the
+default of transformers (sdpa).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class PlainStepper:
         self.model = model
         self.batch = next(task.train.batches(len(task.train)))
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.01, fused=True)
 
     def ready(self, *, checkpointed: bool = False) -> AbstractContextManager[None]:
         """The context of the steps."""

@@ -27,7 +27,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from cdt_lens.core.checked import Checked, check_names, checked_arguments, from_values
-from cdt_lens.core.choices import HEAD_SCOPES, Backend, HeadChoice, Preset, Protocol, Ranking, Scope
+from cdt_lens.core.choices import HEAD_SCOPES, Backend, HeadChoice, Protocol, Scope
 from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.core.kept import file_name
 from cdt_lens.experiments.settings import (
@@ -107,10 +107,6 @@ class DiscoverySettings(CircuitSettings):
         draws: Number of random circuits of each kind and size.
     """
 
-    # Not the defaults of `discover`: heads to train may matter either way, and nothing that was
-    # measured speaks against it (docs/results/adaptation.md).
-    by: Ranking = "magnitude"
-    rules: Preset = "stable"
     apart: Annotated[int | None, Field(ge=1)] = None
     faithfulness_examples: Annotated[int, Field(ge=1)] = 24
     draws: Annotated[int, Field(ge=1)] = 3

@@ -362,8 +362,8 @@ def _optimizer(trainable: Trainable, options: TrainingOptions) -> torch.optim.Op
         }
         for decay in (True, False)
     ]
-    # The fused kernel is nine times as fast on one core and makes no copies. It reads memory in order
-    # whatever the strides are, and would change other elements than those of a sliced view.
+    # The fused kernel is nine times as fast on one core, without copies. It reads memory in order
+    # whatever the strides are, and would change elements outside of a sliced view.
     in_order = all(master.value.is_contiguous() for master in trainable.masters)
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, fused=in_order)
 

@@ -191,20 +191,14 @@ def test_settings_that_0_3_kept_are_those_of_the_same_file_now():
     )[0]["settings"]
     now = json.loads(json.dumps(read_config(old / "transfer.toml").to_dict()))
     now["task"] |= {"targets": [], "files": {}}
+    now["discovery"] |= {"rules": "stable", "by": "magnitude"}  # the defaults of 0.3
     assert {name: _set(now[name]) for name in kept} == {name: _set(kept[name]) for name in kept}
 
 
-def test_a_transfer_finds_its_circuit_by_other_rules_than_discover():
+def test_a_transfer_finds_its_circuit_by_the_defaults_of_discover():
     config = config_of({**LEAST, "task": {**LEAST["task"], "name": "pseudo-sentiment"}})
-    assert (config.discovery.rules, config.discovery.by) == ("stable", "magnitude")
-    assert (Settings(model="m").rules, Settings(model="m").by) == ("two-ended", "signed")
     ours, theirs = config.settings("b"), Settings(model="m")
-    different = {
-        name
-        for name, value in values_of(ours, CircuitSettings).items()
-        if value != values_of(theirs, CircuitSettings)[name]
-    }
-    assert different == {"rules", "by"}
+    assert values_of(ours, CircuitSettings) == values_of(theirs, CircuitSettings)
 
 
 def test_the_presets_that_may_be_named_are_those_that_there_are():
