@@ -1,4 +1,4 @@
-"""An ensemble of first-order scores, and scores brought to the unit of others."""
+"""An ensemble of first-order scores, each brought to the same spread over the heads."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ MEMBERS: dict[str, Steps] = {
 }
 
 
-def standardised(
+def without_unit(
     values: Float[Tensor, "*rows layer head"], by: Float[Tensor, "layer head"]
 ) -> Float[Tensor, "*rows layer head"]:
-    """Subtract the mean of `by` over the heads and divide by its standard deviation.
+    """Divide by the standard deviation of `by` over the heads.
+
+    Nothing is subtracted: a head without effect keeps the score 0, and every score its sign.
 
     Args:
         values: The values to change, such as scores of examples.
@@ -41,22 +43,7 @@ def standardised(
         The values without unit; 0 where all heads have the same score.
     """
     spread = by.std(correction=0)
-    return torch.where(spread > 0, (values - by.mean()) / spread, 0.0)
-
-
-def in_unit_of(
-    standard: Float[Tensor, "*rows layer head"], scores: Float[Tensor, "layer head"]
-) -> Float[Tensor, "*rows layer head"]:
-    """Give standardised values the mean and the standard deviation of scores over the heads.
-
-    Args:
-        standard: Values without unit.
-        scores: The scores of all heads, in logits.
-
-    Returns:
-        The values in logits.
-    """
-    return standard * scores.std(correction=0) + scores.mean()
+    return torch.where(spread > 0, values / spread, 0.0)
 
 
 @checked_arguments
@@ -73,8 +60,8 @@ def ensemble_scores(
 ) -> HeadScores:
     """Average three first-order scores: at both ends, along the path, and at the plain model.
 
-    Each member is standardised over the heads, so that all count alike. The mean is scaled back to
-    the mean and the standard deviation of the first member, the gradients at both ends
+    Each member is divided by its standard deviation over the heads, so that all count alike. The
+    mean is multiplied by that of the first member, the gradients at both ends
     ("one-pass:two-ended"). Its unit is therefore the logit of that member. The standard errors take
     the scales as given.
 
@@ -101,8 +88,8 @@ def ensemble_scores(
         for name, steps in MEMBERS.items()
     ]  # fmt: skip
     unit = members[0]
-    standard = [standardised(m.per_example.double(), m.values.double()) for m in members]
-    per_example = in_unit_of(torch.stack(standard).mean(0), unit.values.double())
+    alike = [without_unit(m.per_example.double(), m.values.double()) for m in members]
+    per_example = torch.stack(alike).mean(0) * unit.values.double().std(correction=0)
     index = label_index(unit.example_labels)
     options = {**unit.provenance.options, "method": "ensemble", "members": list(MEMBERS)}
     del options["steps"]

@@ -28,7 +28,7 @@ from cdt_lens.decomposition.slopes import SLOPES
 from cdt_lens.models.provenance import hashed_once
 from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView
-from cdt_lens.scoring.ensemble import in_unit_of, standardised
+from cdt_lens.scoring.ensemble import without_unit
 from cdt_lens.scoring.one_pass import checked_view, one_pass
 from cdt_lens.tasks.task import Examples
 
@@ -112,8 +112,8 @@ def learned_gates(
     """Learn gates whose ranking gives faithful circuits of every size.
 
     Training begins with the ranking of the gradients at both ends ("one-pass:two-ended"). The
-    learned logits are scaled to the mean and the standard deviation over heads of those scores, so
-    their unit is the logit. Only their order has a meaning, not their sign.
+    learned logits are scaled to the standard deviation over heads of those scores, so their unit is
+    the logit. Only their order has a meaning. The least is 0, so that magnitudes have the same order.
 
     Args:
         model: A TransformerLens model or its `ModelView`.
@@ -139,7 +139,8 @@ def learned_gates(
     full = game.d(torch.ones(start.values.shape, device=view.device))
     place = start.values.flatten().argsort(stable=True).argsort().reshape(start.values.shape)
     logits = game.learned(SPREAD * (2 * place.double() / max(1, place.numel() - 1) - 1), full, seed)
-    scores = in_unit_of(standardised(logits, logits), start.values.double()).float()
+    scores = without_unit(logits - logits.min(), logits) * start.values.double().std(correction=0)
+    scores = scores.float()
     options = {**start.provenance.options, "method": "gates"}
     return replace(
         start, values=scores, stderr=torch.zeros_like(scores), method="gates",

@@ -15,7 +15,7 @@ expected-gradients     the same at random points of paths that start at another 
                        (arXiv 1906.10670)
 replay:two-ended       removal carried exactly through the head's own MLP, and to first order from
                        there on; the return to the empty model to first order
-ensemble               mean of the standardised one-pass:two-ended, integrated-gradients and
+ensemble               mean of one-pass:two-ended, integrated-gradients and
                        attribution-patching
 gates                  a logit for each head, learned for faithful circuits of every size
                        (arXiv 2609.25518)
@@ -382,7 +382,7 @@ _ALL = (
         lambda layers, heads: 2 * _GRADIENT + 1 + heads,
     ),
     Method(
-        "ensemble", f"mean of the standardised {', '.join(MEMBERS)}", ensemble_scores,
+        "ensemble", f"mean of {', '.join(MEMBERS)}, each of the same spread", ensemble_scores,
         cost=_gradients(2 + IG_STEPS + 1),
     ),
     # The ranking to begin with, the full model, and the steps.

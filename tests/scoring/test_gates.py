@@ -98,7 +98,7 @@ def test_they_find_a_circuit_that_their_start_does_not(backend):
     truth = set(mask_to_heads(planted.truth))
     assert set(start.top(len(truth))) != truth
     assert set(found.top(len(truth))) == truth
-    assert float(found.values.mean()) == pytest.approx(float(start.values.mean()), abs=1e-5)
+    assert float(found.values.min()) == 0
     assert float(found.values.std()) == pytest.approx(float(start.values.std()), rel=1e-4)
 
 

@@ -23,6 +23,8 @@ from cdt_lens.decomposition.rules import PRESETS, Rules
 from cdt_lens.decomposition.slopes import SLOPES, Slopes
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.view import ModelView
+from cdt_lens.planted.catalogue import planted_circuit
+from cdt_lens.scoring.agreement import auroc
 from cdt_lens.scoring.ensemble import ensemble_scores
 from cdt_lens.scoring.expected_gradients import expected_gradients
 from cdt_lens.scoring.gates import learned_gates
@@ -267,3 +269,16 @@ def test_random_scores_come_from_the_seed(tokenizer_folder):
     elsewhere = zero_baseline(other_weights("gpt2", tokenizer_folder, torch.float32), data)
     with pytest.raises(ArtifactError):
         random_scores(view, data, elsewhere)
+
+
+# Frozen norms lose a planted head; chance and direct writing cannot find both.
+_BLIND = {"cdt:linear", "one-pass:linear", "direct", "random"}
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - _BLIND))
+def test_the_size_of_a_score_tells_heads_that_matter_from_those_that_do_not(name):
+    """Scores are ranked by sign and by magnitude, so 0 has to mean no effect in every method."""
+    planted = planted_circuit("trained-llama")
+    baseline = mean_activations(planted.model, planted.train, progress=False)
+    found = score_by(name, planted.model, planted.train, baseline)
+    assert auroc(found.values.abs(), planted.truth) == 1
