@@ -113,7 +113,7 @@ def learned_gates(
 
     Training begins with the ranking of the gradients at both ends ("one-pass:two-ended"). The
     learned logits are scaled to the standard deviation over heads of those scores, so their unit is
-    the logit. Only their order has a meaning. The least is 0, so that magnitudes have the same order.
+    the logit. Only their order has a meaning. The least is 0, so that magnitudes have that order.
 
     Args:
         model: A TransformerLens model or its `ModelView`.
