@@ -2,8 +2,8 @@
 
 1. A plain forward pass of the same examples is timed three times before the method and three times
    after it, so that a machine whose speed drifts slows both equally. Their median is the unit.
-2. A method that costs fewer than twenty passes runs five times, with a pass after each run. Its
-   time is the median. A longer method runs once. Hashing the weights is not counted.
+2. A method that takes fewer than twenty passes and ten seconds runs five times, with a pass after
+   each run. Its time is the median. A longer method runs once. Hashing the weights is not counted.
 3. Scores and time are kept. The time of an interrupted sweep is not known, and reported as NaN.
 """
 
@@ -36,7 +36,7 @@ from cdt_lens.tasks.task import Examples
 
 _FORMAT = "cdt_lens.timed_scores"
 _PASSES = 3
-_SHORT, _REPEATS = 20, 5
+_SHORT, _SECONDS, _REPEATS = 20, 10, 5
 Run = Callable[[Path | None], HeadScores]
 
 
@@ -247,7 +247,8 @@ class TimedScorer:
         taken = [time.perf_counter() - start]
         passes += [self._pass() for _ in range(_PASSES)]
         # Decided once, from the first run; processes that share the work must decide alike.
-        short = any(gather_items([taken[0] < _SHORT * statistics.median(passes)]))
+        limit = min(_SECONDS, _SHORT * statistics.median(passes))
+        short = any(gather_items([taken[0] < limit]))
         while short and len(taken) < _REPEATS:
             start = time.perf_counter()
             run(None)

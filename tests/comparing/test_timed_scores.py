@@ -83,12 +83,14 @@ def test_the_scores_are_the_methods(tokenizer_folder):
     assert found.seconds > 0 and found.passes > 0 and found.refused is None
 
 
-@pytest.mark.parametrize(("cost", "runs"), [(12.0, 1), (3.0, 5)])
-def test_time_is_told_in_plain_passes(cost, runs, monkeypatch, tokenizer_folder):
-    """A pass takes half a second; a method of less than twenty passes is timed five times."""
+@pytest.mark.parametrize(
+    ("one_pass", "cost", "runs"), [(0.5, 12.0, 1), (0.5, 3.0, 5), (5.0, 12.0, 1)]
+)
+def test_time_is_told_in_plain_passes(one_pass, cost, runs, monkeypatch, tokenizer_folder):
+    """A method of less than twenty passes and ten seconds is timed five times."""
     place = setting(tokenizer_folder)
     scores = score_by("direct", place[0], examples(), place[1], progress=False)
-    clock = Clock(monkeypatch, one_pass=0.5)
+    clock = Clock(monkeypatch, one_pass)
 
     def work(*_: Any, **__: Any) -> HeadScores:
         clock.now += cost
@@ -97,7 +99,7 @@ def test_time_is_told_in_plain_passes(cost, runs, monkeypatch, tokenizer_folder)
     seen = counting(monkeypatch, work)
     found = scorer(place).score("direct")
     assert found.seconds == pytest.approx(cost)
-    assert found.passes == pytest.approx(cost / 0.5)
+    assert found.passes == pytest.approx(cost / one_pass)
     assert len(seen) == runs
 
 
