@@ -19,7 +19,7 @@ from helpers.tiny_tasks import examples
 from helpers.tiny_training import HEADS, QUICK, task
 from helpers.two_devices import FIRST, SECOND, MixedDevices, Moved, halves, spread, two_devices
 from helpers.wrapped import needs_hooked, tokenizer, wrap
-from torch import Tensor
+from torch import Tensor, nn
 
 import cdt_lens as cdt
 from cdt_lens.core.errors import InputError, UnsupportedModelError
@@ -41,16 +41,27 @@ def moves() -> Iterator[list[Moved]]:
         yield found
 
 
-def over_two(family: str, folder: str) -> Any:
-    """The tiny model of `wrap`, with its blocks in turn on both devices."""
+def built(family: str) -> Any:
+    """The tiny model of `build`; the Llama has a bias in its unembedding."""
     hf_model = build(family, torch.float32)
-    model = _bridge(spread(hf_model, halves(hf_model)), tokenizer(folder), "cpu", torch.float32)
-    model.cfg.model_name = f"tiny-{family}"
+    if family == "llama":
+        biased = nn.Linear(*hf_model.lm_head.weight.T.shape)
+        biased.weight = hf_model.lm_head.weight
+        biased.bias = nn.Parameter(torch.linspace(-1, 1, len(biased.weight)), requires_grad=False)
+        hf_model.lm_head = biased
+    return hf_model
+
+
+def wrapped(hf_model: Any, folder: str) -> Any:
+    model = _bridge(hf_model, tokenizer(folder), "cpu", torch.float32)
+    model.cfg.model_name = "tiny"
     return model.eval()
 
 
-def table_of(result: Any) -> str:
-    return result.to_dataframe().to_csv()
+def over_two(family: str, folder: str) -> Any:
+    """The model with its blocks in turn on both devices."""
+    hf_model = built(family)
+    return wrapped(spread(hf_model, halves(hf_model)), folder)
 
 
 # What is computed without a backward pass, or with one in the order of the model on one device.
@@ -111,8 +122,7 @@ def _table(result: Any) -> str:
 
 def _pair(family: str, folder: str) -> tuple[Any, Any, Any]:
     """The model over two devices and on one, and a baseline."""
-    whole = wrap(family, "bridge", folder, torch.float32)
-    model = over_two(family, folder)
+    whole, model = wrapped(built(family), folder), over_two(family, folder)
     assert {p.device for p in model.parameters()} == {FIRST, SECOND}
     return model, whole, cdt.mean_activations(whole, examples(), mlps=True, **QUIET)
 
