@@ -199,12 +199,13 @@ class EdgePass:
     # ------------------------------------------------------------------ nodes
 
     def weight(self, layer: int, name: str) -> Tensor:
-        """Return a weight of attention such as "W_O"."""
-        return self._weights[f"blocks.{layer}.attn.{name}"]
+        """Return a weight of attention such as "W_O", on the device of the view."""
+        return self._weights[f"blocks.{layer}.attn.{name}"].to(self.view.device)
 
     def bias(self, layer: int, name: str) -> Tensor | float:
         """Return a bias of attention such as "b_O", or 0 if the model has none."""
-        return self._weights.get(f"blocks.{layer}.attn.{name}", 0.0)
+        known = f"blocks.{layer}.attn.{name}" in self._weights
+        return self.weight(layer, name) if known else 0.0
 
     def projected(
         self, layer: int, name: str, inputs: Float[Tensor, "set reader batch pos d_model"]

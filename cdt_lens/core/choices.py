@@ -12,6 +12,8 @@ from pydantic import Field
 
 Backend = Literal["auto", "hooked", "bridge"]
 Dtype = Literal["float32", "bfloat16", "float64"]
+# How accelerate spreads a model over the GPUs.
+Spread = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 # The keys of `decomposition.rules.PRESETS`.
 Preset = Literal["two-ended", "shared", "stable", "official", "linear", "ablation"]
 # The rules that found every planted circuit (docs/results/methods.md).

@@ -234,7 +234,7 @@ class Propagator:
         irrel, full = view.unembedded(normed, candidates), view.unembedded(self.normed, candidates)
         _, bias = view.unembedding(candidates)
         if rules.bias == "proportional" and bool(bias.any()):
-            irrel = rule.take_back_bias(irrel, full, bias, rules.eps)
+            irrel = rule.take_back_bias(irrel, full, bias.to(irrel.device), rules.eps)
         return self._softcap(irrel, full)
 
     def full_logits(self, candidates: Candidates) -> Float[Tensor, "batch k"]:

@@ -29,7 +29,11 @@ def load_for(settings: Settings, say: Say) -> Any:
     """
     dtype = getattr(torch, settings.dtype)
     say(f"loading {settings.model}")
-    return load_model(settings.model, backend=settings.backend, device=settings.device, dtype=dtype)
+    spread = settings.device == "auto"
+    return load_model(
+        settings.model, backend=settings.backend, device=None if spread else settings.device,
+        device_map="auto" if spread else None, dtype=dtype,
+    )  # fmt: skip
 
 
 def make_task(settings: Settings, tokenizer: Any) -> Task:

@@ -38,7 +38,11 @@ class ModelSettings(Checked):
     model: Annotated[str, Field(description="Hub name, Hugging Face folder or .gguf file.")]
     backend: Annotated[Backend, Field(description="TransformerLens class to load it as.")] = "auto"
     device: Annotated[
-        str | None, Field(description="Device, such as cuda or cpu; the default is a GPU if any.")
+        str | None,
+        Field(
+            description="Device, such as cuda or cpu, or auto, which spreads a model over all GPUs "
+            "to score it; the default is a GPU if any."
+        ),
     ] = None
     dtype: Annotated[Dtype, Field(description="Number type of the weights.")] = "float32"
 

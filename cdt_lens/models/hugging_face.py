@@ -27,12 +27,19 @@ _EPSILON = re.compile(r"(^|_)eps(ilon)?$")
 _COMPUTED = re.compile(r"(^|\.)(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
 
 
-def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_hugging_face(
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device_map: str | Mapping[str, Any] | None = None,
+) -> tuple[Any, Any]:
     """Load a Hugging Face model, without quantisation, and its tokenizer.
 
     Args:
         source: a hub name, a folder or a `.gguf` file.
         dtype: floating point type of the weights.
+        device_map: the device of each module, or how accelerate chooses them. Each weight is read
+            to its device. None reads all to the CPU.
 
     Returns:
         The model and the tokenizer.
@@ -40,11 +47,17 @@ def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32)
     Raises:
         InputError: there is no such folder or file, it is damaged or incomplete, it needs code of
             its own, its configuration names other weights than it holds, or the hub cannot be
-            reached.
-        UnsupportedModelError: its weights are quantised, or some of its layers have no attention.
+            reached. Or `device_map` is not one of this model, or one of a GGUF file.
+        UnsupportedModelError: its weights are quantised, some of its layers have no attention, or
+            some do not fit the GPUs of `device_map`.
     """
     path = Path(source)
     if path.suffix == ".gguf":
+        if device_map is not None:
+            raise InputError(
+                f"device_map: {source} is a GGUF file, whose weights are unpacked on the CPU. "
+                "Convert it with cdt-lens convert, and load the folder."
+            )
         return _from_gguf(path, dtype)
     is_local = _is_local(source)
     try:
@@ -54,22 +67,43 @@ def load_hugging_face(source: str | Path, *, dtype: torch.dtype = torch.float32)
             f"{source}: cannot be loaded: {_reason(error, source, is_local)}"
         ) from error
     _refuse_by_configuration(source, described)
+    placed = {} if device_map is None else {"device_map": _plain_map(device_map)}
     try:
         # Eager attention: the bridge reads and edits its pattern. Without an answer about its code,
         # transformers asks for one on the terminal.
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation="eager", output_loading_info=True,
-            trust_remote_code=False, **_in_float64(dtype),
+            trust_remote_code=False, **_in_float64(dtype), **placed,
         )  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the errors of transformers and safetensors have no common class
+        if placed and "device" in str(error):
+            raise InputError(f"device_map={device_map!r}: {first_line(error)}") from error
         raise InputError(
             f"{source}: cannot be loaded: {_reason(error, source, is_local)}"
         ) from error
     _check_complete(source, model, loading_info)
     _check_configuration(source, model.config.to_dict())
     _check_words(source, tokenizer)
+    _check_placed(source, getattr(model, "hf_device_map", {}))
     return model, tokenizer
+
+
+def _plain_map(device_map: str | Mapping[str, Any]) -> str | dict[str, Any]:
+    return device_map if isinstance(device_map, str) else dict(device_map)
+
+
+def _check_placed(source: str | Path, device_map: Mapping[str, Any]) -> None:
+    """Refuse a model of which accelerate keeps a part on the CPU or on disk until it runs."""
+    away = [name for name, device in device_map.items() if str(device) in ("cpu", "disk")]
+    if away and len(set(map(str, device_map.values()))) > 1:
+        raise UnsupportedModelError(
+            f"{source}: device_map leaves {len(away)} of its {len(device_map)} parts on the CPU or "
+            f"on disk (first: {away[0]}), because the GPUs are full or because it says so. Norms "
+            "and the unembedding are read past the hooks that would load them. Use more GPUs or "
+            "dtype='bfloat16', or offload the projections of a model on the CPU "
+            "(cdt_lens.models.offload)."
+        )
 
 
 def _refuse_by_configuration(source: str | Path, config: Any) -> None:

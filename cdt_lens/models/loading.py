@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from cdt_lens.core.checked import checked_arguments
-from cdt_lens.core.choices import Backend
+from cdt_lens.core.choices import Backend, Spread
 from cdt_lens.core.errors import CdtLensError, InputError, UnsupportedModelError
 from cdt_lens.core.scratch import temporary_folder
 from cdt_lens.models.hugging_face import first_line, load_hugging_face, third_party_noise_off
@@ -49,6 +49,7 @@ def load_model(
     *,
     backend: Backend = "auto",
     device: str | torch.device | None = None,
+    device_map: Spread | Mapping[str, int | str | torch.device] | None = None,
     dtype: torch.dtype | str = torch.float32,
     n_ctx: int | None = None,
 ) -> Any:
@@ -60,6 +61,8 @@ def load_model(
         backend: "hooked" for `HookedTransformer` (transformer-lens 3.x), "bridge" for
             `TransformerBridge`, or "auto", which uses the first where it is available and correct.
         device: the device. None uses the GPU of this process if there is one, otherwise the CPU.
+        device_map: how to spread one model over several GPUs, as a `TransformerBridge`: "auto", or
+            another word or a table of accelerate. See docs/guide/processes.md.
         dtype: floating point type of the weights, such as `torch.bfloat16` or "bfloat16".
         n_ctx: context length: longer prompts are refused. None uses the model's own. A
             `HookedTransformer`, which allocates tables of that size, then has at most 2048.
@@ -81,9 +84,14 @@ def load_model(
         check_supported(view_of(source))
         return source
     dtype, n_ctx = checked_dtype(dtype), _checked_length(n_ctx)
+    if device_map is not None:
+        _check_map(backend, device)
+        backend = "bridge"
     where = _checked_device(device) if device is not None else default_device()
     with third_party_noise_off():
-        hf_model, tokenizer = load_hugging_face(source, dtype=dtype)
+        hf_model, tokenizer = load_hugging_face(source, dtype=dtype, device_map=device_map)
+        if device_map is not None:
+            where = str(hf_model.device)
         _check_fits(hf_model, n_ctx)
         model = _wrapped(hf_model, tokenizer, backend, where, dtype, n_ctx)
     model.cfg.model_name = _name_of(source)
@@ -92,6 +100,17 @@ def load_model(
     model.eval()
     _check_rules(view_of(model), type(hf_model).__name__)
     return model
+
+
+def _check_map(backend: Backend, device: str | torch.device | None) -> None:
+    """Refuse arguments that contradict a device map."""
+    if device is not None:
+        raise InputError(f"device={str(device)!r}: device_map names the devices; give one of both")
+    if backend == "hooked":
+        raise InputError(
+            "device_map: HookedTransformer copies its weights and moves the stream only in its own "
+            "forward pass, not where a single block is run. Use backend='bridge'."
+        )
 
 
 def _check_rules(view: ModelView, family: str) -> None:
@@ -170,7 +189,7 @@ def bridge_of(
     Args:
         hf_model: the Hugging Face model.
         tokenizer: its tokenizer.
-        device: the device.
+        device: the device. A model with a device map stays where it is.
         dtype: floating point type of the weights.
 
     Returns:
@@ -226,7 +245,10 @@ def _compared(hf_model: Any, kind: str, dtype: torch.dtype, make: _Make) -> Any:
 
 
 def _first_layers(hf_model: Any) -> Any:
-    """Return a float32 copy of the first layers, with one of each kind, and of both ends."""
+    """Return a float32 copy of the first layers, with one of each kind, and of both ends.
+
+    The copy of a model with a device map is on the CPU.
+    """
     config = hf_model.config.get_text_config()
     layers = config.num_hidden_layers
     kinds = list(getattr(config, "layer_types", None) or ())
@@ -244,6 +266,11 @@ def _first_layers(hf_model: Any) -> Any:
     finally:
         for module, name, stack in stacks:
             setattr(module, name, stack)
+    if getattr(copied, "hf_device_map", None):
+        from accelerate.hooks import remove_hook_from_module  # slow to import
+
+        copied = remove_hook_from_module(copied, recurse=True).cpu()
+        copied.hf_device_map = {"": "cpu"}
     shorter = copied.config.get_text_config()
     if kinds:
         shorter.layer_types = kinds[:kept]
@@ -257,7 +284,7 @@ def _sample(hf_model: Any, length: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (2, length), generator=generator)
     with torch.no_grad():
-        return tokens, hf_model.eval()(tokens).logits.float()
+        return tokens, hf_model.eval()(tokens.to(hf_model.device)).logits.float().cpu()
 
 
 def _agrees(model: Any, tokens: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
@@ -415,12 +442,14 @@ def _saved_and_read(tokenizer: Any, folder: str | Path) -> Any:
 def _bridge(hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
+    if not getattr(hf_model, "hf_device_map", None):
+        hf_model = hf_model.to(device)
     hf_model.config.architectures = [type(hf_model).__name__]
     with temporary_folder() as folder:
         # As above: the tokenizer may be read again from its path.
         model = TransformerBridge.boot_transformers(
-            "model", hf_model=hf_model.to(device), tokenizer=_saved_and_read(tokenizer, folder),
-            device=device, dtype=dtype,
+            "model", hf_model=hf_model, tokenizer=_saved_and_read(tokenizer, folder),
+            device=str(hf_model.device), dtype=dtype,
         )  # fmt: skip
     model.tokenizer.name_or_path = tokenizer.name_or_path
     return model

@@ -14,7 +14,7 @@ from torch import nn
 
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import InputError
-from cdt_lens.models.resident import is_offloaded
+from cdt_lens.models.resident import devices_of, is_offloaded
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.models.weights import block_weights, fused_parameters, place
 
@@ -31,16 +31,16 @@ def offload(
         device: the device that computes, on which the other weights are put.
 
     Raises:
-        InputError: the model is a `HookedTransformer`, whose weights are in no projections, or is
-            offloaded already.
+        InputError: the model is a `HookedTransformer`, whose weights are in no projections, is
+            offloaded already, or is spread over several devices.
     """
     import accelerate  # slow to import
 
     view = view_of(model)
-    if not view.is_bridge or is_offloaded(view):
-        what = "is offloaded already" if view.is_bridge else "is a HookedTransformer"
+    why = _why_not(view)
+    if why is not None:
         raise InputError(
-            f"{view.name}: {what}. Pass a model of load_model(..., backend='bridge', device='cpu')."
+            f"{view.name}: {why}. Pass a model of load_model(..., backend='bridge', device='cpu')."
         )
     for number, projection in enumerate(_projections(view)):
         if folder is None:
@@ -52,6 +52,15 @@ def offload(
     for _, value in kept:
         if not value.is_meta:
             value.data = value.data.to(device)
+
+
+def _why_not(view: ModelView) -> str | None:
+    """Return why a model cannot be offloaded, or None."""
+    if not view.is_bridge:
+        return "is a HookedTransformer"
+    if is_offloaded(view):
+        return "is offloaded already"
+    return "is on several devices" if len(devices_of(view)) > 1 else None
 
 
 def _projections(view: ModelView) -> list[nn.Linear]:

@@ -1,4 +1,8 @@
-"""Read the weights of a model whose projections are away while they do not run (`offload`)."""
+"""Read the weights of a model that accelerate has placed: away (`offload`), or on several devices.
+
+Projections that are away are loaded while they run. A model on several devices has a `device_map`
+(see `loading.load_model`).
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,15 @@ def is_offloaded(view: ModelView) -> bool:
         view: the model.
     """
     return any(parameter.is_meta for parameter in view.tl.parameters())
+
+
+def devices_of(view: ModelView) -> list[str]:
+    """Return the devices that hold weights, in alphabetical order.
+
+    Args:
+        view: the model.
+    """
+    return sorted({str(p.device) for p in view.tl.parameters() if not p.is_meta})
 
 
 @contextmanager
@@ -68,6 +81,24 @@ def check_whole(view: ModelView) -> None:
         raise UnsupportedModelError(
             f"{view.name}: its weights are offloaded, so they can be neither trained nor "
             "replaced. Load the whole model, with dtype='bfloat16' if memory is short."
+        )
+
+
+def check_on_one_device(view: ModelView) -> None:
+    """Check that a model is on one device, to train it.
+
+    Args:
+        view: the model.
+
+    Raises:
+        UnsupportedModelError: it is spread over several devices.
+    """
+    devices = devices_of(view)
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"{view.name}: a model on several devices ({', '.join(devices)}) can be scored and "
+            "ablated, and take an adapter, and not be trained. Load it on one device, with "
+            "dtype='bfloat16' if memory is short."
         )
 
 

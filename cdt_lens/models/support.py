@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from cdt_lens.core.errors import InputError, UnsupportedModelError
 from cdt_lens.models.caller_hooks import caller_hooks, lifted
-from cdt_lens.models.resident import is_offloaded, resident, unreadable
+from cdt_lens.models.resident import devices_of, is_offloaded, resident, unreadable
 from cdt_lens.models.sites import Hook, Site, is_routed
 from cdt_lens.models.trace import Trace
 from cdt_lens.models.view import ModelView, at_least_float32
@@ -156,10 +156,9 @@ def _whole_logits(
 ) -> Float[Tensor, "batch d_vocab"]:
     """Compute the logits of the whole vocabulary in the way in which candidates are unembedded."""
     vocabulary = torch.arange(view.tl.unembed.W_U.shape[-1])
-    columns, bias = view.unembedding(vocabulary[None])
     with view.quiet():
-        normed = at_least_float32(view.normed(resid))
-    return view.softcapped(normed @ columns[0].T + bias[0])
+        normed = view.normed(resid)
+    return view.softcapped(view.unembedded(normed[:, None], vocabulary[None])[:, 0])
 
 
 def _weights_state(view: ModelView) -> object:
@@ -170,8 +169,8 @@ def _weights_state(view: ModelView) -> object:
     """
     parameters = list(view.tl.parameters())
     present = [p.detach() for p in parameters if not p.is_meta]
-    small = [p.float().flatten() for p in present if p.numel() < 65536]
-    values = torch.cat(small).cpu().numpy().tobytes() if small else b""
+    small = [p.float().flatten().cpu() for p in present if p.numel() < 65536]
+    values = torch.cat(small).numpy().tobytes() if small else b""
     # Inference tensors have no version.
     where = [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
     return where, hashlib.sha256(values).hexdigest()
@@ -236,13 +235,24 @@ def _refuse_weights(view: ModelView) -> None:
             "past the hooks with which accelerate loads it. Offload the projections of the blocks "
             "only, with cdt_lens.models.offload.offload(model)."
         )
-    devices = {str(p.device) for p in view.tl.parameters() if not p.is_meta}
-    if len(devices) > 1:
-        _refuse(view, f"a model spread over several devices ({', '.join(sorted(devices))})")
+    _refuse_devices(view)
     for name, parameter in view.tl.named_parameters():
         if parameter.dtype not in _TYPES:
             kind = str(parameter.dtype).removeprefix("torch.")
             _refuse(view, f"quantised weights ({name} in {kind})")
+
+
+def _refuse_devices(view: ModelView) -> None:
+    """Refuse a model on several devices if nothing moves the input of each block to its device."""
+    devices = devices_of(view)
+    if len(devices) < 2 or getattr(getattr(view.tl, "original_model", None), "hf_device_map", None):
+        return
+    what = "no device_map" if view.is_bridge else "HookedTransformer's n_devices"
+    raise UnsupportedModelError(
+        f"{view.name}: weights on several devices ({', '.join(devices)}) with {what}: nothing "
+        "moves the input of a block that is run by itself to the block's device. Load the model "
+        "with load_model(name, backend='bridge', device_map='auto')."
+    )
 
 
 def _refuse_by_name(view: ModelView) -> None:
@@ -265,8 +275,6 @@ def _refuse_by_name(view: ModelView) -> None:
     for name in ("clip_qkv", "use_logn_attn", "use_attention_sinks", "gated_q_proj"):
         if flag(name):
             _refuse(view, f"{name} in attention")
-    if int(getattr(cfg, "n_devices", None) or 1) > 1:
-        _refuse(view, "a model spread over several devices")
     if getattr(cfg, "attention_dir", "causal") != "causal":
         _refuse(view, "bidirectional attention")
     for layer, block in enumerate(view.blocks):

@@ -12,6 +12,10 @@ The rest of this package uses a model only through `ModelView`:
 The caller's model is never changed: hooks, training mode and gradient mode are as before after
 every call that returns or raises. Prompts are padded on the right, where causal attention does not
 reach, so that padding cannot change a number.
+
+The blocks may be on several devices (`device_map` of accelerate, whose hooks move the input of each
+block to its device). `ModelView.device` is then the device of the first weight, and everything that
+a view takes and returns is there. Hooks too receive their activation on this device.
 """
 
 from __future__ import annotations
@@ -111,7 +115,7 @@ class ModelView:
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
+        """The device of every tensor outside the model: that of the first weight."""
         return next(self.tl.parameters()).device
 
     @property
@@ -153,13 +157,13 @@ class ModelView:
             layer: layer of the norm.
 
         Returns:
-            The bias, detached. None where the norm has no bias.
+            The bias, detached, on the view's device. None where the norm has no bias.
         """
         module = self._places[f"{norm}.out", layer].module
         inner = getattr(module, "original_component", module)
         bias = getattr(inner, "b", None)
         bias = getattr(inner, "bias", None) if bias is None else bias
-        return bias.detach() if isinstance(bias, Tensor) else None
+        return bias.detach().to(self.device) if isinstance(bias, Tensor) else None
 
     def heads(self, heads: Iterable[Head | str]) -> tuple[Head, ...]:
         """Return heads of this model, in order and without repeats.
@@ -186,8 +190,8 @@ class ModelView:
         """Attach hooks to sites within the `with` block.
 
         Args:
-            hooks: for each site, a function that receives the activation. It returns a new value
-                for the activation, or None to keep it.
+            hooks: for each site, a function that receives the activation, on the view's device. It
+                returns a new value for the activation, or None to keep it.
 
         Raises:
             UnsupportedModelError: the model has no such site.
@@ -199,13 +203,14 @@ class ModelView:
 
     @unbroken
     def _attach(self, hooks: Mapping[Site, Hook], handles: list[Any]) -> None:
+        device = self.device
         for site, hook in hooks.items():
             if site not in self._places:
                 raise UnsupportedModelError(
                     f"{self.name}: layer {site[1]} has no activation {site[0]!r} to hook; "
                     "choose rules that do not need it"
                 )
-            handles.append(self._places[site].attach(hook))
+            handles.append(self._places[site].attach(_on(device, hook)))
 
     @contextmanager
     def quiet(self, *, gradients: bool = False) -> Iterator[None]:
@@ -287,18 +292,20 @@ class ModelView:
         """
         resid: list[Tensor] = []
         calls: list[BlockCall] = []
+        device = self.device
         # A hook of the caller's may edit the recorded stream in place.
         keep = torch.clone if caller_hooks(self.tl) else lambda value: value
 
         def note_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             rest = dict(kwargs)
-            resid.append(keep(args[0] if args else rest.pop("hidden_states")))
+            stream = args[0] if args else rest.pop("hidden_states")
+            resid.append(keep(stream.to(device)))
             calls.append(BlockCall(args[1:], rest))
             if len(resid) - 1 == stop:
                 raise _StopBeforeUnembedding
 
         def end(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            resid.append(keep(args[0]))
+            resid.append(keep(args[0].to(device)))
             raise _StopBeforeUnembedding
 
         ends = [m for m in (getattr(self.tl, "ln_final", None), self.tl.unembed) if m is not None]
@@ -404,7 +411,7 @@ class ModelView:
         for block, call in zip(list(self.blocks)[start:], calls, strict=False):
             out = block(resid, *call.args, **call.kwargs)
             resid = out[0] if isinstance(out, tuple) else out
-        return resid
+        return resid.to(self.device)
 
     # ------------------------------------------------------------------ logits
 
@@ -419,7 +426,7 @@ class ModelView:
         Returns:
             Soft-capped logits, in at least float32.
         """
-        logits = at_least_float32(self.tl.unembed(self.normed(resid)[:, None])[:, 0])
+        logits = at_least_float32(_run(self.tl.unembed, self.normed(resid)[:, None])[:, 0])
         return self.softcapped(logits * self.logit_scale)
 
     def candidate_logits(
@@ -456,7 +463,8 @@ class ModelView:
         """
         if ("ln_final.in", self.n_layers) not in self._places:
             return resid
-        return self.tl.ln_final(resid.reshape(-1, 1, resid.shape[-1])).reshape(resid.shape)
+        rows = resid.reshape(-1, 1, resid.shape[-1])
+        return _run(self.tl.ln_final, rows).reshape(resid.shape)
 
     def normed_by(
         self, norm: str, layer: int, value: Float[Tensor, "*rows d_model"]
@@ -474,7 +482,7 @@ class ModelView:
         place = self._places.get((f"{norm}.in", layer))
         if place is None:
             return value
-        return place.module(value.reshape(-1, 1, value.shape[-1])).reshape(value.shape)
+        return _run(place.module, value.reshape(-1, 1, value.shape[-1])).reshape(value.shape)
 
     def unembedded(
         self, normed: Float[Tensor, "*rows _read d_model"], candidates: Candidates
@@ -489,9 +497,10 @@ class ModelView:
             Logits, in at least float32: of the candidates, or of the whole vocabulary for words.
         """
         columns, bias = self.unembedding(candidates)
+        normed = at_least_float32(normed).to(columns.device)
         if isinstance(candidates, Words):
-            return at_least_float32(normed) @ columns.T + bias
-        return torch.einsum("...bd,bkd->...bk", at_least_float32(normed), columns) + bias
+            return (normed @ columns.T + bias).to(self.device)
+        return (torch.einsum("...bd,bkd->...bk", normed, columns) + bias).to(self.device)
 
     def softcapped(self, logits: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Apply the model's soft-cap `c tanh(l / c)`.
@@ -516,12 +525,13 @@ class ModelView:
             tokens: token ids, or words, which need those of the whole vocabulary.
 
         Returns:
-            The vectors, and the biases, which are 0 if the model has none. Both are detached.
+            The vectors, and the biases, which are 0 if the model has none. Both are detached, and
+            on the device of the unembedding.
         """
         unembed = self.tl.unembed
-        ids = slice(None) if isinstance(tokens, Words) else tokens.to(self.device)
-        bias = getattr(unembed, "b_U", None)
-        columns = at_least_float32(unembed.W_U.detach().T[ids])
+        vectors, bias = unembed.W_U.detach().T, getattr(unembed, "b_U", None)
+        ids = slice(None) if isinstance(tokens, Words) else tokens.to(vectors.device)
+        columns = at_least_float32(vectors[ids])
         bias = torch.zeros_like(columns[..., 0]) if bias is None else bias.detach()[ids].to(columns)
         if self.logit_scale == 1:  # saves a copy of the whole unembedding
             return columns, bias
@@ -573,6 +583,22 @@ def view_of(model: nn.Module | ModelView) -> ModelView:
         InputError: `model` is of another class.
     """
     return model if isinstance(model, ModelView) else ModelView(model)
+
+
+def _on(device: torch.device, hook: Hook) -> Hook:
+    """Let a hook receive its activation on a device. What it returns goes back to the model's."""
+
+    def moved(value: Tensor) -> Tensor | None:
+        result = hook(value.to(device))
+        return None if result is None else result.to(value.device)
+
+    return moved
+
+
+def _run(module: nn.Module, value: Tensor) -> Tensor:
+    """Run a module outside the model's own pass, on the device of its weights."""
+    weight = next(module.parameters(), value)
+    return module(value.to(weight.device)).to(value.device)
 
 
 def _recompute(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cdt_lens.core.errors import InputError, UnsupportedModelError
-from cdt_lens.models.resident import check_whole, resident
+from cdt_lens.models.resident import check_on_one_device, check_whole, resident
 from cdt_lens.models.view import ModelView
 
 # HookedTransformer keeps grouped keys and values under _W_K; W_K is then an expanded copy.
@@ -319,9 +319,10 @@ def check_trainable(view: ModelView) -> None:
 
     Raises:
         InputError: the weights were created under `torch.inference_mode`.
-        UnsupportedModelError: the norms are folded, a switch splits attention's input by head, or a
-            fused projection cannot take trained heads.
+        UnsupportedModelError: the norms are folded, a switch splits attention's input by head, a
+            fused projection cannot take trained heads, or the model is on several devices.
     """
+    check_on_one_device(view)
     check_gradients(view)
     for flag in ("use_split_qkv_input", "use_attn_in"):
         if getattr(view.tl.cfg, flag, False):

@@ -13,6 +13,7 @@ from helpers.wrapped import view
 
 from cdt_lens.core.errors import InputError
 from cdt_lens.experiments import discovery as experiment
+from cdt_lens.experiments.inputs import load_for
 from cdt_lens.experiments.runs import Run, discovered_on, open_run, start_run
 from cdt_lens.experiments.settings import Settings
 from cdt_lens.finetuning.finetune import finetune
@@ -86,3 +87,10 @@ def test_correct_only_is_refused_where_a_label_is_never_right(tokenizer_folder: 
     )
     with pytest.raises(InputError, match=told):
         discovered_on(Settings(model="tiny", correct_only=True), seen.tl, data)
+
+
+def test_the_device_auto_is_a_device_map_which_only_the_bridge_has(folders):
+    settings = Settings(model=str(folders("llama")), device="auto")
+    assert type(load_for(settings, lambda line: None)).__name__ == "TransformerBridge"
+    with pytest.raises(InputError, match="device_map.*backend='bridge'"):
+        load_for(Settings(model="tiny", device="auto", backend="hooked"), lambda line: None)
