@@ -22,11 +22,17 @@ from helpers.wrapped import needs_hooked, tokenizer, wrap
 from torch import Tensor, nn
 
 import cdt_lens as cdt
+from cdt_lens.circuits.edge_faithfulness import edge_faithfulness_curve
 from cdt_lens.core.errors import InputError, UnsupportedModelError
 from cdt_lens.models.loading import _bridge
 from cdt_lens.models.offload import offload
 from cdt_lens.models.view import ModelView
-from cdt_lens.scoring.direct_edges import edge_attribution_patching
+from cdt_lens.scoring.direct_edges import (
+    ablate_edges,
+    edge_attribution_patching,
+    edge_integrated_gradients,
+)
+from cdt_lens.scoring.one_pass import position_relevance
 from cdt_lens.scoring.replay import replayed_scores
 from cdt_lens.tasks.evaluate import label_prior
 
@@ -96,6 +102,12 @@ MORE: dict[str, Call] = {
     "words": lambda m, data, base: _table(cdt.evaluate(m, split_words.examples())),
     "scores of words": lambda m, data, base: _swept(m, split_words.examples(), base, "two-ended"),
     "edges": lambda m, data, base: _table(edge_attribution_patching(m, data, base, **QUIET)),
+    "ablated edges": lambda m, data, base: _table(ablate_edges(m, data, base, **QUIET)),
+    "edges along a path": lambda m, data, base: _table(
+        edge_integrated_gradients(m, data, base, **QUIET)
+    ),
+    "circuits of edges": lambda m, data, base: _edges(m, data, base),
+    "positions": lambda m, data, base: position_relevance(m, data, base).nan_to_num(9.0),
     "traced edges": lambda m, data, base: _table(cdt.trace_circuit(m, data, base, **QUIET)),
 }
 # The gradient of a frozen norm adds up what comes from three paths, in the order of the graph.
@@ -114,6 +126,11 @@ def _swept(model: Any, data: Any, base: Any, rules: Any) -> Tensor:
 def _curve(model: Any, data: Any, base: Any, empty: Any) -> str:
     scores = cdt.one_pass(model, data, base, **QUIET)
     return _table(cdt.faithfulness_curve(model, scores, data, base, draws=2, empty=empty, **QUIET))
+
+
+def _edges(model: Any, data: Any, base: Any) -> str:
+    scores = edge_attribution_patching(model, data, base, **QUIET)
+    return _table(edge_faithfulness_curve(model, scores, data, base, draws=1, **QUIET))
 
 
 def _table(result: Any) -> str:
