@@ -121,7 +121,10 @@ def curve(result: FaithfulnessCurve) -> Figure:
         below, middle, above = np.quantile(as_array(draws), (0.05, 0.5, 0.95), axis=0)
         bands += _line(result, names[-1], middle, below, above)
     colours, dashes = zip(*(_LINES[i % len(_LINES)] for i in range(len(names))), strict=True)
-    legend = {"title": None, "columns": 1, "symbolType": "stroke", "symbolOpacity": 1}
+    legend = {
+        "title": None, "columns": 1, "symbolType": "stroke", "symbolOpacity": 1,
+        "labelExpr": spec.WRAPPED,
+    }  # fmt: skip
     colour = name("line", legend=legend, **looks(names, colours))
     dash = name("line", legend=legend, **looks(names, dashes))
     f = field("f", "faithfulness f", scale={"zero": False})

@@ -30,6 +30,11 @@ PENTAGON = "M0,-1L.95,-.31L.59,.81L-.59,.81L-.95,-.31Z"
 HOURGLASS = "M-.8,-.8L.8,-.8L-.8,.8L.8,.8Z"
 DOT = "M-.2,0A.2,.2,0,1,1,.2,0A.2,.2,0,1,1,-.2,0"
 DASHES = ([1, 0], [6, 3], [8, 3, 2, 3], [2, 2], [10, 3, 2, 3, 2, 3])
+# The lines of a legend's label, which break where the panel ends: a letter has about 6 pixels.
+WRAPPED = (
+    "split(trim(replace(datum.label, "
+    r"regexp('(.{1,' + max(20, floor(width / 6)) + '})( |$)', 'g'), '$1\n')), '\n')"
+)
 _PERCENT = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _TEXT = {"labelColor": INK, "titleColor": INK, "titleFontWeight": "normal"}
