@@ -118,6 +118,19 @@ def test_curve_has_a_legend_that_wraps_where_the_panel_ends(width: int):
     assert (len(lines) < sum(map(len, lines))) == (width < 300)
 
 
+def test_overview_is_the_map_beside_the_curve_at_the_width_of_a_page():
+    scores, curve = sample.scores(), sample.curve()
+    circuit = scores.select(k=9)
+    both = figures.overview(scores, circuit, curve)
+    parts = figures.heatmap(scores, circuit=circuit), figures.curve(curve)
+    drawn = [each["data"]["values"] for each in layers(both.spec)]
+    assert drawn == [each["data"]["values"] for part in parts for each in layers(part.spec)]
+    assert all(part.description in both.description for part in parts)
+    assert {"negative", "0 not excluded", "full model"} <= set(words(both))
+    assert "(CPR) 0.93" in both.svg()
+    assert 600 < float(re.search(r'width="(\d+)"', both.svg())[1]) < 720
+
+
 def test_curve_without_random_draws_is_drawn():
     curve = sample.curve()
     nothing = {
