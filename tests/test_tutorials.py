@@ -1,4 +1,4 @@
-"""The committed tutorials: run whole and in order, by public names alone, nothing of a machine.
+"""The committed tutorials: a question and its answer, by public names alone, nothing of a machine.
 
 `.ci/run` executes them; here is what can be seen without running anything.
 """
@@ -13,21 +13,23 @@ from typing import Any
 
 import pytest
 from helpers.places import ROOT
+from helpers.public import HOMES
 
 import cdt_lens
 
 NAMES = (
-    "01_find_a_circuit", "02_is_it_faithful", "03_adapt_to_a_new_language", "04_compare_methods",
-    "05_your_own_data_and_model",
+    "01_from_hypothesis_to_circuit", "02_do_scores_predict_ablation",
+    "03_from_csv_to_served_adapter", "04_compare_methods", "05_which_head_feeds_which",
 )  # fmt: skip
 PUBLIC = {*cdt_lens.__all__, "__version__"}
-FROM_MODULES = {f"cdt_lens.{home}.{name}" for name, home in cdt_lens._FORMER_HOMES.items()}
+FROM_MODULES = {f"cdt_lens.{home}.{name}" for name, home in HOMES.items() if name not in PUBLIC}
 # Calls that may end a cell and show nothing.
 QUIET = ("filterwarnings", "disable_progress_bar")
 MACHINE = re.compile(r"(?<![\w.])/(?:root|home|Users|tmp|work|var|opt|usr|private|mnt)/|\b[A-Z]:\\")
 NOISE = re.compile(r"Warning\b|\d+%\|.*\||\bit/s\b|\bTraceback\b|\b\d+(\.\d+)? ?(s|ms|min)\b")
 FENCE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
-LARGEST = 2_000_000  # bytes: one view of circuitsvis carries 1.4 MB of script
+INTERVAL = re.compile(r"\[-?\d+\.\d+, -?\d+\.\d+\]")
+LARGEST = 150_000  # bytes: figures, and no view of circuitsvis, which carries 1.4 MB of script
 
 Cell = dict[str, Any]
 
@@ -90,6 +92,16 @@ def test_there_are_five():
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_it_begins_with_a_question_and_ends_in_a_picture_that_answers_it(name: str):
+    book = json.loads((ROOT / "tutorials" / f"{name}.ipynb").read_text("utf-8"))
+    first, *_, picture, answer = book["cells"]
+    assert len(re.findall(r"\*\*[^*]+\?\*\*", "".join(first["source"]))) == 1
+    assert "image/svg+xml" in picture["outputs"][-1]["data"]
+    words = "".join(answer["source"])
+    assert words.startswith("**Answer: ") and INTERVAL.search(words)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_cell_ran_in_order_and_left_what_it_shows(name: str):
     code = cells(name, "code")
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
@@ -133,7 +145,7 @@ def test_figures_are_there_and_sharp_in_print(name: str):
 def test_figures_have_words_in_their_place(name: str):
     """The documentation shows them as the alternative text; without them it is a file's name."""
     for cell in cells(name, "code"):
-        if any("image/png" in output.get("data", {}) for output in cell["outputs"]):
+        if any("image/svg+xml" in output.get("data", {}) for output in cell["outputs"]):
             words = cell["metadata"].get("mystnb", {}).get("image", {}).get("alt", "")
             assert len(words.split()) >= 8, source(cell)
 

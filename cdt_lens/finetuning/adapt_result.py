@@ -80,6 +80,10 @@ class AdaptResult(Saved):
         """Return the accuracies before and after by language."""
         return self.languages.copy()
 
+    def plot(self) -> display.Figure:
+        """Draw the accuracies before and after by language, with their intervals."""
+        return display.figure(self)
+
     def _repr_html_(self) -> str:
         return display.html(f"{self.model}, adapted by {self.chosen}", self.languages, self.trials)
 

@@ -121,7 +121,10 @@ def curve(result: FaithfulnessCurve) -> Figure:
         below, middle, above = np.quantile(as_array(draws), (0.05, 0.5, 0.95), axis=0)
         bands += _line(result, names[-1], middle, below, above)
     colours, dashes = zip(*(_LINES[i % len(_LINES)] for i in range(len(names))), strict=True)
-    legend = {"title": None, "columns": 1, "symbolType": "stroke", "symbolOpacity": 1}
+    legend = {
+        "title": None, "columns": 1, "symbolType": "stroke", "symbolOpacity": 1,
+        "labelExpr": spec.WRAPPED,
+    }  # fmt: skip
     colour = name("line", legend=legend, **looks(names, colours))
     dash = name("line", legend=legend, **looks(names, dashes))
     f = field("f", "faithfulness f", scale={"zero": False})
@@ -130,7 +133,11 @@ def curve(result: FaithfulnessCurve) -> Figure:
     marked = {"size": 260, "stroke": POINTED, "strokeWidth": 3, "filled": False}
     body: Spec = {
         "width": 500, "height": 300, "encoding": {"x": spec.share()},
-        "params": [{"name": "kept", "value": -1}],
+        "params": [
+            {"name": "kept", "value": -1},
+            # A letter has about 6 pixels.
+            {"name": "letters", "expr": "max(20, floor(width / 6))"},
+        ],
         "layer": [
             *_levels(f, "all heads" if result.empty_run == "heads" else "everything"),
             layer("area", bands, "", {"opacity": 0.14}, **ends, color=colour),
@@ -150,6 +157,39 @@ def curve(result: FaithfulnessCurve) -> Figure:
         body,
         width=560,
     )
+
+
+def overview(scores: HeadScores, circuit: Circuit, result: FaithfulnessCurve) -> Figure:
+    """Draw the map of the scores with a circuit, and beside it the faithfulness of its ranking.
+
+    The figure is about 700 pixels wide, for a page or a slide.
+
+    Args:
+        scores: The scores.
+        circuit: The circuit whose heads are outlined.
+        result: The curve.
+
+    Returns:
+        The figure. Its parts are those of `HeadScores.heatmap` and `FaithfulnessCurve.plot`.
+
+    Raises:
+        InputError: `circuit` belongs to a model of another shape.
+    """
+    left, right = heatmap(scores, circuit=circuit), curve(result)
+    height, widths = 300, (200, 290)
+    named = f"Score of every head, {len(circuit)} outlined"
+    panels = [
+        spec.panel(left, named, widths[0], height),
+        spec.panel(right, f"Faithfulness ({empty_run(result.empty_run)})", widths[1], height),
+    ]
+    params = {"kept": -1, "pointed": "", "letters": widths[1] // 6}
+    apart = dict.fromkeys(("color", "shape", "strokeDash"), "independent")
+    body = {
+        "hconcat": panels, "spacing": 30, "resolve": {"scale": apart},
+        "params": [{"name": key, "value": value} for key, value in params.items()],
+    }  # fmt: skip
+    words = f"{left.description} {right.description}"
+    return spec.figure("Scores of the heads and faithfulness of circuits", words, body, width=700)
 
 
 def agreement(result: MethodAgreement) -> Figure:

@@ -11,6 +11,7 @@ from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.comparing.comparison import Comparison, PlantedComparison
 from cdt_lens.core import display
 from cdt_lens.core.display import Figure
+from cdt_lens.finetuning.adapt_result import AdaptResult
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.transfer_result import TransferResult
 from cdt_lens.scoring.agreement import MethodAgreement
@@ -32,6 +33,7 @@ display.figure.register(Comparison, comparison_figures.comparison)
 display.figure.register(PlantedComparison, comparison_figures.planted)
 display.figure.register(FineTuneResult, training_figures.learning_curve)
 display.figure.register(TransferResult, training_figures.trade_off)
+display.figure.register(AdaptResult, training_figures.adaptation)
 display.figure.register(AttentionView, widgets.attention_widget)
 display.figure.register(TokenRelevance, widgets.tokens_widget)
 display.table.register(Comparison, comparison_tables.methods)

@@ -30,6 +30,11 @@ PENTAGON = "M0,-1L.95,-.31L.59,.81L-.59,.81L-.95,-.31Z"
 HOURGLASS = "M-.8,-.8L.8,-.8L-.8,.8L.8,.8Z"
 DOT = "M-.2,0A.2,.2,0,1,1,.2,0A.2,.2,0,1,1,-.2,0"
 DASHES = ([1, 0], [6, 3], [8, 3, 2, 3], [2, 2], [10, 3, 2, 3, 2, 3])
+# The lines of a legend's label, of at most as many letters as the parameter `letters` says.
+WRAPPED = (
+    "split(trim(replace(datum.label, "
+    r"regexp('(.{1,' + letters + '})( |$)', 'g'), '$1\n')), '\n')"
+)
 _PERCENT = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _TEXT = {"labelColor": INK, "titleColor": INK, "titleFontWeight": "normal"}
@@ -74,6 +79,20 @@ def figure(
         "description": description, "title": heading, "config": _CONFIG, "padding": 8,
     }  # fmt: skip
     return Figure(title, plain(spec | body))
+
+
+def panel(drawn: Figure, title: str, width: int, height: int) -> Spec:
+    """Return a figure as a panel of another one, without its parameters.
+
+    Args:
+        drawn: The figure, of one panel.
+        title: The title of the panel.
+        width: The width of the panel in pixels.
+        height: The height of the panel in pixels.
+    """
+    own = {"$schema", "description", "config", "padding", "params"}
+    body = {key: part for key, part in drawn.spec.items() if key not in own}
+    return body | {"title": title, "width": width, "height": height}
 
 
 def plain(value: Any) -> Any:

@@ -10,19 +10,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cdt_lens.core.display import INK, MUTED, POSITIVE, Figure
+from cdt_lens.core.errors import InputError
+from cdt_lens.finetuning.adapt_result import AdaptResult
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.transfer_result import TransferResult
 from cdt_lens.models.heads import all_heads
+from cdt_lens.tasks.evaluate import Evaluation
 from cdt_lens.viz import spec
 from cdt_lens.viz.spec import DASHES, PAPER, Spec, field, layer, looks, name, rule, tips
 from cdt_lens.viz.training_tables import MEASURES, runs_of, untouched
-from cdt_lens.viz.words import score
+from cdt_lens.viz.words import limits, score
 
 # Colour and marker of each scope; the controls have the colours of the faithfulness curve.
 _LOOKS = {
@@ -46,6 +49,7 @@ _LINES = {
     "train_loss": ("training loss", INK, "triangle-up"),
 }
 _KEPT = {"shape": spec.STAR, "filled": True, "fill": PAPER, "stroke": INK, "size": 170}
+_WHEN = ("before", "after")
 _SEED = {"size": 22, "opacity": 0.7, "filled": True}
 _MEAN = {"size": 90, "opacity": 1, "filled": True}
 
@@ -71,6 +75,45 @@ def learning_curve(result: FineTuneResult) -> Figure:
         notes=[f"The star marks epoch {result.best_epoch}, whose weights are kept."],
         width=400,
     )
+
+
+def before_and_after(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]) -> Figure:
+    """Draw accuracies before and after training, each with its 95 % interval and in numbers.
+
+    Args:
+        before: The evaluation of the untrained model by name, such as that of the language.
+        after: The evaluations of the trained model, with the same names.
+
+    Returns:
+        The figure; accuracies are from 0 to 1.
+
+    Raises:
+        InputError: The names differ, or there are none.
+    """
+    if not before or set(before) != set(after):
+        raise InputError(
+            f"before_and_after: before has {', '.join(before) or 'nothing'}, after has "
+            f"{', '.join(after) or 'nothing'}; give both the same names"
+        )
+    return _accuracies([
+        (place, when, found[place].accuracy, *found[place].intervals["accuracy"])
+        for place in before
+        for when, found in zip(_WHEN, (before, after), strict=True)
+    ])  # fmt: skip
+
+
+def adaptation(result: AdaptResult) -> Figure:
+    """Draw the accuracy of both languages on test rows before and after, with 95 % intervals.
+
+    Args:
+        result: The adaptation.
+    """
+    rows: list[Any] = result.languages.to_dict("records")
+    return _accuracies([
+        (f"{row['language']} language", when, row[when], row[f"{when}_low"], row[f"{when}_high"])
+        for row in rows
+        for when in _WHEN
+    ])  # fmt: skip
 
 
 def trained_heads(result: FineTuneResult) -> Figure:
@@ -184,6 +227,45 @@ def measures_of(result: TransferResult) -> dict[str, str]:
     """Return the columns of the cells that have values, with their headings."""
     known = set(result.cells.columns[result.cells.notna().any()]) if len(result.cells) else set()
     return {key: measure.heading for key, measure in MEASURES.items() if key in known}
+
+
+def _accuracies(measured: Sequence[tuple[Any, ...]]) -> Figure:
+    """Draw rows of place, `before` or `after`, accuracy, and the ends of its interval."""
+    keys = ("place", "when", "accuracy", "low", "high")
+    rows = [
+        {**dict(zip(keys, row, strict=True)), "words": f"{score(row[2])} {limits(row[3:], '.3f')}"}
+        for row in measured
+    ]
+    x = field("accuracy", "accuracy", scale={"domain": [0, 1]})
+    places = list(dict.fromkeys(row["place"] for row in rows))
+    at = {
+        "y": name("place", scale={"domain": places}, axis={"ticks": False}),
+        "yOffset": name("when", scale={"domain": list(_WHEN)}),
+    }
+    colour, shape = (
+        name("when", legend={"title": None, "columns": 2}, **looks(_WHEN, values))
+        for values in ((MUTED, POSITIVE), ("square", "circle"))
+    )
+    told = tips(place="language", when="when", words="accuracy")
+    # The numbers stand on the side of the point where there is more room.
+    sides = (("< 0.5", "high", {"align": "left", "dx": 8}),
+             (">= 0.5", "low", {"align": "right", "dx": -8}))  # fmt: skip
+    body = {
+        "width": 380, "height": {"step": 24}, "data": {"values": rows}, "encoding": at,
+        "layer": [
+            layer("rule", look={"strokeWidth": 2}, x=x | {"field": "low"}, x2={"field": "high"},
+                  color=colour),
+            layer("point", look=_MEAN, x=x, color=colour, shape=shape, tooltip=told),
+            *(layer("text", None, f"datum.accuracy {where}", look, x=x | {"field": end},
+                    text=name("words")) for where, end, look in sides),
+        ],
+    }  # fmt: skip
+    numbers = "; ".join(f"{row['place']} {row['when']} {row['words']}" for row in rows)
+    return spec.figure(
+        "Accuracy before and after, with 95 % intervals",
+        f"Dot plot of accuracies with 95 % intervals: {numbers}.",
+        body,
+    )
 
 
 def _history(result: FineTuneResult, columns: Sequence[str], title: str) -> Spec:

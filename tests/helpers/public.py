@@ -20,6 +20,8 @@ _IN_MODULES = {
         "edge_attribution_patching",
         "edge_integrated_gradients",
     ),
+    "viz.figures": ("overview",),
+    "viz.training_figures": ("before_and_after",),
 }
 HOMES = {
     **cdt_lens._HOMES,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -103,6 +104,31 @@ def test_curve_shows_the_data_the_bands_and_the_areas():
 def test_curve_lines_differ_in_dash_not_only_in_colour():
     dashes = look(figures.curve(sample.curve()), "line", "strokeDash")
     assert len(set(dashes.values())) == len(dashes) == 4
+
+
+@pytest.mark.parametrize("width", [500, 210])
+def test_curve_has_a_legend_that_wraps_where_the_panel_ends(width: int):
+    figure = figures.curve(sample.curve())
+    names = list(look(figure, "line", "color"))
+    svg = replace(figure, spec={**figure.spec, "width": width}).svg()
+    labels = [re.findall("<text [^>]*>(.*?)</text>", e)[0] for e in svg.split("legend-label")[1:]]
+    lines = [re.findall("<tspan[^>]*>(.*?)</tspan>", label) or [label] for label in labels]
+    assert [" ".join(parts) for parts in lines] == names
+    assert max(len(line) for parts in lines for line in parts) <= width / 6
+    assert (len(lines) < sum(map(len, lines))) == (width < 300)
+
+
+def test_overview_is_the_map_beside_the_curve_at_the_width_of_a_page():
+    scores, curve = sample.scores(), sample.curve()
+    circuit = scores.select(k=9)
+    both = figures.overview(scores, circuit, curve)
+    parts = figures.heatmap(scores, circuit=circuit), figures.curve(curve)
+    drawn = [each["data"]["values"] for each in layers(both.spec)]
+    assert drawn == [each["data"]["values"] for part in parts for each in layers(part.spec)]
+    assert all(part.description in both.description for part in parts)
+    assert {"negative", "0 not excluded", "full model"} <= set(words(both))
+    assert "(CPR) 0.93" in both.svg()
+    assert 600 < float(re.search(r'width="(\d+)"', both.svg())[1]) < 720
 
 
 def test_curve_without_random_draws_is_drawn():

@@ -8,8 +8,10 @@ import pytest
 from helpers import sample_results as sample
 from helpers.drawn import layers, look, rows, words
 
+from cdt_lens.core.errors import InputError
 from cdt_lens.finetuning.transfer_result import TransferResult
 from cdt_lens.models.heads import Head
+from cdt_lens.tasks.evaluate import Evaluation
 from cdt_lens.viz import training_figures as figures
 
 BOTH = (figures.trade_off, figures.measures)
@@ -59,6 +61,38 @@ def test_learning_curve_leaves_out_what_was_never_measured():
     assert figures.learning_curve(replace(result, history=blind)).svg()
     begun = replace(result, history=result.history[:1], best_epoch=0)
     assert figures.learning_curve(begun).svg()
+
+
+def test_accuracies_before_and_after_are_drawn_with_their_intervals_and_in_numbers():
+    result = sample.adaptation()
+    figure = result.plot()
+    drawn = panels(figure)
+    assert [row["place"] for row in drawn] == ["target language"] * 2 + ["source language"] * 2
+    for (_, row), before, after in zip(
+        result.languages.iterrows(), drawn[::2], drawn[1::2], strict=True
+    ):
+        for when, point in (("before", before), ("after", after)):
+            assert point["when"] == when
+            ends = [point[key] for key in ("accuracy", "low", "high")]
+            assert ends == [row[f"{when}{end}"] for end in ("", "_low", "_high")]
+    shown = words(figure)
+    assert {"0.550 [0.420, 0.670]", "0.900 [0.860, 0.930]", "before", "after"} <= set(shown)
+    assert len(set(look(figure, "when", "shape").values())) == 2
+
+
+def test_evaluations_before_and_after_are_drawn_by_name():
+    def found(accuracy: float) -> Evaluation:
+        limits = {"accuracy": (accuracy - 0.1, accuracy + 0.1)}
+        return Evaluation("test", accuracy, None, 1.0, 0.5, 60, accuracy, intervals=limits)
+
+    before, after = {"en": found(0.8), "jv": found(0.25)}, {"jv": found(0.5), "en": found(0.75)}
+    drawn = panels(figures.before_and_after(before, after))
+    assert [(r["place"], r["when"], r["accuracy"]) for r in drawn] == [
+        ("en", "before", 0.8), ("en", "after", 0.75), ("jv", "before", 0.25), ("jv", "after", 0.5),
+    ]  # fmt: skip
+    for wrong in ({}, {"en": found(0.8)}):
+        with pytest.raises(InputError, match="the same names"):
+            figures.before_and_after(wrong, after)
 
 
 def test_trained_heads_are_told_from_their_siblings_and_the_rest_also_in_grey():

@@ -14,6 +14,7 @@ from cdt_lens.tasks.intervals import share_interval
 from cdt_lens.viz import training_tables
 from cdt_lens.viz.report.sections import Section
 from cdt_lens.viz.training_figures import (
+    adaptation,
     learning_curve,
     measures,
     measures_of,
@@ -89,6 +90,7 @@ def adapt_section(result: AdaptResult, id: str, _: Sequence[object]) -> Section:
             f"after (95 % interval of the change {training_tables.limits_of(target, 'change')})",
         ),
         facts=_adaptation_facts(result),
+        figures=(adaptation(result),),
         tables=tuple(tables),
         changes=training_tables.changes_table(result) if len(result.changes) else None,
         provenance=_origin(name, result.provenance),

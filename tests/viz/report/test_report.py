@@ -337,6 +337,12 @@ def test_the_comparison_of_scopes_is_seen_whole_on_a_desk_and_words_stay_legible
     )
     assert len(sizes) > 100 and min(sizes) >= 9
     assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth")
+    # Vega ends a label with an ellipsis where it cuts it off.
+    cut = browser.run(
+        "return [...document.querySelectorAll('.drawing .role-legend-label text')]"
+        ".map(t => t.textContent).filter(words => words.includes('\u2026'))"
+    )
+    assert cut == []
 
 
 def test_the_page_can_be_read_without_seeing_it(report: Path, browser: Browser):
