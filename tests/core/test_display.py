@@ -187,7 +187,19 @@ def test_nothing_is_listed_that_does_not_exist():
 
 def test_what_functions_return_is_public_or_shown():
     """A public function's result is one of the types above, a plain value, or a path."""
-    plain = {"Tensor", "float", "Path", "str", "dict", "Model", "Module", "tuple", "int", "None"}
+    plain = {
+        "Tensor",
+        "float",
+        "Path",
+        "str",
+        "dict",
+        "Model",
+        "Module",
+        "tuple",
+        "int",
+        "None",
+        "Figure",
+    }
     known = {*RESULTS, *EXCEPTIONS} | plain
     for name, function in NAMES.items():
         if not inspect.isfunction(inspect.unwrap(function)):

@@ -313,7 +313,13 @@ def test_a_comparison_is_made_again_in_a_later_version(monkeypatch):
 def test_a_transfer_run_is_made_again_with_the_reasons(here: Path):
     """0.3.0 kept no version with proxies and cells, so that nobody can tell what they are of."""
     said: list[str] = []
-    result = run_transfer(read_config("transfer.toml"), "transfer", said.append, progress=False)
+    file = Path("transfer.toml")
+    with pytest.raises(InputError, match=r"other settings \(discovery\)"):
+        run_transfer(read_config(file), "transfer", said.append, progress=False)
+    # The defaults of 0.3, as the changelog tells.
+    former = '[discovery]\nrules = "stable"\nby = "magnitude"'
+    file.write_text(file.read_text().replace("[discovery]", former))
+    result = run_transfer(read_config(file), "transfer", said.append, progress=False)
     for name in ("proxy", "before/near", "cells/near/full-0", "cells/near/decision-0"):
         reason = f"transfer/{name}.json was made with an earlier cdt_lens"
         assert any(line.startswith(reason) for line in said), name

@@ -43,6 +43,8 @@ class Browser:
         for log in ("performance", "browser"):
             self.driver.get_log(log)
         self.driver.get(path.resolve().as_uri())
+        # On a busy machine a large page may still be read when `get` returns.
+        self.wait("return location.protocol == 'file:' && document.readyState == 'complete'")
 
     def run(self, script: str, *arguments: Any) -> Any:
         """What a script returns in the page."""
