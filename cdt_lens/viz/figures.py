@@ -17,6 +17,7 @@ import numpy as np
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve
 from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.display import INK, MUTED, NEGATIVE, POSITIVE, Figure
 from cdt_lens.core.errors import InputError
 from cdt_lens.models.heads import Head, all_heads
@@ -159,6 +160,7 @@ def curve(result: FaithfulnessCurve) -> Figure:
     )
 
 
+@checked_arguments
 def overview(scores: HeadScores, circuit: Circuit, result: FaithfulnessCurve) -> Figure:
     """Draw the map of the scores with a circuit, and beside it the faithfulness of its ranking.
 

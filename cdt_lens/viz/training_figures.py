@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.display import INK, MUTED, POSITIVE, Figure
 from cdt_lens.core.errors import InputError
 from cdt_lens.finetuning.adapt_result import AdaptResult
@@ -77,6 +78,7 @@ def learning_curve(result: FineTuneResult) -> Figure:
     )
 
 
+@checked_arguments
 def before_and_after(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]) -> Figure:
     """Draw accuracies before and after training, each with its 95 % interval and in numbers.
 
