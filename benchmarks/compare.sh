@@ -15,7 +15,7 @@ backward=one-pass,one-pass:shared,one-pass:two-ended,one-pass:linear,one-pass:gi
 backward=$backward,attribution-patching,integrated-gradients,expected-gradients,direct,random
 # Generated prompts are short: a sweep of 16 for each method. Sentences cost six times as much a pass:
 # 1,120 passes, which sweep 4 prompts with `two-ended`.
-few=estimate:two-ended,cdt:stable,exact,one-pass:two-ended,integrated-gradients,random
+few=estimate:two-ended,cdt:stable,exact,one-pass:two-ended,gates,integrated-gradients,random
 many=estimate:two-ended,cdt:two-ended,cdt:stable,exact,gates,one-pass:two-ended,one-pass
 many=$many,integrated-gradients,expected-gradients,attribution-patching,replay:two-ended,ensemble
 many=$many,one-pass:gim,random
@@ -24,7 +24,8 @@ generated() {
     --baseline-examples 128 --methods "$many" --out "runs/compare-$1"
 }
 sentences() {
-  cdt-lens compare --data data --examples 128 --draws 2 --baseline-examples 300 --budget 1120 "$@"
+  cdt-lens compare --data data --examples 128 --draws 2 --baseline-examples 300 --budget 1120 \
+    --methods "$few" "$@"
 }
 
 case "${1:?name a task: planted, planted-rules, ioi, greater-than, english, indonesian, xnli}" in
@@ -34,8 +35,7 @@ case "${1:?name a task: planted, planted-rules, ioi, greater-than, english, indo
          --methods "$sweeps,$single" ;;
   ioi | greater-than) generated "$1" ;;
   english | indonesian) sentences --model runs/nusax/proxy --task nusax-senti --language "$1" \
-         --held-out 96 --methods "$few,gates" --out "runs/compare-$1" ;;
-  xnli) sentences --model runs/xnli/proxy --task xnli --language en \
-         --held-out 60 --methods "$few" --out runs/compare-xnli ;;
+         --out "runs/compare-$1" ;;
+  xnli) sentences --model runs/xnli/proxy --task xnli --language en --out runs/compare-xnli ;;
   *) echo "unknown task: $1" >&2; exit 2 ;;
 esac
