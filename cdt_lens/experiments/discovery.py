@@ -503,9 +503,12 @@ def _tell_noise(run: Run, scores: HeadScores, seconds: float, say: Say) -> None:
     if not found.split_half < NOISE:
         return
     more = min(4 * found.examples, most_balanced(run.task.train))
-    advice = "sweep more of them (--exact)"
+    examples, exact = f"--examples {more}", "--exact"
+    if (run.folder.parent / "transfer.json").exists():  # whose settings are in a file
+        examples, exact = f"[discovery] examples = {more}", "[discovery] exact"
+    advice = f"sweep more of them ({exact})"
     if more > found.examples:
-        advice = f"score more prompts (--examples {more}), or {advice}"
+        advice = f"score more prompts ({examples}), or {advice}"
     took = f"; these scores took {seconds / 60:.1f} minutes" if seconds > 60 else ""
     say(
         f"caution: much of the ranking is noise (split-half reliability {found.split_half:.2f} "

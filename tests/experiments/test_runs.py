@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_csv, write_tas
 from helpers.tiny_training import QUICK, task
 from helpers.wrapped import view
 
+from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.errors import InputError
 from cdt_lens.experiments import discovery as experiment
 from cdt_lens.experiments.inputs import load_for
@@ -53,6 +55,29 @@ def test_a_report_leaves_out_faithfulness_on_other_examples(tmp_path: Path):
     assert not shown(run)
     experiment.measure(run, told.append, split="test", examples=6, draws=1)
     assert shown(run)
+
+
+def test_a_noisy_ranking_is_told_with_what_would_help_where_it_is_set(tmp_path: Path):
+    """Options on the command line; the file of a transfer has settings instead."""
+    save_model(tmp_path / "tiny")
+    files = write_task(tmp_path / "data")
+    settings = Settings(
+        model=str(tmp_path / "tiny"), task="files", files={k: str(v) for k, v in files.items()},
+        template=TEMPLATE, verbalizer=VERBALIZER, backend="bridge", examples=6, k=2,
+    )  # fmt: skip
+    told: list[str] = []
+    run = start_run(settings, tmp_path / "discovery", told.append)
+    experiment.discover(run, told.append)
+    scores = HeadScores.load(run.path("scores.json"))
+    noise = torch.randn(scores.per_example.shape, generator=torch.Generator().manual_seed(0))
+    noisy = replace(scores, per_example=noise)
+    for option in ("(--examples 24), or sweep more of them (--exact)",
+                   "([discovery] examples = 24), or sweep more of them ([discovery] exact)"):  # fmt: skip
+        told.clear()
+        experiment._tell_noise(run, noisy, 0.0, told.append)
+        assert told[0].startswith("caution: much of the ranking is noise (split-half reliability")
+        assert told[0].endswith(f"from 6 prompts); score more prompts {option}")
+        (tmp_path / "transfer.json").touch()
 
 
 def test_the_discovery_of_a_transfer_of_0_3_is_refused_with_the_way_to_open_it():
