@@ -44,7 +44,9 @@ def demo_config(model: str, seed: int = 0, *, full: bool = False) -> TransferCon
                 "sizes": [1500, 150, 300], "seed": seed,
             },
             "proxy": {"epochs": 8, "batch_size": 32, "learning_rate": 2e-3},
-            "discovery": {"examples": 192, "fraction": 0.2, "faithfulness_examples": 24},
+            "discovery": {
+                "examples": 192, "exact": 192, "fraction": 0.2, "faithfulness_examples": 24,
+            },
             "transfer": {
                 **(_FULL if full else _SHORT), "examples": 300, "epochs": 10, "batch_size": 16,
                 "evaluate_every": 2,
