@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -198,11 +198,21 @@ def bridge_of(
     Raises:
         UnsupportedModelError: the bridge's logits differ from the model's.
     """
-    return _agreeing(
-        hf_model, "TransformerBridge", dtype,
-        lambda model, dtype: _bridge(model, tokenizer, device, dtype),
-        scored=type(hf_model).__name__ not in _HOOKED_ONLY,
-    )  # fmt: skip
+    with temporary_folder() as folder:
+        # transformer-lens may read the tokenizer again from its path, and sets it up once.
+        set_up = [_saved_and_read(tokenizer, folder)]
+
+        def make(model: Any, dtype: torch.dtype) -> Any:
+            bridge = _bridge(model, set_up[0], device, dtype)
+            set_up[0] = bridge.tokenizer
+            return bridge
+
+        bridge = _agreeing(
+            hf_model, "TransformerBridge", dtype, make,
+            scored=type(hf_model).__name__ not in _HOOKED_ONLY,
+        )  # fmt: skip
+    bridge.tokenizer.name_or_path = tokenizer.name_or_path
+    return bridge
 
 
 # Wraps a Hugging Face model in a class of TransformerLens.
@@ -215,19 +225,23 @@ def _agreeing(
     """Wrap `hf_model` with `make` and check that the logits equal those of Hugging Face.
 
     In half precision the logits of a correct model differ by some percent, which would hide a wrong
-    one. So its first layers are compared in float32 before. A bridge that only carries trained
-    weights into a checkpoint (not `scored`) needs no rules.
+    one. So its first layers are compared in float32 before, with the long prompts as well. A bridge
+    that only carries trained weights into a checkpoint (not `scored`) needs no rules.
     """
+    lengths = sample_lengths(hf_model.config)
     if dtype.itemsize < 4:
-        start = _compared(_first_layers(hf_model), kind, torch.float32, make)
+        start = _compared(_first_layers(hf_model), kind, torch.float32, make, lengths)
         if scored:
             check_supported(view_of(start))
-    return _compared(hf_model, kind, dtype, make)
+        lengths = lengths[:1]
+    return _compared(hf_model, kind, dtype, make, lengths)
 
 
-def _compared(hf_model: Any, kind: str, dtype: torch.dtype, make: _Make) -> Any:
+def _compared(
+    hf_model: Any, kind: str, dtype: torch.dtype, make: _Make, lengths: Sequence[int]
+) -> Any:
     # Before wrapping: the bridge takes the model's modules apart.
-    samples = [_sample(hf_model, length) for length in sample_lengths(hf_model.config)]
+    samples = [_sample(hf_model, 2 if n == lengths[0] else 1, n) for n in lengths]
     try:
         model = make(hf_model, dtype)
         reason = None if kind == "TransformerBridge" else difference(hf_model, model)
@@ -278,11 +292,11 @@ def _first_layers(hf_model: Any) -> Any:
     return copied.float()
 
 
-def _sample(hf_model: Any, length: int) -> tuple[Tensor, Tensor]:
+def _sample(hf_model: Any, rows: int, length: int) -> tuple[Tensor, Tensor]:
     """Return a few random tokens and the logits of Hugging Face's own model for them."""
     vocabulary = hf_model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocabulary, (2, length), generator=generator)
+    tokens = torch.randint(vocabulary, (rows, length), generator=generator)
     with torch.no_grad():
         return tokens, hf_model.eval()(tokens.to(hf_model.device)).logits.float().cpu()
 
@@ -445,14 +459,9 @@ def _bridge(hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype) -> A
     if not getattr(hf_model, "hf_device_map", None):
         hf_model = hf_model.to(device)
     hf_model.config.architectures = [type(hf_model).__name__]
-    with temporary_folder() as folder:
-        # As above: the tokenizer may be read again from its path.
-        model = TransformerBridge.boot_transformers(
-            "model", hf_model=hf_model, tokenizer=_saved_and_read(tokenizer, folder),
-            device=str(hf_model.device), dtype=dtype,
-        )  # fmt: skip
-    model.tokenizer.name_or_path = tokenizer.name_or_path
-    return model
+    return TransformerBridge.boot_transformers(
+        "model", hf_model=hf_model, tokenizer=tokenizer, device=str(hf_model.device), dtype=dtype
+    )
 
 
 def _name_of(source: str | Path) -> str:
