@@ -28,8 +28,8 @@ def sample_lengths(config: Any) -> tuple[int, ...]:
         config: the Hugging Face configuration.
 
     Returns:
-        64 tokens first, and enough tokens to pass every window or limit that the configuration names, as
-        far as these are at most 512 tokens. Both are bounded by the model's context.
+        64 tokens first, and enough tokens to pass every window or limit that the configuration
+        names, as far as these are at most 512 tokens. Both are bounded by the model's context.
     """
     config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or _SHORT

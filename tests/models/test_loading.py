@@ -29,9 +29,15 @@ from helpers.wrapped import needs_hooked, tokenizer, wrap
 from torch import nn
 from transformers import logging as hf_logging
 
-from cdt_lens.core.errors import CdtLensError, InputError, UnsupportedModelError
+from cdt_lens.core.errors import (
+    CdtLensError,
+    CdtLensWarning,
+    InputError,
+    UnsupportedModelError,
+)
 from cdt_lens.decomposition.baseline import mean_activations
 from cdt_lens.finetuning.finetune import finetune
+from cdt_lens.models import loading
 from cdt_lens.models.loading import has_hooked_transformer, load_model
 from cdt_lens.models.provenance import weight_hash
 from cdt_lens.models.view import ModelView, is_model
@@ -537,6 +543,20 @@ def outcome(folder: Path, backend: Any, dtype: str) -> str:
         return type(load_model(folder, backend=backend, dtype=dtype)).__name__
     except UnsupportedModelError:
         return "refused"
+
+
+@pytest.mark.parametrize("times, told", [(140.0, True), (0.2, False)])
+def test_slow_half_precision_is_told_with_its_factor(times, told, folders, monkeypatch):
+    """The factor is that of the processor, so the test sets the seconds."""
+    seconds = {torch.float32: 0.001, torch.bfloat16: 0.001 * times}
+    monkeypatch.setattr(loading, "_product_seconds", seconds.__getitem__)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CdtLensWarning)
+        load_model(folders("llama"), dtype="bfloat16", device="cpu")
+        load_model(folders("llama"), dtype="float32", device="cpu")
+    expected = ["dtype=bfloat16: on this CPU a matrix product in bfloat16 takes 140 times as long"]
+    found = [str(w.message) for w in caught if issubclass(w.category, CdtLensWarning)]
+    assert [text[: len(expected[0])] for text in found] == expected * told
 
 
 @pytest.mark.parametrize("family", [*EVERY_FAMILY, *EXPERTS])
