@@ -36,7 +36,7 @@ from cdt_lens.experiments.adapt_settings import AdaptSettings
 from cdt_lens.experiments.discovery import discover
 from cdt_lens.experiments.runs import keep_settings
 from cdt_lens.experiments.transfer import Transfer
-from cdt_lens.experiments.transfer_cells import Cells, Trial, training_of
+from cdt_lens.experiments.transfer_cells import Cells, Trial, drop_checkpoints, training_of
 from cdt_lens.experiments.transfer_config import TransferConfig, config_of
 from cdt_lens.finetuning.adapt_result import (
     CHANGE_COLUMNS,
@@ -248,7 +248,7 @@ class _Adapting:
         keep_settings(experiment.discovery)
         discover(experiment.discovery, self.say)
         trials = self._search(experiment.cells, end)
-        best = max(trials, key=lambda trial: _rank(trial[1]))
+        best = max(trials, key=_place)
         row = best[1]
         self.say(f"chosen: {row['run']}, learning rate {row['learning_rate']:g}")
         before = self._judge(experiment)
@@ -288,13 +288,19 @@ class _Adapting:
 
         The first round is finished whatever the time. The rest ends when the time is over.
         """
-        names = list(cells.config.transfer.runs)
-        trials = [self._trial(cells, name, 1.0) for name in names]
-        ranked = sorted(trials, key=lambda trial: _rank(trial[1]), reverse=True)
+        trials: list[tuple[Trial, dict[str, Any]]] = []
+
+        def tried(name: str, factor: float) -> None:
+            trials.append(self._trial(cells, name, factor))
+            drop_checkpoints([trial for trial, _ in trials], max(trials, key=_place)[0])
+
+        for name in cells.config.transfer.runs:
+            tried(name, 1.0)
+        ranked = sorted(trials, key=_place, reverse=True)
         for row in [trial[1] for trial in ranked[:_BEST]]:
             for factor in _FACTORS:
                 if not any_process(time.monotonic() >= end):
-                    trials.append(self._trial(cells, row["run"], factor))
+                    tried(row["run"], factor)
         return trials
 
     def _trial(self, cells: Cells, name: str, factor: float) -> tuple[Trial, dict[str, Any]]:
@@ -312,16 +318,15 @@ class _Adapting:
         return trial, found
 
     def _train(self, experiment: Transfer, trial: Trial) -> FineTuneResult:
-        """Train the chosen run again, as in its trial, and judge it on the test rows."""
+        """Judge the chosen trial on the test rows. It is trained again if it left no checkpoint."""
         cells = experiment.cells
         training = training_of(trial.scope, trial.heads, trial.options)
         training["source"] = experiment.source
-        checkpoint = self.folder / "adapter.checkpoint.json"
-        drop_stale_checkpoint(checkpoint, cells.model, trial.task, self.say, **training)
+        drop_stale_checkpoint(trial.checkpoint, cells.model, trial.task, self.say, **training)
         return finetune(
-            cells.model, trial.task, **training, checkpoint=checkpoint, keep_checkpoint=True,
+            cells.model, trial.task, **training, checkpoint=trial.checkpoint, keep_checkpoint=True,
             judge=lambda: self._judge(experiment), progress=self.progress,
-            **tracked(self.log_with, self.folder, "adapter"),
+            **cells.logged(trial.checkpoint),
         )  # fmt: skip
 
     def _judge(self, experiment: Transfer) -> dict[str, Evaluation]:
@@ -362,13 +367,14 @@ class _Adapting:
             found.save(self.folder / "adapt.json")
             title = f"{self.settings.model} adapted to a new language"
             render_report(found, path=self.folder / "report.html", title=title)
-            remove_checkpoint(self.folder / "adapter.checkpoint.json")
+            remove_checkpoint(best[0].checkpoint)
         wait_for_all()
         return found
 
 
-def _rank(row: Mapping[str, Any]) -> tuple[float, float]:
+def _place(trial: tuple[Trial, Mapping[str, Any]]) -> tuple[float, float]:
     """Return a key that is greater for a better trial; one that diverged comes last."""
+    row = trial[1]
     loss = row["target_loss"]
     return (-math.inf, -math.inf) if loss != loss else (row["target_accuracy"], -loss)
 

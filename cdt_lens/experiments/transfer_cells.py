@@ -8,7 +8,7 @@ of the table, its history, what it made of every test example, and the key of wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +51,7 @@ Say = Callable[[str], None]
 _CELL, _BEFORE, _TRIED = (
     "cdt_lens.transfer_cell", "cdt_lens.transfer_before", "cdt_lens.transfer_tried",
 )  # fmt: skip
+_CHECKPOINT = ".checkpoint.json"
 
 
 class _Finished(TypedDict):
@@ -91,6 +92,11 @@ class Trial:
     options: TrainingOptions
     task: Task
     kept: Kept
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint of the training, which a cell of the same training finishes from."""
+        return self.kept.path.with_name(f"{self.kept.path.stem}{_CHECKPOINT}")
 
     def history(self, say: Say) -> list[dict[str, Any]] | None:
         finished = self.kept.reuse(say)
@@ -242,7 +248,9 @@ class Cells:
             place.with_name(f"{place.name}.json"), _CELL, made_from, holds=_Finished,
             beside=adapter,
         )  # fmt: skip
-        checkpoint = place.with_name(f"{place.name}.checkpoint.json")
+        checkpoint = place.with_name(f"{place.name}{_CHECKPOINT}")
+        if self._is_searched(target, seed):
+            checkpoint = self.trial(name, self._factors.get(name, 1.0)).checkpoint
         return _Plan(
             target, name, seed, variant.scope, heads, options, task, kept, checkpoint, adapter
         )
@@ -255,15 +263,16 @@ class Cells:
         drop_stale_checkpoint(plan.checkpoint, self.model, plan.task, self.say, **training)
         return finetune(
             self.model, plan.task, **training, checkpoint=plan.checkpoint, keep_checkpoint=True,
-            judge=lambda: self._judge(plan.target),
-            log=plan.checkpoint.with_name(f"{plan.kept.path.stem}.log.jsonl"),
-            progress=self.progress, **self._tracked(plan.kept.path),
+            judge=lambda: self._judge(plan.target), progress=self.progress,
+            **self.logged(plan.checkpoint),
         )  # fmt: skip
 
-    def _tracked(self, path: Path) -> dict[str, Any]:
-        """Return the arguments of `finetune` for the trackers of a kept training."""
-        part = path.relative_to(self.folder).with_suffix("")
-        return tracked(self.log_with, self.folder, str(part))
+    def logged(self, checkpoint: Path) -> dict[str, Any]:
+        """Return the arguments of `finetune` for the log and the trackers of a training."""
+        name = checkpoint.name.removesuffix(_CHECKPOINT)
+        part = checkpoint.relative_to(self.folder).with_name(name)
+        log = checkpoint.with_name(f"{name}.log.jsonl")
+        return {"log": log, **tracked(self.log_with, self.folder, str(part))}
 
     # ------------------------------------------------------------------ heads and options
 
@@ -322,11 +331,16 @@ class Cells:
 
     # ------------------------------------------------------------------ the search for rates
 
+    def _is_searched(self, target: str, seed: int) -> bool:
+        """Return whether the search trained the cells of this target and seed."""
+        first = self.config.task.targets[0], self.config.transfer.seeds[0]
+        return bool(self.config.transfer.search) and (target, seed) == first
+
     def search(self, over: Callable[[], bool]) -> bool:
         """Choose the learning rate of every run on validation data; test data are not read.
 
         Every run is given the same trials: one training for each factor, on the first target with
-        the first seed.
+        the first seed. The cell there is the best trial, so it is not trained again.
 
         Args:
             over: Says whether the time is over; asked before each trial.
@@ -335,15 +349,16 @@ class Cells:
             Whether the search is finished.
         """
         for name in self.config.transfer.runs if self.config.transfer.search else ():
-            found: dict[float, tuple[float, ...]] = {}
+            found: list[tuple[tuple[float, ...], float, Trial]] = []
             for factor in self.config.transfer.search or ():
                 trial = self.trial(name, factor)
                 if trial.history(self.say) is None and over():
                     return False
                 best = self.tried(trial)
-                options = trial.options
-                found[factor] = (-math.inf,) if not best else rank_of(best[-1], best[0], options)
-            self._factors[name] = max(found, key=lambda factor: found[factor])
+                rank = rank_of(best[-1], best[0], trial.options) if best else (-math.inf,)
+                found.append((rank, factor, trial))
+                drop_checkpoints([entry[2] for entry in found], max(found, key=_rank)[2])
+            self._factors[name] = max(found, key=_rank)[1]
             self.say(f"search: {name}: {self._factors[name]:g} times its learning rate is best")
         return True
 
@@ -382,16 +397,15 @@ class Cells:
         return [history[0], max(history, key=lambda row: rank_of(row, history[0], trial.options))]
 
     def _try(self, trial: Trial) -> list[dict[str, Any]]:
-        path = trial.kept.path
-        self.say(f"search: {path.stem}, learning rate {trial.options.learning_rate:g}")
-        checkpoint = path.with_name(f"{path.stem}.checkpoint.json")
+        name, checkpoint = trial.kept.path.stem, trial.checkpoint
+        self.say(f"search: {name}, learning rate {trial.options.learning_rate:g}")
         training = training_of(trial.scope, trial.heads, trial.options) | {"source": self._source}
         drop_stale_checkpoint(checkpoint, self.model, trial.task, self.say, **training)
         history: list[dict[str, Any]] = []
         try:
             result = finetune(
-                self.model, trial.task, **training, checkpoint=checkpoint, progress=self.progress,
-                **self._tracked(path),
+                self.model, trial.task, **training, checkpoint=checkpoint, keep_checkpoint=True,
+                progress=self.progress, **self.logged(checkpoint),
             )  # fmt: skip
             history += result.history.to_dict("records")  # type: ignore[arg-type]
         except NonFiniteError as error:
@@ -467,6 +481,22 @@ class Cells:
                 return AnswerPass(view).candidates(batch).float().cpu()
 
         return evaluate(view, examples, task, logits_of=logits)
+
+
+def drop_checkpoints(trials: Sequence[Trial], best: Trial) -> None:
+    """Remove the checkpoints of all trials but the best, which needs no second training.
+
+    Args:
+        trials: The trials that are finished.
+        best: The one whose checkpoint stays.
+    """
+    for trial in trials:
+        if trial.kept.path != best.kept.path and is_main():
+            remove_checkpoint(trial.checkpoint)
+
+
+def _rank(entry: tuple[tuple[float, ...], float, Trial]) -> tuple[float, ...]:
+    return entry[0]
 
 
 def training_of(scope: str, heads: tuple[Head, ...], options: TrainingOptions) -> dict[str, Any]:

@@ -20,6 +20,9 @@ from cdt_lens.experiments.adapt import run_adapt
 from cdt_lens.experiments.adapt_settings import AdaptSettings
 from cdt_lens.finetuning.adapt_result import AdaptResult
 from cdt_lens.finetuning.adapter import Adapter
+from cdt_lens.finetuning.trainer import Trainer
+
+EPOCHS: list[str] = []  # of every training of the fixture `adapted`
 
 
 def quiet(_: str) -> None:
@@ -52,7 +55,14 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def adapted(place: Path) -> tuple[AdaptResult, Path]:
     out = place / "run"
-    with warnings.catch_warnings():
+    whole = Trainer._epoch
+
+    def counted(trainer: Trainer, *args: Any) -> None:
+        EPOCHS.append(trainer.name)
+        whole(trainer, *args)
+
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_epoch", counted)
         warnings.simplefilter("ignore", CdtLensWarning)
         result = run_adapt(settings(place), out, quiet, progress=False, log_with="tensorboard")
         return result, out
@@ -79,11 +89,18 @@ def test_every_training_is_in_the_logs(adapted: tuple[AdaptResult, Path]):
     result, out = adapted
     logs = {str(p.parent.relative_to(out / "logs")) for p in out.glob("logs/**/events.out.*")}
     runs = {f"search/{run}-1" for run in result.trials["run"]}
-    assert runs | {"proxy", "adapter"} <= logs
-    reader = EventAccumulator(str(out / "logs" / "adapter")).Reload()
+    assert runs | {"proxy"} <= logs
+    reader = EventAccumulator(str(out / "logs" / "search" / f"{result.chosen}-1")).Reload()
     found = [event.value for event in reader.Scalars("validation/target_accuracy")]
     trial = result.trials.set_index("run").loc[result.chosen]
     assert max(found) == pytest.approx(trial["target_accuracy"])
+
+
+def test_the_chosen_trial_is_not_trained_again(adapted: tuple[AdaptResult, Path]):
+    result, out = adapted
+    # One epoch each: the search for the proxy's rate, the proxy, and every trial.
+    assert len(EPOCHS) == 3 + 1 + len(result.trials)
+    assert not list(out.glob("**/*.checkpoint*"))
 
 
 def test_the_adapter_keeps_the_accuracies_on_the_test_rows(adapted: tuple[AdaptResult, Path]):

@@ -692,9 +692,18 @@ def test_the_search_takes_the_best_rate_on_validation_data(place: Path, monkeypa
         best = {f: max((r["target_accuracy"], -r["target_loss"]) for r in rows if r["epoch"])
                 for f, rows in histories.items()}  # fmt: skip
         assert run.cells._factors[name] == max(best, key=lambda factor: best[factor])
+        # The checkpoint of the best trial alone is left.
+        checkpoints = [p.name for p in run.folder.glob(f"search/{name}-*.checkpoint.json")]
+        assert checkpoints == [f"{name}-{run.cells._factors[name]:g}.checkpoint.json"]
     monkeypatch.undo()
     cell = run.cells.cell("near", "norms", 0)
     assert cell["row"]["learning_rate"] == pytest.approx(1e-2 * run.cells._factors["norms"])
+    # The measured seconds are those of the trial, so it was not trained again.
+    factor = run.cells._factors["norms"]
+    trial = run.cells.trial("norms", factor).history(quiet)
+    assert trial and [row["seconds"] for row in cell["history"]] == [r["seconds"] for r in trial]
+    assert not list(run.folder.glob("search/norms-*.checkpoint*"))
+    assert (run.folder / "search" / f"norms-{factor:g}.log.jsonl").exists()
 
 
 def test_a_run_stops_at_the_end_of_a_cell_and_goes_on(place: Path):
