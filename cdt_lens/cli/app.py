@@ -102,7 +102,7 @@ app = typer.Typer(
     help=(
         "Find the attention heads that carry a task (contextual decomposition), measure how "
         "faithful their circuit is, and draw it.\n\n"
-        "Adapt the circuit to another language by training its heads alone.\n\n"
+        "Adapt a model to another language by training these heads and the norms.\n\n"
         "Start with `cdt-lens demo --out runs/demo`, which needs no download."
     ),
 )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def predict(
-    folder: Annotated[Path, typer.Argument(help="Folder that cdt-lens export wrote.")],
+    folder: Annotated[Path, typer.Argument(help="Folder that cdt-lens export or adapt wrote.")],
     text: Annotated[
         list[str] | None,
         typer.Option(help="Text to label; repeat the option for each text."),

@@ -1,13 +1,13 @@
 """`cdt-lens adapt`: adapt a model to a language with a few hundred labelled rows, in one command.
 
 1. The rows of each language are divided into train, valid and test, unless files for these are
-   given. Rows of train that are in valid or test as well are left out.
+   given. Rows of one split that a later split has as well are left out.
 2. The model is fine-tuned on the source language, at a rate that a short search finds (unless it
    does the task already), and the circuit is found there.
-3. A search trains each of `_SCOPES` and `_VARIANTS` once, and the best of them at other rates while
-   there is time. Validation rows decide: the best target accuracy among epochs that keep enough of
+3. While there is time, a search trains each of `_SCOPES` and `_VARIANTS` once, and the best of them
+   at other rates. Validation rows decide: the best target accuracy among epochs that keep enough of
    the source accuracy. Where none does, nothing is learnt.
-4. The chosen run is trained, judged once on the test rows, exported, and explained on a page.
+4. The chosen run is judged once on the test rows, exported, and explained on a page.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ from cdt_lens.core.processes import any_process, is_main, wait_for_all
 from cdt_lens.core.run_lock import locked
 from cdt_lens.experiments.adapt_settings import AdaptSettings
 from cdt_lens.experiments.discovery import discover
-from cdt_lens.experiments.runs import keep_settings
-from cdt_lens.experiments.transfer import Transfer
+from cdt_lens.experiments.runs import keep_settings, kept_at, kept_settings
+from cdt_lens.experiments.transfer import RUN_FORMAT, Transfer
 from cdt_lens.experiments.transfer_cells import Cells, Trial, drop_checkpoints, training_of
 from cdt_lens.experiments.transfer_config import TransferConfig, config_of
 from cdt_lens.finetuning.adapt_result import (
@@ -54,6 +55,7 @@ from cdt_lens.models.provenance import provenance_of
 from cdt_lens.models.view import view_of
 from cdt_lens.tasks.evaluate import Evaluation, evaluate
 from cdt_lens.tasks.intervals import crossed_interval, share_interval
+from cdt_lens.tasks.prompts import template_columns
 from cdt_lens.tasks.rows import SPLITS, Table, column_of, composed, no_column, read_table
 from cdt_lens.tasks.task import Task
 from cdt_lens.viz.report.report import render_report
@@ -66,7 +68,10 @@ _VARIANTS = {
     "heads": {"scope": "decision", "fraction": 0.1},
     "many-heads": {"scope": "decision", "fraction": 0.3},
 }
+# Where the time ends the search, the runs that come last are not tried.
+_ORDER = ("heads", "lora", "norms", "full", "many-heads", "few-heads", "near-zero")
 _ROWS = "rows"  # the folder of the divided rows, which stand there before the settings do
+_PURPOSE = {"train": "rows to train on", "valid": "validation rows", "test": "test rows"}
 _FACTORS = (3.0, 0.3)  # other learning rates, relative to the usual one of the scope
 _BEST = 2  # runs that are tried at other rates
 _LEAST = 10  # rows of each label
@@ -106,7 +111,23 @@ def run_adapt(
     }
     _check_labels(settings, tables)
     with locked(folder):
+        kept = _finished(settings, folder, tables)
+        if kept is not None:
+            say(f"{folder}: using the kept result; the test rows are not read again")
+            return kept
         return _Adapting(settings, folder, tables, say, progress, log_with).run()
+
+
+def _finished(
+    settings: AdaptSettings, folder: Path, tables: Mapping[str, Mapping[str, Table]]
+) -> AdaptResult | None:
+    """Return the result of an earlier call with the same settings and rows, or None."""
+    kept = kept_at(folder / "adapt.json", AdaptResult.load)
+    if kept is None or kept.settings != as_json(asdict(settings)):
+        return None
+    files = _row_files(tables, folder)
+    same = all(path.exists() and path.read_text("utf-8") == text for path, text in files.items())
+    return kept if same and (folder / kept.exported).exists() else None
 
 
 # ---------------------------------------------------------------------- rows
@@ -117,10 +138,11 @@ def _tables(settings: AdaptSettings, paths: Mapping[str, str], language: str) ->
     if "train" not in paths:
         raise InputError(f"{language}: expected a file of rows to train on")
     tables = {split: read_table(path) for split, path in paths.items()}
-    for table in tables.values():
+    columns = [settings.label_column, *template_columns(settings.template)]
+    for table, column in product(tables.values(), columns):
         header = list(table.rows[0]) if table.rows else []
-        if column_of(header, settings.label_column) is None:
-            raise InputError(f"{table.header}: {no_column(settings.label_column, header)}")
+        if column_of(header, column) is None:
+            raise InputError(f"{table.header}: {no_column(column, header)}")
     if not {"test", "valid"} <= set(tables):
         _check_enough(settings, tables["train"], language)
     share = settings.set_aside
@@ -128,7 +150,9 @@ def _tables(settings: AdaptSettings, paths: Mapping[str, str], language: str) ->
         if split not in tables:
             tables |= _divided(settings, tables["train"], split, share)
             share /= 1 - share  # As many rows again, of those that are left.
-    return {**tables, "train": _apart(tables, language)}
+    tables["valid"] = _apart(tables, "valid", ("test",), columns, language)
+    tables["train"] = _apart(tables, "train", ("valid", "test"), columns, language)
+    return tables
 
 
 def _label(settings: AdaptSettings, row: Mapping[str, object]) -> str:
@@ -159,26 +183,31 @@ def _divided(settings: AdaptSettings, table: Table, split: str, share: float) ->
     return {"train": table.pick(rest), split: table.pick(sorted(chosen))}
 
 
-def _apart(tables: Mapping[str, Table], language: str) -> Table:
-    """Return the rows of train that are in no other split."""
-    train = tables["train"]
-    others = {_key(row) for split in ("valid", "test") for row in tables[split].rows}
-    rest = [i for i, row in enumerate(train.rows) if _key(row) not in others]
-    twice = len(train.rows) - len(rest)
+def _apart(
+    tables: Mapping[str, Table], split: str, others: Sequence[str], columns: Sequence[str],
+    language: str,
+) -> Table:  # fmt: skip
+    """Return the rows of a split whose prompt and label no later split has."""
+    table = tables[split]
+    judged = {_key(row, columns) for other in others for row in tables[other].rows}
+    rest = [i for i, row in enumerate(table.rows) if _key(row, columns) not in judged]
+    twice = len(table.rows) - len(rest)
     if twice:
         warnings.warn(
-            f"{language}: {twice} of {len(train.rows)} rows to train on are also in the validation "
-            "or test rows, where they would be judged on what was learnt; they are left out",
+            f"{language}: {twice} of {len(table.rows)} {_PURPOSE[split]} are also in the "
+            f"{' or '.join(_PURPOSE[other] for other in others)}, where they would be judged on "
+            "what was learnt; they are left out",
             CdtLensWarning, stacklevel=1,
         )  # fmt: skip
     if not rest:
-        raise InputError(f"{language}: every row to train on is also in the other files")
-    return train.pick(rest)
+        raise InputError(f"{language}: all {_PURPOSE[split]} are also in the other files")
+    return table.pick(rest)
 
 
-def _key(row: Mapping[str, object]) -> tuple[str, ...]:
-    """Return what makes two rows the same: their text, without numbers such as ids."""
-    return tuple(composed(str(cell)).strip() for name, cell in row.items() if name.lower() != "id")
+def _key(row: Mapping[str, object], columns: Sequence[str]) -> tuple[str, ...]:
+    """Return the cells of a row that its prompt and its label are made of."""
+    own = (column_of(row, name) for name in columns)
+    return tuple(composed(str(row[name])).strip() for name in own if name is not None)
 
 
 def _check_labels(settings: AdaptSettings, tables: Mapping[str, Mapping[str, Table]]) -> None:
@@ -213,15 +242,22 @@ def _check_labels(settings: AdaptSettings, tables: Mapping[str, Mapping[str, Tab
         )  # fmt: skip
 
 
+def _row_files(tables: Mapping[str, Mapping[str, Table]], folder: Path) -> dict[Path, str]:
+    """Return the rows of each split as text by file, from which the run reads and resumes."""
+    return {
+        folder / _ROWS / language / f"{split}.csv": pd.DataFrame(
+            [dict(row) for row in table.rows]
+        ).to_csv(index=False)
+        for language, splits in tables.items()
+        for split, table in splits.items()
+    }
+
+
 def _write_rows(tables: Mapping[str, Mapping[str, Table]], folder: Path) -> None:
-    """Write the rows of each split, from which the run reads and resumes."""
-    for language, splits in tables.items():
-        for split, table in splits.items():
-            text = pd.DataFrame([dict(row) for row in table.rows]).to_csv(index=False)
-            path = folder / _ROWS / language / f"{split}.csv"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists() or path.read_text("utf-8") != text:
-                atomic_write(path, text)
+    for path, text in _row_files(tables, folder).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.read_text("utf-8") != text:
+            atomic_write(path, text)
 
 
 # ---------------------------------------------------------------------- the run
@@ -254,6 +290,14 @@ class _Adapting:
         before = self._judge(experiment)
         return self._finish(experiment, trials, best, self._train(experiment, best[0]), before)
 
+    @property
+    def _minutes_of_circuit(self) -> float:
+        """A third of the minutes of the first call, so that a later one with more keeps it."""
+        path = self.folder / "transfer.json"
+        if path.exists():
+            return float(kept_settings(path, RUN_FORMAT)["discovery"]["minutes"])
+        return max(self.settings.minutes / 3, 0.1)
+
     def _config(self) -> TransferConfig:
         """Return the settings as those of a transfer with files of its own."""
         s = self.settings
@@ -274,7 +318,7 @@ class _Adapting:
                     {"checkpoint": s.model} if s.ready
                     else {"epochs": s.epochs, "search": [1.0, 5.0, 20.0]}
                 ),
-                "discovery": {"minutes": max(s.minutes / 3, 0.1)},
+                "discovery": {"minutes": self._minutes_of_circuit},
                 "transfer": {
                     "seeds": [s.seed], "epochs": s.epochs, "least_retention": s.keep,
                     "scopes": _SCOPES, "variants": _VARIANTS,
@@ -286,21 +330,29 @@ class _Adapting:
     def _search(self, cells: Cells, end: float) -> list[tuple[Trial, dict[str, Any]]]:
         """Train every run once, and the best at other rates; return the trials with their rows.
 
-        The first round is finished whatever the time. The rest ends when the time is over.
+        The first training is made in any case. No other begins when the time is over.
         """
         trials: list[tuple[Trial, dict[str, Any]]] = []
+        left: list[str] = []
 
         def tried(name: str, factor: float) -> None:
+            if trials and any_process(time.monotonic() >= end):
+                left.append(name if factor == 1 else f"{name} at {factor:g} times its rate")
+                return
             trials.append(self._trial(cells, name, factor))
             drop_checkpoints([trial for trial, _ in trials], max(trials, key=_place)[0])
 
-        for name in cells.config.transfer.runs:
+        for name in _ORDER:
             tried(name, 1.0)
         ranked = sorted(trials, key=_place, reverse=True)
         for row in [trial[1] for trial in ranked[:_BEST]]:
             for factor in _FACTORS:
-                if not any_process(time.monotonic() >= end):
-                    tried(row["run"], factor)
+                tried(row["run"], factor)
+        if left:
+            self.say(
+                f"the time is over; not tried: {', '.join(left)}. The same call with more minutes "
+                "goes on with these"
+            )
         return trials
 
     def _trial(self, cells: Cells, name: str, factor: float) -> tuple[Trial, dict[str, Any]]:

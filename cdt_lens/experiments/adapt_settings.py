@@ -24,8 +24,9 @@ class AdaptSettings(ModelSettings):
         target: Files of the target language by split; train is needed.
         ready: Whether the model does the task in the source language already.
         keep: Share of the source accuracy that has to be kept, on validation rows.
-        minutes: The search for scope, size and rate ends after this time.
-        epochs: Number of epochs of every training on the target.
+        minutes: No training of the search for scope, size and rate begins after this time, which
+            is counted from the start of the call. One is made in any case.
+        epochs: Maximum number of epochs of every training, on the source as well.
         set_aside: Share of the rows for each of valid and test where these have no file.
         seed: Seed of every random draw.
     """
@@ -42,11 +43,20 @@ class AdaptSettings(ModelSettings):
         float, Field(gt=0, le=1, description="Share of the source accuracy that must be kept.")
     ] = 0.95
     minutes: Annotated[
-        float, Field(gt=0, description="End the search for scope, size and rate after this time.")
-    ] = 30.0
+        float,
+        Field(
+            gt=0, description="Begin no training of the search after this time, except the first. "
+            "Fine-tuning on the known language counts, and is not ended."
+        ),
+    ] = 30.0  # fmt: skip
     epochs: Annotated[
-        int, Field(ge=1, description="Number of epochs of every training on the target.")
+        int,
+        Field(ge=1, description="Maximum number of epochs of every training, in both languages."),
     ] = 5
+    device: Annotated[
+        str | None,
+        Field(description="Device, such as cuda or cpu; the default is a GPU if there is one."),
+    ] = None
     set_aside: Annotated[
         float,
         Field(

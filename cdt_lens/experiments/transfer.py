@@ -70,7 +70,7 @@ from cdt_lens.tasks.task import Examples, Task, drawn, most_balanced
 from cdt_lens.viz.report.report import render_report
 
 Say = Callable[[str], None]
-_RUN, _PROXY = "cdt_lens.transfer_run", "cdt_lens.transfer_proxy"
+RUN_FORMAT, _PROXY = "cdt_lens.transfer_run", "cdt_lens.transfer_proxy"
 _TRIED_PROXY = "cdt_lens.transfer_tried_proxy"
 _TRIED_EXAMPLES = 200
 
@@ -244,7 +244,7 @@ class Transfer:
             wanted.pop(free)
         wanted = as_json(wanted)
         if path.exists():
-            kept = kept_settings(path, _RUN)
+            kept = kept_settings(path, RUN_FORMAT)
             if isinstance(kept.get("task"), dict):
                 kept["task"]["files"] = {}
             different = [name for name in wanted if _set(kept.get(name)) != _set(wanted[name])]
@@ -254,7 +254,7 @@ class Transfer:
                     f"({', '.join(different)}); name another folder, or remove it"
                 )
         if is_main():
-            save_artifact(path, {"settings": wanted}, format=_RUN, version=1)
+            save_artifact(path, {"settings": wanted}, format=RUN_FORMAT, version=1)
         wait_for_all()
 
     # ------------------------------------------------------------------ proxy

@@ -125,7 +125,7 @@ def _about(adapter: Adapter, base: str, kind: Kind) -> str:
     }[kind]
     return (
         f"cdt_lens {cdt_lens.__version__} wrote this page. The folder holds {holds}. Every other "
-        "weight is bit-identical to the base model's.\n"
+        "weight is bit-identical to those it was trained from, whose sha256 stands below.\n"
     )
 
 

@@ -42,7 +42,7 @@ def settings(place: Path, **changes: Any) -> AdaptSettings:
     values: dict[str, Any] = {
         "model": str(place / "tiny"), "template": TEMPLATE, "verbalizer": VERBALIZER,
         "source": {"train": str(place / "source.csv")},
-        "target": {"train": str(place / "target.csv")}, "epochs": 1, "minutes": 0.001, "keep": 0.5,
+        "target": {"train": str(place / "target.csv")}, "epochs": 1, "keep": 0.5,
     }  # fmt: skip
     return AdaptSettings(**values | changes)
 
@@ -63,6 +63,7 @@ def adapted(place: Path) -> tuple[AdaptResult, Path]:
 
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_epoch", counted)
+        patch.setattr(adapting, "_FACTORS", ())  # other rates
         warnings.simplefilter("ignore", CdtLensWarning)
         result = run_adapt(settings(place), out, quiet, progress=False, log_with="tensorboard")
         return result, out
@@ -118,7 +119,7 @@ def test_the_best_trial_is_chosen_on_validation_rows(adapted: tuple[AdaptResult,
     result, _ = adapted
     trials = result.trials
     assert trials["run"].tolist() == [
-        "norms", "near-zero", "lora", "full", "few-heads", "heads", "many-heads"
+        "heads", "lora", "norms", "full", "many-heads", "few-heads", "near-zero"
     ]  # fmt: skip
     keys = list(zip(trials["target_accuracy"], -trials["target_loss"], strict=True))
     best = trials.iloc[keys.index(max(keys))]
@@ -163,18 +164,41 @@ def test_the_result_is_kept_and_nothing_is_trained_twice(
     assert "What was tried" in (out / "report.html").read_text("utf-8")
     trained: list[Any] = []
     true = adapting.finetune
+    monkeypatch.setattr(adapting, "_FACTORS", ())
     monkeypatch.setattr(adapting, "finetune", lambda *a, **k: trained.append(k) or true(*a, **k))
+    for damage, n in ((False, 0), (True, 1)):
+        if damage:  # Only the chosen run is trained; the trials and the proxy are kept.
+            (out / "adapt.json").write_text("{}", "utf-8")
+        said: list[str] = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CdtLensWarning)
+            again = run_adapt(settings(place), out, said.append, progress=False)
+        kept = f"{out}: using the kept result; the test rows are not read again"
+        assert (kept in said, len(trained)) == (not damage, n)
+        assert again.chosen == result.chosen
+        assert again.languages.equals(result.languages)
+
+
+def test_the_time_ends_the_search_and_more_of_it_goes_on(place: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(adapting, "_FACTORS", (3.0,))
+    monkeypatch.setattr(adapting, "_ORDER", ("norms", "heads"))
+    said: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CdtLensWarning)
-        again = run_adapt(settings(place), out, quiet, progress=False)
-    # Only the chosen run; the trials and the proxy are kept.
-    assert len(trained) == 1 and again.chosen == result.chosen
-    assert again.languages.equals(result.languages)
+        first = run_adapt(settings(place, minutes=1e-4), tmp_path, said.append, progress=False)
+        told = "the time is over; not tried: heads, norms at 3 times its rate. "
+        assert [line for line in said if line.startswith(told)]
+        assert first.trials["run"].tolist() == ["norms"]
+        said.clear()
+        more = run_adapt(settings(place, minutes=30), tmp_path, said.append, progress=False)
+    assert more.trials["run"].tolist() == ["norms", "heads", *more.trials["run"][2:]]
+    assert len(more.trials) == 4 and more.trials["seconds"][0] == first.trials["seconds"][0]
+    assert f"{tmp_path / 'proxy'}: using the kept result" in said
 
 
 def changed_rows(path: Path, rows: list[Mapping[str, str]]) -> str:
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["text", "label"])
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     return str(path)
@@ -214,9 +238,31 @@ def test_rows_that_are_judged_on_are_not_learnt(place: Path, tmp_path: Path):
         adapting._check_labels(given, {"source": tables, "target": tables})
     told = [str(warning.message) for warning in caught]
     n = sum(row in rows[:6] for row in rows if row not in tables["valid"].rows)
-    assert f"target: {n} of 48 rows to train on are also in the validation or test rows" in told[0]
+    assert (
+        f"target: {n} of 48 rows to train on are also in the validation rows or test rows"
+        in told[0]
+    )
     assert "12 test rows: the 95 % interval of an accuracy of 0.7 is [" in told[1]
     assert not {row["text"] for row in tables["train"].rows} & {row["text"] for row in rows[:6]}
+
+
+def test_rows_are_the_same_by_prompt_and_label_whatever_the_other_columns(
+    place: Path, tmp_path: Path
+):
+    rows = rows_of(place / "target.csv")
+    paths = {}
+    for name, own in (("train", rows[12:]), ("valid", rows[:12]), ("test", rows[6:18])):
+        numbered = [{"annotator": f"{name} {i}", **row} for i, row in enumerate(own)]
+        paths[name] = changed_rows(tmp_path / f"{name}.csv", numbered)
+    given = settings(place, target=paths)
+    with pytest.warns(CdtLensWarning) as caught:
+        tables = adapting._tables(given, given.target, "target")
+    told = [str(warning.message) for warning in caught]
+    assert "6 of 12 validation rows are also in the test rows" in told[0]
+    assert "6 of 48 rows to train on are also in the validation rows or test rows" in told[1]
+    assert {name: len(table.rows) for name, table in tables.items()} == {
+        "train": 42, "valid": 6, "test": 12,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", [{"template": "{txt} w3"}, {"verbalizer": {"bad": " w10"}}])
