@@ -21,7 +21,9 @@ File = Annotated[Path | None, typer.Option(help="Rows of that split; the default
 @with_options(given=(AdaptSettings, _OPTIONS))
 def adapt(
     model: Annotated[str, typer.Option(help="Hub name, Hugging Face folder or .gguf file.")],
-    train: Annotated[Path, typer.Option(help="Labelled rows of the new language (CSV, TSV, JSONL).")],
+    train: Annotated[
+        Path, typer.Option(help="Labelled rows of the new language (CSV, TSV, JSONL).")
+    ],
     source_train: Annotated[Path, typer.Option(help="Labelled rows of the known language.")],
     out: Out,
     given: dict[str, Any],

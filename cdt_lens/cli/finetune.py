@@ -34,7 +34,9 @@ _TRAINING = ("epochs", "batch_size", "learning_rate", "patience", "seed")
 @with_options(given=(Settings, _OPTIONS), training=(TrainingOptions, _TRAINING))
 @alone
 def finetune(
-    model: Annotated[str, typer.Option(help="Model to train; for its circuit, the one that it was found in.")],
+    model: Annotated[
+        str, typer.Option(help="Model to train; for its circuit, the one that it was found in.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the adapter, the log and the report.")],
     given: dict[str, Any],
     training: dict[str, Any],

@@ -26,6 +26,7 @@ from cdt_lens.core.choices import HEAD_SCOPES
 from cdt_lens.core.errors import NonFiniteError
 from cdt_lens.core.kept import Cell, Kept, file_name
 from cdt_lens.core.processes import is_main
+from cdt_lens.decomposition.decompose import is_out_of_memory
 from cdt_lens.experiments.inputs import with_train
 from cdt_lens.experiments.transfer_config import TransferConfig, Variant
 from cdt_lens.finetuning.adapter import ADAPTER_FILE
@@ -412,6 +413,12 @@ class Cells:
             self.say(str(error))
             if is_main():
                 remove_checkpoint(checkpoint)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            # Not kept, because the next sitting may have more memory.
+            self.say(f"search: {name}: left out, because the memory is too small for it")
+            return []
         trial.kept.keep({"history": history})
         return history
 

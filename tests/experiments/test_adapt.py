@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cdt_lens.core.errors import CdtLensWarning, InputError
-from cdt_lens.experiments import adapt as adapting
+from cdt_lens.experiments import adapt as adapting, transfer_cells as cells
 from cdt_lens.experiments.adapt import run_adapt
 from cdt_lens.experiments.adapt_settings import AdaptSettings
 from cdt_lens.finetuning.adapt_result import AdaptResult
@@ -177,6 +177,30 @@ def test_the_result_is_kept_and_nothing_is_trained_twice(
         assert (kept in said, len(trained)) == (not damage, n)
         assert again.chosen == result.chosen
         assert again.languages.equals(result.languages)
+
+
+def test_a_run_that_does_not_fit_into_memory_is_left_out(
+    adapted: tuple[AdaptResult, Path], place: Path, tmp_path: Path, monkeypatch
+):
+    """The allocator is that of the machine, so the test raises its error."""
+    monkeypatch.setattr(adapting, "_FACTORS", ())
+    monkeypatch.setattr(adapting, "_ORDER", ("full", "norms"))
+    true = cells.finetune
+
+    def small(*args: Any, **options: Any) -> Any:
+        if options["scope"] == "full":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return true(*args, **options)
+
+    monkeypatch.setattr(cells, "finetune", small)
+    said: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CdtLensWarning)
+        given = settings(place, model=str(place / "run" / "proxy"), ready=True)
+        result = run_adapt(given, tmp_path, said.append, progress=False)
+    assert "search: full-1: left out, because the memory is too small for it" in said
+    assert result.trials["run"].tolist() == ["full", "norms"] and result.chosen == "norms"
+    assert result.trials["target_loss"].isna().tolist() == [True, False]
 
 
 def test_the_time_ends_the_search_and_more_of_it_goes_on(place: Path, tmp_path: Path, monkeypatch):
