@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from cdt_lens.circuits.measures import check_gap
+from cdt_lens.circuits.measures import check_directions
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Count, Empty, Metric
 from cdt_lens.core.passes import Passes
@@ -31,9 +31,6 @@ from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.intervals import ratio_effects
 from cdt_lens.tasks.metrics import average, correct, label_numbers, task_direction
 from cdt_lens.tasks.task import Batch, Examples, Task, check_examples
-
-# Of the size of the task direction: what float32 leaves where ablation changes nothing.
-_ROUNDING = 1e-4
 
 
 @checked_arguments
@@ -297,10 +294,8 @@ def measure_circuits(
     measurement = Measurement(unique, table, labels, metric, replaced)
     everyone = all_heads(view.n_layers, view.n_heads)
     if metric == "direction" and everyone in unique and (() in unique or replaced is not None):
-        # Means may cancel, so rounding is judged by the size of the examples' own values.
-        ends = torch.stack([table[unique.index(everyone)], measurement.empty])
-        share = max(_ROUNDING, 4 * torch.finfo(view.dtype).eps)
-        full = measurement.means()[everyone]
-        largest = float(ends.abs().max(0).values.mean())
-        check_gap(full, measurement.empty_mean, share * largest)
+        check_directions(
+            table[unique.index(everyone)], measurement.empty, measurement.means()[everyone],
+            measurement.empty_mean, view.dtype,
+        )  # fmt: skip
     return measurement

@@ -6,7 +6,6 @@ when the edge carries its baseline, exactly or to first order (`scoring.direct_e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -70,16 +69,6 @@ class DirectEdgeScores(EqualByContent):
         scored = int((~self.values.isnan()).sum())
         sizes = f"{scored} direct edges on {len(self.example_labels)} examples"
         return display.line(self, self.method, sizes, f"direction {self.direction:+.3g} logits")
-
-    @property
-    def label_means(self) -> Mapping[str, Float[Tensor, " edge"]]:
-        """The mean score over the examples of each label, in logits."""
-        labels = torch.tensor([[own == label for own in self.example_labels]
-                               for label in sorted(set(self.example_labels))])  # fmt: skip
-        names = sorted(set(self.example_labels))
-        return {
-            name: self.per_example[own].mean(0) for name, own in zip(names, labels, strict=True)
-        }
 
     @checked_arguments
     def ranking(self, by: Ranking = "signed") -> tuple[int, ...]:

@@ -28,7 +28,14 @@ from cdt_lens.circuits.direct_edge_scores import DirectEdgeScores
 from cdt_lens.circuits.edge_pass import EdgePass, Ends, edges_of, places_of
 from cdt_lens.circuits.faithfulness import checked_fractions
 from cdt_lens.circuits.graph import Edge, Graph, GraphNode, check_shape
-from cdt_lens.circuits.measures import MIB_FRACTIONS, check_gap, cmd, cpr, faithfulness, heads_at
+from cdt_lens.circuits.measures import (
+    MIB_FRACTIONS,
+    check_directions,
+    cmd,
+    cpr,
+    faithfulness,
+    heads_at,
+)
 from cdt_lens.circuits.nodes import node_names, readers
 from cdt_lens.core import display
 from cdt_lens.core.axes import along
@@ -298,7 +305,8 @@ def _measured(
     table, labels = _by_example(view, cut, examples, baseline, metric, task, passes)
     means = average(metric, table, labels)
     full, empty = float(means[0]), float(means[1])
-    check_gap(full, empty)
+    if metric == "direction":
+        check_directions(table[0], table[1], full, empty, view.dtype)
     warn_at_chance(examples.name, metric, full, len(examples.labels))
     f = faithfulness(means[2:], full, empty)
     strata = torch.zeros_like(labels) if metric == "accuracy" else labels

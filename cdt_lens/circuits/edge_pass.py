@@ -460,6 +460,9 @@ def _check_attention(run: EdgePass, layer: int) -> None:
     written = einsum(trace["z", layer], run.weight(layer, "W_O"), "r p h e, h e d -> r p d")
     if differ(written + run.bias(layer, "b_O"), trace["attn_out", layer], view.dtype):
         _refuse(view, f"layer {layer}'s attention, whose output is no sum over heads")
+    for norm in {"q_norm", "k_norm"} & set(view.norms(layer)):
+        if (view.norm_width(norm, layer) or 0) > view.d_head:
+            _refuse(view, f"layer {layer}'s {norm}, which norms all heads together")
     for name in _SITES:
         own = run.projected(layer, name, trace.resid[layer][None, None])
         found = trace[name, layer]

@@ -30,6 +30,11 @@ from cdt_lens.models.provenance import Provenance
 from cdt_lens.tasks.intervals import t_interval
 from cdt_lens.tasks.metrics import balanced_mean, balanced_stderr, label_numbers
 
+NO_INTERVALS = (
+    "these scores have no intervals. They need a method with standard errors, and two examples of "
+    "each label, two of them with an exact sweep; score more examples (or sweep more: exact=)"
+)
+
 
 @dataclass(frozen=True, eq=False)
 class HeadScores(Saved):
@@ -174,14 +179,18 @@ class HeadScores(Saved):
         """Return these scores with smaller corrections, which rank better from few exact prompts.
 
         A correction c becomes c max(0, c^2 - se^2) / c^2, where se is its standard error. The
-        values are biased, so use them for the ranking alone. Scores without a sample stay as they
-        are.
+        values are biased, so use them for the ranking alone: they have no standard errors, and so
+        no intervals. Scores without a sample stay as they are.
         """
         if self.cheap is None:
             return self
         labels = label_index(self.example_labels)
-        values = by_layer(shrunk, self.cheap, self.corrections, labels)
-        return replace(self, values=values.float(), method=f"{self.method}, shrunk")
+        values = by_layer(shrunk, self.cheap, self.corrections, labels).float()
+        return replace(
+            self, values=values, stderr=torch.full_like(values, torch.nan), cheap=None,
+            corrections=(), per_example=(self.effects + (values - self.values)).float(),
+            method=f"{self.method}, shrunk",
+        )  # fmt: skip
 
     def fitted(self) -> HeadScores:
         """Return these scores with a fitted weight b of the cheap scores in place of b = 1.
@@ -325,9 +334,7 @@ class HeadScores(Saved):
     def _confident(self, level: float, by: str) -> tuple[Head, ...]:
         if not self.has_intervals:
             raise InputError(
-                "select: confidence needs at least two examples of each label, two of them with an "
-                "exact sweep; score more examples (or sweep more: exact=), or select by k or "
-                "fraction"
+                f"select: confidence: {self.method}: {NO_INTERVALS}, or select by k or fraction"
             )
         low, high = self.interval(level)
         keep = low > 0 if by == "signed" else (low > 0) | (high < 0)

@@ -21,6 +21,9 @@ EMPTY_RUNS: Mapping[Empty, str] = MappingProxyType(
     {"heads": "heads ablated, MLPs intact", "all": "heads, MLPs and input replaced, as in MIB"}
 )
 
+# Of the size of the task direction: what float32 leaves where ablation changes nothing.
+_ROUNDING = 1e-4
+
 
 def heads_at(fraction: float, n_heads: int) -> int:
     """Return how many of `n_heads` heads a fraction of them is, rounded down as in MIB.
@@ -69,6 +72,31 @@ def check_gap(full: float, empty: float, least: float = 1e-9) -> None:
             f"faithfulness: the metric is {full:.4g} with all heads and {empty:.4g} with none, so "
             "there is nothing to explain; choose another metric, baseline or task"
         )
+
+
+def check_directions(
+    full: Float[Tensor, " example"],
+    empty: Float[Tensor, " example"],
+    full_mean: float,
+    empty_mean: float,
+    dtype: torch.dtype,
+) -> None:
+    """Refuse task directions that differ by rounding between all heads and none.
+
+    Means may cancel, so rounding is judged by the size of the examples' own values.
+
+    Args:
+        full: d of each example with all heads, in logits.
+        empty: d of each example with no heads.
+        full_mean: Mean of `full`, balanced over the labels.
+        empty_mean: Mean of `empty`.
+        dtype: Floating point type of the model.
+
+    Raises:
+        InputError: Ablating every head leaves the direction as it was.
+    """
+    largest = float(torch.maximum(full.abs(), empty.abs()).mean())
+    check_gap(full_mean, empty_mean, max(_ROUNDING, 4 * torch.finfo(dtype).eps) * largest)
 
 
 def cpr(fractions: Sequence[float], f: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows"]:

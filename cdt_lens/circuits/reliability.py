@@ -19,7 +19,7 @@ from scipy import stats
 from torch import Tensor
 
 from cdt_lens.circuits.circuit import Circuit
-from cdt_lens.circuits.head_scores import HeadScores, label_index
+from cdt_lens.circuits.head_scores import NO_INTERVALS, HeadScores, label_index
 from cdt_lens.circuits.sampled import effects, filled
 from cdt_lens.core import display
 from cdt_lens.core.checked import checked_arguments
@@ -71,16 +71,19 @@ def reliability(scores: HeadScores, *, splits: Count = 50, seed: Seed = 0) -> Re
     Returns:
         `split_half`, the mean Spearman correlation of two halves; `full`, the same for two sets of
         as many examples as were scored; `resolved`, the share of the heads whose 95 % interval
-        leaves 0 out; and `examples`, their number. NaN where a label has fewer than two examples,
-        or fewer than two with an exact sweep.
+        leaves 0 out; and `examples`, their number. NaN where the heads have no intervals: a label
+        has fewer than two examples, or fewer than two with an exact sweep, or the method gives one
+        number for each head.
     """
+    if not scores.has_intervals:
+        return Reliability(math.nan, math.nan, math.nan, len(scores.example_labels))
     generator = torch.Generator().manual_seed(seed)
     found = [_split(scores, generator) for _ in range(splits)]
     half = float(np.mean(found))
     low, high = scores.interval(0.95)
     scored = ~torch.isnan(scores.values)
     resolved = ((low > 0) | (high < 0)) & scored
-    share = float(resolved.sum() / scored.sum()) if scores.has_intervals else math.nan
+    share = float(resolved.sum() / scored.sum())
     return Reliability(half, 2 * half / (1 + half), share, len(scores.example_labels))
 
 
@@ -150,15 +153,14 @@ def membership(
             "selected from"
         )
     if not scores.has_intervals:
-        raise InputError(
-            "membership: expected at least two examples of each label, two of them with an exact "
-            "sweep; score more examples"
-        )
+        raise InputError(f"membership: {scores.method}: {NO_INTERVALS}")
     if not circuit.heads:
         return {}
     by: Ranking = circuit.selection.get("by", "signed")
     threshold = circuit.selection.get("threshold")
-    if threshold is None and not {"k", "fraction"} & circuit.selection.keys():
+    by_size = bool({"k", "fraction"} & circuit.selection.keys())
+    # Other rules, such as that of near-zero heads, store a k as well, and their name.
+    if "rule" in circuit.selection or (threshold is None and not by_size):
         raise InputError(
             "membership: the circuit was not selected by k, fraction or threshold; got "
             f"{dict(circuit.selection)}"

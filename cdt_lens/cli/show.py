@@ -263,6 +263,7 @@ def _show_circuit(circuit: Any) -> None:
 
 def show_heads(scores: Any, circuit: Any, limit: int = 12) -> None:
     """Print the strongest heads of a circuit, and how reliable their ranking is."""
+    from cdt_lens.circuits.head_scores import NO_INTERVALS
     from cdt_lens.circuits.reliability import reliability
     from cdt_lens.viz.tables import Scored, heads_table, members_of
 
@@ -275,12 +276,14 @@ def show_heads(scores: Any, circuit: Any, limit: int = 12) -> None:
     if len(heads) > limit:
         tell(f"... and {len(heads) - limit} more heads of the circuit")
     if not scores.has_intervals:
-        tell("no intervals: a label has a single example, or a single one with an exact sweep")
+        tell(NO_INTERVALS)
         return
     found = reliability(scores)
     tell(f"split-half reliability {found.split_half:.2f} on {found.examples} examples")
     tell(f"the 95 % interval of {found.resolved:.0%} of the heads excludes 0")
-    tell(_open(scores, circuit))
+    # Other rules store a k as well, and their name.
+    if "rule" not in circuit.selection and {"k", "fraction"} & circuit.selection.keys():
+        tell(_open(scores, circuit))
 
 
 def _open(scores: Any, circuit: Any) -> str:

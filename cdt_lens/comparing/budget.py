@@ -131,7 +131,7 @@ class _Cost:
     def counts(self, budget: float | None, most: int, labels: int) -> tuple[int, int | None]:
         """Return how many of `most` examples are scored, and how many of these are swept."""
         if budget is None:
-            return most, None if self.exact is None else min(EXACT, most)
+            return most, None if self.exact is None else min(max(EXACT, labels), most)
         # What remains is enough for the sweep of one example of each label.
         scored = _whole((budget - labels * (self.exact or 0.0)) / self.scored, most)
         if self.exact is None:

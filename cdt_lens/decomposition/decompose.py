@@ -156,7 +156,8 @@ def decompose(
             exactly 0. MLPs need a baseline with `mlps=True`.
         baseline: the reference values of z, see `mean_activations`.
         rules: a preset's name or a `Rules`.
-        targets: heads at whose q, k, v and z both parts are recorded.
+        targets: heads at whose q, k, v and z both parts are recorded, in the run of the full model;
+            rules with context "both" have that run as well.
         rows: number of (source x example) rows in a forward pass, at least the number of examples.
             None chooses it by the prompts' length.
 
@@ -164,7 +165,8 @@ def decompose(
         The relevant parts, in logits. Positive values raise the logit of the token.
 
     Raises:
-        InputError: there are no examples, or a source is outside the model or its prompts.
+        InputError: there are no examples, a source is outside the model or its prompts, or targets
+            are asked for under rules with context "empty".
         UnsupportedModelError: a component of the model has no rule.
         NonFiniteError: a source set left the finite range. The message names the layer and the rule
             to change.
@@ -176,6 +178,11 @@ def decompose(
     target_heads = view.heads(targets)
     if target_heads:
         examples.require_one_token("decompose(targets=...)")
+        if rules.context == "empty":
+            raise InputError(
+                "decompose(targets=...): parts of activations are those of the full model's run; "
+                'expected rules with context "full" or "both", got "empty"'
+            )
     baseline.check_model(view)
     batch = examples.one_batch(view.longrope_limit).to(view.device)
     sets = tuple(_source_set(view, item) for item in sources)

@@ -149,7 +149,7 @@ def nothing_left(view: ModelView, batch: Batch, baseline: Baseline) -> Float[Ten
         mlps = baseline.mlps_for_batch(view, batch)
         hooks |= {("mlp_out", layer): _constant(mlps(layer)) for layer in with_mlps}
     start = baseline.input_for_batch(view, batch).expand(trace.resid[0].shape).clone()
-    last = at_answer(view.replay(trace, start, 0, hooks), batch.lengths)
+    last = at_answer(view.replay(trace, start, 0, hooks), batch.lengths, batch.candidates)
     with view.quiet():
         return view.candidate_logits(last, batch.candidates)
 

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import random
 import shutil
@@ -54,7 +55,7 @@ from cdt_lens.finetuning.tracking import check_trackers, tracked
 from cdt_lens.models.provenance import provenance_of
 from cdt_lens.models.view import view_of
 from cdt_lens.tasks.evaluate import Evaluation, evaluate
-from cdt_lens.tasks.intervals import crossed_interval, share_interval
+from cdt_lens.tasks.intervals import paired_share_interval, share_interval
 from cdt_lens.tasks.prompts import template_columns
 from cdt_lens.tasks.rows import SPLITS, Table, column_of, composed, no_column, read_table
 from cdt_lens.tasks.task import Task
@@ -126,7 +127,7 @@ def _finished(
     if kept is None or kept.settings != as_json(asdict(settings)):
         return None
     files = _row_files(tables, folder)
-    same = all(path.exists() and path.read_text("utf-8") == text for path, text in files.items())
+    same = all(_holds(path, text) for path, text in files.items())
     return kept if same and (folder / kept.exported).exists() else None
 
 
@@ -243,11 +244,14 @@ def _check_labels(settings: AdaptSettings, tables: Mapping[str, Mapping[str, Tab
 
 
 def _row_files(tables: Mapping[str, Mapping[str, Table]], folder: Path) -> dict[Path, str]:
-    """Return the rows of each split as text by file, from which the run reads and resumes."""
+    """Return the rows of each split as text by file, from which the run reads and resumes.
+
+    Cells are written as they are: numbers keep their form, and line breaks are quoted.
+    """
     return {
         folder / _ROWS / language / f"{split}.csv": pd.DataFrame(
-            [dict(row) for row in table.rows]
-        ).to_csv(index=False)
+            [dict(row) for row in table.rows], dtype=object
+        ).to_csv(index=False, quoting=csv.QUOTE_ALL)
         for language, splits in tables.items()
         for split, table in splits.items()
     }
@@ -256,8 +260,12 @@ def _row_files(tables: Mapping[str, Mapping[str, Table]], folder: Path) -> dict[
 def _write_rows(tables: Mapping[str, Mapping[str, Table]], folder: Path) -> None:
     for path, text in _row_files(tables, folder).items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists() or path.read_text("utf-8") != text:
+        if not _holds(path, text):
             atomic_write(path, text)
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.exists() and path.read_bytes() == text.encode()
 
 
 # ---------------------------------------------------------------------- the run
@@ -451,10 +459,11 @@ def _languages(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]
         assert one.answers is not None and other.answers is not None
         pair = [torch.tensor(e["right"].to_numpy(), dtype=torch.float64)
                 for e in (one.answers, other.answers)]  # fmt: skip
-        low, high = crossed_interval((pair[1] - pair[0])[None])
+        gained, lost = (int((one > other).sum()) for one, other in (pair[::-1], pair))
+        low, high = paired_share_interval(gained, lost, len(pair[0]))
         values = [one.accuracy, *one.intervals["accuracy"]]
         values += [other.accuracy, *other.intervals["accuracy"]]
-        values += [other.accuracy - one.accuracy, float(low), float(high)]
+        values += [other.accuracy - one.accuracy, low, high]
         rows.append([language, one.examples, *values])
     return pd.DataFrame(rows, columns=list(LANGUAGE_COLUMNS))
 

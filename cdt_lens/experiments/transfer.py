@@ -529,10 +529,6 @@ class Transfer:
         )
 
 
-def _key_of(curve: FaithfulnessCurve) -> dict[str, Any]:
-    return curve.provenance.key
-
-
 def _check_data(model: nn.Module, tasks: Mapping[str, Task]) -> None:
     """Refuse data now that would fail in a later cell, such as prompts past the context."""
     view = view_of(model)

@@ -179,7 +179,7 @@ class Cells:
         if self.related is None:
             return float("nan")
         path = self.folder / "before" / "related task.json"
-        made_from = {"model": self._hash, "task": self.related.hash}
+        made_from = {"model": self._hash, "task": self._related_key}
         kept = Kept(path, _BEFORE, made_from, holds=_Before)
         finished = kept.reuse(self.say)
         if finished is None:
@@ -187,6 +187,14 @@ class Cells:
             finished = {"row": {"accuracy": self._on_related()}}
             kept.keep(finished)
         return float(finished["row"]["accuracy"])
+
+    @property
+    def _related_key(self) -> list[Any] | None:
+        """What the accuracy on the related task is made from: its data, and the draw of them."""
+        related, settings = self.related, self.config.related
+        if related is None or settings is None:
+            return None
+        return [related.hash, settings.examples, settings.seed]
 
     # ------------------------------------------------------------------ one cell
 
@@ -241,7 +249,7 @@ class Cells:
             "model": self._hash, "task": task.hash, "source": self._source.hash,
             "heads": [str(head) for head in heads], "options": asdict(options),
             "scope": variant.scope, "text": self.config.transfer.text_examples,
-            "related": None if self.related is None else self.related.hash,
+            "related": self._related_key,
         }  # fmt: skip
         keeps = self.config.transfer.save_adapters and variant.scope not in ("full", "lora")
         adapter = self.folder / "adapters" / file_name(target) / place.name if keeps else None
@@ -327,7 +335,11 @@ class Cells:
         other, target = self.config.transfer.runs[match], self.config.task.targets[0]
         task = with_train(self.tasks[target], self.config.transfer.examples, seed)
         heads = self._heads(other, target, task, seed)
-        wanted = count_trained(self._view, other.scope, heads, self._options(other, seed, heads))
+        theirs = self._options(other, seed, heads)
+        if other.scope == "lora":
+            wanted = theirs.lora_rank * parameters_of_rank(self._view, theirs.lora_modules)
+        else:
+            wanted = count_trained(self._view, other.scope, heads, theirs)
         return max(1, round(wanted / parameters_of_rank(self._view, options.lora_modules)))
 
     # ------------------------------------------------------------------ the search for rates

@@ -227,6 +227,11 @@ def _check_variants(settings: TransferSettings) -> None:
                 f"variants: {name}: match={variant.match!r}: expected one of "
                 f"{', '.join(settings.runs)}"
             )
+        if variant.match is not None and settings.runs[variant.match].match is not None:
+            raise InputError(
+                f"variants: {name}: match={variant.match!r} matches another run itself; name a run "
+                "without match"
+            )
     if len(settings.runs) < len(settings.scopes) + sum(
         v.sets or 1 for v in settings.variants.values()
     ):

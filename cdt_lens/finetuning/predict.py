@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,28 @@ def predict(
     model = model.to(default_device()).eval()
     scores = _word_scores if behind else _logits
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
-    logits = torch.cat([scores(model, batch, words) for batch in batches])
+    with _unembedding_in_float32(model):
+        logits = torch.cat([scores(model, batch, words) for batch in batches])
     prior = torch.tensor([(card.prior or {}).get(label, 0.0) for label in card.verbalizer_ids])
     return _table(logits - prior, tuple(card.verbalizer_ids))
+
+
+@contextmanager
+def _unembedding_in_float32(model: Any) -> Iterator[None]:
+    """Compute logits in float32 within the block; in half precision near logits would be equal."""
+    head = model.get_output_embeddings()
+    if head.weight.dtype.itemsize >= 4:
+        yield
+        return
+    weight = head.weight.float()
+    bias = None if head.bias is None else head.bias.float()
+    handle = head.register_forward_hook(
+        lambda _module, inputs, _out: torch.nn.functional.linear(inputs[0].float(), weight, bias)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _dtype_of(folder: Path) -> torch.dtype:

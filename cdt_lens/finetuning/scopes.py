@@ -21,6 +21,7 @@ from cdt_lens.core.choices import HEAD_SCOPES, Scope, Seed
 from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.finetuning.options import SCOPES
 from cdt_lens.models.heads import Head
+from cdt_lens.tasks.metrics import is_kept
 
 # The scopes that the race rule compares, the smallest first: a tie goes to it.
 RACERS: tuple[Scope, ...] = ("norms", "near-zero", "decision", "lora", "full")
@@ -134,8 +135,8 @@ def choose_by_race(
     if least_retention is not None:
         kept = {scope: float(row["source_accuracy"]) for scope, row in rows.items()}
         inputs |= {f"{scope}_source_accuracy": value for scope, value in kept.items()}
-        enough = least_retention * (source_before or 0.0)
-        able = [scope for scope in rows if kept[scope] >= enough]
+        before = source_before or 0.0
+        able = [scope for scope in rows if is_kept(kept[scope], before, least_retention)]
         able = able or [scope for scope in rows if kept[scope] == max(kept.values())]
     keys = {s: (rows[s]["target_accuracy"], -rows[s]["target_loss"]) for s in able}
     return ScopeChoice("race", max(keys, key=lambda scope: keys[scope]), inputs)

@@ -29,7 +29,6 @@ from cdt_lens.models.view import ModelView
 from cdt_lens.models.weights import holders, is_norm, own_weights, place
 
 # Each role with the site whose activation its slice makes.
-QUERY_ROLES = ("W_Q", "b_Q", "W_O")
 KEY_VALUE_ROLES = ("W_K", "b_K", "W_V", "b_V")
 ROLES = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V")
 CHANNEL_ROLES = ("W_in", "W_gate", "b_in", "W_out")
@@ -142,10 +141,18 @@ def channel_slices(
         index = _channels(out, count, choice, f"{seed}/{layer}")
         for role in CHANNEL_ROLES:
             whole = weights.get(f"blocks.{layer}.mlp.{role}")
-            if whole is not None:
+            if whole is not None and not (role == "b_in" and _adds_bias_late(view, layer)):
                 slices.append(WeightSlice(layer, role, index, by_channel(role, whole)))
     _check_untied(view, slices, weights)
     return tuple(slices)
+
+
+def _adds_bias_late(view: ModelView, layer: int) -> bool:
+    """Return whether b_in is added behind the gate, as in a gated MLP of HookedTransformer.
+
+    It is no bias of W_in there, so it is not trained with the channels.
+    """
+    return not view.is_bridge and hasattr(view.blocks[layer].mlp, "W_gate")
 
 
 def _channels(out: Tensor, count: int, choice: str, seed: str) -> tuple[int, ...]:
@@ -325,7 +332,8 @@ def _check_channels(view: ModelView, parts: Sequence[WeightSlice]) -> None:
         if part.role == "b_in":
             continue
         out = part.role == "W_out"
-        bias = weights.get(part.name.replace("W_", "b_"))
+        late = part.role == "W_in" and _adds_bias_late(view, part.layer)
+        bias = None if late else weights.get(part.name.replace("W_", "b_"))
         made = trace["post" if out else "mlp.in", part.layer] @ (
             part.whole if out else part.whole.T
         )

@@ -40,7 +40,7 @@ from cdt_lens.finetuning.tracking import Tracking
 from cdt_lens.finetuning.trainable import Trainable
 from cdt_lens.models.words import Words, among
 from cdt_lens.tasks.evaluate import evaluate
-from cdt_lens.tasks.metrics import answer_loss
+from cdt_lens.tasks.metrics import answer_loss, is_kept
 from cdt_lens.tasks.task import Batch, Examples, Task
 
 _BUCKET = 8  # batches that are sorted by length together
@@ -265,9 +265,10 @@ class Trainer:
         row = self._add_row(state, train_loss=mean)
         first = rows[0]
         best = max(rows, key=lambda r: rank_of(r, first, self.options))
-        # Without validation data the last epoch is kept.
-        better = rank_of(row, first, self.options) > rank_of(best, first, self.options)
-        if not len(self.task.valid) or better:
+        rank = rank_of(row, first, self.options)
+        # Without validation data the last epoch is kept that holds `least_retention`.
+        last_kept = not len(self.task.valid) and rank[0]
+        if last_kept or rank > rank_of(best, first, self.options):
             state.best_epoch, state.best = state.epoch, set_aside(self._values())
         best_row = [r["epoch"] for r in state.history].index(state.best_epoch)
         since = len(state.history) - 1 - best_row
@@ -392,7 +393,7 @@ def rank_of(
         Whether the row keeps enough of the source accuracy, the metric, and minus the loss in nats.
     """
     least = options.least_retention
-    keeps = least is None or row["source_accuracy"] >= least * first["source_accuracy"]
+    keeps = least is None or is_kept(row["source_accuracy"], first["source_accuracy"], least)
     loss = -row["target_loss"]
     return float(keeps), loss if options.metric == "loss" else row[f"target_{options.metric}"], loss
 
@@ -423,5 +424,7 @@ def _load_moments(
     values = {m.name: m.value for m in trainable.masters}
     for name, value in moments.items():
         weight, _, key = name.rpartition("|")
-        where = value.to(values[weight].device) if key != "step" else value
+        # The step of the fused kernel is on the device too.
+        on_device = key != "step" or optimizer.defaults["fused"]
+        where = value.to(values[weight].device) if on_device else value
         optimizer.state[values[weight]][key] = where

@@ -95,7 +95,12 @@ def choose_heads(
     value = _standardised(signal)
     if choice == "both":
         value = value + _standardised(scores.values.abs())
-    order = value.flatten().argsort(descending=True, stable=True)[:k].tolist()
+    order = (
+        value.nan_to_num(nan=-torch.inf)
+        .flatten()
+        .argsort(descending=True, stable=True)[:k]
+        .tolist()
+    )
     heads = [Head(i // scores.n_heads, i % scores.n_heads) for i in order]
     return scores.circuit(heads, {"k": k, "heads": choice})
 
@@ -103,4 +108,5 @@ def choose_heads(
 def _standardised(values: Tensor) -> Tensor:
     # A head that does nothing has no logarithm; it comes last.
     logs = values.double().clamp_min(torch.finfo(torch.float32).tiny).log()
-    return (logs - logs.mean()) / logs.std()
+    known = logs[logs.isfinite()]
+    return (logs - known.mean()) / known.std()

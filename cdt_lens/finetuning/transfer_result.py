@@ -136,10 +136,11 @@ class TransferResult(Saved):
         right = [values for values in found if values is not None]
         if not right:
             return math.nan, math.nan
-        if len(right) == 1:
+        # Seeds that agree on every example say as much as one.
+        if all(torch.equal(values, right[0]) for values in right):
             return share_interval(int(right[0].sum()), len(right[0]))
         low, high = crossed_interval(torch.stack(right))
-        return float(low), float(high)
+        return max(0.0, float(low)), min(1.0, float(high))
 
     @checked_arguments
     def differences(

@@ -165,6 +165,16 @@ class ModelView:
         bias = getattr(inner, "bias", None) if bias is None else bias
         return bias.detach().to(self.device) if isinstance(bias, Tensor) else None
 
+    def norm_width(self, norm: str, layer: int) -> int | None:
+        """Return how many elements one scale of a norm divides, or None without a weight.
+
+        Args:
+            norm: name of the norm.
+            layer: layer of the norm.
+        """
+        weights = list(self._places[f"{norm}.out", layer].module.parameters())
+        return weights[0].shape[-1] if weights else None
+
     def heads(self, heads: Iterable[Head | str]) -> tuple[Head, ...]:
         """Return heads of this model, in order and without repeats.
 

@@ -95,7 +95,8 @@ def is_norm(name: str) -> bool:
     Returns:
         True for a weight or bias of a norm.
     """
-    return name.rpartition(".")[0].rpartition(".")[2] in _NORMS
+    # Some have names of Hugging Face, such as q_layernorm.norms.0.weight of StableLM.
+    return any(part in _NORMS or "norm" in part for part in name.split(".")[:-1])
 
 
 def named_weights(view: ModelView) -> dict[str, Tensor]:

@@ -263,15 +263,19 @@ class Estimator:
         return self._of(done, self.order[:start])
 
     def ends(self, budget: Budget) -> list[int]:
-        """Return the size of the sample after each round of a budget."""
+        """Return the size of the sample after each round of a budget.
+
+        The first round holds every label twice, since a score and its interval need that.
+        """
+        least = _FIRST * len(set(self.labels))
         if budget.grows:
-            doubled = [EXACT * 2**n for n in range(budget.exact.bit_length())]
+            doubled = [max(EXACT, least) * 2**n for n in range(budget.exact.bit_length())]
             return [*(end for end in doubled if end < budget.exact), budget.exact]
         if budget.decide is None:
             stops = budget.precision is not None or budget.minutes is not None
-            size = self.passes.batch_size if stops else budget.exact
+            size = max(self.passes.batch_size, least) if stops else budget.exact
             return [*range(size, budget.exact, size), budget.exact]
-        ends, least = [budget.exact], _FIRST * len(set(self.labels))
+        ends = [budget.exact]
         while ends[0] // 2 >= least and len(ends) < _ROUNDS:
             ends.insert(0, ends[0] // 2)
         return ends

@@ -124,7 +124,8 @@ def learned_gates(
         progress: Whether to show a progress bar.
 
     Returns:
-        One score for each head, the same for every example, so that the standard error is 0.
+        One score for each head, the same for every example. The standard errors are NaN, because
+        they are not known.
 
     Raises:
         InputError, UnsupportedModelError, NonFiniteError: As `one_pass`.
@@ -143,7 +144,7 @@ def learned_gates(
     scores = scores.float()
     options = {**start.provenance.options, "method": "gates"}
     return replace(
-        start, values=scores, stderr=torch.zeros_like(scores), method="gates",
+        start, values=scores, stderr=torch.full_like(scores, torch.nan), method="gates",
         per_example=scores.expand_as(start.per_example).clone(),
         provenance=replace(start.provenance, options=options, seed=seed),
     )  # fmt: skip

@@ -247,7 +247,8 @@ def random_scores(
         batch_size: Number of examples per batch.
 
     Returns:
-        Scores without meaning, with the task direction of the full model.
+        Scores without meaning and without standard errors (NaN), with the task direction of the
+        full model.
 
     Raises:
         InputError: There are no examples, or the baseline belongs to another model.
@@ -270,7 +271,8 @@ def random_scores(
         rows[list(batch.index), -1] = full.float().cpu()
     options = {"method": "random", "seed": seed, "baseline_hash": baseline.hash}
     provenance = provenance_of(view, examples, options=options)
-    return collect_scores(view, examples, rows, None, "random", provenance)
+    drawn = collect_scores(view, examples, rows, None, "random", provenance)
+    return dataclasses.replace(drawn, stderr=torch.full_like(drawn.stderr, torch.nan))
 
 
 _SWEEP = ("batch_size", "rows", "checkpoint", "progress")

@@ -182,7 +182,7 @@ def _budget(
     if exact not in (None, "all"):
         most = min(int(exact), most)
     elif decide is not None:
-        most = min(2 * EXACT, most)
+        most = min(2 * max(EXACT, _labels(examples)), most)
     budget = Budget(most, precision, minutes, decide, grows)
     whole = most == len(examples) and (most <= EXACT or not grows)
     return None if whole and not stops else budget
@@ -212,9 +212,13 @@ def check_sample(
                 "exact, precision, minutes and decide. Score fewer examples, or use another preset"
             )
         return
-    labels = sum(count > 0 for count in examples.counts.values())
+    labels = _labels(examples)
     if exact not in (None, "all") and min(int(exact), len(examples)) < labels:
         raise InputError(f"exact={exact}: expected at least {labels}, one prompt of each label")
+
+
+def _labels(examples: Examples) -> int:
+    return sum(count > 0 for count in examples.counts.values())
 
 
 def _estimate(

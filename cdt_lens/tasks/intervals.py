@@ -151,6 +151,33 @@ def share_interval(right: int, examples: int, level: float = 0.95) -> tuple[floa
     return float(found.low), float(found.high)
 
 
+def paired_share_interval(
+    gained: int, lost: int, examples: int, level: float = 0.95
+) -> tuple[float, float]:
+    """Compute the confidence interval of the change of a share of right answers, paired.
+
+    Bonett and Price's interval (2012): one example more is gained and one more is lost, so that the
+    interval has a width even if no answer changed.
+
+    Args:
+        gained: Number of examples that are right only afterwards.
+        lost: Number of examples that were right only before.
+        examples: Number of examples.
+        level: Confidence level, above 0 and below 1.
+
+    Returns:
+        The lower and the upper limit, from -1 to 1; NaN without examples.
+    """
+    if not examples:
+        return math.nan, math.nan
+    total = examples + 2
+    more, less = (gained + 1) / total, (lost + 1) / total
+    margin = float(stats.norm.ppf((1 + level) / 2)) * math.sqrt(
+        (more + less - (more - less) ** 2) / total
+    )
+    return max(-1.0, more - less - margin), min(1.0, more - less + margin)
+
+
 def balanced_share_interval(
     right: Float[Tensor, " example"], labels: Int[Tensor, " example"], level: float = 0.95
 ) -> tuple[float, float]:

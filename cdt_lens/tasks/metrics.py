@@ -129,6 +129,18 @@ def average(
     return values.mean(-1) if metric == "accuracy" else balanced_mean(values, labels)
 
 
+def is_kept(after: float, before: float, share: float) -> bool:
+    """Return whether an accuracy keeps a share of an earlier one, with room for rounding.
+
+    Args:
+        after: The accuracy.
+        before: The earlier one.
+        share: The share that has to be kept, from 0 to 1.
+    """
+    # 0.9 * 0.8 is a little more than 0.72.
+    return after >= share * before - 1e-9
+
+
 def chance_caution(metric: Metric, value: float, n_labels: int) -> str:
     """Say that a model solves a task no better than chance, so that its circuit means little.
 

@@ -441,7 +441,6 @@ class Examples(Sequence[Example]):
         )
 
     @checked_arguments
-    @checked_arguments
     def one_batch(self, apart: int | None = None) -> Batch:
         """Return all examples as one batch, in their order.
 

@@ -55,6 +55,17 @@ def their_edges(family: str) -> list[Any]:
     return [model.edge(text, "stored") for text in of_eap_ig(family)["edges"]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pairs_that_change_nothing_are_refused_as_for_heads(dtype, tokenizer_folder):
+    """The rounding that is left must not become a denominator."""
+    view, data = shared("llama", "bridge", tokenizer_folder, dtype), many(12)
+    base = mean_activations(view, data, mlps=True, progress=False)
+    edges = edge_attribution_patching(view, data, base, **QUIET)
+    same = counterfactual_baseline(view, data, data)
+    with pytest.raises(InputError, match="there is nothing to explain"):
+        edge_faithfulness_curve(view, edges, data, same, draws=1, **QUIET)
+
+
 def balanced(values: list[float]) -> float:
     data = examples()
     labels = label_numbers([e.label for e in data], data.labels)

@@ -56,6 +56,14 @@ def test_a_norm_behind_a_head_is_refused_by_name(family, tokenizer_folder):
         passes(view)
 
 
+def test_a_norm_over_all_heads_is_refused(tokenizer_folder):
+    """An edge into one head's queries or keys would change those of the other heads."""
+    view = shared("olmoe", "bridge", tokenizer_folder)
+    with pytest.raises(UnsupportedModelError, match="[qk]_norm, which norms all heads together"):
+        passes(view)
+    passes(shared("qwen3", "bridge", tokenizer_folder))  # a norm of each head
+
+
 def test_an_attention_that_writes_more_than_its_heads_is_refused(tokenizer_folder):
     """A caller's hook on what attention adds: its heads' outputs no longer sum up to it."""
     view = shared("gpt2", "bridge", tokenizer_folder, torch.float32)

@@ -20,6 +20,46 @@ from cdt_lens.tasks.metrics import balanced_mean, balanced_stderr
 LABELS = ("a", "b") * 40
 
 
+@pytest.mark.parametrize("rule", ["near-zero", "greedy"])
+def test_a_circuit_of_another_rule_has_no_membership(rule):
+    """Both store a k, which says nothing about how heads were chosen."""
+    found = noisy(1.0)
+    circuit = found.circuit(found.top(3), {"rule": rule, "k": 3, "by": "signed"})
+    with pytest.raises(InputError, match="was not selected by k, fraction or threshold"):
+        membership(found, circuit)
+
+
+def test_one_number_for_each_head_says_nothing_about_another_draw():
+    """Equal rows would correlate perfectly, with intervals of no width."""
+    rows = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
+    constant = replace(
+        scores(rows, rows.expand(80, 10, 10).clone(), LABELS), method="gates",
+        stderr=torch.full((10, 10), torch.nan),
+    )  # fmt: skip
+    found = reliability(constant)
+    assert math.isnan(found.split_half) and math.isnan(found.full) and math.isnan(found.resolved)
+    for call in (
+        lambda: membership(constant, constant.select(k=3)),
+        lambda: constant.select(confidence=0.95),
+    ):
+        with pytest.raises(InputError, match="gates: these scores have no intervals"):
+            call()
+
+
+def test_shrunk_scores_are_a_ranking_without_intervals():
+    generator = torch.Generator().manual_seed(0)
+    cheap = torch.randn(80, 10, 10, generator=generator)
+    correction = torch.randn(80, 10, 10, generator=generator)
+    correction[16:] = torch.nan
+    found = estimate(cheap, correction).shrunk()
+    labels = label_index(LABELS)
+    means = balanced_mean(found.effects.permute(1, 2, 0), labels)
+    assert float((means - found.values).abs().max()) < 1e-6
+    assert bool(found.stderr.isnan().all()) and math.isnan(reliability(found).full)
+    with pytest.raises(InputError, match="shrunk: these scores have no intervals"):
+        membership(found, found.select(k=3))
+
+
 def noisy(spread: float, seed: int = 0) -> HeadScores:
     """100 heads whose true scores have variance 1, on 80 examples with noise of that spread."""
     generator = torch.Generator().manual_seed(seed)
@@ -90,7 +130,7 @@ def test_what_has_no_rule_to_repeat_is_refused():
     with pytest.raises(InputError, match="not selected by k, fraction or threshold"):
         membership(made, made.select(confidence=0.9))
     single = scores(torch.ones(1, 2), None, ("a", "b", "b"))
-    with pytest.raises(InputError, match="at least two examples of each label"):
+    with pytest.raises(InputError, match="two examples of each label"):
         membership(single, single.select(k=1))
     assert math.isnan(reliability(single).split_half)
 

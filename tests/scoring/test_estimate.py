@@ -30,7 +30,7 @@ from cdt_lens.scoring.estimate import good_enough
 from cdt_lens.scoring.one_pass import one_pass
 from cdt_lens.scoring.sweep import score_heads
 from cdt_lens.tasks.metrics import balanced_mean
-from cdt_lens.tasks.task import Examples
+from cdt_lens.tasks.task import Example, Examples
 
 COUNTS = (14, 9, 7)
 
@@ -39,6 +39,41 @@ def data() -> Examples:
     gold = [label for label, n in zip(LABELS, COUNTS, strict=True) for _ in range(n)]
     lengths = torch.randint(4, 9, (len(gold),), generator=torch.Generator().manual_seed(5))
     return examples(lengths.tolist(), gold, seed=3)
+
+
+def of_labels(n: int) -> Examples:
+    """Two prompts of each of n labels."""
+    generator = torch.Generator().manual_seed(0)
+    names, words = tuple(f"l{i}" for i in range(n)), range(40, 40 + n)
+    items = tuple(
+        Example(
+            f"p{i}", tuple(torch.randint(3, 128, (5,), generator=generator).tolist()), names[i % n],
+            (words[i % n],), tuple(word for word in words if word != words[i % n]),
+        )
+        for i in range(2 * n)
+    )  # fmt: skip
+    return Examples(items, names, "many labels")
+
+
+@pytest.mark.parametrize(
+    ("labels", "options"),
+    [
+        (20, {}),
+        (33, {"decide": {"k": 2}}),
+        (20, {"minutes": 1e-9}),
+        (3, {"minutes": 1e-9, "batch_size": 1}),
+        (3, {"precision": 100.0, "batch_size": 2}),
+    ],
+)
+def test_each_round_holds_every_label_twice(labels, options, tokenizer_folder, monkeypatch):
+    monkeypatch.setattr(estimate, "_SMALL", 0.0)  # as for a larger model
+    view, data = shared("llama", "bridge", tokenizer_folder, torch.float32), of_labels(labels)
+    baseline = mean_activations(view, data, progress=False)
+    found = score_heads(view, data, baseline, progress=False, **options)
+    assert len(found.ranking()) == 8 and found.has_intervals
+    swept = (~found.corrections[0].isnan()).flatten(1).any(1) if found.corrections else None
+    own = [label for i, label in enumerate(found.example_labels) if swept is None or swept[i]]
+    assert {own.count(label) for label in set(found.example_labels)} == {2}
 
 
 def score(view: ModelView, **options: Any) -> HeadScores:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -58,6 +59,26 @@ def directions(view: ModelView, data: Examples, off: Any, baseline: Baseline) ->
 
 def balanced(values: Tensor, data: Examples) -> Tensor:
     return balanced_mean(values, torch.tensor([data.labels.index(item.label) for item in data]))
+
+
+@models(("gpt2", "llama"))
+def test_everything_replaced_is_the_plain_run_of_the_pair_at_every_token(
+    family, backend, tokenizer_folder
+):
+    with Float64Throughout():
+        view, data = shared(family, backend, tokenizer_folder), split_words.examples(seed=3)
+        pairs = split_words.examples(seed=9, name="tiny/pairs")
+        base, circuit = counterfactual_baseline(view, data, pairs), Circuit((Head(0, 0),), 2, 4)
+        found = circuit_faithfulness(view, circuit, data, base, empty="all", draws=1, **QUIET)
+        read = lambda tokens: view.logits(tokens)[0]  # noqa: E731
+        with torch.no_grad():
+            values = [
+                split_words.direction(
+                    split_words.scores(read, dataclasses.replace(item, tokens=pair.tokens))
+                )
+                for item, pair in zip(data, pairs, strict=True)
+            ]
+    assert found.empty == pytest.approx(float(balanced(torch.stack(values), data)), abs=1e-9)
 
 
 # Baselines -----------------------------------------------------------------------------------------
