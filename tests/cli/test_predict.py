@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_task
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from cdt_lens.cli import app as cli
 from cdt_lens.core.errors import CdtLensError
+from cdt_lens.finetuning.model_card import TASK_FILE
+from cdt_lens.finetuning.predict import predict
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +44,29 @@ def run(*arguments: str) -> str:
 
 def rows_of(printed: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(printed)))
+
+
+def test_half_precision_makes_no_ties(place: Path, tmp_path: Path):
+    """Logits of trained models are large; in bfloat16 those of two labels would often be equal."""
+    model = AutoModelForCausalLM.from_pretrained(place / "tiny", dtype=torch.float32)
+    head = model.get_output_embeddings()
+    seen: list[torch.Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _, given: seen.append(given[0][:, -1].detach()))
+    with torch.no_grad():
+        for start in range(60):
+            model(torch.tensor([[1, 20 + start, 30, 3]]))
+        # All label words get a logit near 20, and differ by less than 1.
+        shift = torch.linalg.lstsq(torch.cat(seen), torch.full((60, 1), 20.0)).solution[:, 0]
+        head.weight[10:13] = shift + 0.6 * head.weight[10:13]
+    handle.remove()
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(place / "tiny").save_pretrained(tmp_path / "half")
+    shutil.copy(place / "out" / TASK_FILE, tmp_path / "half" / TASK_FILE)
+    texts = [f"w{20 + i % 40} w{20 + i // 4}" for i in range(160)]
+    found = predict(tmp_path / "half", [{"text": text} for text in texts])
+    shares = torch.tensor(found[[f"p({label})" for label in VERBALIZER]].to_numpy())
+    best = shares.topk(2, dim=1).values
+    assert not bool((best[:, 0] == best[:, 1]).any())
 
 
 def test_texts_and_a_file_get_the_same_answers(place: Path, tmp_path: Path):

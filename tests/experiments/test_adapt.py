@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -287,6 +288,28 @@ def test_rows_are_the_same_by_prompt_and_label_whatever_the_other_columns(
     assert {name: len(table.rows) for name, table in tables.items()} == {
         "train": 42, "valid": 6, "test": 12,
     }  # fmt: skip
+
+
+def test_the_divided_rows_are_those_of_the_file(place: Path, tmp_path: Path):
+    """Whole numbers stay whole beside a fraction or a gap, and a line break stays in its cell."""
+    texts = ["one\r\ntwo", "one\rtwo", "one\ntwo", 'a "quoted", one', ""]
+    rows = [
+        {"text": f"{texts[i % 5]} {i}", "stars": [3, 2.5, None][i % 3], "label": ["bad", "good"][i % 2]}
+        for i in range(60)
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    given = settings(
+        place, template="{text} {stars} w3", target={"train": str(tmp_path / "rows.jsonl")}
+    )
+    tables = adapting._tables(given, given.target, "target")
+    files = adapting._row_files({"target": tables}, tmp_path)
+    adapting._write_rows({"target": tables}, tmp_path)
+    for path in files:
+        again = adapting.read_table(str(path))
+        own = tables[path.stem]
+        wanted = [{k: "" if v is None else str(v) for k, v in row.items()} for row in own.rows]
+        assert [dict(row) for row in again.rows] == wanted
+    assert all(adapting._holds(path, text) for path, text in files.items())
 
 
 @pytest.mark.parametrize("mistake", [{"template": "{txt} w3"}, {"verbalizer": {"bad": " w10"}}])

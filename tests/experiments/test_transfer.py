@@ -591,6 +591,8 @@ VARIANTS: dict[str, Any] = {
     "by-both": {"scope": "decision", "heads": "both"},
     "drawn": {"scope": "random", "sets": 2},
     "low-rank": {"scope": "lora", "lora_modules": "all", "match": "three"},
+    "attention": {"scope": "lora", "lora_rank": 8},
+    "everywhere": {"scope": "lora", "lora_modules": "all", "match": "attention"},
 }
 
 
@@ -612,6 +614,8 @@ def test_variants_train_other_heads_with_other_options(varied: tuple[TransferRes
         "drawn-1",
         "drawn-2",
         "low-rank",
+        "attention",
+        "everywhere",
     )
     assert result.scopes == names
     cells = result.cells.set_index(["scope", "seed"])
@@ -624,6 +628,17 @@ def test_variants_train_other_heads_with_other_options(varied: tuple[TransferRes
         cells.loc[name, "trained_parameters"].iloc[0] for name in ("three", "low-rank")
     )
     assert abs(found - wanted) <= found / 2
+    wanted, found = (
+        cells.loc[name, "trained_parameters"].iloc[0] for name in ("attention", "everywhere")
+    )
+    assert abs(found - wanted) <= found / 4
+
+
+def test_runs_that_match_each_other_are_refused(place: Path):
+    own = {"scope": "lora", "lora_modules": "all"}
+    both = {"one": own | {"match": "other"}, "other": own | {"match": "one"}}
+    with pytest.raises(InputError, match="one: match='other' matches another run itself"):
+        settings(place, transfer={"scopes": ["decision"], "variants": both})
 
 
 def test_a_random_set_is_the_same_with_every_seed(varied: tuple[TransferResult, Path]):
@@ -669,6 +684,12 @@ def test_text_and_related_task_are_measured(place: Path):
     for name in ("source_text_loss", "target_text_loss", "related_accuracy", "related_retention"):
         assert math.isfinite(row[name]), name
     assert before["text_loss"].notna().all()
+    # Other examples of the same related task are another measurement.
+    more = dataclasses.replace(config, related=dataclasses.replace(config.related, examples=60))
+    again = stages(more, place / "related", quiet)
+    fresh = stages(more, place / "related anew", quiet)
+    for name in ("related_accuracy", "related_retention"):
+        assert again.cells[name].tolist() == fresh.cells[name].tolist()
 
 
 def test_the_search_takes_the_best_rate_on_validation_data(place: Path, monkeypatch):

@@ -20,6 +20,8 @@ from cdt_lens.finetuning.answer_pass import AnswerPass
 from cdt_lens.finetuning.finetune import finetune
 from cdt_lens.finetuning.slices import CHANNEL_ROLES, channel_slices, check_slices
 from cdt_lens.finetuning.trainable import SlicesAndWholes
+from cdt_lens.models.loading import has_hooked_transformer
+from cdt_lens.models.view import view_of
 from cdt_lens.models.weights import named_weights
 from cdt_lens.tasks.metrics import answer_loss
 
@@ -53,6 +55,26 @@ def test_gradients_of_channels_are_slices_of_the_dense_ones(family, backend, tok
             assert float((found[part.name][row].flatten() - expected).norm()) <= 1e-10 * scale
             compared.add(part.role)
     assert {"W_in", "W_out"} <= compared
+
+
+@pytest.mark.skipif(not has_hooked_transformer(), reason="transformer-lens 4 has the bridge only")
+def test_a_bias_behind_the_gate_is_no_bias_of_a_channels_input():
+    """HookedTransformer computes act(gate) * linear + b_in, so b_in is not at the linear part."""
+    import transformer_lens
+
+    torch.manual_seed(0)
+    own = transformer_lens.HookedTransformer(
+        transformer_lens.HookedTransformerConfig(
+            n_layers=2, d_model=16, n_ctx=16, d_head=4, n_heads=4, d_mlp=24, act_fn="silu",
+            d_vocab=50, gated_mlp=True, normalization_type="RMS", seed=0,
+        )
+    )  # fmt: skip
+    for block in own.blocks:
+        torch.nn.init.normal_(block.mlp.b_in)
+    seen = view_of(own)
+    parts = channel_slices(seen, 5)
+    check_slices(seen, parts)
+    assert {part.role for part in parts} == {"W_in", "W_gate", "W_out"}
 
 
 @pytest.mark.parametrize("choice", ["random", "weight"])

@@ -33,7 +33,8 @@ from cdt_lens.finetuning.answer_pass import AnswerPass
 from cdt_lens.finetuning.checkpoints import Checkpoint, Log
 from cdt_lens.finetuning.finetune import finetune, make_trainable
 from cdt_lens.finetuning.options import TrainingOptions
-from cdt_lens.finetuning.trainer import Trained, Trainer, epoch_batches
+from cdt_lens.finetuning.scopes import choose_by_race
+from cdt_lens.finetuning.trainer import Trained, Trainer, epoch_batches, rank_of
 from cdt_lens.models.heads import Head
 from cdt_lens.models.loading import bridge_of
 from cdt_lens.models.view import ModelView
@@ -584,6 +585,30 @@ def test_a_disk_that_fills_up_in_training_leaves_the_model(
     with left_untouched(seen.tl), pytest.raises(InputError, match="GB of weights cannot be kept"):
         finetune(seen, task(valid=0), scope="full", **QUICK)
     assert left[0] < 0
+
+
+def test_a_share_that_is_just_kept_is_kept():
+    """0.9 * 0.8 is 0.7200000000000001."""
+    rows = [{"source_accuracy": n, "target_accuracy": 0.5, "target_loss": 1.0} for n in (0.8, 0.72)]
+    options = TrainingOptions(least_retention=0.9)
+    assert rank_of(rows[1], rows[0], options)[0] == 1.0
+    kept = {
+        "a": rows[1],
+        "b": {"source_accuracy": 0.71, "target_accuracy": 0.9, "target_loss": 0.1},
+    }
+    assert choose_by_race(kept, least_retention=0.9, source_before=0.8).scope == "a"
+
+
+def test_without_validation_rows_the_last_epoch_that_keeps_enough_is_kept(tokenizer_folder):
+    seen = view("llama", "bridge", tokenizer_folder, torch.float32)
+    source = task("source", seed=50, train=21)
+    finetune(seen, source, scope="full", keep=True, **QUICK | {"epochs": 8})
+    source = dataclasses.replace(source, valid=source.train, train=source.train[:1])
+    given = {**QUICK, "epochs": 6, "learning_rate": 3e-2, "least_retention": 0.8}
+    result = finetune(seen, task(valid=0), scope="full", source=source, **given)
+    rows = result.history.to_dict("records")
+    able = [r["epoch"] for r in rows if r["source_accuracy"] >= 0.8 * rows[0]["source_accuracy"]]
+    assert result.best_epoch == max(able) < len(rows) - 1
 
 
 @pytest.mark.parametrize("least", [None, 0.8])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from helpers.hf_layout import dense_gradients, home
@@ -36,6 +38,16 @@ def test_the_signal_sums_the_dense_gradient_over_a_heads_slices(
                 total += 0.0 if place is None else float(place.of(dense).abs().sum())
             # The signal is of the mean loss, and is kept in float32.
             assert float(found[layer, head]) == pytest.approx(total / len(data), rel=1e-6)
+
+
+def test_heads_without_a_score_are_not_chosen_by_both():
+    known = scores()
+    values = known.values.clone()
+    values[0] = torch.nan
+    signal = torch.rand(values.shape, generator=torch.Generator().manual_seed(1)) + 0.1
+    n = int((~values.isnan()).sum())
+    found = choose_heads(dataclasses.replace(known, values=values), n, "signed", "both", signal)
+    assert min(head.layer for head in found.heads) == 1
 
 
 def test_heads_are_chosen_by_score_by_signal_or_by_both():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from helpers import sample_results
 from helpers.places import ROOT
 
@@ -20,6 +21,7 @@ from cdt_lens.finetuning.transfer_result import (
     TransferResult,
     table,
 )
+from cdt_lens.tasks.intervals import share_interval
 
 
 def cell(target: str, scope: str, seed: int, accuracy: float) -> dict[str, object]:
@@ -55,6 +57,25 @@ def test_summary_is_mean_and_sample_deviation_over_seeds():
     assert found["accuracy"].tolist() == pytest.approx([0.65, 0.7])
     assert found["accuracy_std"].iloc[0] == pytest.approx(math.sqrt(0.045))
     assert math.isnan(found["accuracy_std"].iloc[1])
+
+
+def test_an_interval_of_an_accuracy_is_one_of_shares():
+    """Seeds that agree say as much as one, and no limit lies outside of 0 and 1."""
+    cells = [cell("b", "decision", seed, 1.0) for seed in range(3)]
+    right = torch.ones(20)
+    other = torch.ones(40)
+    other[:2] = 0
+    for rows, expected in (
+        ([right] * 3, share_interval(20, 20)),
+        ([torch.ones(40), torch.ones(40), other], None),
+    ):
+        tensors = {f"right|b|decision|{seed}": row for seed, row in enumerate(rows)}
+        found = dataclasses.replace(sample(cells), per_example=tensors).summary().iloc[0]
+        limits = found["accuracy_low"], found["accuracy_high"]
+        if expected is None:
+            assert 0 <= limits[0] < limits[1] == 1.0
+        else:
+            assert limits == expected
 
 
 def test_summary_counts_the_seeds_behind_a_mean_and_those_that_diverged():

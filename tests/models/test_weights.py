@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from helpers.checks import assert_same_bits
 from helpers.hf_layout import ROLES, home, kv_heads, norms
 from helpers.shared import BOTH_CLASSES, EVERY_FAMILY, models, shared
-from helpers.tiny_models import D_MODEL, EXPERTS, build, prompts
-from helpers.wrapped import needs_hooked, view, wrap
+from helpers.tiny_models import _GROUPED, D_MODEL, EXPERTS, build, prompts
+from helpers.wrapped import needs_hooked, tokenizer, view, wrap
 
 from cdt_lens.core.errors import UnsupportedModelError
+from cdt_lens.models.loading import bridge_of
 from cdt_lens.models.view import ModelView
 from cdt_lens.models.weights import (
     canonical,
@@ -24,6 +26,16 @@ from cdt_lens.models.weights import (
     place,
     sync_fused,
 )
+
+
+def test_norms_that_keep_hugging_faces_names_are_norms(tokenizer_folder):
+    """A norm for each head, which no rule of TransformerLens maps."""
+    config = transformers.StableLmConfig(**_GROUPED, qk_layernorm=True)
+    model = transformers.StableLmForCausalLM(config)
+    wanted = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    seen = ModelView(bridge_of(model, tokenizer(tokenizer_folder)))
+    found = {name: value.numel() for name, value in own_weights(seen).items() if is_norm(name)}
+    assert sum(found.values()) == wanted and len(found) > 2 * 4
 
 
 @models(EVERY_FAMILY)

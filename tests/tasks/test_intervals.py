@@ -14,6 +14,7 @@ from cdt_lens.tasks.intervals import (
     balanced_share_interval,
     crossed_interval,
     mean_interval,
+    paired_share_interval,
     ratio_effects,
     share_interval,
 )
@@ -47,6 +48,24 @@ def test_two_labels_are_welchs_interval():
     low, high = mean_interval(torch.cat([a, b]), labels_of((5, 11)))
     welch = stats.ttest_ind(a.numpy(), -b.numpy(), equal_var=False).confidence_interval(0.95)
     assert (float(low), float(high)) == pytest.approx((welch.low / 2, welch.high / 2), rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [20, 60])
+@pytest.mark.parametrize("shares", [(0.05, 0.05), (0.2, 0.05), (0.4, 0.1), (0.02, 0.0)])
+def test_a_paired_change_is_covered(n, shares):
+    """The exact probability that the interval holds the true change, over all outcomes."""
+    gain, loss = shares
+    coverage = 0.0
+    for gained in range(n + 1):
+        for lost in range(n + 1 - gained):
+            low, high = paired_share_interval(gained, lost, n)
+            assert -1 <= low <= (gained - lost) / n <= high <= 1
+            if low <= gain - loss <= high:
+                counts = (gained, lost, n - gained - lost)
+                coverage += float(stats.multinomial.pmf(counts, n, (gain, loss, 1 - gain - loss)))
+    assert coverage >= 0.94
+    low, high = paired_share_interval(0, 0, n)
+    assert low == -high and high > 1 / n
 
 
 def test_rows_are_intervals_of_their_own():
