@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
@@ -138,6 +139,7 @@ class Adapter(Saved):
             for name, value in whole.items():
                 value.copy_(self.whole[name])
         sync_fused(view)
+        _APPLIED.setdefault(view.tl, []).append(weakref.ref(applied))
         return applied
 
     @checked_arguments
@@ -259,6 +261,11 @@ def _but(shape: Sequence[int], axis: int | None) -> list[int]:
     return [n for i, n in enumerate(shape) if axis is None or i != axis % len(shape)]
 
 
+# The adapters on each model, in the order in which they were applied.
+_APPLIED: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Applied]]]
+_APPLIED = weakref.WeakKeyDictionary()
+
+
 @dataclass(eq=False)
 class Applied:
     """An adapter on a model, with the values that it replaced.
@@ -280,7 +287,12 @@ class Applied:
     removed: bool = False
 
     def remove(self) -> None:
-        """Restore the base model's elements bit for bit. A second call changes nothing."""
+        """Restore the base model's elements bit for bit. A second call changes nothing.
+
+        Raises:
+            InputError: another adapter was applied later and is still on the model. Its values
+                before are this one's, and it would bring them back.
+        """
         if not self.removed:
             _remove(self.view, self)
 
@@ -296,5 +308,13 @@ class Applied:
 @uses_model
 @unbroken
 def _remove(model: ModelView, applied: Applied) -> None:
+    applied_here = _APPLIED.get(model.tl, [])
+    live = [other for other in (ref() for ref in applied_here) if other and not other.removed]
+    if live and live[-1] is not applied:
+        raise InputError(
+            f"{model.name}: an adapter that was applied later is still on the model; remove the "
+            "last one first"
+        )
     applied._write_back()
     applied.removed = True
+    _APPLIED[model.tl] = [weakref.ref(other) for other in live[:-1]]

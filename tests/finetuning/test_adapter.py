@@ -87,6 +87,24 @@ def test_taken_off_when_the_body_raises(family, backend, tokenizer_folder):
 
 
 @models(("llama",))
+def test_adapters_come_off_in_the_reverse_order_alone(family, backend, tokenizer_folder):
+    """The one below would leave its elements behind when the one above brings them back."""
+    seen = view(family, backend, tokenizer_folder, torch.float32)
+    first, second = trained(seen), trained(seen, "full")
+    before = values(seen)
+    below, above = first.apply(seen), second.apply(seen, check=False)
+    with pytest.raises(InputError, match="applied later is still on the model"):
+        below.remove()
+    above.remove()
+    below.remove()
+    for name, value in values(seen).items():
+        assert_same_bits(value, before[name])
+    lost = first.apply(seen)
+    del lost  # a handle that is gone can bring nothing back
+    second.apply(seen, check=False).remove()
+
+
+@models(("llama",))
 def test_a_second_removal_never_undoes_what_came_after(family, backend, tokenizer_folder):
     seen = view(family, backend, tokenizer_folder, torch.float32)
     first, second = trained(seen), trained(seen, "norms")
