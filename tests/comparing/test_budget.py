@@ -14,7 +14,7 @@ from helpers.tiny_tasks import examples, many
 
 from cdt_lens.comparing.budget import check_budget, shares, sweep_price
 from cdt_lens.core.errors import InputError
-from cdt_lens.tasks.task import Examples
+from cdt_lens.tasks.task import Example, Examples
 
 SHAPE = {"layers": 2, "heads": 4}
 ESTIMATE = "estimate:two-ended"
@@ -32,6 +32,14 @@ def test_without_a_budget_every_method_scores_all_examples():
     assert all(share.examples.hash == many().hash for share in found.values())
     assert [found[name].exact for name in METHODS] == [None, None, 15, None, None]
     assert counts(None, examples())[ESTIMATE] == (6, 6)
+    # More labels than are usually swept: one example of each.
+    words = range(40, 60)
+    items = tuple(
+        Example(f"p{i}", (5, 6), f"l{i % 20}", (words[i % 20],), tuple({*words} - {words[i % 20]}))
+        for i in range(40)
+    )
+    labels = tuple(dict.fromkeys(item.label for item in items))
+    assert counts(None, Examples(items, labels, "many labels"))[ESTIMATE] == (40, 20)
 
 
 @pytest.mark.parametrize(

@@ -434,6 +434,16 @@ def test_wrong_input_is_refused(tokenizer_folder):
 # Memory --------------------------------------------------------------------------------------------
 
 
+def test_targets_have_no_parts_in_the_empty_model(tokenizer_folder):
+    """The parts are recorded in the run of the full model, which these rules do not have."""
+    view, data = shared("llama", "bridge", tokenizer_folder), examples()
+    with pytest.raises(InputError, match='expected rules with context "full" or "both"'):
+        decompose(
+            view, data, [(Head(0, 0),)], means(view, data), rules=Rules(context="empty"),
+            targets=[Head(1, 0)],
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("limit", [1, 3])
 def test_out_of_memory_halves_the_chunks(limit, tokenizer_folder, monkeypatch):
     view, data = shared("gpt2", "bridge", tokenizer_folder), examples()
