@@ -72,7 +72,10 @@ def _scores(scores: Any) -> dict[str, Any]:
         "values": scores.values, "stderr": scores.stderr, "per_example": scores.per_example,
         "direction": scores.direction, **picked,
         "near-zero": [str(h) for h in scores.near_zero(3).heads],
-        "confident": [str(h) for h in scores.select(confidence=0.9).heads],
+        **(
+            {"confident": [str(h) for h in scores.select(confidence=0.9).heads]}
+            if scores.has_intervals else {}
+        ),
     }  # fmt: skip
 
 
