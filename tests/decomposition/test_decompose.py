@@ -47,12 +47,9 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=st
 
 
 def assert_official(actual: Tensor, expected: Tensor, limit: float = 2e-5) -> None:
-    """As close as the official code is to itself: it loses up to 6e-5 of the biases.
-
-    The loss is rounding in float32, and so depends on the processor.
-    """
+    """As close as the official code is to itself: it loses up to 3.4e-5 of the biases."""
     assert actual.shape == expected.shape
-    assert float((actual.double() - expected).abs().max()) <= 1e-4
+    assert float((actual.double() - expected).abs().max()) <= 5e-5
     assert relative(actual, expected) <= limit
 
 
@@ -61,27 +58,39 @@ def throughout(dtype: torch.dtype) -> Any:
 
 
 @needs_fixtures
-@DTYPES
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_official_logits(backend, dtype, tokenizer_folder):
+def test_official_logits(backend, tokenizer_folder):
+    """In float64 to 5e-5, and float32 to as much of that: rounding depends on the processor."""
+    for kind, baseline in (
+        ("heads", "mean"), ("heads", "zero"), ("heads", "cf"), ("singles", "mean"),
+        ("singles", "zero"), ("multi", "mean"), ("multi", "zero"),
+    ):  # fmt: skip
+        expected = official.arrays()[f"{kind}_{baseline}_rel_last"]
+        single, double = (
+            _official_logits(backend, dtype, kind, baseline, tokenizer_folder)
+            for dtype in (torch.float32, torch.float64)
+        )
+        assert_official(double, expected)
+        assert_close(single.double(), double, atol=5e-5)
+        # What one position contributes is small beside what the bridge's float32 rounds off in
+        # another order than the official code's (in float64 it is 1.3e-5 for both classes).
+        rounded = (backend, kind) == ("bridge", "singles")
+        assert relative(single, expected) <= (3e-5 if rounded else 2e-5)
+
+
+def _official_logits(
+    backend: str, dtype: torch.dtype, kind: str, baseline: str, tokenizer_folder: Any
+) -> Tensor:
     with throughout(dtype):
         view = official.model(backend, dtype, tokenizer_folder)
         plain = view.logits(official.arrays()["tokens"])
         assert_close(plain, official.arrays()["logits"], atol=1e-5)
-        for kind, baseline in (
-            ("heads", "mean"), ("heads", "zero"), ("heads", "cf"), ("singles", "mean"),
-            ("singles", "zero"), ("multi", "mean"), ("multi", "zero"),
-        ):  # fmt: skip
-            result = decompose(
-                view, official.examples(), official.source_sets(kind),
-                official.baseline(view, baseline), rules="official",
-            )  # fmt: skip
-            assert result.tokens[0].tolist() == list(range(50))
-            # What one position contributes is small beside what the bridge's float32 rounds off in
-            # another order than the official code's (in float64 it is 1.3e-5 for both classes).
-            rounded = (backend, dtype, kind) == ("bridge", torch.float32, "singles")
-            expected = official.arrays()[f"{kind}_{baseline}_rel_last"]
-            assert_official(result.relevant, expected, 3e-5 if rounded else 2e-5)
+        result = decompose(
+            view, official.examples(), official.source_sets(kind),
+            official.baseline(view, baseline), rules="official",
+        )  # fmt: skip
+    assert result.tokens[0].tolist() == list(range(50))
+    return result.relevant
 
 
 @needs_fixtures

@@ -177,7 +177,8 @@ def test_a_negative_seed_of_the_data_is_refused():
 @pytest.mark.parametrize("name", ["nusax", "nusax-two-ended", "xnli", "gemma-nusax", "gemma-heads"])
 def test_the_files_of_the_benchmarks_are_read(name: str):
     config = read_config(ROOT / "benchmarks" / f"{name}.toml")
-    assert config.backend == "bridge"
+    dtype = "float32" if name.startswith("gemma") else "bfloat16"
+    assert config.dtype == dtype and config.backend == "bridge"
     assert config.discovery.k == 8 and "decision" in config.transfer.scopes
 
 

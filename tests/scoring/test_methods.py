@@ -278,11 +278,9 @@ _BLIND = {"cdt:linear", "one-pass:linear", "direct", "random"}
 @pytest.mark.parametrize("name", sorted(set(METHODS) - _BLIND))
 def test_the_size_of_a_score_tells_heads_that_matter_from_those_that_do_not(name):
     """Scores are ranked by sign and by magnitude, so 0 has to mean no effect in every method."""
-    planted = planted_circuit("trained-llama")
+    # The trained model depends on the processor, and on some a member of the ensemble misses a head
+    # of it. In the one built by hand, scores with their mean at 0 would miss one.
+    planted = planted_circuit("hand-composition" if name == "ensemble" else "trained-llama")
     baseline = mean_activations(planted.model, planted.train, progress=False)
     found = score_by(name, planted.model, planted.train, baseline)
-    size = auroc(found.values.abs(), planted.truth)
-    # A score without a zero ranks better by sign than by size.
-    assert size >= auroc(found.values, planted.truth)
-    # The planted model is trained here. On some processors a member of the ensemble misses a head.
-    assert size == 1 or name == "ensemble"
+    assert auroc(found.values.abs(), planted.truth) == 1
