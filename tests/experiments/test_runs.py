@@ -22,14 +22,20 @@ from cdt_lens.finetuning.finetune import finetune
 from cdt_lens.tasks.evaluate import evaluate
 
 
-def test_a_report_leaves_out_faithfulness_on_other_examples(tmp_path: Path):
-    """The scores, and so their options, are the same: only what was measured on is other."""
-    save_model(tmp_path / "tiny")
-    files = write_task(tmp_path / "data")
+def small_run(folder: Path) -> tuple[Settings, dict[str, Path]]:
+    """The settings of a discovery on a tiny model, and its files by split."""
+    save_model(folder / "tiny")
+    files = write_task(folder / "data")
     settings = Settings(
-        model=str(tmp_path / "tiny"), task="files", files={k: str(v) for k, v in files.items()},
+        model=str(folder / "tiny"), task="files", files={k: str(v) for k, v in files.items()},
         template=TEMPLATE, verbalizer=VERBALIZER, backend="bridge", examples=6, k=2,
     )  # fmt: skip
+    return settings, files
+
+
+def test_a_report_leaves_out_faithfulness_on_other_examples(tmp_path: Path):
+    """The scores, and so their options, are the same: only what was measured on is other."""
+    settings, files = small_run(tmp_path)
     told: list[str] = []
 
     def opened() -> Run:
@@ -59,12 +65,7 @@ def test_a_report_leaves_out_faithfulness_on_other_examples(tmp_path: Path):
 
 def test_a_noisy_ranking_is_told_with_what_would_help_where_it_is_set(tmp_path: Path):
     """Options on the command line; the file of a transfer has settings instead."""
-    save_model(tmp_path / "tiny")
-    files = write_task(tmp_path / "data")
-    settings = Settings(
-        model=str(tmp_path / "tiny"), task="files", files={k: str(v) for k, v in files.items()},
-        template=TEMPLATE, verbalizer=VERBALIZER, backend="bridge", examples=6, k=2,
-    )  # fmt: skip
+    settings, _ = small_run(tmp_path)
     told: list[str] = []
     run = start_run(settings, tmp_path / "discovery", told.append)
     experiment.discover(run, told.append)
