@@ -158,9 +158,7 @@ def membership(
         return {}
     by: Ranking = circuit.selection.get("by", "signed")
     threshold = circuit.selection.get("threshold")
-    by_size = bool({"k", "fraction"} & circuit.selection.keys())
-    # Other rules, such as that of near-zero heads, store a k as well, and their name.
-    if "rule" in circuit.selection or (threshold is None and not by_size):
+    if threshold is None and not is_top(circuit):
         raise InputError(
             "membership: the circuit was not selected by k, fraction or threshold; got "
             f"{dict(circuit.selection)}"
@@ -172,6 +170,17 @@ def membership(
         threshold = keys.topk(len(circuit), dim=1).values[:, -1:]
     inside = (keys >= threshold).double().mean(0).reshape(scores.values.shape)
     return {head: float(inside[head.layer, head.head]) for head in circuit.heads}
+
+
+def is_top(circuit: Circuit) -> bool:
+    """Return whether a circuit is the first heads of a ranking, by k or by fraction.
+
+    Args:
+        circuit: The circuit. Other rules, such as that of near-zero heads, store a k as well, and
+            their name.
+    """
+    sizes = {"k", "fraction"} & circuit.selection.keys()
+    return bool(sizes) and "rule" not in circuit.selection
 
 
 def _resampled(scores: HeadScores, resamples: int, seed: int) -> Float[Tensor, "resample head"]:

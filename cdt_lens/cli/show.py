@@ -264,7 +264,7 @@ def _show_circuit(circuit: Any) -> None:
 def show_heads(scores: Any, circuit: Any, limit: int = 12) -> None:
     """Print the strongest heads of a circuit, and how reliable their ranking is."""
     from cdt_lens.circuits.head_scores import NO_INTERVALS
-    from cdt_lens.circuits.reliability import reliability
+    from cdt_lens.circuits.reliability import is_top, reliability
     from cdt_lens.viz.tables import Scored, heads_table, members_of
 
     heads = [head for head in scores.ranking() if head in circuit]
@@ -281,8 +281,7 @@ def show_heads(scores: Any, circuit: Any, limit: int = 12) -> None:
     found = reliability(scores)
     tell(f"split-half reliability {found.split_half:.2f} on {found.examples} examples")
     tell(f"the 95 % interval of {found.resolved:.0%} of the heads excludes 0")
-    # Other rules store a k as well, and their name.
-    if "rule" not in circuit.selection and {"k", "fraction"} & circuit.selection.keys():
+    if is_top(circuit):
         tell(_open(scores, circuit))
 
 

@@ -236,11 +236,12 @@ def bridge_of(
     """
     with temporary_folder() as folder:
         # transformer-lens may read the tokenizer again from its path, and sets it up once.
-        set_up = [_saved_and_read(tokenizer, folder)]
+        set_up = _saved_and_read(tokenizer, folder)
 
         def make(model: Any, dtype: torch.dtype) -> Any:
-            bridge = _bridge(model, set_up[0], device, dtype)
-            set_up[0] = bridge.tokenizer
+            nonlocal set_up
+            bridge = _bridge(model, set_up, device, dtype)
+            set_up = bridge.tokenizer
             return bridge
 
         bridge = _agreeing(
