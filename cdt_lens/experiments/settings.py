@@ -40,8 +40,8 @@ class ModelSettings(Checked):
     device: Annotated[
         str | None,
         Field(
-            description="Device, such as cuda or cpu, or auto, which spreads a model over all GPUs "
-            "to score it; the default is a GPU if any."
+            description="Device, such as cuda or cpu; the default is a GPU if any. auto spreads a "
+            "model over all GPUs; such a model can be scored, not trained."
         ),
     ] = None
     dtype: Annotated[Dtype, Field(description="Number type of the weights.")] = "float32"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -78,9 +78,13 @@ def predict(
     _check_lengths(prompts, where, model.config, behind)
     model = model.to(default_device()).eval()
     scores = _word_scores if behind else _logits
-    batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+    # Prompts of similar length share a batch: less padding, and fewer positions to unembed.
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    logits = torch.empty(len(prompts), len(words))
     with _unembedding_in_float32(model):
-        logits = torch.cat([scores(model, batch, words) for batch in batches])
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            logits[batch] = scores(model, [prompts[row] for row in batch], words)
     prior = torch.tensor([(card.prior or {}).get(label, 0.0) for label in card.verbalizer_ids])
     return _table(logits - prior, tuple(card.verbalizer_ids))
 
@@ -127,9 +131,8 @@ def _logits(
     model: Any, prompts: Sequence[tuple[int, ...]], words: Sequence[WordIds]
 ) -> Float[Tensor, "prompt label"]:
     """Return the logits of words of one token at the last token of each prompt, on the CPU."""
-    logits = _whole_logits(model, prompts)
-    last = logits[torch.arange(len(prompts)), torch.tensor([len(p) - 1 for p in prompts])]
-    return last[:, torch.tensor(words)].float().cpu()
+    last = torch.tensor([[len(prompt) - 1] for prompt in prompts])
+    return _logits_at(model, prompts, last)[:, 0, torch.tensor(words)].float().cpu()
 
 
 def _word_scores(
@@ -139,19 +142,27 @@ def _word_scores(
     columns = []
     for word in words:
         ids = word if isinstance(word, tuple) else (word,)
-        logits = _whole_logits(model, [(*prompt, *ids[:-1]) for prompt in prompts])
+        rows = [(*prompt, *ids[:-1]) for prompt in prompts]
         at = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None] + torch.arange(len(ids))
-        read = logits[torch.arange(len(prompts))[:, None], at].float().log_softmax(-1)
+        read = _logits_at(model, rows, at).float().log_softmax(-1)
         columns.append(read[:, torch.arange(len(ids)), torch.tensor(ids)].sum(-1).cpu())
     return torch.stack(columns, -1)
 
 
 @torch.no_grad()
-def _whole_logits(model: Any, rows: Sequence[tuple[int, ...]]) -> Float[Tensor, "row pos d_vocab"]:
+def _logits_at(
+    model: Any, rows: Sequence[tuple[int, ...]], at: Int[Tensor, "row read"]
+) -> Float[Tensor, "row read d_vocab"]:
+    """Return the logits at some positions of each row; those at other positions are not made."""
     lengths = torch.tensor([len(tokens) for tokens in rows])
     tokens = pad_sequence([torch.tensor(tokens) for tokens in rows], batch_first=True)
     mask = torch.arange(tokens.shape[1]) < lengths[:, None]
-    return model(tokens.to(model.device), attention_mask=mask.long().to(model.device)).logits
+    positions, place = at.unique(return_inverse=True)
+    logits = model(
+        tokens.to(model.device), attention_mask=mask.long().to(model.device),
+        logits_to_keep=positions.to(model.device),
+    ).logits  # fmt: skip
+    return logits[torch.arange(len(rows))[:, None], place]
 
 
 def _table(logits: Tensor, labels: tuple[str, ...]) -> pd.DataFrame:

@@ -6,6 +6,7 @@ import csv
 import io
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from typer.testing import CliRunner
 
 from cdt_lens.cli import app as cli
 from cdt_lens.core.errors import CdtLensError
+from cdt_lens.finetuning import predict as prediction
 from cdt_lens.finetuning.model_card import TASK_FILE
-from cdt_lens.finetuning.predict import predict
+from cdt_lens.models.hugging_face import load_hugging_face
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +65,37 @@ def test_half_precision_makes_no_ties(place: Path, tmp_path: Path):
     AutoTokenizer.from_pretrained(place / "tiny").save_pretrained(tmp_path / "half")
     shutil.copy(place / "out" / TASK_FILE, tmp_path / "half" / TASK_FILE)
     texts = [f"w{20 + i % 40} w{20 + i // 4}" for i in range(160)]
-    found = predict(tmp_path / "half", [{"text": text} for text in texts])
+    found = prediction.predict(tmp_path / "half", [{"text": text} for text in texts])
     shares = torch.tensor(found[[f"p({label})" for label in VERBALIZER]].to_numpy())
     best = shares.topk(2, dim=1).values
     assert not bool((best[:, 0] == best[:, 1]).any())
+
+
+def test_rows_keep_their_order_and_few_positions_are_unembedded(place: Path, monkeypatch):
+    """Logits of every position of a batch can need more memory than the model."""
+    unembedded: list[tuple[int, ...]] = []
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        model, rest = load_hugging_face(*args, **kwargs)
+        model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, given: unembedded.append(tuple(given[0].shape[:2]))
+        )
+        return model, rest
+
+    monkeypatch.setattr(prediction, "load_hugging_face", load)
+    texts = [" ".join(f"w{20 + (7 * i + j) % 40}" for j in range(1 + 5 * i % 9)) for i in range(12)]
+    lengths = sorted(len(text.split()) for text in texts)
+    found = prediction.predict(place / "out", [{"text": text} for text in texts], batch_size=4)
+    assert unembedded == [(4, len({*lengths[i : i + 4]})) for i in (0, 4, 8)]
+
+    model = AutoModelForCausalLM.from_pretrained(place / "out", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(place / "out")
+    words = [tokenizer.encode(word)[-1] for word in VERBALIZER.values()]
+    for text, shares in zip(texts, found.drop(columns="prediction").to_numpy(), strict=True):
+        with torch.no_grad():
+            prompt = tokenizer(TEMPLATE.format(text=text), return_tensors="pt").input_ids
+            logits = model(prompt).logits[0, -1, words]
+        assert torch.allclose(logits.softmax(-1), torch.tensor(shares).float(), atol=1e-6)
 
 
 def test_texts_and_a_file_get_the_same_answers(place: Path, tmp_path: Path):
