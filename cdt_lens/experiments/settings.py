@@ -90,9 +90,9 @@ class CircuitSettings(Checked):
             "direction (median over the largest tenth of the heads).",
         ),
     ] = None  # fmt: skip
-    minutes: Annotated[float | None, Field(gt=0, description="End the sweep after this time.")] = (
-        None
-    )
+    minutes: Annotated[
+        float | None, Field(gt=0, description="End the sweep before it passes this time.")
+    ] = None
     baseline_examples: Annotated[
         int | None,
         Field(

@@ -144,7 +144,7 @@ class Budget:
         exact: Largest number of prompts with an exact sweep.
         precision: Standard error, as a share of the task direction, that is precise enough: the
             median over the tenth of the heads with the largest scores.
-        minutes: Largest time of the exact sweep.
+        minutes: Largest time of the exact sweep; its first round is made in any case.
         decide: Arguments of `HeadScores.undecided`: the circuit that the scores shall decide.
         grows: Whether the sample is doubled from `EXACT` on.
     """
@@ -255,9 +255,11 @@ class Estimator:
                 heads = wanted(self._of(done, self.order[:start]))
                 if not heads:
                     break
+            before = time.monotonic()
             self._round(self.order[start:end], done, kept, heads)
-            start = end
-            late = budget.minutes is not None and time.monotonic() - began > 60 * budget.minutes
+            start, now = end, time.monotonic()
+            # Another round would take as long as this one.
+            late = budget.minutes is not None and 2 * now - before - began > 60 * budget.minutes
             if any_process(late) or enough(done):
                 break
         return self._of(done, self.order[:start])
@@ -265,15 +267,17 @@ class Estimator:
     def ends(self, budget: Budget) -> list[int]:
         """Return the size of the sample after each round of a budget.
 
-        The first round holds every label twice, since a score and its interval need that.
+        The first round holds every label twice, since a score and its interval need that. All
+        rounds within a time are of this size: one of a whole batch can take longer than the time.
         """
         least = _FIRST * len(set(self.labels))
         if budget.grows:
             doubled = [max(EXACT, least) * 2**n for n in range(budget.exact.bit_length())]
             return [*(end for end in doubled if end < budget.exact), budget.exact]
         if budget.decide is None:
-            stops = budget.precision is not None or budget.minutes is not None
-            size = max(self.passes.batch_size, least) if stops else budget.exact
+            size = budget.exact if budget.minutes is None else least
+            if budget.precision is not None:
+                size = max(self.passes.batch_size, least)
             return [*range(size, budget.exact, size), budget.exact]
         ends = [budget.exact]
         while ends[0] // 2 >= least and len(ends) < _ROUNDS:

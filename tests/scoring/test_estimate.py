@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,10 +162,23 @@ def test_a_precision_ends_the_sweep_when_it_is_reached(tokenizer_folder):
     assert swept == [6, len(data())]
 
 
-def test_a_time_ends_the_sweep_after_a_round(tokenizer_folder):
-    view = shared("llama", "bridge", tokenizer_folder, torch.float32)
-    found = score(view, minutes=1e-9, batch_size=6)
-    assert int((~torch.isnan(found.corrections[0][:, 0, 0])).sum()) == 6
+@pytest.mark.parametrize(("minutes", "rounds"), [(1e-9, 1), (2.5, 2), (3.0, 3)])
+def test_a_time_ends_the_sweep_before_a_round_that_would_pass_it(
+    minutes, rounds, tokenizer_folder, monkeypatch
+):
+    """A round of a whole batch, 16 prompts, took longer than all of the time on a real model."""
+    view, clock = shared("llama", "bridge", tokenizer_folder, torch.float32), [0.0]
+    made = estimate.Estimator._round
+
+    def a_minute(*args: Any) -> None:
+        made(*args)
+        clock[0] += 60
+
+    monkeypatch.setattr(estimate.Estimator, "_round", a_minute)
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    found = score(view, minutes=minutes)
+    swept = int((~torch.isnan(found.corrections[0][:, 0, 0])).sum())
+    assert swept == 6 * rounds < len(data())
 
 
 def test_one_prompt_of_a_label_gives_scores_without_intervals(tokenizer_folder):
