@@ -32,10 +32,15 @@ def load_card(folder: str | Path) -> TaskCard:
         The task.
 
     Raises:
-        InputError: the folder holds no task.
+        InputError: there is no such folder, or it holds no task.
         ArtifactError: its file is damaged.
     """
     path = Path(folder) / TASK_FILE
+    if not Path(folder).is_dir():
+        raise InputError(
+            f"{folder}: no such folder. Name one that cdt-lens export or adapt wrote; adapt writes "
+            "no model where nothing was learnt."
+        )
     if not path.is_file():
         raise InputError(
             f"{folder}: holds no {TASK_FILE}. Name a folder that cdt-lens export wrote; folders of "
@@ -64,8 +69,8 @@ def predict(
         labels, from 0 to 1. Words of several tokens are compared by their log-probabilities.
 
     Raises:
-        InputError: the folder holds no task or no model, a column is missing, or a prompt is longer
-            than the model's context.
+        InputError: there is no such folder, it holds no task or no model, a column is missing, or a
+            prompt is longer than the model's context.
         ArtifactError: the file of the task is damaged.
     """
     card = load_card(folder)

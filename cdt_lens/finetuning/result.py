@@ -70,7 +70,7 @@ class FineTuneResult(EqualByContent):
     def nothing_learnt(self) -> str:
         """A sentence that says why nothing was learnt, or "" where something was."""
         if self.best_epoch == 0:
-            return (
+            return self._forgotten or (
                 "Nothing was learnt: no epoch was better on the validation data than the untrained "
                 "model, so the adapter holds the base model's values."
             )
@@ -80,6 +80,23 @@ class FineTuneResult(EqualByContent):
                 "small."
             )
         return ""
+
+    @property
+    def _forgotten(self) -> str:
+        """A sentence about the best of the epochs that forget too much, or "" if none is better."""
+        least, metric = self.options.get("least_retention"), self.options.get("metric", "accuracy")
+        gain = self.history[f"target_{metric}"] - self.before[f"target_{metric}"]
+        gain = -gain if metric == "loss" else gain
+        if least is None or not gain.max() > 0:
+            return ""
+        best = self.history.loc[gain.idxmax()]
+        return (
+            "Nothing was learnt: every epoch that was better on the validation data kept less than "
+            f"{least:.0%} of the source accuracy. Epoch {best['epoch']:.0f} had a target accuracy "
+            f"of {best['target_accuracy']:.3f} ({self.before['target_accuracy']:.3f} before) and "
+            f"kept {best['source_accuracy'] / self.before['source_accuracy']:.0%} of the source "
+            "accuracy. Ask to keep less, or train less: fewer heads, or a lower learning rate."
+        )
 
     @property
     def before(self) -> pd.Series:

@@ -126,7 +126,7 @@ def test_texts_and_a_file_get_the_same_answers(place: Path, tmp_path: Path):
         (["out", "--file", "other.csv"], "other.csv, line 1 .*: no column 'text'"),
         (["out", "--file", "taken.csv"], "taken.csv: it has a column 'prediction'"),
         (["tiny", "--text", "w20"], "tiny: holds no cdt_task.json"),
-        (["nowhere", "--text", "w20"], "nowhere: holds no cdt_task.json"),
+        (["nowhere", "--text", "w20"], "nowhere: no such folder"),
     ],
 )
 def test_mistakes_are_one_line(place: Path, monkeypatch, arguments: list[str], said: str):

@@ -149,3 +149,25 @@ def test_a_training_that_learnt_nothing_says_so_in_a_sentence():
         assert "Nothing was learnt" in result._repr_html_()
     assert "no epoch was better" in best_is_first.nothing_learnt
     assert "changed no weight" in unchanged.nothing_learnt
+
+
+def test_a_training_whose_better_epochs_forget_too_much_says_so():
+    """The numbers of a run on NusaX: three epochs learnt much, and none kept 95 %."""
+    history = pd.DataFrame(
+        {
+            "epoch": [0, 1, 2, 3], "target_accuracy": [0.449, 0.571, 0.735, 0.735],
+            "target_loss": [1.585, 0.911, 0.642, 0.68], "source_accuracy": [0.9, 0.75, 0.765, 0.7],
+        }
+    )  # fmt: skip
+    tuned = replace(sample.fine_tuning(), best_epoch=0, history=history)
+    for options, said in (
+        ({"least_retention": 0.95}, "kept less than 95% of the source accuracy. Epoch 2 had a target "
+         "accuracy of 0.735 (0.449 before) and kept 85% of the source accuracy."),
+        ({"least_retention": 0.95, "metric": "loss"}, "Epoch 2 had"),
+        ({"least_retention": None}, "no epoch was better"),
+        ({}, "no epoch was better"),
+    ):  # fmt: skip
+        assert said in replace(tuned, options=options).nothing_learnt
+    worse = history.assign(target_accuracy=[0.449, 0.4, 0.449, 0.3])
+    still = replace(tuned, history=worse, options={"least_retention": 0.95})
+    assert "no epoch was better" in still.nothing_learnt
