@@ -7,13 +7,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cdt_lens.core.choices import Seed
-from cdt_lens.experiments.settings import ModelSettings
+from cdt_lens.core.checked import Checked
+from cdt_lens.core.choices import Dtype, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptSettings(ModelSettings):
-    """The settings of `adapt`.
+class AdaptSettings(Checked):
+    """The settings of `adapt`, which loads the model as a `TransformerBridge`.
 
     Args:
         model: The base model, or with `ready` the model that does the task in the source language.
@@ -27,10 +27,13 @@ class AdaptSettings(ModelSettings):
         minutes: No training of the search for scope, size and rate begins after this time, which
             is counted from the start of the call. One is made in any case.
         epochs: Maximum number of epochs of every training, on the source as well.
+        device: The device; None uses a GPU if there is one.
+        dtype: The number type of the weights.
         set_aside: Share of the rows for each of valid and test where these have no file.
         seed: Seed of every random draw.
     """
 
+    model: Annotated[str, Field(description="Hub name, Hugging Face folder or .gguf file.")]
     template: Annotated[
         str, Field(description=r'Prompt with the columns in braces, such as "{text}\nSentiment:".')
     ]
@@ -57,6 +60,7 @@ class AdaptSettings(ModelSettings):
         str | None,
         Field(description="Device, such as cuda or cpu; the default is a GPU if there is one."),
     ] = None
+    dtype: Annotated[Dtype, Field(description="Number type of the weights.")] = "float32"
     set_aside: Annotated[
         float,
         Field(

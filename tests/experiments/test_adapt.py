@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
+import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -324,3 +327,10 @@ def test_a_mistake_can_be_mended_in_the_same_folder(
         monkeypatch.setattr(adapting, "discover", lambda *_: pytest.fail("it went on"))
         with pytest.raises(pytest.fail.Exception, match="it went on"):
             run_adapt(settings(place), tmp_path / "run", quiet, progress=False)
+
+
+def test_every_setting_is_read():
+    """`backend` was a setting that had no effect, and the page showed it."""
+    code = inspect.getsource(adapting)
+    names = [item.name for item in fields(AdaptSettings)]
+    assert [name for name in names if not re.search(rf"\b(s|settings)\.{name}\b", code)] == []
