@@ -174,12 +174,17 @@ def test_a_negative_seed_of_the_data_is_refused():
         config_of(LEAST | {"task": {**LEAST["task"], "seed": -1}})
 
 
-@pytest.mark.parametrize("name", ["nusax", "nusax-two-ended", "xnli", "gemma-nusax", "gemma-heads"])
-def test_the_files_of_the_benchmarks_are_read(name: str):
+@pytest.mark.parametrize(
+    ("name", "dtype", "k"),
+    [
+        ("nusax", "bfloat16", 8), ("nusax-two-ended", "bfloat16", 8), ("xnli", "bfloat16", 8),
+        ("gemma-nusax", "float32", 8), ("gemma-heads", "float32", 8), ("demo-sizes", "float32", 4),
+    ],
+)  # fmt: skip
+def test_the_files_of_the_benchmarks_are_read(name: str, dtype: str, k: int):
     config = read_config(ROOT / "benchmarks" / f"{name}.toml")
-    dtype = "float32" if name.startswith("gemma") else "bfloat16"
     assert config.dtype == dtype and config.backend == "bridge"
-    assert config.discovery.k == 8 and "decision" in config.transfer.scopes
+    assert config.discovery.k == k and "decision" in config.transfer.scopes
 
 
 def test_settings_that_0_3_kept_are_those_of_the_same_file_now():
