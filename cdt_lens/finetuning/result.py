@@ -87,15 +87,20 @@ class FineTuneResult(EqualByContent):
         least, metric = self.options.get("least_retention"), self.options.get("metric", "accuracy")
         gain = self.history[f"target_{metric}"] - self.before[f"target_{metric}"]
         gain = -gain if metric == "loss" else gain
-        if least is None or not gain.max() > 0:
+        unknown = bool(gain.isna().all())  # without validation rows the last epoch would be kept
+        if least is None or len(gain) < 2 or not (unknown or gain.max() > 0):
             return ""
-        best = self.history.loc[gain.idxmax()]
+        best = self.history.loc[self.history.index[-1] if unknown else gain.idxmax()]
+        scores = (
+            "" if unknown else f"had a target accuracy of {best['target_accuracy']:.3f} "
+            f"({self.before['target_accuracy']:.3f} before) and "
+        )  # fmt: skip
+        kept = best["source_accuracy"] / self.before["source_accuracy"]
+        which = "" if unknown else " that was better on the validation data"
         return (
-            "Nothing was learnt: every epoch that was better on the validation data kept less than "
-            f"{least:.0%} of the source accuracy. Epoch {best['epoch']:.0f} had a target accuracy "
-            f"of {best['target_accuracy']:.3f} ({self.before['target_accuracy']:.3f} before) and "
-            f"kept {best['source_accuracy'] / self.before['source_accuracy']:.0%} of the source "
-            "accuracy. Ask to keep less, or train less: fewer heads, or a lower learning rate."
+            f"Nothing was learnt: every epoch{which} kept less than {least:.0%} of the source "
+            f"accuracy. Epoch {best['epoch']:.0f} {scores}kept {kept:.0%} of it. Ask to keep less, "
+            "or train less: fewer heads, or a lower learning rate."
         )
 
     @property

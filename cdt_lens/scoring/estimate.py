@@ -258,8 +258,8 @@ class Estimator:
             before = time.monotonic()
             self._round(self.order[start:end], done, kept, heads)
             start, now = end, time.monotonic()
-            # Another round would take as long as this one.
-            late = budget.minutes is not None and 2 * now - before - began > 60 * budget.minutes
+            next_end = now + (now - before)  # another round takes as long as this one
+            late = budget.minutes is not None and next_end - began > 60 * budget.minutes
             if any_process(late) or enough(done):
                 break
         return self._of(done, self.order[:start])
@@ -267,8 +267,8 @@ class Estimator:
     def ends(self, budget: Budget) -> list[int]:
         """Return the size of the sample after each round of a budget.
 
-        The first round holds every label twice, since a score and its interval need that. All
-        rounds within a time are of this size: one of a whole batch can take longer than the time.
+        The first round holds every label twice, since a score and its interval need that. With a
+        time alone, all rounds are of this size: a whole batch can take longer than the time.
         """
         least = _FIRST * len(set(self.labels))
         if budget.grows:

@@ -117,7 +117,8 @@ def score_heads(
         precision: Stops the sweep earlier, when the standard error is at most this share of the
             task direction: the median over the tenth of the heads with the largest scores.
         minutes: Stops the sweep earlier, before a round of prompts would pass this time. The first
-            round, of two prompts of each label, is made in any case.
+            round is made in any case. It has two prompts of each label, or more with `precision` or
+            `decide`.
         decide: The circuit that the scores shall decide, as arguments of `HeadScores.undecided`,
             such as {"k": 27}. The sweep then goes on only with the heads whose place in or out of
             it is open, and the intervals are wider, because it looks at them up to three times.

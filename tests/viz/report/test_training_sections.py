@@ -162,7 +162,7 @@ def test_a_training_whose_better_epochs_forget_too_much_says_so():
     tuned = replace(sample.fine_tuning(), best_epoch=0, history=history)
     for options, said in (
         ({"least_retention": 0.95}, "kept less than 95% of the source accuracy. Epoch 2 had a target "
-         "accuracy of 0.735 (0.449 before) and kept 85% of the source accuracy."),
+         "accuracy of 0.735 (0.449 before) and kept 85% of it."),
         ({"least_retention": 0.95, "metric": "loss"}, "Epoch 2 had"),
         ({"least_retention": None}, "no epoch was better"),
         ({}, "no epoch was better"),
@@ -171,3 +171,6 @@ def test_a_training_whose_better_epochs_forget_too_much_says_so():
     worse = history.assign(target_accuracy=[0.449, 0.4, 0.449, 0.3])
     still = replace(tuned, history=worse, options={"least_retention": 0.95})
     assert "no epoch was better" in still.nothing_learnt
+    unjudged = history.assign(target_accuracy=np.nan, target_loss=np.nan)
+    blind = replace(tuned, history=unjudged, options={"least_retention": 0.95}).nothing_learnt
+    assert "every epoch kept less than 95% of the source accuracy. Epoch 3 kept 78% of it." in blind
