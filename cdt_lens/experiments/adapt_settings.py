@@ -7,12 +7,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cdt_lens.core.checked import Checked
-from cdt_lens.core.choices import Dtype, Seed
+from cdt_lens.core.choices import Seed
+from cdt_lens.experiments.settings import WeightSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptSettings(Checked):
+class AdaptSettings(WeightSettings):
     """The settings of `adapt`, which loads the model as a `TransformerBridge`.
 
     Args:
@@ -33,7 +33,6 @@ class AdaptSettings(Checked):
         seed: Seed of every random draw.
     """
 
-    model: Annotated[str, Field(description="Hub name, Hugging Face folder or .gguf file.")]
     template: Annotated[
         str, Field(description=r'Prompt with the columns in braces, such as "{text}\nSentiment:".')
     ]
@@ -60,7 +59,6 @@ class AdaptSettings(Checked):
         str | None,
         Field(description="Device, such as cuda or cpu; the default is a GPU if there is one."),
     ] = None
-    dtype: Annotated[Dtype, Field(description="Number type of the weights.")] = "float32"
     set_aside: Annotated[
         float,
         Field(

@@ -32,10 +32,17 @@ Sizes = Annotated[tuple[int, int, int], Field(strict=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSettings(Checked):
-    """Which model is loaded, and how."""
+class WeightSettings(Checked):
+    """Which weights are loaded, and as which number type."""
 
     model: Annotated[str, Field(description="Hub name, Hugging Face folder or .gguf file.")]
+    dtype: Annotated[Dtype, Field(description="Number type of the weights.")] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(WeightSettings):
+    """Which model is loaded, and how."""
+
     backend: Annotated[Backend, Field(description="TransformerLens class to load it as.")] = "auto"
     device: Annotated[
         str | None,
@@ -44,7 +51,6 @@ class ModelSettings(Checked):
             "model over all GPUs; such a model can be scored, not trained."
         ),
     ] = None
-    dtype: Annotated[Dtype, Field(description="Number type of the weights.")] = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
