@@ -38,10 +38,8 @@ _LOOKS = {
     "full": (INK, "cross"),
     "lora": ("#12808f", spec.CROSS),
 }
-_OTHER_LOOKS = (
-    ("#a03b6d", "triangle-left"), ("#5b7083", "triangle-right"), ("#6b8e23", spec.PENTAGON),
-    ("#444444", spec.HOURGLASS),
-)  # fmt: skip
+_OTHER_COLOURS = ("#a03b6d", "#5b7083", "#6b8e23", "#444444")
+_OTHER_MARKERS = ("triangle-left", "triangle-right", spec.PENTAGON, spec.HOURGLASS)
 _LINES = {
     "target_accuracy": ("target accuracy", POSITIVE, "circle"),
     "target_macro_f1": ("target macro-F1", "#12808f", "diamond"),
@@ -354,4 +352,6 @@ def _look(result: TransferResult, index: int) -> tuple[str, str]:
     unknown = [other for other in result.scopes if other not in _LOOKS]
     if scope in _LOOKS:
         return _LOOKS[scope]
-    return _OTHER_LOOKS[unknown.index(scope) % len(_OTHER_LOOKS)]
+    # The fifth scope has the first colour again, with the second marker: 16 looks in all.
+    turn, place = divmod(unknown.index(scope), len(_OTHER_COLOURS))
+    return _OTHER_COLOURS[place], _OTHER_MARKERS[(place + turn) % len(_OTHER_MARKERS)]

@@ -184,6 +184,13 @@ def test_a_scope_looks_the_same_everywhere_and_no_two_share_a_marker():
     assert [figures._look(fewer, place) for place in (0, 2)] == [looks[5], looks[0]]
 
 
+def test_many_variants_look_different():
+    """In a plan of eleven scopes three pairs had the same colour and marker."""
+    scopes = ("full", *(f"circuit-{k}" for k in range(16)))
+    whole = sample.transfer(("t",), scopes)
+    assert len({figures._look(whole, place) for place in range(len(scopes))}) == len(scopes)
+
+
 def test_the_measures_that_a_page_can_choose_are_those_with_values():
     result = sample.transfer()
     chosen = figures.measures_of(result)
