@@ -4,7 +4,9 @@ A change of head slices has a low rank by construction, so a LoRA holds it witho
 
 1. A changed matrix differs in a few rows (q, k, v, gate and up projections) or columns (output and
    down projections). One factor selects them and holds zeros and ones, the other holds the change.
-   The rank is the number of changed rows or columns. Fused projections are one matrix.
+   The rank is the number of changed rows or columns. Fused projections are one matrix. Where all
+   heads share one key and one value projection, as in Gemma 3 270M, a trained head changes these
+   as a whole; the LoRA holds them exactly and is larger than they are.
 2. What the scope `lora` has learnt is of low rank as well; its factors come from a singular value
    decomposition, up to rounding.
 3. Norms are no LoRA. `extras=True` stores them as peft's `modules_to_save`, which peft loads and
@@ -188,7 +190,7 @@ def _split(
             delta = at_least_float32(value) - at_least_float32(before[name])
             delta = delta.T if isinstance(kind, Conv1D) else delta
             low = adapter.scope == "lora"
-            changes[module] = _singular(delta) if low else _selection(name, delta)
+            changes[module] = _singular(delta) if low else _selection(delta)
         elif part == "bias" and isinstance(kind, nn.Linear | Conv1D):
             raise InputError(
                 f"the adapter changes {name}, and a LoRA has no biases. Train with biases=False, "
@@ -227,14 +229,9 @@ def _singular(delta: Float[Tensor, "out in"]) -> _Change:
     return _Change((root[:, None] * right[:rank]).float(), (left[:, :rank] * root).float())
 
 
-def _selection(name: str, delta: Float[Tensor, "out in"]) -> _Change:
-    """Return the factors of a change of a few rows or columns: these, and their selection."""
+def _selection(delta: Float[Tensor, "out in"]) -> _Change:
+    """Return the factors of a change of some rows or columns: these, and their selection."""
     rows, columns = (delta != 0).any(1).nonzero()[:, 0], (delta != 0).any(0).nonzero()[:, 0]
-    if min(len(rows), len(columns)) == min(delta.shape):
-        raise InputError(
-            f"the adapter changes {name} as a whole; a LoRA of it would not be smaller. Write a "
-            "checkpoint with export"
-        )
     if len(rows) <= len(columns):
         return _Change(delta[rows], torch.eye(len(delta))[:, rows])
     return _Change(torch.eye(delta.shape[1])[columns], delta[:, columns])

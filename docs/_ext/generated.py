@@ -93,8 +93,8 @@ def tutorials(source: Path, folder: Path) -> None:
     lines = [
         "# Tutorials", "",
         "These notebooks are in the folder `tutorials/` of the repository, with the outputs of "
-        "their last run. Each runs by itself, without a network, in half a minute to two minutes "
-        "on two cores.", "",
+        "their last run. Each runs by itself, without a network, in less than a minute on two "
+        "cores.", "",
     ]  # fmt: skip
     if notebooks:
         lines += ["```{toctree}", ":maxdepth: 1", "", *(n.stem for n in notebooks), "```", ""]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,23 @@ def test_heads_are_an_exact_lora(family: str, folders, tmp_path: Path):
     for name, (index, values) in adapter.slices.items():
         assert again.slices[name][0] == index
         torch.testing.assert_close(again.slices[name][1], values, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3", "gpt2"])
+def test_a_projection_that_is_changed_as_a_whole(family: str, folders, tmp_path: Path):
+    """As in a model whose heads share one key and one value projection."""
+    base = folders(family)
+    heads = [cdt.Head(0, head) for head in range(load(base).n_heads)]
+    options = {**QUICK, **EXACT, "heads": heads}
+    adapter = finetune(load(base), task(valid=0), scope="decision", **options).adapter
+    config = check(adapter, base, tmp_path / "lora")
+    weights = dict(transformers.AutoModelForCausalLM.from_pretrained(base).named_parameters())
+    ranks = {
+        name: [rank for part, rank in config["rank_pattern"].items() if re.fullmatch(part, name)]
+        for name in config["target_modules"]
+    }
+    assert any(rank == [min(weights[f"{name}.weight"].shape)] for name, rank in ranks.items())
+    assert from_peft(tmp_path / "lora", base).heads == adapter.heads
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
