@@ -5,8 +5,9 @@
 2. The model is fine-tuned on the source language, at a rate that a short search finds (unless it
    does the task already), and the circuit is found there.
 3. While there is time, a search trains each of `_SCOPES` and `_VARIANTS` once, and the best of them
-   at other rates. Validation rows decide: the best target accuracy among epochs that keep enough of
-   the source accuracy. Where none does, nothing is learnt.
+   at other rates; a run that forgets too much is trained at a lower rate at once. Validation rows
+   decide: the best target accuracy among epochs that keep enough of the source accuracy. Where none
+   does, nothing is learnt.
 4. The chosen run is judged once on the test rows, exported, and explained on a page.
 """
 
@@ -52,6 +53,7 @@ from cdt_lens.finetuning.finetune import drop_stale_checkpoint, finetune
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.score import Score
 from cdt_lens.finetuning.tracking import check_trackers, tracked
+from cdt_lens.finetuning.trainer import rank_of
 from cdt_lens.models.provenance import provenance_of
 from cdt_lens.models.view import view_of
 from cdt_lens.tasks.evaluate import Evaluation, evaluate
@@ -73,7 +75,8 @@ _VARIANTS = {
 _ORDER = ("heads", "lora", "norms", "full", "many-heads", "few-heads", "near-zero")
 _ROWS = "rows"  # the folder of the divided rows, which stand there before the settings do
 _PURPOSE = {"train": "rows to train on", "valid": "validation rows", "test": "test rows"}
-_FACTORS = (3.0, 0.3)  # other learning rates, relative to the usual one of the scope
+_LOWER = 0.3  # the rate of a run that forgets too much, relative to the usual one of its scope
+_FACTORS = (3.0, _LOWER)  # other rates for the best runs
 _BEST = 2  # runs that are tried at other rates
 _LEAST = 10  # rows of each label
 _SMALL = 100  # test rows below which the page warns
@@ -338,12 +341,17 @@ class _Adapting:
     def _search(self, cells: Cells, end: float) -> list[tuple[Trial, dict[str, Any]]]:
         """Train every run once, and the best at other rates; return the trials with their rows.
 
-        The first training is made in any case. No other begins when the time is over.
+        A run that forgets too much is trained at a lower rate at once, since that is likely to
+        help. The first training is made in any case. No other begins when the time is over.
         """
         trials: list[tuple[Trial, dict[str, Any]]] = []
+        begun: set[tuple[str, float]] = set()
         left: list[str] = []
 
         def tried(name: str, factor: float) -> None:
+            if (name, factor) in begun:
+                return
+            begun.add((name, factor))
             if trials and any_process(time.monotonic() >= end):
                 left.append(name if factor == 1 else f"{name} at {factor:g} times its rate")
                 return
@@ -352,16 +360,30 @@ class _Adapting:
 
         for name in _ORDER:
             tried(name, 1.0)
+            if trials[-1][1]["run"] == name and self._forgets(trials[-1][0]):
+                tried(name, _LOWER)
         ranked = sorted(trials, key=_place, reverse=True)
-        for row in [trial[1] for trial in ranked[:_BEST]]:
+        for name in list(dict.fromkeys(row["run"] for _, row in ranked))[:_BEST]:
             for factor in _FACTORS:
-                tried(row["run"], factor)
+                tried(name, factor)
         if left:
             self.say(
                 f"the time is over; not tried: {', '.join(left)}. The same call with more minutes "
                 "goes on with these"
             )
         return trials
+
+    def _forgets(self, trial: Trial) -> bool:
+        """Return whether the untouched model was kept because better epochs forget too much."""
+        history = trial.history(self.say) or []
+        if not history:
+            return False
+        free = replace(trial.options, least_retention=None)
+        kept, best = (
+            max(history, key=lambda row: rank_of(row, history[0], options))["epoch"]
+            for options in (trial.options, free)
+        )
+        return bool(kept == 0 < best)
 
     def _trial(self, cells: Cells, name: str, factor: float) -> tuple[Trial, dict[str, Any]]:
         trial = cells.trial(name, factor)

@@ -224,6 +224,31 @@ def test_the_time_ends_the_search_and_more_of_it_goes_on(place: Path, tmp_path: 
     assert f"{tmp_path / 'proxy'}: using the kept result" in said
 
 
+def test_a_run_that_forgets_too_much_is_tried_at_a_lower_rate_at_once(
+    place: Path, tmp_path: Path, monkeypatch
+):
+    """The languages contradict each other: what learns the one forgets what is right by chance."""
+    monkeypatch.setattr(adapting, "_ORDER", ("full",))
+    labels = list(VERBALIZER)
+    files = {}
+    for language, turn in (("source", 0), ("target", 1)):
+        rows = [
+            {
+                "text": f"w{20 + i // 40} w{60 + i % 3} w{70 + i % 40}",
+                "label": labels[(i + turn) % 3],
+            }
+            for i in range(2100)
+        ]
+        files[language] = {"train": changed_rows(tmp_path / f"{language}.csv", rows)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CdtLensWarning)
+        given = settings(place, **files, ready=True, keep=0.95)
+        found = run_adapt(given, tmp_path / "run", quiet, progress=False).trials
+    assert found["epoch"][0] == 0
+    usual = found["learning_rate"][0]
+    assert found["learning_rate"].tolist() == pytest.approx([usual, 0.3 * usual, 3 * usual])
+
+
 def changed_rows(path: Path, rows: list[Mapping[str, str]]) -> str:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
