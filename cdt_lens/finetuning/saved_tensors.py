@@ -19,7 +19,7 @@ from itertools import permutations
 import torch
 from torch import Tensor, nn
 
-_SMALL = 2**20  # bytes; smaller tensors are saved as they are
+_SMALL = 2**18  # bytes; smaller tensors are saved as they are
 _RECENT = 6  # saved tensors of one size that a new one is compared with
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
