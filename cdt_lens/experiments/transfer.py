@@ -176,23 +176,32 @@ class Transfer:
 
     def _cells(self, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the cells by target and seed, the unfinished ones while there is time."""
-        transfer, found, left = self.config.transfer, {}, 0
+        transfer, left = self.config.transfer, 0
+        found: dict[tuple[str, int, str], Any] = {}
         if is_main():
             finished = len(list((self.folder / "cells").glob("*/*.json")))
             fix_rules(self.config, self.folder / "auto-rules.json", finished)
         searched = self.cells.search(self.over)
         # Seed by seed, so that the first sitting already compares the scopes.
-        for seed, target, name in product(transfer.seeds, self.config.task.targets, transfer.runs):
-            place = target, seed, name
-            new = not self.cells.finished(target, name, seed)
-            if new and (not searched or self.over()):
+        order = product(transfer.seeds, self.config.task.targets, transfer.runs)
+        places = [(target, seed, name) for seed, target, name in order]
+        # All finished cells first: a sitting that is cut off must not leave a shorter table.
+        begin = [place for place in places if not self.cells.finished(place[0], place[2], place[1])]
+        for place in [place for place in places if place not in begin] + begin:
+            target, seed, name = place
+            if place in begin and (not searched or self.over()):
                 left += 1
                 continue
             found[place] = self.cells.cell(target, name, seed)
-            if new and is_main():
-                _write_tables(self.folder, self._result(before, list(found.values())))
+            if place in begin and is_main():
+                _write_tables(self.folder, self._result(before, self._ordered(found)))
         if left:
             self.say(f"the time is over: {left} cells are left; the same command goes on with them")
+        return self._ordered(found)
+
+    def _ordered(self, found: dict[tuple[str, int, str], Any]) -> list[dict[str, Any]]:
+        """Return cells by target and seed."""
+        transfer = self.config.transfer
         places = product(self.config.task.targets, transfer.seeds, transfer.runs)
         return [found[place] for place in places if place in found]
 
