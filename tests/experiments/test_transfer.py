@@ -739,6 +739,25 @@ def test_a_run_stops_at_the_end_of_a_cell_and_goes_on(place: Path):
     assert stages(config, out, quiet).cells["scope"].tolist() == ["decision", "norms"]
 
 
+def test_the_table_holds_every_finished_cell_when_a_later_scope_is_cut_off(place: Path):
+    out = place / "scope added"
+
+    def with_scopes(*scopes: str) -> TransferConfig:
+        transfer = {"scopes": scopes, "epochs": 1, "seeds": [0, 1]}
+        return settings(place, task={"targets": ["near"]}, transfer=transfer)
+
+    def cut(line: str) -> None:
+        if line == "near, decision, seed 1":
+            raise KeyboardInterrupt
+
+    stages(with_scopes("norms"), out, quiet)
+    with pytest.raises(KeyboardInterrupt):
+        stages(with_scopes("decision", "norms"), out, cut)
+    table = TransferResult.load(out / "result.json").cells
+    kept = table[["scope", "seed"]].to_numpy().tolist()
+    assert kept == [["decision", 0], ["norms", 0], ["norms", 1]]
+
+
 def test_the_protocol_of_the_paper(place: Path):
     values = settings(place).to_dict()
     values = {name: values[name] for name in ("model", "task")} | {"protocol": "paper"}
