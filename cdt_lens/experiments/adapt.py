@@ -348,19 +348,20 @@ class _Adapting:
         begun: set[tuple[str, float]] = set()
         left: list[str] = []
 
-        def tried(name: str, factor: float) -> None:
+        def tried(name: str, factor: float) -> Trial | None:
             if (name, factor) in begun:
-                return
+                return None
             begun.add((name, factor))
             if trials and any_process(time.monotonic() >= end):
                 left.append(name if factor == 1 else f"{name} at {factor:g} times its rate")
-                return
+                return None
             trials.append(self._trial(cells, name, factor))
             drop_checkpoints([trial for trial, _ in trials], max(trials, key=_place)[0])
+            return trials[-1][0]
 
         for name in _ORDER:
-            tried(name, 1.0)
-            if trials[-1][1]["run"] == name and self._forgets(trials[-1][0]):
+            trial = tried(name, 1.0)
+            if trial is not None and self._forgets(trial):
                 tried(name, _LOWER)
         ranked = sorted(trials, key=_place, reverse=True)
         for name in list(dict.fromkeys(row["run"] for _, row in ranked))[:_BEST]:
