@@ -62,8 +62,11 @@ def crossed_interval(values: Float[Tensor, "seed example"], level: float = 0.95)
 
     The values are one mean, an effect of each seed, an effect of each example, and what is left.
     The variance of the mean is estimated by the spread of the examples' means and that of the
-    seeds' means, added. What is left is in both, so the interval is a little too wide rather than
-    too narrow (with three seeds and 400 examples 95 to 98 % are covered).
+    seeds' means, added, with the degrees of freedom of Welch and Satterthwaite. What is left is in
+    both. The interval is never narrower than Student's of the seeds' means alone: with few seeds
+    that differ much, a spread that is small by chance would make it too narrow (with two seeds
+    0.87 would be covered). So it is a little too wide where seeds differ little: with two to five
+    seeds and 100 or 400 examples 0.94 to 0.99 of simulated true means are covered.
 
     Args:
         values: One value for each seed and example, such as a difference of two runs.
@@ -79,15 +82,16 @@ def crossed_interval(values: Float[Tensor, "seed example"], level: float = 0.95)
     if examples < 2:
         return torch.full_like(middle, torch.nan), torch.full_like(middle, torch.nan)
     by_example, by_seed = values.mean(0), values.mean(1)
-    parts = [by_example.var() / examples]
-    freedom = [examples - 1]
-    if seeds > 1:
-        parts.append(by_seed.var() / seeds)
-        freedom.append(seeds - 1)
-    variance = torch.stack(parts).sum()
-    below = sum(part**2 / n for part, n in zip(parts, freedom, strict=True))
-    degrees = torch.as_tensor(variance**2 / below if below > 0 else torch.inf)
-    return t_interval(middle, variance.sqrt(), degrees, level)
+    over_examples = by_example.var() / examples
+    if seeds == 1:
+        return t_interval(middle, over_examples.sqrt(), torch.tensor(examples - 1), level)
+    over_seeds = by_seed.var() / seeds
+    variance = over_examples + over_seeds
+    below = over_examples**2 / (examples - 1) + over_seeds**2 / (seeds - 1)
+    freedom = variance**2 / below if below > 0 else torch.tensor(torch.inf)
+    both = t_interval(middle, variance.sqrt(), freedom, level)
+    alone = t_interval(middle, over_seeds.sqrt(), torch.tensor(seeds - 1), level)
+    return torch.minimum(both[0], alone[0]), torch.maximum(both[1], alone[1])
 
 
 def t_interval(

@@ -132,8 +132,11 @@ def test_a_share_is_wilsons():
 
 @pytest.mark.parametrize(
     ("seeds", "examples", "spread"),
-    [(1, 400, 0.0), (2, 400, 0.02), (3, 400, 0.0), (3, 400, 0.05), (5, 100, 0.03)],
-)
+    [
+        (1, 400, 0.0), (2, 400, 0.02), (3, 400, 0.0), (3, 400, 0.05), (5, 100, 0.03),
+        (2, 400, 0.1), (2, 100, 0.3), (3, 400, 0.1), (5, 400, 0.3),
+    ],
+)  # fmt: skip
 def test_a_mean_over_seeds_and_examples_is_covered(seeds: int, examples: int, spread: float):
     """Effects of examples (0.4), seeds (`spread`) and rest (0.4), as differences of answers have."""
     generator = torch.Generator().manual_seed(0)
