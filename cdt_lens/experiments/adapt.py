@@ -28,7 +28,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from cdt_lens.core.artifacts import atomic_write
+from cdt_lens.core.artifacts import atomic_write, remove_artifact
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import CdtLensWarning, InputError
 from cdt_lens.core.folders import check_run_folder
@@ -125,12 +125,23 @@ def run_adapt(
 def _finished(
     settings: AdaptSettings, folder: Path, tables: Mapping[str, Mapping[str, Table]]
 ) -> AdaptResult | None:
-    """Return the result of an earlier call with the same settings and rows, or None."""
+    """Return the result of an earlier call with the same settings and rows, or None.
+
+    Raises:
+        InputError: The folder holds the result for other rows.
+    """
     kept = kept_at(folder / "adapt.json", AdaptResult.load)
-    if kept is None or kept.settings != as_json(asdict(settings)):
+    if kept is None:
         return None
     files = _row_files(tables, folder)
-    same = all(_holds(path, text) for path, text in files.items())
+    other = [path for path, text in files.items() if path.exists() and not _holds(path, text)]
+    if other:
+        names = ", ".join(f"{path.parent.name} {path.stem}" for path in other)
+        raise InputError(
+            f"{folder}: holds a model adapted with other rows ({names}); name another folder, or "
+            "remove it"
+        )
+    same = kept.settings == as_json(asdict(settings)) and all(map(Path.exists, files))
     return kept if same and (folder / kept.exported).exists() else None
 
 
@@ -288,6 +299,8 @@ class _Adapting:
             self._config(), self.folder, self.say, self.progress, log_with=self.log_with
         )
         end = time.monotonic() + 60 * self.settings.minutes
+        if (self.folder / "transfer.json").exists():
+            experiment.settle()  # A call that is refused must not write its rows.
         if is_main():
             _write_rows(self.tables, self.folder)
         wait_for_all()
@@ -299,14 +312,20 @@ class _Adapting:
         row = best[1]
         self.say(f"chosen: {row['run']}, learning rate {row['learning_rate']:g}")
         before = self._judge(experiment)
-        return self._finish(experiment, trials, best, self._train(experiment, best[0]), before)
+        result = self._train(experiment, best[0])
+        # The values that are exported: those of a LoRA are merged, and rounded in half precision.
+        with result.adapter.applied(experiment.model):
+            after = self._judge(experiment)
+        return self._finish(experiment, trials, best, result, before, after)
 
     @property
     def _minutes_of_circuit(self) -> float:
         """A third of the minutes of the first call, so that a later one with more keeps it."""
         path = self.folder / "transfer.json"
         if path.exists():
-            return float(kept_settings(path, RUN_FORMAT)["discovery"]["minutes"])
+            kept = kept_settings(path, RUN_FORMAT)["discovery"]["minutes"]
+            if kept is not None:  # None is that of a transfer, which is refused later.
+                return float(kept)
         return max(self.settings.minutes / 3, 0.1)
 
     def _config(self) -> TransferConfig:
@@ -342,7 +361,8 @@ class _Adapting:
         """Train every run once, and the best at other rates; return the trials with their rows.
 
         A run that forgets too much is trained at a lower rate at once, since that is likely to
-        help. The first training is made in any case. No other begins when the time is over.
+        help. The first training is made in any case. No other begins when the time is over, but one
+        that an earlier call made still counts.
         """
         trials: list[tuple[Trial, dict[str, Any]]] = []
         begun: set[tuple[str, float]] = set()
@@ -352,7 +372,8 @@ class _Adapting:
             if (name, factor) in begun:
                 return None
             begun.add((name, factor))
-            if trials and any_process(time.monotonic() >= end):
+            made = cells.trial(name, factor).history(self.say) is not None
+            if trials and not made and any_process(time.monotonic() >= end):
                 left.append(name if factor == 1 else f"{name} at {factor:g} times its rate")
                 return None
             trials.append(self._trial(cells, name, factor))
@@ -401,15 +422,14 @@ class _Adapting:
         return trial, found
 
     def _train(self, experiment: Transfer, trial: Trial) -> FineTuneResult:
-        """Judge the chosen trial on the test rows. It is trained again if it left no checkpoint."""
+        """Return the chosen trial's result. It is trained again if it left no checkpoint."""
         cells = experiment.cells
         training = training_of(trial.scope, trial.heads, trial.options)
         training["source"] = experiment.source
         drop_stale_checkpoint(trial.checkpoint, cells.model, trial.task, self.say, **training)
         return finetune(
             cells.model, trial.task, **training, checkpoint=trial.checkpoint, keep_checkpoint=True,
-            judge=lambda: self._judge(experiment), progress=self.progress,
-            **cells.logged(trial.checkpoint),
+            progress=self.progress, **cells.logged(trial.checkpoint),
         )  # fmt: skip
 
     def _judge(self, experiment: Transfer) -> dict[str, Evaluation]:
@@ -419,27 +439,30 @@ class _Adapting:
     def _finish(
         self, experiment: Transfer, trials: Sequence[tuple[Trial, dict[str, Any]]],
         best: tuple[Trial, dict[str, Any]], result: FineTuneResult,
-        before: Mapping[str, Evaluation],
+        before: Mapping[str, Evaluation], after: Mapping[str, Evaluation],
     ) -> AdaptResult:  # fmt: skip
         """Save the adapter, export the model, and write the result and its page."""
         exported = "" if result.nothing_learnt else "model"
         tasks = experiment.tasks
         if is_main():
             adapter = replace(
-                result.adapter, scope=best[0].scope, scores=_scores(tasks, before, result.judged)
+                result.adapter, scope=best[0].scope, scores=_scores(tasks, before, after)
             )
+            # A kill from here on must not leave another model under an old result.
+            remove_artifact(self.folder / "adapt.json")
             adapter.save(self.folder / "adapter")
             shutil.rmtree(self.folder / "model", ignore_errors=True)
             if exported:
-                export(adapter, experiment.proxy, self.folder / exported)
+                # The accuracies are those of these values, so they are not rounded to the base's.
+                export(adapter, experiment.proxy, self.folder / exported, dtype=adapter.dtype)
         found = AdaptResult(
             model=self.settings.model, chosen=best[1]["run"], scope=best[0].scope,
             heads=len(best[0].heads), learning_rate=best[0].options.learning_rate or 0.0,
             trained_parameters=result.trained_parameters,
             total_parameters=result.total_parameters, keep=self.settings.keep,
-            languages=_languages(before, result.judged),
+            languages=_languages(before, after),
             trials=pd.DataFrame([row for _, row in trials], columns=list(TRIAL_COLUMNS)),
-            changes=_changes(tasks, before, result.judged),
+            changes=_changes(tasks, before, after),
             nothing_learnt=result.nothing_learnt, exported=exported,
             settings=as_json(asdict(self.settings)),
             provenance=provenance_of(

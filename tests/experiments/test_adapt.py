@@ -6,6 +6,7 @@ import csv
 import inspect
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
@@ -16,15 +17,20 @@ import pytest
 import torch
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from cdt_lens.core.artifacts import save_artifact
 from cdt_lens.core.errors import CdtLensWarning, InputError
 from cdt_lens.experiments import adapt as adapting, transfer_cells as cells
 from cdt_lens.experiments.adapt import run_adapt
 from cdt_lens.experiments.adapt_settings import AdaptSettings
+from cdt_lens.experiments.runs import kept_settings
+from cdt_lens.experiments.transfer import RUN_FORMAT
 from cdt_lens.finetuning.adapt_result import AdaptResult
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.finetuning.trainer import Trainer
+from cdt_lens.models.loading import load_model
+from cdt_lens.tasks.task import Task
 
 EPOCHS: list[str] = []  # of every training of the fixture `adapted`
 
@@ -222,6 +228,97 @@ def test_the_time_ends_the_search_and_more_of_it_goes_on(place: Path, tmp_path: 
     assert more.trials["run"].tolist() == ["norms", "heads", *more.trials["run"][2:]]
     assert len(more.trials) == 4 and more.trials["seconds"][0] == first.trials["seconds"][0]
     assert f"{tmp_path / 'proxy'}: using the kept result" in said
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CdtLensWarning)
+        less = run_adapt(settings(place, minutes=1e-4), tmp_path, quiet, progress=False)
+    assert less.trials.equals(more.trials) and less.chosen == more.chosen
+
+
+def test_a_refused_call_and_a_killed_one_leave_nothing_wrong(
+    adapted: tuple[AdaptResult, Path], place: Path, tmp_path: Path, monkeypatch
+):
+    out = tmp_path / "run"
+    shutil.copytree(adapted[1], out)
+    monkeypatch.setattr(adapting, "_FACTORS", ())
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    more = changed_rows(
+        tmp_path / "more.csv", [*rows_of(place / "target.csv"), *rows_of(place / "source.csv")]
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CdtLensWarning)
+        for changes in ({"seed": 1}, {"target": {"train": more}}):
+            with pytest.raises(InputError, match="adapted with other rows .* name another folder"):
+                run_adapt(settings(place, **changes), out, quiet, progress=False)
+        (out / "adapt.json").unlink()
+        with pytest.raises(InputError, match="other settings"):
+            run_adapt(settings(place, seed=1), out, quiet, progress=False)
+        changed = {
+            path for path, held in files.items() if path.exists() and path.read_bytes() != held
+        }
+        assert not changed
+        (out / "adapt.json").write_bytes(files[out / "adapt.json"])
+
+        def killed(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(adapting, "export", killed)
+            run_adapt(settings(place, keep=0.4), out, quiet, progress=False)
+    assert not (out / "adapt.json").exists()
+
+
+def test_the_folder_of_a_transfer_is_refused(
+    adapted: tuple[AdaptResult, Path], place: Path, tmp_path: Path
+):
+    kept = kept_settings(adapted[1] / "transfer.json", RUN_FORMAT)
+    kept["discovery"] |= {"minutes": None, "examples": 8}
+    save_artifact(tmp_path / "transfer.json", {"settings": kept}, format=RUN_FORMAT, version=1)
+    with warnings.catch_warnings(), pytest.raises(InputError, match="other settings .discovery."):
+        warnings.simplefilter("ignore", CdtLensWarning)
+        run_adapt(settings(place), tmp_path, quiet, progress=False)
+
+
+@pytest.mark.parametrize(("scope", "dtype"), [("lora", "bfloat16"), ("norms", "float32")])
+def test_what_is_judged_is_what_is_exported(
+    scope: str,
+    dtype: str,
+    adapted: tuple[AdaptResult, Path],
+    place: Path,
+    tmp_path: Path,
+    monkeypatch,
+):
+    """The proxy that is given is in bfloat16. A merged LoRA is rounded; float32 weights are not.
+
+    An export in the base's type is only refused where it loses much; here nothing counts as much.
+    """
+    monkeypatch.setattr("cdt_lens.finetuning.export.is_lost", lambda *_: False)
+    proxy = AutoModelForCausalLM.from_pretrained(adapted[1] / "proxy").to(torch.bfloat16)
+    proxy.save_pretrained(tmp_path / "proxy")
+    AutoTokenizer.from_pretrained(adapted[1] / "proxy").save_pretrained(tmp_path / "proxy")
+    write_csv(tmp_path / "target.csv", 240, 1)
+    monkeypatch.setattr(adapting, "_FACTORS", (10.0, 30.0))
+    monkeypatch.setattr(adapting, "_ORDER", (scope,))
+    judged: list[tuple[Task, float]] = []
+    true = adapting.evaluate
+
+    def recorded(model: Any, examples: Any, task: Task) -> Any:
+        found = true(model, examples, task)
+        judged.append((task, found.loss))
+        return found
+
+    monkeypatch.setattr(adapting, "evaluate", recorded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CdtLensWarning)
+        given = settings(
+            place, model=str(tmp_path / "proxy"), ready=True, dtype=dtype, keep=0.05, epochs=3,
+            target={"train": str(tmp_path / "target.csv")},
+        )  # fmt: skip
+        result = run_adapt(given, tmp_path / "run", quiet, progress=False)
+    assert result.exported
+    exported = load_model(tmp_path / "run" / "model", backend="bridge", dtype=getattr(torch, dtype))
+    assert AutoConfig.from_pretrained(tmp_path / "run" / "model").dtype == getattr(torch, dtype)
+    for task, loss in judged[-2:]:
+        assert true(exported, task.test, task).loss == loss
 
 
 def test_a_run_that_forgets_too_much_is_tried_at_a_lower_rate_at_once(
