@@ -46,12 +46,12 @@ from cdt_lens.experiments.discovery import discover, judged_on, load_baseline, m
 from cdt_lens.experiments.inputs import check_inputs, make_task, with_train
 from cdt_lens.experiments.runs import Run, discovered_on, keep_settings, kept_settings
 from cdt_lens.experiments.scope_choices import choices, fix_rules
-from cdt_lens.experiments.transfer_cells import Cells
+from cdt_lens.experiments.transfer_cells import CHECKPOINT, Cells
 from cdt_lens.experiments.transfer_config import TransferConfig
 from cdt_lens.finetuning.checkpoints import remove_checkpoint
 from cdt_lens.finetuning.export import export
 from cdt_lens.finetuning.finetune import drop_stale_checkpoint, finetune
-from cdt_lens.finetuning.options import DEFAULT_RATES, TrainingOptions
+from cdt_lens.finetuning.options import DEFAULT_RATES, FREE_OPTIONS, TrainingOptions
 from cdt_lens.finetuning.tracking import check_trackers, tracked
 from cdt_lens.finetuning.transfer_result import (
     AUTO_COLUMNS,
@@ -179,20 +179,27 @@ class Transfer:
         transfer, left = self.config.transfer, 0
         found: dict[tuple[str, int, str], Any] = {}
         if is_main():
-            finished = len(list((self.folder / "cells").glob("*/*.json")))
+            files = (self.folder / "cells").glob("*/*.json")
+            finished = sum(not file.name.endswith(CHECKPOINT) for file in files)
             fix_rules(self.config, self.folder / "auto-rules.json", finished)
-        searched = self.cells.search(self.over)
+        ready = self.cells.search(self.over)
         # Seed by seed, so that the first sitting already compares the scopes.
         order = product(transfer.seeds, self.config.task.targets, transfer.runs)
         places = [(target, seed, name) for seed, target, name in order]
         # All finished cells first: a sitting that is cut off must not leave a shorter table.
-        begin = [place for place in places if not self.cells.finished(place[0], place[2], place[1])]
+        begin = [
+            (target, seed, name) for target, seed, name in places
+            if name not in ready or not self.cells.finished(target, name, seed)
+        ]  # fmt: skip
         for place in [place for place in places if place not in begin] + begin:
             target, seed, name = place
-            if place in begin and (not searched or self.over()):
+            if place in begin and (name not in ready or self.over()):
                 left += 1
                 continue
-            found[place] = self.cells.cell(target, name, seed)
+            cell = self.cells.cell(target, name, seed)
+            if cell is None:
+                continue
+            found[place] = cell
             if place in begin and is_main():
                 _write_tables(self.folder, self._result(before, self._ordered(found)))
         if left:
@@ -286,7 +293,7 @@ class Transfer:
         task = with_train(source, proxy.examples, proxy.training.seed)
         made_from = {
             "train": task.train.hash, "valid": task.valid.hash, "model": base,
-            "options": asdict(proxy.training), "search": proxy.search,
+            "options": proxy.training.as_key(), "search": proxy.search,
         }  # fmt: skip
         kept = self._kept_proxy(made_from)
         if kept.reuse(self.say) is not None:
@@ -366,7 +373,7 @@ class Transfer:
         options = replace(self.config.proxy.training, learning_rate=rate, epochs=1)
         task = with_train(task, _TRIED_EXAMPLES, options.seed)
         made_from = {
-            "model": model_key(view_of(model)), "task": task.hash, "options": asdict(options),
+            "model": model_key(view_of(model)), "task": task.hash, "options": options.as_key(),
         }  # fmt: skip
         path = self.folder / "search" / f"proxy-{rate:g}.json"
         kept = Kept(path, _TRIED_PROXY, made_from, holds=_TriedProxy)
@@ -557,5 +564,7 @@ def _set(settings: Any) -> Any:
     if isinstance(found.get("training"), dict):
         plain = as_json(asdict(TrainingOptions()))
         training = found["training"].items()
-        found["training"] = {n: value for n, value in training if value != plain.get(n)}
+        found["training"] = {
+            n: value for n, value in training if value != plain.get(n) and n not in FREE_OPTIONS
+        }
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.measures import heads_at
 from cdt_lens.core.artifacts import remove_artifact
-from cdt_lens.core.choices import HEAD_SCOPES
+from cdt_lens.core.choices import HEAD_SCOPES, KeyValue
 from cdt_lens.core.errors import NonFiniteError
 from cdt_lens.core.kept import Cell, Kept, file_name
 from cdt_lens.core.processes import is_main
@@ -52,7 +52,7 @@ Say = Callable[[str], None]
 _CELL, _BEFORE, _TRIED = (
     "cdt_lens.transfer_cell", "cdt_lens.transfer_before", "cdt_lens.transfer_tried",
 )  # fmt: skip
-_CHECKPOINT = ".checkpoint.json"
+CHECKPOINT = ".checkpoint.json"
 
 
 class _Finished(TypedDict):
@@ -97,7 +97,7 @@ class Trial:
     @property
     def checkpoint(self) -> Path:
         """The checkpoint of the training, which a cell of the same training finishes from."""
-        return self.kept.path.with_name(f"{self.kept.path.stem}{_CHECKPOINT}")
+        return self.kept.path.with_name(f"{self.kept.path.stem}{CHECKPOINT}")
 
     def history(self, say: Say) -> list[dict[str, Any]] | None:
         finished = self.kept.reuse(say)
@@ -202,11 +202,12 @@ class Cells:
         """Return whether the cell is kept and need not be trained."""
         return self._plan(target, name, seed).kept.reuse(lambda _: None) is not None
 
-    def cell(self, target: str, name: str, seed: int) -> dict[str, Any]:
+    def cell(self, target: str, name: str, seed: int) -> dict[str, Any] | None:
         """Train one target, scope or variant, and seed, then evaluate on the test splits.
 
         Returns:
-            The row of the table, the history, and the tensors of `per_example` by measure.
+            The row of the table, the history, and the tensors of `per_example` by measure; None if
+            the memory is too small. Then nothing is kept, because the next sitting may have more.
         """
         plan = self._plan(target, name, seed)
         finished = plan.kept.reuse_with_tensors(self.say)
@@ -224,6 +225,15 @@ class Cells:
             nothing = dict.fromkeys(CELL_COLUMNS, float("nan"))
             row = nothing | common | {"stopped": f"diverged: {error}"}
             cell: dict[str, Any] = {"row": row, "history": [], "per_example": {}}
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self.say(
+                f"  left out, because the memory is too small for it; micro_batch = "
+                f"{max(1, (plan.options.micro_batch or plan.options.batch_size) // 2)} in "
+                "[transfer] needs less"
+            )
+            return None
         else:
             cell = {
                 "row": common | self._judged(result, target),
@@ -247,7 +257,7 @@ class Cells:
         options = replace(options, learning_rate=rate)
         made_from = {
             "model": self._hash, "task": task.hash, "source": self._source.hash,
-            "heads": [str(head) for head in heads], "options": asdict(options),
+            "heads": [str(head) for head in heads], "options": options.as_key(),
             "scope": variant.scope, "text": self.config.transfer.text_examples,
             "related": self._related_key,
         }  # fmt: skip
@@ -257,7 +267,7 @@ class Cells:
             place.with_name(f"{place.name}.json"), _CELL, made_from, holds=_Finished,
             beside=adapter,
         )  # fmt: skip
-        checkpoint = place.with_name(f"{place.name}{_CHECKPOINT}")
+        checkpoint = place.with_name(f"{place.name}{CHECKPOINT}")
         if self._is_searched(target, seed):
             checkpoint = self.trial(name, self._factors.get(name, 1.0)).checkpoint
         return _Plan(
@@ -278,7 +288,7 @@ class Cells:
 
     def logged(self, checkpoint: Path) -> dict[str, Any]:
         """Return the arguments of `finetune` for the log and the trackers of a training."""
-        name = checkpoint.name.removesuffix(_CHECKPOINT)
+        name = checkpoint.name.removesuffix(CHECKPOINT)
         part = checkpoint.relative_to(self.folder).with_name(name)
         log = checkpoint.with_name(f"{name}.log.jsonl")
         return {"log": log, **tracked(self.log_with, self.folder, str(part))}
@@ -293,7 +303,8 @@ class Cells:
         k = self._size(variant)
         if k is not None or variant.heads != "circuit":
             k = len(circuit) if k is None else k
-            signal = None if variant.heads == "circuit" else self._signal(target, task)
+            kv = self.config.transfer.training.changed(**variant.training).kv
+            signal = None if variant.heads == "circuit" else self._signal(target, task, kv)
             by = self.config.discovery.by
             circuit = choose_heads(self.scores, k, by, variant.heads, signal)
         draw = seed if variant.draw is None else variant.draw
@@ -306,12 +317,12 @@ class Cells:
         everyone = self.scores.n_layers * self.scores.n_heads
         return max(1, heads_at(variant.fraction, everyone))
 
-    def _signal(self, target: str, task: Task) -> Tensor:
+    def _signal(self, target: str, task: Task, kv: KeyValue) -> Tensor:
         """Return the gradient of the target's training loss by head, computed once per data."""
-        key = f"{target}/{task.train.hash}"
+        key = f"{target}/{task.train.hash}/{kv}"
         if key not in self._signals:
             self.say(f"gradients by head on {task.train.name}")
-            self._signals[key] = training_signal(self.model, task.train)
+            self._signals[key] = training_signal(self.model, task.train, kv=kv)
         return self._signals[key]
 
     @cached_property
@@ -349,31 +360,37 @@ class Cells:
         first = self.config.task.targets[0], self.config.transfer.seeds[0]
         return bool(self.config.transfer.search) and (target, seed) == first
 
-    def search(self, over: Callable[[], bool]) -> bool:
+    def search(self, over: Callable[[], bool]) -> set[str]:
         """Choose the learning rate of every run on validation data; test data are not read.
 
         Every run is given the same trials: one training for each factor, on the first target with
         the first seed. The cell there is the best trial, so it is not trained again.
 
         Args:
-            over: Says whether the time is over; asked before each trial.
+            over: Says whether the time is over; asked before each trial until it is.
 
         Returns:
-            Whether the search is finished.
+            The runs whose learning rate is chosen: all of them unless the time was over.
         """
-        for name in self.config.transfer.runs if self.config.transfer.search else ():
+        runs, ended = self.config.transfer.runs, False
+        if not self.config.transfer.search:
+            return set(runs)
+        for name in runs:
             found: list[tuple[tuple[float, ...], float, Trial]] = []
-            for factor in self.config.transfer.search or ():
+            for factor in self.config.transfer.search:
                 trial = self.trial(name, factor)
-                if trial.history(self.say) is None and over():
-                    return False
+                if trial.history(self.say) is None:
+                    ended = ended or over()
+                    if ended:
+                        break
                 best = self.tried(trial)
                 rank = rank_of(best[-1], best[0], trial.options) if best else (-math.inf,)
                 found.append((rank, factor, trial))
                 drop_checkpoints([entry[2] for entry in found], max(found, key=_rank)[2])
-            self._factors[name] = max(found, key=_rank)[1]
-            self.say(f"search: {name}: {self._factors[name]:g} times its learning rate is best")
-        return True
+            else:
+                self._factors[name] = max(found, key=_rank)[1]
+                self.say(f"search: {name}: {self._factors[name]:g} times its learning rate is best")
+        return set(self._factors)
 
     @cached_property
     def _factors(self) -> dict[str, float]:
@@ -389,7 +406,7 @@ class Cells:
         options = replace(options, learning_rate=(options.learning_rate or 0.0) * factor)
         made_from = {
             "model": self._hash, "task": task.hash, "source": self._source.hash,
-            "heads": [str(head) for head in heads], "options": asdict(options),
+            "heads": [str(head) for head in heads], "options": options.as_key(),
             "scope": variant.scope,
         }  # fmt: skip
         path = self.folder / "search" / f"{file_name(name)}-{factor:g}.json"

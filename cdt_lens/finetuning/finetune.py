@@ -300,7 +300,7 @@ def _made_from(
 ) -> dict[str, Any]:  # fmt: skip
     """Return everything that changes a number of a training run: the key of its checkpoint."""
     return {
-        "scope": scope, "heads": [str(head) for head in chosen], "options": asdict(options),
+        "scope": scope, "heads": [str(head) for head in chosen], "options": options.as_key(),
         "model": model_key(view), "task": task.hash,
         "source": None if source is None else source.hash,
     }  # fmt: skip

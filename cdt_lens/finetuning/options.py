@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args
 
@@ -32,6 +32,12 @@ DEFAULT_RATES: Mapping[str, float] = MappingProxyType(
 
 # Those of transformers' schedules that need no more than warm-up and the number of steps.
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+
+
+# Options that say how a number is computed, and change no more of it than its last bits.
+FREE_OPTIONS = (
+    "micro_batch", "gradient_checkpointing", "eval_batch_size", "keep_frozen", "checkpoint_every",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,3 +138,8 @@ class TrainingOptions(Checked):
                     f"the options are {', '.join(sorted(known))}"
                 )
         return replace(self, **changes)
+
+    def as_key(self) -> dict[str, Any]:
+        """Return the options by name for the key of a kept result: `FREE_OPTIONS` at defaults."""
+        plain = TrainingOptions()
+        return asdict(replace(self, **{name: getattr(plain, name) for name in FREE_OPTIONS}))

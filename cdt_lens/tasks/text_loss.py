@@ -45,7 +45,7 @@ def text_loss(model: nn.Module | ModelView, examples: Examples, *, batch_size: C
         losses = _token_losses(view, batch.tokens[firsts])
         for row, length in zip(losses, batch.prompt_lengths[firsts].tolist(), strict=True):
             # Row i holds the loss of token i + 1.
-            own = row[max(first, 1) - 1 : length - last - 1].double()
+            own = row[max(first, 1) - 1 : max(length - last - 1, 0)].double()
             total, count = total + float(own.sum()), count + own.numel()
     return total / count if count else math.nan
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import cdt_lens
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.faithfulness import FaithfulnessCurve
+from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.cli import finetune as commands
 from cdt_lens.core.artifacts import load_artifact, save_artifact
 from cdt_lens.core.errors import ArtifactError, InputError, NonFiniteError
@@ -32,6 +33,7 @@ from cdt_lens.experiments.transfer import run_transfer
 from cdt_lens.experiments.transfer_config import TransferConfig, config_of
 from cdt_lens.finetuning import trainer as training
 from cdt_lens.finetuning.adapter import Adapter
+from cdt_lens.finetuning.training_signal import choose_heads, training_signal
 from cdt_lens.finetuning.transfer_result import TransferResult
 from cdt_lens.models.loading import load_model
 from cdt_lens.tasks.datasets import task_from_files
@@ -197,6 +199,10 @@ def test_nothing_is_done_twice(finished: tuple[TransferResult, Path], place: Pat
     for module, name in ((cells, "finetune"), (cells, "evaluate"), (transfer, "finetune")):
         monkeypatch.setattr(module, name, refuse)
     again = stages(settings(place), out, quiet)
+    assert again.cells.equals(result.cells)
+    # What a person changes after an interruption, or where memory is short, changes no number.
+    free = {"micro_batch": 4, "eval_batch_size": 8, "checkpoint_every": 2}
+    again = stages(settings(place, proxy=free, transfer=free), out, quiet)
     assert again.cells.equals(result.cells)
 
 
@@ -756,6 +762,68 @@ def test_the_table_holds_every_finished_cell_when_a_later_scope_is_cut_off(place
     table = TransferResult.load(out / "result.json").cells
     kept = table[["scope", "seed"]].to_numpy().tolist()
     assert kept == [["decision", 0], ["norms", 0], ["norms", 1]]
+
+
+def test_a_search_that_is_cut_off_hides_no_finished_cell(place: Path):
+    out = place / "search added to"
+
+    def config(*scopes: str, **changes: object) -> TransferConfig:
+        values = {"scopes": scopes, "epochs": 1, "search": [0.5]} | changes
+        return settings(place, task={"targets": ["near"]}, transfer=values)
+
+    first = stages(config("norms"), out, quiet)
+    assert first.cells["learning_rate"].tolist() == [0.5 * 1e-2]
+    (out / "cells" / "near" / "other.checkpoint.json").write_text("{}", "utf-8")
+    said: list[str] = []
+
+    def sitting(config: TransferConfig) -> TransferResult:
+        return transfer.Transfer(config, out, said.append, False, lambda: True).run()
+
+    assert sitting(config("decision", "norms")).cells.equals(first.cells)
+    assert TransferResult.load(out / "result.json").cells.equals(first.cells)
+    assert "the time is over: 1 cells are left; the same command goes on with them" in said
+    rules = json.loads((out / "auto-rules.json").read_text("utf-8"))["rules"]
+    assert [rule["finished_cells"] for rule in rules] == [0, 1]
+    # With another search the rate is not known yet, so that no cell is that of the run.
+    assert sitting(config("norms", search=[1, 2])).cells.empty
+
+
+def test_a_cell_that_does_not_fit_into_memory_is_left_out_for_now(place: Path, monkeypatch):
+    """The allocator is that of the machine, so the test raises its error."""
+    true = cells.finetune
+
+    def small(*args: Any, **options: Any) -> Any:
+        if options["scope"] == "decision":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return true(*args, **options)
+
+    changes = {"scopes": ["decision", "norms"], "epochs": 1}
+    config = settings(place, task={"targets": ["near"]}, transfer=changes)
+    said: list[str] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(cells, "finetune", small)
+        first = stages(config, place / "small memory", said.append)
+    assert first.cells["scope"].tolist() == ["norms"]
+    assert [line for line in said if "the memory is too small for it; micro_batch = 8" in line]
+    again = stages(config, place / "small memory", quiet)
+    assert again.cells["scope"].tolist() == ["decision", "norms"]
+
+
+def test_heads_by_gradient_are_chosen_by_what_is_trained(
+    finished: tuple[TransferResult, Path], place: Path
+):
+    """Key and value slices that are left out of the training are left out of the choice."""
+    chosen = {}
+    for kv in ("shared", "skip"):
+        variant = {"scope": "decision", "heads": "gradient", "kv": kv, "k": 6}
+        changes = {"scopes": ["norms"], "variants": {"by-gradient": variant}}
+        run = transfer.Transfer(settings(place, transfer=changes), finished[1], quiet, False)
+        plan = run.cells._plan("near", "by-gradient", 0)
+        signal = training_signal(run.model, plan.task.train, kv=kv)
+        scores = HeadScores.load(finished[1] / "discovery" / "scores.json")
+        assert plan.heads == choose_heads(scores, 6, "signed", "gradient", signal).heads
+        chosen[kv] = plan.heads
+    assert chosen["shared"] != chosen["skip"]
 
 
 def test_the_protocol_of_the_paper(place: Path):

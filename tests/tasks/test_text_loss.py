@@ -50,3 +50,8 @@ def test_without_a_template_the_first_token_is_not_predicted(tokenizer_folder):
     losses.append(cross_entropy(other[0], torch.tensor(8)))
     found = text_loss(seen, prompts([[4, 5, 6], [7, 8]]))
     assert found == pytest.approx(float(sum(losses)) / 3, rel=1e-6)
+    # A prompt that ends all others has no text of its own.
+    longer = seen.logits(torch.tensor([[10, 11, 12, 4, 5]]))[0]
+    losses = [cross_entropy(longer[i], torch.tensor([11, 12][i])) for i in range(2)]
+    found = text_loss(seen, prompts([[4, 5], [10, 11, 12, 4, 5]]))
+    assert found == pytest.approx(float(sum(losses)) / 2, rel=1e-6)
