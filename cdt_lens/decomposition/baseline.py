@@ -42,7 +42,12 @@ from cdt_lens.core.processes import sum_over_processes
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.provenance import Provenance, provenance_of
 from cdt_lens.models.session import uses_model
-from cdt_lens.models.support import check_embedding, check_supported, has_embedding
+from cdt_lens.models.support import (
+    check_caller_hooks,
+    check_embedding,
+    check_supported,
+    has_embedding,
+)
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.tasks.task import Batch, Examples, check_examples
 
@@ -349,14 +354,16 @@ def mean_activations(
         The baseline. Its means are computed in float64 and stored in float32.
 
     Raises:
-        InputError: there are no examples, `positions` is unknown, or a mean is missing or not
-            finite.
+        InputError: there are no examples, `positions` is unknown, a mean is missing or not finite,
+            or a hook of the caller would be applied incompletely.
         UnsupportedModelError: a component of the model has no rule.
     """
     passes = Passes(batch_size, progress=progress)
     view = view_of(model)
     check_examples(view, examples)
     check_supported(view)
+    first = next(examples.batches(batch_size, apart=view.longrope_limit))
+    check_caller_hooks(view, first.tokens, first.lengths)
     sums, more_sums, counts = _streaming_sums(view, examples, positions, mlps, passes)
     if positions == "answer" and not bool(counts[:, 0].any()):
         raise InputError(

@@ -111,7 +111,8 @@ def check_caller_hooks(
 ) -> None:
     """Check that the caller's hooks act only where this package applies them too.
 
-    The check runs the batch with and without the hooks. It does nothing if there are no hooks.
+    The check runs two copies of the batch with the hooks, and with `edits` the batch without them.
+    It does nothing if there are no hooks.
 
     Args:
         view: the model.
@@ -122,13 +123,14 @@ def check_caller_hooks(
 
     Raises:
         InputError: a hook acts between the last residual stream and the logits, or differs from
-            call to call, or edits an activation although `edits` is given.
+            call to call or between the rows of a batch, or edits an activation although `edits` is
+            given.
     """
     names = caller_hooks(view.tl)
     if not names:
         return
     where = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    trace = view.run(tokens)
+    trace = view.run(tokens.repeat(2, 1))
     rows, last = torch.arange(len(tokens)), lengths.cpu() - 1
     ours = _whole_logits(view, trace.resid[-1][rows, last])
     own = at_least_float32(view.logits(tokens)[rows, last])
@@ -140,11 +142,19 @@ def check_caller_hooks(
             "here, so these hooks would be applied incompletely. Remove them, or hook inside a "
             "block."
         )
+    copies = [resid.chunk(2) for resid in trace.resid]
+    if any(differ(a, b, view.dtype) for pair in copies for a, b in zip(*pair, strict=True)):
+        raise InputError(
+            f"{view.name}: your hooks (on {where}) treat the rows of a batch differently. One "
+            "prompt takes several rows here, one for each head, and several prompts share a batch. "
+            "Edit all rows alike, as in z[:, -1] = 0 in place of z[0, -1] = 0."
+        )
     if edits is None:
         return
     with lifted(view.tl):
         plain = view.run(tokens)
-    if any(differ(a, b, torch.float32) for a, b in zip(trace.resid, plain.resid, strict=True)):
+    first = (pair[0] for pair in copies)
+    if any(differ(a, b, torch.float32) for a, b in zip(first, plain.resid, strict=True)):
         raise InputError(
             f"{view.name}: your hooks (on {where}) edit activations, and {edits} cannot follow "
             "these edits completely. Use rules='ablation' or exact_ablation, or remove the hooks."

@@ -8,7 +8,7 @@
 3. The two are combined without bias (`circuits.sampled`).
 
 The effect of adding a head to the empty model is so close to its gradient there that the first two
-prompts of a label and a quarter of the others are enough for it (docs/method/scores.md).
+prompts of a label and a fifth of the others are enough for it (docs/method/scores.md).
 
 If the scores shall decide a circuit, the sample comes in rounds that double. After each round the
 sweep goes on only with the heads whose place in or out of the circuit is open. The first round is
@@ -59,8 +59,9 @@ _SLOPES: Mapping[Rules, str] = {
     PRESETS["linear"]: "linear",
 }
 # Which sampled prompts of a label get the exact pass of a sparse part: the first ones, and of the
-# others one in so many.
-_FIRST, _EVERY = 2, 4
+# others one in so many. The number is odd: ranks are spread over the effects by their binary
+# digits, so that every fourth rank would lie in one quarter of the range.
+_FIRST, _EVERY = 2, 5
 # Each further round makes the intervals of all rounds wider (`HeadScores.interval`).
 _ROUNDS = 3
 
@@ -349,7 +350,7 @@ def in_sparse_part(rank: int) -> bool:
     Args:
         rank: Its place in the sample among the examples of its label, from 0 on.
     """
-    return rank < _FIRST or rank % _EVERY == 0
+    return rank < _FIRST or rank % _EVERY == _EVERY - 1
 
 
 def good_enough(scores: HeadScores) -> bool:

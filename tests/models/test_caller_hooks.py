@@ -10,7 +10,11 @@ import torch
 from accelerate.hooks import ModelHook
 from helpers.shared import shared
 from helpers.tiny_models import prompts
+from helpers.tiny_tasks import examples, many
+from helpers.wrapped import BACKENDS, wrap
 
+import cdt_lens as cdt
+from cdt_lens.core.errors import InputError
 from cdt_lens.models.caller_hooks import caller_hooks, lifted
 
 
@@ -66,3 +70,27 @@ def test_a_partial_belongs_to_whoever_wrote_its_function(view: Any, hook: Any, o
     finally:
         handle.remove()
     assert caller_hooks(view.tl) == ()
+
+
+def first_row(z: torch.Tensor, hook: Any) -> torch.Tensor:
+    z = z.clone()
+    z[0, :, 1] = 0
+    return z
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_edits_of_single_rows_are_refused(backend: str, tokenizer_folder: str):
+    """One prompt takes a row for each head: an edit of row 0 would be missing in all others."""
+    model, data = (
+        wrap("llama", backend, tokenizer_folder, torch.float32),
+        examples([7], ["positive"]),
+    )
+    baseline = cdt.mean_activations(model, many(6), progress=False)
+    model.add_hook("blocks.0.attn.hook_z", first_row)
+    for call in (
+        lambda: cdt.score_heads(model, data, baseline, rules="ablation", progress=False),
+        lambda: cdt.mean_activations(model, data, progress=False),
+        lambda: cdt.evaluate(model, data),
+    ):
+        with pytest.raises(InputError, match="treat the rows of a batch differently"):
+            call()
