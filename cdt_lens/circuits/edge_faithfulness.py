@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from cdt_lens.circuits.ablation import metric_values
 from cdt_lens.circuits.direct_edge_scores import DirectEdgeScores
 from cdt_lens.circuits.edge_pass import EdgePass, Ends, edges_of, places_of
-from cdt_lens.circuits.faithfulness import checked_fractions
+from cdt_lens.circuits.faithfulness import checked_fractions, f_interval
 from cdt_lens.circuits.graph import Edge, Graph, GraphNode, check_shape
 from cdt_lens.circuits.measures import (
     MIB_FRACTIONS,
@@ -49,7 +49,7 @@ from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of
 from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
-from cdt_lens.tasks.intervals import Interval, mean_interval, ratio_effects
+from cdt_lens.tasks.intervals import Interval, ratio_effects
 from cdt_lens.tasks.metrics import average, label_numbers, warn_at_chance
 from cdt_lens.tasks.task import Examples, Task, check_examples
 
@@ -110,7 +110,9 @@ class EdgeFaithfulness(EqualByContent):
         Returns:
             The lower and the upper limit without unit; NaN if a label has a single example.
         """
-        return mean_interval(self.effects, self.strata, level)
+        exact = [n == 0 for n in self.edges]
+        gap = self.full - self.empty
+        return f_interval(self.effects, self.strata, self.metric, gap, exact, level)
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return one row per graph: edges, f with the 95 % interval, the median of the draws."""

@@ -51,7 +51,7 @@ from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import Provenance, hashed_once, provenance_of
 from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
-from cdt_lens.tasks.intervals import Interval, mean_interval
+from cdt_lens.tasks.intervals import Interval, answers_interval, mean_interval
 from cdt_lens.tasks.metrics import warn_at_chance
 from cdt_lens.tasks.task import Examples, Task
 
@@ -174,7 +174,8 @@ class FaithfulnessCurve(Saved):
         if effects is None or self.strata is None:
             unknown = torch.full((len(self.sizes),), math.nan, dtype=torch.float64)
             return unknown, unknown
-        return mean_interval(effects, self.strata, level)
+        exact = [fraction in (0, 1) for fraction in self.fractions]
+        return f_interval(effects, self.strata, self.metric, self.full - self.empty, exact, level)
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return one row per size that keeps a head.
@@ -473,6 +474,13 @@ def circuit_faithfulness(
     own = measured.faithfulness[0]
     random = {name: values[:, 0] for name, values in measured.random.items()}
     origin = {"circuit": [str(head) for head in circuit.heads]}
+    exact = [len(circuit.heads) in (0, view.n_layers * view.n_heads)]
+
+    def limits(effects: Float[Tensor, "1 example"]) -> tuple[float, float]:
+        gap = measured.full - measured.empty
+        low, high = f_interval(effects, measured.strata, metric, gap, exact)
+        return float(low), float(high)
+
     return CircuitFaithfulness(
         heads=circuit.heads,
         faithfulness=own,
@@ -483,17 +491,10 @@ def circuit_faithfulness(
         empty=measured.empty,
         metric=metric,
         provenance=_provenance(view, examples, baseline, origin, metric, empty, draws, seed),
-        interval=_limits(measured.effects, measured.strata),
-        completeness_interval=_limits(measured.without_effects, measured.strata),
+        interval=limits(measured.effects),
+        completeness_interval=limits(measured.without_effects),
         empty_run=empty,
     )
-
-
-def _limits(
-    effects: Float[Tensor, "1 example"], strata: Int[Tensor, " example"]
-) -> tuple[float, float]:
-    low, high = mean_interval(effects, strata)
-    return float(low), float(high)
 
 
 @dataclass(frozen=True, eq=False)
@@ -584,6 +585,34 @@ def f_of(metric: float, full: float, empty: float) -> float:
         InputError: Ablating every head leaves the metric as it was.
     """
     return float(faithfulness(torch.tensor(metric, dtype=torch.float64), full, empty))
+
+
+def f_interval(
+    effects: Float[Tensor, "circuit example"],
+    strata: Int[Tensor, " example"],
+    metric: Metric,
+    gap: float,
+    exact: Sequence[bool],
+    level: float = 0.95,
+) -> Interval:
+    """Compute the confidence interval of f of circuits over the population of prompts.
+
+    Args:
+        effects: The first-order effect of each prompt on f.
+        strata: Number of each prompt's label, or zeros where the metric is no mean over labels.
+        metric: The metric. Where no answer of the sample differs, an accuracy still may elsewhere.
+        gap: m(full) - m(empty).
+        exact: Whether f of a circuit is 0 or 1 by its definition: that of no head, or of all.
+        level: Confidence level, above 0 and below 1.
+
+    Returns:
+        The lower and the upper limit of each circuit, without unit.
+    """
+    low, high = mean_interval(effects, strata, level)
+    if metric == "direction":
+        return low, high
+    known, (below, above) = torch.tensor(exact), answers_interval(effects, strata, 1 / gap, level)
+    return torch.where(known, low, below), torch.where(known, high, above)
 
 
 def _beaten(random: Tensor, own: Tensor | float) -> Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 
 from cdt_lens.circuits.ablation import measure_circuits
 from cdt_lens.circuits.circuit import Circuit
-from cdt_lens.circuits.faithfulness import f_of
+from cdt_lens.circuits.faithfulness import f_interval, f_of
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Count, Fraction, Level, Metric, Ranking
@@ -26,7 +26,6 @@ from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import hashed_once
 from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
-from cdt_lens.tasks.intervals import mean_interval
 from cdt_lens.tasks.task import Examples, Task
 
 Heads = tuple[Head, ...]
@@ -121,7 +120,11 @@ class _Search:
             task=self.task, passes=self.passes,
         )  # fmt: skip
         means = measured.means()
-        low, _ = mean_interval(measured.effects(wanted, everyone), measured.strata, self.level)
+        exact = [len(heads) == len(everyone) for heads in wanted]
+        low, _ = f_interval(
+            measured.effects(wanted, everyone), measured.strata, self.metric,
+            means[everyone] - means[()], exact, self.level,
+        )  # fmt: skip
         for heads, limit in zip(wanted, low.tolist(), strict=True):
             self.known[heads] = (f_of(means[heads], means[everyone], means[()]), limit)
 

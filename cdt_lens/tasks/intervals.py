@@ -57,6 +57,34 @@ def mean_interval(
     return t_interval(middle, variance.sqrt(), freedom, level)
 
 
+def answers_interval(
+    values: Float[Tensor, "*rows example"],
+    labels: Int[Tensor, " example"],
+    step: float,
+    level: float = 0.95,
+) -> Interval:
+    """Compute `mean_interval` of a quantity that right and wrong answers make up.
+
+    Where all examples have one value, such as f of a circuit that changes no answer, the spread of
+    the sample is 0 and says nothing of other examples. There the interval is that of a share of
+    right answers that did not change (`paired_share_interval`), times `step`.
+
+    Args:
+        values: One value for each example.
+        labels: Number of each example's label.
+        step: How much the quantity changes if the share of right answers rises by 1. For f it is
+            1 / (m(full) - m(empty)).
+        level: Confidence level, above 0 and below 1.
+
+    Returns:
+        The lower and the upper limit in the unit of `values`; NaN if a label has a single example.
+    """
+    low, high = mean_interval(values, labels, level)
+    same = values.amax(-1) - values.amin(-1) <= 1e-9
+    margin = torch.where(same, paired_share_interval(0, 0, len(labels), level)[1] * abs(step), 0.0)
+    return low - margin, high + margin
+
+
 def crossed_interval(values: Float[Tensor, "seed example"], level: float = 0.95) -> Interval:
     """Compute the confidence interval of a mean over seeds and examples, both seen as samples.
 

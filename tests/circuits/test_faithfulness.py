@@ -424,3 +424,30 @@ def test_a_task_whose_validation_examples_are_its_training_examples_is_warned_of
         told = "tiny/valid: all 6 examples are also in tiny/train"
         with pytest.warns(CdtLensWarning, match=told):
             measure(view, what, same.valid, baseline, task=same, progress=False)
+
+
+@pytest.mark.parametrize("n", [12, 24])
+def test_intervals_of_f_by_accuracy_are_covered_where_no_answer_changes(n: int):
+    """f is 0.9. With a width of 0 where the sample shows no change, 0.54 and 0.77 were covered."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.zeros(n, dtype=torch.long)
+
+    def answers(share: float) -> torch.Tensor:
+        return (torch.rand(n, generator=generator) < share).double()
+
+    inside = []
+    for _ in range(1000):
+        full, empty = answers(0.9), answers(1 / 3)
+        own = torch.where(answers(0.9) > 0, full, empty)
+        effects = ratio_effects((own - empty)[None], (full - empty)[None], labels)
+        gap = float((full - empty).mean())
+        if gap == 0:
+            continue  # refused: ablating every head changes nothing
+        low, high = module.f_interval(effects, labels, "accuracy", gap, [False])
+        inside.append(bool(low <= 0.9 <= high))
+    assert sum(inside) / len(inside) >= 0.93
+    same = torch.ones(2, n, dtype=torch.float64)
+    low, high = module.f_interval(same, labels, "accuracy", 0.5, [True, False])
+    assert float(low[0]) == float(high[0]) == 1 and float(low[1]) < 1 < float(high[1])
+    low, high = module.f_interval(same, labels, "direction", 0.5, [True, False])
+    assert low.tolist() == high.tolist() == [1, 1]
