@@ -310,6 +310,12 @@ class _Adapting:
         trials = self._search(experiment.cells, end)
         best = max(trials, key=_place)
         row = best[1]
+        if math.isnan(row["target_loss"]):
+            raise InputError(
+                f"{self.folder}: no run could be trained: {', '.join(r['run'] for _, r in trials)} "
+                "diverged or did not fit into the memory. Take a smaller model, a GPU with more "
+                "memory, or shorter rows"
+            )
         self.say(f"chosen: {row['run']}, learning rate {row['learning_rate']:g}")
         before = self._judge(experiment)
         result = self._train(experiment, best[0])
@@ -457,7 +463,7 @@ class _Adapting:
                 export(adapter, experiment.proxy, self.folder / exported, dtype=adapter.dtype)
         found = AdaptResult(
             model=self.settings.model, chosen=best[1]["run"], scope=best[0].scope,
-            heads=len(best[0].heads), learning_rate=best[0].options.learning_rate or 0.0,
+            heads=len(result.heads), learning_rate=best[0].options.learning_rate or 0.0,
             trained_parameters=result.trained_parameters,
             total_parameters=result.total_parameters, keep=self.settings.keep,
             languages=_languages(before, after),

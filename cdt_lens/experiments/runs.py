@@ -36,8 +36,10 @@ Result = TypeVar("Result")
 # Called with the folder, the settings and the task of a run before its model is loaded.
 Check = Callable[[Path, Settings, Task], None]
 _RUN = "cdt_lens.run"
-# Settings that may change when a run resumes: they change no score.
-_FREE_SETTINGS = ("batch_size", "rows", "device", "k", "fraction", "by")
+# Settings that may change when a run resumes: they change no score. With `decide` the scores are
+# those of a circuit.
+_FREE_SETTINGS = ("batch_size", "rows", "device")
+_OF_THE_CIRCUIT = ("k", "fraction", "by")
 
 
 P = ParamSpec("P")
@@ -110,11 +112,12 @@ def _start(settings: Settings, folder: Path, say: Say, check: Check | None) -> R
     wanted = json.loads(json.dumps(asdict(settings)))
     if path.exists():
         kept = kept_settings(path, _RUN)
+        free = _FREE_SETTINGS if settings.decide else (*_FREE_SETTINGS, *_OF_THE_CIRCUIT)
         different = [
             name
             for name, value in wanted.items()
             # Earlier versions did not know every setting.
-            if name not in _FREE_SETTINGS and (kept.get(name) or None) != (value or None)
+            if name not in free and (kept.get(name) or None) != (value or None)
         ]
         if different:
             raise InputError(

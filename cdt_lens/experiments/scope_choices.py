@@ -20,7 +20,6 @@ from cdt_lens.core.choices import Scope
 from cdt_lens.core.errors import ArtifactError
 from cdt_lens.experiments.transfer_config import TransferConfig
 from cdt_lens.finetuning.scopes import RACERS, ScopeChoice, choose_by_gap, choose_by_race
-from cdt_lens.tasks.metrics import is_kept
 from cdt_lens.tasks.task import Task
 
 _PAIR: tuple[Scope, ...] = ("decision", "near-zero")
@@ -133,7 +132,9 @@ def _judged(choice: ScopeChoice, racers: _Cells, least_retention: float | None) 
     kept = {
         scope: cell["row"]["accuracy"]
         for scope, cell in racers.items()
-        if least_retention is None or is_kept(cell["row"]["retention"], 1.0, least_retention)
+        if least_retention is None
+        # NaN: the untouched model answers nothing right, so nothing can be lost.
+        or not cell["row"]["retention"] < least_retention - 1e-9
     }
     best = [scope for scope in kept if kept[scope] == max(kept.values())]
     tie = len(best) == len(racers)

@@ -553,7 +553,7 @@ def _check_data(model: nn.Module, tasks: Mapping[str, Task]) -> None:
         task.test.require_some()
         for split in (task.train, task.valid, task.test):
             for number, example in enumerate(split, 1):
-                view.check_length(len(example.tokens), f"{split.name}, example {number}: ")
+                view.check_length(example.length, f"{split.name}, example {number}: ")
 
 
 def _set(settings: Any) -> Any:

@@ -479,6 +479,7 @@ class Cells:
             "retention": on_source.accuracy / before if before else float("nan"),
             "valid_accuracy": float(result.after["target_accuracy"]),
             "valid_loss": float(result.after["target_loss"]), "best_epoch": result.best_epoch,
+            "heads": len(result.heads),
             "trained_parameters": result.trained_parameters, "share": result.share,
             "seconds": result.seconds, "stopped": result.stopped,
             "loss": on_target.loss, "source_loss": on_source.loss, "related_accuracy": related,

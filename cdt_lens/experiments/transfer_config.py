@@ -284,6 +284,16 @@ class TransferConfig(ModelSettings):
     transfer: TransferSettings = field(default_factory=TransferSettings)
     related: RelatedSettings | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.backend == "hooked":
+            low = [name for name, run in self.transfer.runs.items() if run.scope == "lora"]
+            if low:
+                raise InputError(
+                    f"backend='hooked': a LoRA ({', '.join(low)}) needs TransformerBridge; use "
+                    "backend = 'bridge', or leave it out of scopes"
+                )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain nested values."""
         return asdict(self)

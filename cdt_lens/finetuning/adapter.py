@@ -82,6 +82,13 @@ class Adapter(Saved):
         )
 
     @property
+    def parameters(self) -> int:
+        """The number of trained parameters: an embedding that is the unembedding counts once."""
+        one, other = (self.whole.get(name) for name in ("embed.W_E", "unembed.W_U"))
+        tied = one is not None and other is not None and torch.equal(one, other.T)
+        return self.elements - (other.numel() if tied and other is not None else 0)
+
+    @property
     def dtype(self) -> torch.dtype:
         """The floating point type of the trained model."""
         values = [*(v for _, v in self.slices.values()), *self.whole.values()]

@@ -21,7 +21,7 @@ from torch import nn
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.core.checked import Fix, checked_arguments
 from cdt_lens.core.choices import HEAD_SCOPES, Scope
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.errors import InputError, NonFiniteError
 from cdt_lens.core.kept import Behaviour, Say
 from cdt_lens.core.undo import take_back_if_failed, unbroken, undoing
 from cdt_lens.finetuning.adapter import Adapter
@@ -130,6 +130,8 @@ def finetune(
     view = view_of(model)
     if scope is None:
         scope = _default_scope(heads)
+    if heads is not None and not isinstance(heads, Circuit):
+        heads = tuple(heads)  # A race reads them once for each scope.
     options = (options or TrainingOptions()).changed(**changes)
     trackers = check_trackers(log_with, logging_dir)
     if scope == "auto":
@@ -349,11 +351,19 @@ def _race(
     """Train every scope that can be trained for one epoch, and return the last row of each."""
     short = options.changed(epochs=1, patience=None, evaluate_every=1)
     raced: dict[Scope, dict[str, Any]] = {}
+    diverged: NonFiniteError | None = None
     for scope in _racers(view, heads):
-        result = finetune(
-            view, task, heads=heads, scope=scope, source=source, options=short, progress=progress
-        )
+        try:
+            result = finetune(
+                view, task, heads=heads, scope=scope, source=source, options=short,
+                progress=progress,
+            )  # fmt: skip
+        except NonFiniteError as error:
+            diverged = error
+            continue
         raced[scope] = result.to_dataframe().to_dict("records")[-1]  # type: ignore[assignment]
+    if diverged is not None and not raced:
+        raise diverged
     return raced
 
 

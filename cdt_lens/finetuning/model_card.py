@@ -116,7 +116,7 @@ def _task_name(adapter: Adapter) -> str:
 
 
 def _about(adapter: Adapter, base: str, kind: Kind) -> str:
-    changes = f"{adapter.elements:,} elements (scope `{adapter.scope}`)"
+    changes = f"{adapter.parameters:,} elements (scope `{adapter.scope}`)"
     name = _base_name(base)
     holds = {
         "checkpoint": f"the model `{name}` with {changes} trained",
@@ -150,8 +150,8 @@ def _training(adapter: Adapter, base: str) -> str:
 def _share(adapter: Adapter) -> str:
     total = adapter.total_parameters
     if not total:
-        return f"{adapter.elements:,}"
-    return f"{adapter.elements:,} of {total:,} ({adapter.elements / total:.3%})"
+        return f"{adapter.parameters:,}"
+    return f"{adapter.parameters:,} of {total:,} ({adapter.parameters / total:.3%})"
 
 
 def _results(adapter: Adapter) -> Iterator[str]:

@@ -190,7 +190,7 @@ def _split(
             delta = at_least_float32(value) - at_least_float32(before[name])
             delta = delta.T if isinstance(kind, Conv1D) else delta
             low = adapter.scope == "lora"
-            changes[module] = _singular(delta) if low else _selection(delta)
+            changes[module] = _singular(delta, value) if low else _selection(delta)
         elif part == "bias" and isinstance(kind, nn.Linear | Conv1D):
             raise InputError(
                 f"the adapter changes {name}, and a LoRA has no biases. Train with biases=False, "
@@ -217,14 +217,17 @@ def _tied(model: Any, value: Tensor) -> bool:
     return value.shape == model.get_input_embeddings().weight.shape
 
 
-def _singular(delta: Float[Tensor, "out in"]) -> _Change:
+def _singular(delta: Float[Tensor, "out in"], merged: Tensor) -> _Change:
     """Return the factors of a change of low rank by its singular vectors.
 
     The rank of a fused projection is the sum of those of its parts.
     """
     left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
-    # The rest is the rounding of the merged weight.
-    rank = int((values > _ROUNDING * values[0]).sum())
+    # The rest is the rounding of the merged weight. Its errors are even over half a step on each
+    # side; their largest singular value is about sigma (sqrt(rows) + sqrt(columns)).
+    sigma = torch.finfo(merged.dtype).eps * float(merged.double().square().mean().sqrt()) / 12**0.5
+    noise = sigma * sum(size**0.5 for size in delta.shape)
+    rank = max(1, int((values > max(_ROUNDING * float(values[0]), 1.5 * noise)).sum()))
     root = values[:rank].sqrt()
     return _Change((root[:, None] * right[:rank]).float(), (left[:, :rank] * root).float())
 

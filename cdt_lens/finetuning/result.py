@@ -29,7 +29,8 @@ class FineTuneResult(EqualByContent):
         total_parameters: number of parameters of the model.
         options: the training options.
         history: one row for each evaluation on validation data. Row 0 is before the first step.
-            Losses are in nats and shares are from 0 to 1.
+            Losses are in nats and shares are from 0 to 1. `train_loss` is the mean over the steps
+            since the last row.
         best_epoch: the epoch whose values the adapter holds. 0 where no epoch was better than the
             untrained model.
         stopped: why the run ended.

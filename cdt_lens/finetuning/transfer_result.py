@@ -22,7 +22,7 @@ from cdt_lens.core.errors import InputError
 from cdt_lens.core.kept import Cell
 from cdt_lens.core.saved import Saved
 from cdt_lens.models.provenance import Provenance
-from cdt_lens.tasks.intervals import crossed_interval, share_interval
+from cdt_lens.tasks.intervals import crossed_interval, paired_share_interval, share_interval
 
 CELL_COLUMNS = (
     "target", "scope", "seed", "accuracy", "macro_f1", "source_accuracy", "source_macro_f1",
@@ -168,7 +168,7 @@ class TransferResult(Saved):
         """
         if of not in self.scopes:
             raise InputError(f"of={of!r}: expected one of {', '.join(self.scopes)}")
-        if not self.per_example:
+        if not self.per_example and len(self.cells.dropna(subset=["accuracy"])):
             raise InputError("differences: a result of cdt_lens 0.3 holds no test examples")
         rows = [
             self._difference(target, of, other, measure, level)
@@ -195,7 +195,8 @@ class TransferResult(Saved):
         Raises:
             InputError: there are no such runs.
         """
-        drawn = [name for name in self.scopes if name.rpartition("-")[0] == sets]
+        parts = [(name, *name.rpartition("-")[::2]) for name in self.scopes]
+        drawn = [name for name, start, number in parts if start == sets and number.isdecimal()]
         if not drawn or sets in self.scopes:
             raise InputError(f"sets={sets!r}: expected the name of a variant with random sets")
         columns = ["accuracy", "loss", "source_accuracy"]
@@ -226,6 +227,10 @@ class TransferResult(Saved):
             return {}
         stacked = torch.stack(values)
         low, high = crossed_interval(stacked, level)
+        if measure in ("right", "source_right") and not stacked.any():
+            # Other examples might be answered otherwise.
+            unchanged = paired_share_interval(0, 0, stacked.shape[1], level)
+            low, high = torch.tensor(unchanged, dtype=torch.float64)
         return {
             "target": target, "scope": of, "other": other, "difference": float(stacked.mean()),
             "low": float(low), "high": float(high), "seeds": len(seeds),

@@ -396,6 +396,10 @@ def _checked_device(device: str | torch.device) -> str:
         raise InputError(f"device={device!r}: expected cpu, cuda or cuda:0 and so on") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device={str(device)!r}: this torch sees no GPU; use cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device={str(device)!r}: this torch cannot use it; use cpu") from error
     return str(device)
 
 

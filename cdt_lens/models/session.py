@@ -107,6 +107,12 @@ def _remember(scope: Scope, model: Any) -> None:
     scope.at_end(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
     # Other libraries replace the filters for a while, and may be interrupted in doing so.
     scope.if_failed(partial(setattr, warnings, "filters", warnings.filters))
+    for kind in {"cpu", *(p.device.type for p in model.parameters())} - {"meta"}:
+        if torch.is_autocast_enabled(kind):
+            # Scores are computed in the type of the model.
+            whole = torch.autocast(kind, enabled=False)
+            scope.at_end(partial(whole.__exit__, None, None, None))
+            whole.__enter__()
     if torch.is_inference_mode_enabled() and not any(p.is_inference() for p in model.parameters()):
         # Gradients need tensors that were made outside of the caller's inference mode.
         outside = torch.inference_mode(False)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +24,10 @@ from tqdm.auto import tqdm
 from typing_extensions import TypedDict
 
 from cdt_lens.circuits.head_scores import HeadScores, combined, label_index
+from cdt_lens.circuits.measures import heads_at
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import DEFAULT_RULES, Count, Direction, Positive, Preset, Seed
-from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.core.errors import ArtifactError, InputError, did_you_mean
 from cdt_lens.core.kept import Kept
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.per_example import by_layer, share_rows, table
@@ -155,6 +157,7 @@ def score_heads(
         **recorded_options(baseline, direction),
         "heads": "all" if chosen is None else [str(h) for h in chosen],
     }
+    _check_decide(decide, len(sources), view.n_layers * view.n_heads)
     budget = _budget(view, rules, examples, exact, precision, minutes, decide)
     sweep = _Sweep(view, examples, baseline, rules, sources, direction, passes)
     if budget is None:
@@ -163,6 +166,26 @@ def score_heads(
         return collect_scores(view, examples, done, sources, method, provenance)
     provenance = provenance_of(view, examples, options=options | asdict(budget), seed=seed)
     return _estimate(sweep, budget, seed, checkpoint, method, provenance)
+
+
+def _check_decide(decide: Mapping[str, Any] | None, scored: int, everyone: int) -> None:
+    """Refuse a circuit that cannot be decided, before anything is swept."""
+    if decide is None:
+        return
+    known = signature(HeadScores.undecided).parameters.keys() - {"self"}
+    for name in decide:
+        if name not in known:
+            raise InputError(
+                f"decide: unknown {name!r}{did_you_mean(name, known)}; expected k, fraction or "
+                "threshold, and by and level"
+            )
+    sizes = [n for n in ("k", "fraction", "threshold") if decide.get(n) is not None]
+    if len(sizes) != 1:
+        got = ", ".join(sizes) or "none"
+        raise InputError(f"decide: expected one of k, fraction and threshold, got {got}")
+    size = decide.get("k") or heads_at(decide.get("fraction") or 0.0, everyone)
+    if size > scored:
+        raise InputError(f"decide: a circuit of {size} heads, but only {scored} get a score")
 
 
 def _budget(

@@ -175,6 +175,10 @@ def test_a_sample_is_swept_where_the_circuit_is_open(place: Path, tmp_path: Path
     assert plain.looks == 1 and int((~torch.isnan(plain.corrections[0][:, 0, 0])).sum()) == 6
     with pytest.raises(InputError, match=r"other settings \(exact, decide\)"):
         run(*discover(place, out, examples=15))
+    with pytest.raises(InputError, match=r"other settings \(k\)"):  # they are those of k = 2
+        given = discover(place, out, "--exact", "12", "--decide", examples=15)
+        given[given.index("--k") + 1] = "3"
+        run(*given)
 
 
 def test_a_run_goes_on_and_keeps_what_it_has(place: Path, tmp_path: Path):

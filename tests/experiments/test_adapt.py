@@ -262,7 +262,7 @@ def test_a_refused_call_and_a_killed_one_leave_nothing_wrong(
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(adapting, "export", killed)
+            patch.setattr(Adapter, "save", killed)
             run_adapt(settings(place, keep=0.4), out, quiet, progress=False)
     assert not (out / "adapt.json").exists()
 
@@ -456,3 +456,22 @@ def test_every_setting_is_read():
     code = inspect.getsource(adapting)
     names = [item.name for item in fields(AdaptSettings)]
     assert [name for name in names if not re.search(rf"\b(s|settings)\.{name}\b", code)] == []
+
+
+def test_a_search_in_which_nothing_can_be_trained_ends_with_one_error(
+    adapted: tuple[AdaptResult, Path], place: Path, tmp_path: Path, monkeypatch
+):
+    """The allocator is that of the machine, so the test raises its error."""
+
+    def small(*args: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(adapting, "_ORDER", ("norms",))
+    monkeypatch.setattr(cells, "finetune", small)
+    given = settings(place, model=str(adapted[1] / "proxy"), ready=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CdtLensWarning)
+        with pytest.raises(
+            InputError, match="no run could be trained: norms, norms, norms diverged"
+        ):
+            run_adapt(given, tmp_path, quiet, progress=False)

@@ -26,13 +26,14 @@ from cdt_lens.cli import finetune as commands
 from cdt_lens.core.artifacts import load_artifact, save_artifact
 from cdt_lens.core.errors import ArtifactError, InputError, NonFiniteError
 from cdt_lens.decomposition.baseline import mean_activations
-from cdt_lens.experiments import transfer, transfer_cells as cells
+from cdt_lens.experiments import scope_choices, transfer, transfer_cells as cells
 from cdt_lens.experiments.discovery import discover, measure
 from cdt_lens.experiments.runs import open_run
 from cdt_lens.experiments.transfer import run_transfer
 from cdt_lens.experiments.transfer_config import TransferConfig, config_of
 from cdt_lens.finetuning import trainer as training
 from cdt_lens.finetuning.adapter import Adapter
+from cdt_lens.finetuning.scopes import choose_by_race
 from cdt_lens.finetuning.training_signal import choose_heads, training_signal
 from cdt_lens.finetuning.transfer_result import TransferResult
 from cdt_lens.models.loading import load_model
@@ -882,3 +883,27 @@ def test_a_mistake_can_be_mended_in_the_same_folder(place: Path, tmp_path: Path,
     monkeypatch.setattr(transfer.Transfer, "_train_proxy", lambda _: pytest.fail("it went on"))
     with pytest.raises(pytest.fail.Exception, match="it went on"):
         run_transfer(settings(place), tmp_path / "run", quiet, progress=False)
+
+
+def test_a_source_that_nothing_is_right_in_loses_nothing():
+    """Its retention is no number."""
+    rows = {
+        scope: {"target_accuracy": a, "target_loss": 1.0, "source_accuracy": 0.0}
+        for scope, a in (("norms", 0.5), ("full", 0.6))
+    }
+    choice = choose_by_race(rows, least_retention=0.9, source_before=0.0)
+    cells = {
+        scope: {"row": {"accuracy": row["target_accuracy"], "retention": math.nan}}
+        for scope, row in rows.items()
+    }
+    judged = scope_choices._judged(choice, cells, 0.9)
+    assert (judged["chosen"], judged["better"], judged["right"]) == ("full", "full", True)
+
+
+def test_the_heads_of_a_cell_are_those_that_are_trained(place: Path):
+    """Query heads of a group that shares a key and a value are trained together."""
+    changes = {"scopes": ["decision"], "epochs": 1, "kv": "groups"}
+    config = settings(place, task={"targets": ["near"]}, discovery={"k": 1}, transfer=changes)
+    result = stages(config, place / "groups", quiet)
+    adapter = Adapter.load(place / "groups" / "adapters" / "near" / "decision-0")
+    assert result.cells["heads"].tolist() == [len(adapter.heads)] and len(adapter.heads) > 1

@@ -221,3 +221,11 @@ def test_settings_made_in_python_are_checked_as_those_of_a_file():
         InputError, match="settings: unknown key 'exmples'; did you mean 'examples'"
     ):
         Settings.from_dict({"model": "m", "exmples": 3})
+
+
+def test_a_lora_in_a_hooked_transformer_is_refused_before_anything_runs():
+    task = {"name": "nusax-senti", "data": "data", "source": "english", "targets": ["acehnese"]}
+    values = {"model": "tiny", "backend": "hooked", "task": task}
+    with pytest.raises(InputError, match=r"a LoRA \(lora\) needs TransformerBridge"):
+        config_of(values)
+    config_of(values | {"transfer": {"scopes": ["full", "decision"]}})

@@ -669,6 +669,26 @@ def test_the_race_runs_what_the_model_and_the_heads_allow(tokenizer_folder):
     assert fine_tuning._racers(seen, None) == ["norms", "lora", "full"]
 
 
+def test_the_race_goes_on_without_a_scope_that_diverges(tokenizer_folder, monkeypatch):
+    seen = view("llama", "bridge", tokenizer_folder, torch.float32)
+    true = Trainer.run
+
+    def run(self: Trainer) -> Any:
+        if self.name.endswith(" full") or everything:
+            raise NonFiniteError("step 3: the loss is nan")
+        return true(self)
+
+    everything: list[str] = []
+    monkeypatch.setattr(Trainer, "run", run)
+    heads = (head for head in HEADS)
+    result = finetune(seen, task(), heads=heads, scope="auto", rule="race", **QUICK)
+    inputs = result.options["chosen_by"]["inputs"]
+    assert {name.rpartition("_")[0] for name in inputs} == {"norms", "decision", "lora"}
+    everything.append("diverges")
+    with pytest.raises(NonFiniteError, match="the loss is nan"):
+        finetune(seen, task(), heads=HEADS, scope="auto", rule="race", **QUICK)
+
+
 def test_auto_says_what_it_needs(tokenizer_folder):
     seen = view("llama", "bridge", tokenizer_folder, torch.float32)
     given = {"heads": circuit_for(seen), "scope": "auto", **QUICK}
@@ -813,3 +833,12 @@ def test_the_loop_looks_at_validation_data_only(tokenizer_folder, monkeypatch):
     monkeypatch.setattr(training, "evaluate", evaluate)
     finetune(seen, task(), heads=HEADS, source=task("source", seed=50), **QUICK)
     assert set(looked) == {"tiny/valid", "source/valid"}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_parameters_of_an_adapter_are_the_trained_ones(family, tokenizer_folder):
+    """A tied embedding is one weight."""
+    seen = view(family, "bridge", tokenizer_folder, torch.float32)
+    for scope in ("full", "norms"):
+        result = finetune(seen, task(), scope=scope, **QUICK)
+        assert result.adapter.parameters == result.trained_parameters <= result.total_parameters

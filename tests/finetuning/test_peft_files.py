@@ -105,6 +105,19 @@ def test_channels_norms_one_rank_and_low_rank_updates(family: str, folders, tmp_
     assert set(config["rank_pattern"].values()) <= {3, 9}  # GPT-2's q, k and v are one matrix
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_rank_of_a_low_rank_update_in_half_precision(family: str, folders, tmp_path: Path):
+    """The rounding of the merged weights has a full rank, and none of it is written."""
+    base = folders(family)
+    model = cdt.load_model(base, backend="bridge", device="cpu", dtype="bfloat16")
+    options = {**QUICK, "lora_rank": 2, "epochs": 4, "learning_rate": 3e-2}
+    adapter = finetune(model, task(valid=0), scope="lora", **options).adapter
+    to_peft(adapter, base, tmp_path / "low")
+    config = json.loads((tmp_path / "low" / "adapter_config.json").read_text("utf-8"))
+    ranks = set(config["rank_pattern"].values()) | {config["r"]}
+    assert ranks <= {1, 2, 3, 4, 5, 6} if family == "gpt2" else ranks <= {1, 2}
+
+
 def test_what_a_lora_cannot_hold_is_refused_with_the_way_out(folders, tmp_path: Path):
     base = folders("gpt2")
     cases = [

@@ -21,7 +21,7 @@ from cdt_lens.finetuning.transfer_result import (
     TransferResult,
     table,
 )
-from cdt_lens.tasks.intervals import share_interval
+from cdt_lens.tasks.intervals import paired_share_interval, share_interval
 
 
 def cell(target: str, scope: str, seed: int, accuracy: float) -> dict[str, object]:
@@ -153,3 +153,30 @@ def test_the_test_examples_are_kept_and_must_fit_their_numbers(tmp_path: Path):
     path = short.save(tmp_path / "short.json")
     with pytest.raises(ArtifactError, match="javanese.* has 20 examples, others 19"):
         TransferResult.load(path)
+
+
+def test_two_runs_with_the_same_answers_may_differ_elsewhere():
+    cells = [cell("0.3", scope, seed, 0.5) for scope in ("full", "decision") for seed in (0, 1)]
+    right = torch.tensor([1.0, 0.0] * 20)
+    held = {f"right|0.3|{scope}|{seed}": right for scope in ("full", "decision") for seed in (0, 1)}
+    found = dataclasses.replace(sample(cells), per_example=held).differences("decision").iloc[0]
+    low, high = paired_share_interval(0, 0, 40)
+    assert (found["difference"], found["low"], found["high"]) == (0, low, high) and low < 0 < high
+
+
+def test_runs_that_all_diverged_have_no_differences():
+    cells = [cell("0.3", scope, 0, math.nan) for scope in ("full", "decision")]
+    assert sample(cells).differences("decision").empty
+    with pytest.raises(InputError, match=r"0\.3 holds no test examples"):
+        sample([cell("0.3", "full", 0, 0.5)]).differences("full")
+
+
+def test_a_variant_beside_its_random_sets_is_none_of_them():
+    names = ("drawn-1", "drawn-2", "drawn-all", "full")
+    accuracies = (0.5, 0.6, 0.9, 0.8)
+    cells = [cell("0.3", name, 0, value) for name, value in zip(names, accuracies, strict=True)]
+    result = sample(cells)
+    result = dataclasses.replace(result, scopes=names, cells=result.cells.assign(loss=1.0))
+    found = result.among("drawn").set_index("scope")
+    assert set(found.index) == {"drawn-all", "full"} and set(found["sets"]) == {2}
+    assert found.loc["full", "as_accurate"] == 0

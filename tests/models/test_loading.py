@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from helpers.checks import assert_close, relative, unchecked_types
+from helpers.saved import save_model
 from helpers.shared import (
     BRIDGE_FAMILIES,
     BRIDGE_ONLY,
@@ -673,3 +674,11 @@ def test_loading_changes_no_file(folder):
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert json.loads(before["config.json"])["model_type"] == "llama"
     assert is_model(model)
+
+
+@pytest.mark.parametrize("device", ["meta", "mps"])
+def test_a_device_that_cannot_be_used_is_named(device, tmp_path):
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(InputError, match=f"device='{device}': this torch cannot use it; use cpu"):
+        load_model(save_model(tmp_path / "tiny"), device=device)

@@ -10,8 +10,8 @@ import torch
 from helpers.checks import assert_close, left_untouched
 from helpers.shared import models, shared
 from helpers.tiny_models import Float64Throughout, build, prompts
-from helpers.tiny_tasks import examples
-from helpers.wrapped import needs_hooked, wrap
+from helpers.tiny_tasks import examples, many
+from helpers.wrapped import BACKENDS, needs_hooked, wrap
 from torch import nn
 
 import cdt_lens as cdt
@@ -354,3 +354,17 @@ def test_the_tokenizers_padding_side_is_the_users(family, backend, side, tokeniz
         assert model.tokenizer.padding_side == side
     finally:
         model.tokenizer.padding_side = before  # the tokenizer is shared between tests
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_of_the_caller_changes_no_number(backend, tokenizer_folder):
+    """Scores are computed in the type of the model."""
+    seen = shared("llama", backend, tokenizer_folder, torch.float32)
+    data = many(6)
+    baseline = cdt.mean_activations(seen, data, progress=False)
+    plain = cdt.score_heads(seen, data, baseline, progress=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        own = cdt.mean_activations(seen, data, progress=False)
+        found = cdt.score_heads(seen, data, own, progress=False)
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(found.values, plain.values)

@@ -313,3 +313,22 @@ def test_the_bar_ends_at_its_total(tokenizer_folder, monkeypatch):
         score_heads(view, data(), baseline, batch_size=4, **options)
     heads = [each for each in bars if each.desc == "heads"]
     assert len(heads) == 2 and all(0 < each.n == each.total for each in heads)
+
+
+@pytest.mark.parametrize(
+    ("decide", "told"),
+    [
+        ({"size": 2}, "decide: unknown 'size'; expected k, fraction or threshold"),
+        ({"k": 2, "fraction": 0.5}, "expected one of k, fraction and threshold, got k, fraction"),
+        ({"by": "signed"}, "expected one of k, fraction and threshold, got none"),
+        ({"k": 200}, "a circuit of 200 heads, but only 8 get a score"),
+    ],
+)
+@pytest.mark.parametrize("exact", [6, 24])
+def test_a_circuit_that_cannot_be_decided_is_refused_first(
+    decide, told, exact, tokenizer_folder, monkeypatch
+):
+    view = shared("llama", "bridge", tokenizer_folder, torch.float32)
+    monkeypatch.setattr(estimate.Estimator, "cheap", lambda self: pytest.fail("swept"))
+    with pytest.raises(InputError, match=told):
+        score(view, exact=exact, decide=decide)
