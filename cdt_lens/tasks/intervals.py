@@ -112,13 +112,13 @@ def crossed_interval(values: Float[Tensor, "seed example"], level: float = 0.95)
     by_example, by_seed = values.mean(0), values.mean(1)
     over_examples = by_example.var() / examples
     if seeds == 1:
-        return t_interval(middle, over_examples.sqrt(), torch.tensor(examples - 1), level)
+        return t_interval(middle, over_examples.sqrt(), torch.tensor(examples - 1.0), level)
     over_seeds = by_seed.var() / seeds
     variance = over_examples + over_seeds
     below = over_examples**2 / (examples - 1) + over_seeds**2 / (seeds - 1)
     freedom = variance**2 / below if below > 0 else torch.tensor(torch.inf)
     both = t_interval(middle, variance.sqrt(), freedom, level)
-    alone = t_interval(middle, over_seeds.sqrt(), torch.tensor(seeds - 1), level)
+    alone = t_interval(middle, over_seeds.sqrt(), torch.tensor(seeds - 1.0), level)
     return torch.minimum(both[0], alone[0]), torch.maximum(both[1], alone[1])
 
 
