@@ -303,7 +303,7 @@ def _check_per_example(
             )
 
 
-def _placed(run: pd.Series, random: pd.DataFrame) -> dict[str, float]:
+def _placed(run: pd.Series, random: pd.DataFrame) -> dict[str, int | float]:
     """Return where a run lies among random sets."""
     line = math.nan
     if len(random) > 2 and random["source_accuracy"].nunique() > 1:
