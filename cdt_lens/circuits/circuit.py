@@ -225,13 +225,13 @@ def random_heads_like(
 
 @checked_arguments
 def near_zero_heads(
-    scores: Float[Tensor, "layer head"], circuit: Iterable[Head]
+    scores: Float[Tensor, "layer head"], circuit: Iterable[Head | str]
 ) -> tuple[Head, ...]:
     """Choose the scored heads of smallest magnitude outside a circuit, as many as it has.
 
     Args:
         scores: Scores of the heads in logits, NaN where a head was not scored.
-        circuit: The heads of the circuit.
+        circuit: The heads of the circuit, or their names.
 
     Returns:
         The heads, in order. Equal magnitudes are taken in order of layer and head.
@@ -239,7 +239,7 @@ def near_zero_heads(
     Raises:
         InputError: Too few scored heads lie outside the circuit.
     """
-    inside = set(circuit)
+    inside = set(check_heads(circuit, *scores.shape))
     outside = [h for h in mask_to_heads(~scores.isnan()) if h not in inside]
     if len(outside) < len(inside):
         raise InputError(

@@ -72,6 +72,7 @@ class EdgeFaithfulness(EqualByContent):
         effects: For each example a value whose mean over `strata` is f of each graph.
         strata: Number of each example's label, or zeros where the metric is no mean over labels.
         fractions: Shares of all edges that were selected, or None for graphs of a caller's.
+        every_edge: Number of edges of the whole model.
     """
 
     edges: Annotated[tuple[int, ...], along("graph")]
@@ -84,6 +85,7 @@ class EdgeFaithfulness(EqualByContent):
     effects: Float[Tensor, "graph example"] = field(repr=False)
     strata: Int[Tensor, " example"] = field(repr=False)
     fractions: Annotated[tuple[float, ...], along("graph")] | None = None
+    every_edge: int | None = None
 
     def __repr__(self) -> str:
         values = ", ".join(f"{value:.3f}" for value in self.faithfulness.tolist()[:4])
@@ -110,7 +112,7 @@ class EdgeFaithfulness(EqualByContent):
         Returns:
             The lower and the upper limit without unit; NaN if a label has a single example.
         """
-        exact = [n == 0 for n in self.edges]
+        exact = [n in (0, self.every_edge) for n in self.edges]
         gap = self.full - self.empty
         return f_interval(self.effects, self.strata, self.metric, gap, exact, level)
 
@@ -180,6 +182,8 @@ def edge_faithfulness(
     """
     view = view_of(model)
     given = (graphs,) if isinstance(graphs, Graph) else tuple(graphs)
+    if not given:
+        raise InputError("edge_faithfulness: graphs: got none; give at least one graph")
     kept = [_kept(graph, view) for graph in given]
     drawn = [_random_graphs(int(own.sum()), view, draws, seed) for own in kept]
     passes = Passes(batch_size, rows, progress)
@@ -309,7 +313,7 @@ def _measured(
     full, empty = float(means[0]), float(means[1])
     if metric == "direction":
         check_directions(table[0], table[1], full, empty, view.dtype)
-    warn_at_chance(examples.name, metric, full, len(examples.labels))
+    warn_at_chance(examples.name, metric, full, examples.guess)
     f = faithfulness(means[2:], full, empty)
     strata = torch.zeros_like(labels) if metric == "accuracy" else labels
     own = table[2 : 2 + len(kept)] - table[1]
@@ -326,6 +330,7 @@ def _measured(
         effects=ratio_effects(own, (table[0] - table[1])[None], strata),
         strata=strata,
         fractions=fractions,
+        every_edge=int(real.sum()),
     )
 
 

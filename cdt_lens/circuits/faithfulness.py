@@ -31,6 +31,7 @@ from cdt_lens.circuits.measures import (
     AREAS,
     EMPTY_RUNS,
     MIB_FRACTIONS,
+    Area,
     area,
     area_effects,
     cmd,
@@ -140,7 +141,7 @@ class FaithfulnessCurve(Saved):
             The lower and the upper limit without unit; NaN if the curve is of an earlier version
             or a label has a single example.
         """
-        return self._interval(self.effects, level)
+        return self._interval(self.effects, self._defined(), level)
 
     @checked_arguments
     def completeness_interval(self, level: Level = 0.95) -> Interval:
@@ -149,7 +150,7 @@ class FaithfulnessCurve(Saved):
         Args:
             level: Confidence level, above 0 and below 1.
         """
-        return self._interval(self.without_effects, level)
+        return self._interval(self.without_effects, self._defined(complement=True), level)
 
     @checked_arguments
     def area_intervals(self, level: Level = 0.95) -> dict[str, tuple[float, float]]:
@@ -163,18 +164,35 @@ class FaithfulnessCurve(Saved):
         """
         if self.effects is None or self.strata is None:
             return dict.fromkeys(AREAS, (math.nan, math.nan))
+        measured = (~torch.tensor(self._defined())).double()
+        gap = self.full - self.empty
         limits = {}
         for name in AREAS:
             values = area_effects(name, self.fractions, self.sizes, self.faithfulness, self.effects)
-            low, high = mean_interval(values, self.strata, level)
+            # How much the area changes if f changes by 1 wherever it was measured.
+            linear: Area = "cpr" if name == "cmd" else name
+            step = float(area(linear, self.fractions, self.sizes, measured)) / gap
+            low, high = (
+                mean_interval(values, self.strata, level)
+                if self.metric == "direction"
+                else answers_interval(values, self.strata, step, level)
+            )
             limits[str(name)] = float(low), float(high)
         return limits
 
-    def _interval(self, effects: Tensor | None, level: float) -> Interval:
+    def _defined(self, *, complement: bool = False) -> list[bool]:
+        """Return at which sizes f, or that of the complement, is 0 or 1 by its definition."""
+        known = []
+        for fraction, size in zip(self.fractions, self.sizes, strict=True):
+            every, none = (size == 0, fraction == 1) if complement else (fraction == 1, size == 0)
+            # Where f = 0 is another run than that without heads, f of no heads is measured.
+            known.append(every or (none and self.empty_run == "heads"))
+        return known
+
+    def _interval(self, effects: Tensor | None, exact: Sequence[bool], level: float) -> Interval:
         if effects is None or self.strata is None:
             unknown = torch.full((len(self.sizes),), math.nan, dtype=torch.float64)
             return unknown, unknown
-        exact = [fraction in (0, 1) for fraction in self.fractions]
         return f_interval(effects, self.strata, self.metric, self.full - self.empty, exact, level)
 
     def to_dataframe(self) -> pd.DataFrame:
@@ -474,11 +492,13 @@ def circuit_faithfulness(
     own = measured.faithfulness[0]
     random = {name: values[:, 0] for name, values in measured.random.items()}
     origin = {"circuit": [str(head) for head in circuit.heads]}
-    exact = [len(circuit.heads) in (0, view.n_layers * view.n_heads)]
+    kept = len(circuit.heads)
+    none, every = kept == 0, kept == view.n_layers * view.n_heads
+    empty_is_0 = empty == "heads"
 
-    def limits(effects: Float[Tensor, "1 example"]) -> tuple[float, float]:
+    def limits(effects: Float[Tensor, "1 example"], defined: bool) -> tuple[float, float]:
         gap = measured.full - measured.empty
-        low, high = f_interval(effects, measured.strata, metric, gap, exact)
+        low, high = f_interval(effects, measured.strata, metric, gap, [defined])
         return float(low), float(high)
 
     return CircuitFaithfulness(
@@ -491,8 +511,8 @@ def circuit_faithfulness(
         empty=measured.empty,
         metric=metric,
         provenance=_provenance(view, examples, baseline, origin, metric, empty, draws, seed),
-        interval=limits(measured.effects),
-        completeness_interval=limits(measured.without_effects),
+        interval=limits(measured.effects, every or (none and empty_is_0)),
+        completeness_interval=limits(measured.without_effects, none or (every and empty_is_0)),
         empty_run=empty,
     )
 
@@ -536,7 +556,7 @@ def _measure(
     )
     measured = measurement.means()
     full, nothing = measured[everyone], measurement.empty_mean
-    warn_at_chance(examples.name, metric, full, len(examples.labels))
+    warn_at_chance(examples.name, metric, full, examples.guess)
     # One row per member of a family: the circuit, its complement, then the draws of each control.
     own, without, *drawn = zip(
         *([f_of(measured[heads], full, nothing) for heads in family] for family in families),

@@ -29,7 +29,7 @@ from cdt_lens.circuits.nodes import (
     why_no_edge,
 )
 from cdt_lens.core import display
-from cdt_lens.core.checked import checked_arguments
+from cdt_lens.core.checked import checked_arguments, plain
 from cdt_lens.core.choices import Count, FromZeroCount
 from cdt_lens.core.display import INK, MUTED, NEGATIVE, POSITIVE
 from cdt_lens.core.equality import EqualByContent
@@ -59,6 +59,9 @@ class GraphNode:
     score: float | None
     in_graph: bool
 
+    def __post_init__(self) -> None:
+        _plain_fields(self)
+
 
 @dataclass(frozen=True)
 class Edge:
@@ -78,6 +81,9 @@ class Edge:
     site: Site
     score: float | None
     in_graph: bool = True
+
+    def __post_init__(self) -> None:
+        _plain_fields(self)
 
     @property
     def name(self) -> str:
@@ -289,6 +295,13 @@ def _shape(graph: Graph) -> dict[str, Any]:
 
 def _known(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _plain_fields(part: GraphNode | Edge) -> None:
+    """Make numbers of numpy and torch Python's, as files need them."""
+    if part.score is not None and type(part.score) is not float:
+        object.__setattr__(part, "score", float(plain(part.score)))
+    object.__setattr__(part, "in_graph", bool(part.in_graph))
 
 
 def _check_score(score: float | None, whose: str) -> None:

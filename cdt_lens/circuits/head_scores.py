@@ -181,9 +181,14 @@ class HeadScores(Saved):
         A correction c becomes c max(0, c^2 - se^2) / c^2, where se is its standard error. The
         values are biased, so use them for the ranking alone: they have no standard errors, and so
         no intervals. Scores without a sample stay as they are.
+
+        Raises:
+            InputError: A label has a single example with an exact sweep.
         """
         if self.cheap is None:
             return self
+        if not self.has_intervals:
+            raise InputError(f"shrunk: {self.method}: {NO_INTERVALS}")
         labels = label_index(self.example_labels)
         values = by_layer(shrunk, self.cheap, self.corrections, labels).float()
         return replace(

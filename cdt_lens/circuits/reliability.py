@@ -70,21 +70,25 @@ def reliability(scores: HeadScores, *, splits: Count = 50, seed: Seed = 0) -> Re
 
     Returns:
         `split_half`, the mean Spearman correlation of two halves; `full`, the same for two sets of
-        as many examples as were scored; `resolved`, the share of the heads whose 95 % interval
-        leaves 0 out; and `examples`, their number. NaN where the heads have no intervals: a label
-        has fewer than two examples, or fewer than two with an exact sweep, or the method gives one
-        number for each head.
+        as many examples as were scored, by the formula of Spearman and Brown, which holds above 0
+        (no correlation of the halves gives `split_half` itself); `resolved`, the share of the heads
+        whose 95 % interval leaves 0 out; and `examples`, their number. NaN where the heads have no
+        intervals: a label has fewer than two examples, or fewer than two with an exact sweep, or
+        the method gives one number for each head.
     """
     if not scores.has_intervals:
         return Reliability(math.nan, math.nan, math.nan, len(scores.example_labels))
     generator = torch.Generator().manual_seed(seed)
     found = [_split(scores, generator) for _ in range(splits)]
-    half = float(np.mean(found))
+    # Where a head was swept on few examples, all of them may fall into one half.
+    told = [value for value in found if not math.isnan(value)]
+    half = float(np.mean(told)) if told else math.nan
+    full = 2 * half / (1 + half) if half > 0 else half
     low, high = scores.interval(0.95)
     scored = ~torch.isnan(scores.values)
     resolved = ((low > 0) | (high < 0)) & scored
     share = float(resolved.sum() / scored.sum())
-    return Reliability(half, 2 * half / (1 + half), share, len(scores.example_labels))
+    return Reliability(half, full, share, len(scores.example_labels))
 
 
 def _split(scores: HeadScores, generator: torch.Generator) -> float:
@@ -104,11 +108,11 @@ def _split(scores: HeadScores, generator: torch.Generator) -> float:
 
 
 def _strata(scores: HeadScores) -> list[Tensor]:
-    """Return the examples that are split alike: by label, and by which parts are exact."""
+    """Return the examples that are split alike: by label, and by which heads are exact there."""
     kinds: dict[tuple[object, ...], list[int]] = {}
-    exact = [(~torch.isnan(part)).flatten(1).any(1) for part in scores.corrections]
+    exact = [(~torch.isnan(part)).flatten(1).numpy() for part in scores.corrections]
     for i, label in enumerate(scores.example_labels):
-        kinds.setdefault((label, *(bool(part[i]) for part in exact)), []).append(i)
+        kinds.setdefault((label, *(part[i].tobytes() for part in exact)), []).append(i)
     return [torch.tensor(rows) for rows in kinds.values()]
 
 
@@ -140,16 +144,24 @@ def membership(
         seed: Seed of the bootstrap.
 
     Returns:
-        The share of the samples in which each of the circuit's heads is selected.
+        The share of the samples in which each of the circuit's heads is selected. Of heads with
+        equal scores all count as selected.
 
     Raises:
-        InputError: The circuit was selected by another rule, or is of another shape, or a label has
-            a single example or a single one with an exact sweep.
+        InputError: The circuit was selected by another rule or from other scores, or a label has a
+            single example or a single one with an exact sweep.
     """
     if circuit.mask.shape != scores.values.shape:
         raise InputError(
             f"membership: the circuit is of {circuit.n_layers} layers of {circuit.n_heads} heads, "
             f"the scores of {scores.n_layers} of {scores.n_heads}; give the scores that it was "
+            "selected from"
+        )
+    if circuit.scores is not None and not torch.equal(
+        circuit.scores.float().nan_to_num(), scores.values.float().nan_to_num()
+    ):
+        raise InputError(
+            "membership: the circuit was selected from other scores; give those that it was "
             "selected from"
         )
     if not scores.has_intervals:

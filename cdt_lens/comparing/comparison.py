@@ -562,10 +562,10 @@ class PlantedComparison(Saved):
         """Return a measure by method (rows) and circuit (columns), NaN where it was refused.
 
         Args:
-            measure: A column of `to_dataframe`.
+            measure: A column of `to_dataframe` that holds numbers.
 
         Raises:
-            InputError: There is no such column.
+            InputError: There is no such column, or it holds text.
         """
         frames = {
             name: each.to_dataframe().set_index("method") for name, each in self.circuits.items()
@@ -577,7 +577,12 @@ class PlantedComparison(Saved):
                     f"one of {', '.join(frame.columns)}"
                 )
         columns = {name: frame[measure] for name, frame in frames.items()}
-        return pd.DataFrame(columns, dtype=float).reindex(list(self.methods))
+        try:
+            return pd.DataFrame(columns, dtype=float).reindex(list(self.methods))
+        except ValueError as error:
+            raise InputError(
+                f"measure {measure!r}: expected a column of numbers, got text"
+            ) from error
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return one row per circuit and method, with every number."""

@@ -182,7 +182,8 @@ class TimedScorer:
     def _key_of(self, scores: HeadScores) -> dict[str, Any]:
         # Only methods that draw random numbers record a seed.
         made = scores.provenance
-        key = {**made.key, "seed": made.options.get("seed", self.seed), "exact": self.exact}
+        own = self.seed if made.seed is None else made.seed
+        key = {**made.key, "seed": made.options.get("seed", own), "exact": self.exact}
         if self.exact is not None:
             # A sweep of all examples is no estimate, and records no number.
             key["exact"] = made.options.get("exact", len(self.examples))

@@ -62,9 +62,9 @@ def discover(run: Run, say: Say) -> tuple[Circuit, HeadScores, Evaluation]:
         f"{run.task.name}: accuracy {evaluation.accuracy:.3f}{f1} ({prior}), mean direction "
         f"{evaluation.direction:+.3f} logits on the {evaluation.examples} examples to be scored"
     )
-    n_labels = len(run.task.labels)
-    warn_at_chance(evaluation.split, "accuracy", evaluation.accuracy, n_labels)
-    warn_at_chance(evaluation.split, "direction", evaluation.direction, n_labels)
+    guess = run.scored().guess
+    warn_at_chance(evaluation.split, "accuracy", evaluation.accuracy, guess)
+    warn_at_chance(evaluation.split, "direction", evaluation.direction, guess)
     baseline = make_baseline(run, say)
     began = time.monotonic()
     scores = stage(
@@ -342,6 +342,16 @@ def _traced(settings: Settings, task: Task, examples: int | None) -> Examples:
     return data.balanced(min(examples, most_balanced(data)), seed=settings.seed)
 
 
+def _is_present(traced: Circuit, run: Run) -> bool:
+    """Return whether a graph was made from the examples that the run has now."""
+    kept = traced.provenance
+    if kept is None:
+        return False
+    whole = _traced(run.settings, run.task, None)
+    part = _traced(run.settings, run.task, sum(kept.examples.values()))
+    return kept.task_hash in (whole.hash, part.hash)
+
+
 def _with_origin(path: Path) -> Circuit:
     circuit = Circuit.load(path)
     if circuit.provenance is None:
@@ -389,7 +399,10 @@ def report(run: Run, say: Say, *, prompts: int = 3, heads: int = 8) -> Path:
     if run.path("graph.json").exists():
         traced = Circuit.load(run.path("graph.json"))
         traced.check_model(run.model)
-        results.append(traced.graph)
+        if _is_present(traced, run):
+            results.append(traced.graph)
+        else:
+            say("graph.json was computed on other examples and is left out; run trace again")
     shown = _short(run.task.valid if len(run.task.valid) else run.task.train, prompts)
     say(f"views of {len(shown)} prompts")
     strongest = [h for h in scores.ranking(run.settings.by) if h in circuit][:heads]

@@ -140,7 +140,19 @@ def with_train(task: Task, n: int | None, seed: int) -> Task:
         task: The whole task.
         n: The number of training examples to keep; None keeps all.
         seed: Seed of the draw. Those that are drawn keep the order of the data.
+
+    Raises:
+        InputError: None of the examples that are drawn has a label of the others.
     """
     if n is None or n >= len(task.train):
         return task
-    return replace(task, train=drawn(task.train, n, seed))
+    train = drawn(task.train, n, seed)
+    missing = [
+        label for label, count in task.train.counts.items() if count > train.counts[label] == 0
+    ]
+    if missing:
+        raise InputError(
+            f"{task.train.name}: none of {n} examples drawn with seed {seed} has the label "
+            f"{missing[0]!r}; ask for more examples, or take another seed"
+        )
+    return replace(task, train=train)

@@ -184,9 +184,12 @@ def _importances(result: Graph | Circuit | HeadScores, name: str) -> Graph:
     if isinstance(result, HeadScores):
         result = result.circuit(result.ranking(), {})
     if isinstance(result, Circuit):
-        if result.graph is not None and _level(result.graph) == "edge":
+        own = result.graph
+        level = None if own is None else _level(own)
+        if own is not None and (level == "edge" or (level == "node" and own.direct)):
             return graph_from_circuit(result)
-        result = graph_from_circuit(replace(result, graph=None))
+        parallel = None if own is None else own.parallel
+        result = graph_from_circuit(replace(result, graph=None), parallel=parallel)
     if _level(result) is None:
         scored = sum(edge.score is not None for edge in result.edges)
         heads = sum(_is_head(n) and node.score is not None for n, node in result.nodes.items())

@@ -287,7 +287,7 @@ def _estimate(
     with bar:
         done = estimator.exact(budget, kept, enough, wanted)
     scores = collected(done)
-    warn_at_chance(examples.name, "direction", scores.direction, len(examples.labels))
+    warn_at_chance(examples.name, "direction", scores.direction, examples.guess)
     return scores
 
 
@@ -484,7 +484,7 @@ def collect_scores(
     for column, head in enumerate(sources):
         per_example[:, head.layer, head.head] = rows[:, column]
     direction = float(balanced_mean(rows[:, -1].double(), index))
-    warn_at_chance(examples.name, "direction", direction, len(examples.labels))
+    warn_at_chance(examples.name, "direction", direction, examples.guess)
     mean, error = (
         by_layer(lambda own, _, f=f: f(own.double().permute(1, 2, 0), index), per_example, ())
         for f in (balanced_mean, balanced_stderr)

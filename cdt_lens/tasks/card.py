@@ -7,6 +7,7 @@ rows of the data, apart from the few-shot examples that stand before every promp
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -102,9 +103,15 @@ class TaskCard(Saved):
                 f"task {self.name}: it has no template with a word for each label, so there is "
                 "nothing to predict"
             )
+        if self.bos_ids and tokenizer.bos_token_id != self.bos_ids[0]:
+            # TransformerLens began the prompts with EOS, which this tokenizer does not call BOS.
+            tokenizer = deepcopy(tokenizer)
+            tokenizer.bos_token = tokenizer.convert_ids_to_tokens(self.bos_ids[0])
         made = PromptFormat(
             tokenizer, self.template, self.verbalizer, prefix=self.prefix,
             prepend_bos=bool(self.bos_ids), max_length=self.max_length, truncate=self.truncate,
+            # No row has a label here, and a column of the template may have that name.
+            label_column="",
         )  # fmt: skip
         if made.verbalizer_ids != dict(self.verbalizer_ids):
             raise InputError(

@@ -14,6 +14,7 @@ divided into train and valid, and rows that share a premise stay together.
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -23,7 +24,7 @@ from typing import Annotated, Any
 
 from cdt_lens.core.checked import Fix, checked_arguments
 from cdt_lens.core.choices import Count, FromZeroCount, Level, Seed
-from cdt_lens.core.errors import InputError, did_you_mean
+from cdt_lens.core.errors import CdtLensWarning, InputError, did_you_mean
 from cdt_lens.tasks import pseudo_languages as pseudo
 from cdt_lens.tasks.generated import DEFAULT_SIZES, GENERATORS
 from cdt_lens.tasks.mib import MIB_TASKS, load_mib_task
@@ -199,7 +200,7 @@ def load_task(
     if check_counts:
         _check_counts(f"{name}/{language}", tables, known.counts)
     if known.divided is not None:
-        tables |= _divide(tables["valid"], known.divided, seed=seed)
+        tables |= _divide(tables["valid"], known.divided)
     return _build(f"{name}/{language}", tables, format, shots=shots, seed=seed, limit=limit)
 
 
@@ -373,7 +374,7 @@ def _known_tables(
         return hub_tables(
             known.repo,
             known.languages[language],
-            columns=format.columns,
+            columns=(*format.columns, *([known.divided] if known.divided else [])),
             label_columns=format.label_columns,
             label_names=known.label_names,
             splits={"valid": "validation", "test": "test"} if known.divided else None,
@@ -402,11 +403,14 @@ def _check_counts(where: str, tables: Mapping[str, Table], counts: Mapping[str, 
             )
 
 
-def _divide(table: Table, column: str, *, seed: int) -> dict[str, Table]:
-    """Draw 80 % train and 20 % valid among runs of rows that share `column`."""
+def _divide(table: Table, column: str) -> dict[str, Table]:
+    """Draw 80 % train and 20 % valid among runs of rows that share `column`.
+
+    The same rows whatever the seed: a model that was trained with one seed is judged with another.
+    """
     positions = range(len(table.rows))
     groups = [list(run) for _, run in groupby(positions, lambda i: table.rows[i].get(column))]
-    chosen = set(random.Random(seed).sample(range(len(groups)), round(0.8 * len(groups))))
+    chosen = set(random.Random(0).sample(range(len(groups)), round(0.8 * len(groups))))
     train = [i for number, run in enumerate(groups) if number in chosen for i in run]
     valid = [i for number, run in enumerate(groups) if number not in chosen for i in run]
     return {"train": table.pick(train), "valid": table.pick(valid)}
@@ -427,14 +431,18 @@ def _build(
         table.check_columns((*format.row_columns, *format.label_columns), format.labels)
     if split is not None:
         tables |= _set_aside(name, tables, format, split)
+    solved: list[tuple[str, str]] = []
     if shots:
-        format, tables["train"] = _few_shot(name, tables.get("train"), format, shots, seed=seed)
+        format, tables["train"], solved = _few_shot(
+            name, tables.get("train"), format, shots, seed=seed
+        )
     splits = {part: Examples((), format.labels, f"{name}/{part}") for part in SPLITS}
     for part, table in tables.items():
         size = len(table.rows)
         index = random.Random(seed).sample(range(size), _at_most(limit, size))
         table = table.pick(sorted(index))
         splits[part] = format.examples(table.rows, name=f"{name}/{part}", places=table.places)
+    _warn_of_known(splits, solved)
     return Task(
         name=name,
         labels=format.labels,
@@ -451,10 +459,58 @@ def _build(
     )
 
 
+def _warn_of_known(splits: Mapping[str, Examples], solved: Sequence[tuple[str, str]]) -> None:
+    """Warn of held-out examples that are also in train or among the shots, or in both splits."""
+    learnt = {(item.prompt, item.label) for item in splits["train"]} | set(solved)
+    chosen_by = {(item.prompt, item.label) for item in splits["valid"]}
+    others = f"{splits['train'].name}{' or among the shots' if solved else ''}"
+    for part, known, where, what in (
+        ("valid", learnt, others, "learnt"),
+        ("test", learnt, others, "learnt"),
+        ("test", chosen_by, splits["valid"].name, "chosen by"),
+    ):
+        held_out = splits[part]
+        twice = sum((item.prompt, item.label) in known for item in held_out)
+        # `Task.require_held_out` says it of a valid split that is wholly in train.
+        if twice and (part == "test" or twice < len(held_out)):
+            warnings.warn(
+                f"{held_out.name}: {twice} of {len(held_out)} examples are also in {where}, so "
+                f"what is measured on this split is partly what was {what}. Remove them from one "
+                "of the two.",
+                CdtLensWarning,
+                stacklevel=1,
+            )
+
+
+def _alike(checked: Sequence[tuple[dict[str, str], str]], label: str) -> list[list[int]]:
+    """Return the positions of the rows of a label, those of the same text together."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for i, (texts, own) in enumerate(checked):
+        if own == label:
+            groups.setdefault(tuple(texts.values()), []).append(i)
+    return list(groups.values())
+
+
+def _share_of(groups: list[list[int]], share: float, generator: random.Random) -> list[int]:
+    """Draw groups of rows that hold a share of all rows; at least one group, and never all."""
+    rows = sum(map(len, groups))
+    most = min(max(1, round(share * rows)), rows - 1)
+    if len(groups) == rows:
+        return [row for (row,) in generator.sample(groups, most)]
+    chosen: list[int] = []
+    for group in generator.sample(groups, len(groups)):
+        if len(chosen) + len(group) <= most:
+            chosen += group
+    return chosen or min(groups, key=len)
+
+
 def _set_aside(
     name: str, tables: Mapping[str, Table], format: PromptFormat, share: float
 ) -> dict[str, Table]:
-    """Divide train into train and valid, with the share of the rows of each label in valid."""
+    """Divide train into train and valid, with the share of the rows of each label in valid.
+
+    Rows of the same text and label stay together.
+    """
     if "valid" in tables or "train" not in tables:
         raise InputError(
             f"{name}: split={share}: it divides train where there is no valid split; the data have "
@@ -462,19 +518,18 @@ def _set_aside(
         )
     table = tables["train"]
     pairs = zip(table.rows, table.places, strict=True)
-    labels = [format.check_row(row, place)[1] for row, place in pairs]
+    checked = [format.check_row(row, place) for row, place in pairs]
     generator = random.Random(0)
     valid: set[int] = set()
     for label in format.labels:
-        positions = [i for i, own in enumerate(labels) if own == label]
-        if len(positions) < 2:
+        groups = _alike(checked, label)
+        if len(groups) < 2:
             raise InputError(
-                f"{name}: split={share}: train has only {len(positions)} rows with label "
-                f"{label!r}. Each label needs one in train and one in valid."
+                f"{name}: split={share}: train has only {len(groups)} rows with label "
+                f"{label!r} that differ. Each label needs one in train and one in valid."
             )
-        n = min(max(1, round(share * len(positions))), len(positions) - 1)
-        valid |= set(generator.sample(positions, n))
-    train = [i for i in range(len(labels)) if i not in valid]
+        valid |= set(_share_of(groups, share, generator))
+    train = [i for i in range(len(checked)) if i not in valid]
     return {"train": table.pick(train), "valid": table.pick(sorted(valid))}
 
 
@@ -484,8 +539,13 @@ def _at_most(limit: int | None, size: int) -> int:
 
 def _few_shot(
     name: str, table: Table | None, format: PromptFormat, shots: int, *, seed: int
-) -> tuple[PromptFormat, Table]:
-    """Return the format with a prefix of `shots` label-balanced rows, and the remaining rows."""
+) -> tuple[PromptFormat, Table, list[tuple[str, str]]]:
+    """Draw `shots` label-balanced rows of different texts and solve them in a prefix.
+
+    Returns:
+        The format with the prefix, the other rows, without those of the same text and label, and
+        the prompt and the label of each row that was drawn.
+    """
     n_labels = len(format.labels)
     if shots % n_labels:
         raise InputError(
@@ -498,15 +558,17 @@ def _few_shot(
     generator = random.Random(seed)
     chosen: list[int] = []
     for label in format.labels:
-        positions = [i for i, (_, own) in enumerate(checked) if own == label]
-        if len(positions) <= shots // n_labels:
+        groups = _alike(checked, label)
+        if len(groups) <= shots // n_labels:
             raise InputError(
-                f"{name}: shots={shots}: train has only {len(positions)} rows with label "
-                f"{label!r}, and one must remain. Use fewer shots."
+                f"{name}: shots={shots}: train has only {len(groups)} rows with label "
+                f"{label!r} that differ, and one must remain. Use fewer shots."
             )
-        chosen += generator.sample(positions, shots // n_labels)
+        chosen += [group[0] for group in generator.sample(groups, shots // n_labels)]
     generator.shuffle(chosen)
     shown = [format.solved(*checked[i]) for i in chosen]
-    prefix = "".join(f"{example}\n\n" for example in shown)
-    rest = [i for i in range(len(checked)) if i not in set(chosen)]
-    return replace(format, prefix=prefix), table.pick(rest)
+    format = replace(format, prefix="".join(f"{example}\n\n" for example in shown))
+    drawn = [checked[i] for i in chosen]
+    rest = [i for i, own in enumerate(checked) if own not in drawn]
+    solved = [(format.render(texts), label) for texts, label in drawn]
+    return format, table.pick(rest), solved

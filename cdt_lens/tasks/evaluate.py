@@ -19,7 +19,7 @@ from cdt_lens.core import display
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Count
 from cdt_lens.core.equality import EqualByContent
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.errors import InputError, NonFiniteError
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.processes import gather_items
 from cdt_lens.models.session import uses_model
@@ -87,8 +87,8 @@ class Evaluation(EqualByContent):
     def _repr_html_(self) -> str:
         parts = [self.to_dataframe()]
         if self.confusion is not None:
-            named = self.confusion.rename_axis(columns=None).reset_index()
-            parts.append(named.rename(columns={"gold": "gold \\ predicted"}))
+            named = self.confusion.rename_axis(columns=None)
+            parts.append(named.reset_index(names="gold \\ predicted"))
         return display.html(f"Evaluation on {self.split}", *parts)
 
 
@@ -118,6 +118,7 @@ def evaluate(
 
     Raises:
         InputError: There are no examples, or the labels of `task` have other tokens than theirs.
+        NonFiniteError: A logit is not finite, as in float16 where activations overflow.
     """
     view = view_of(model)
     check_examples(view, examples)
@@ -126,6 +127,11 @@ def evaluate(
     items: list[tuple[int, tuple[bool, float, float, WordIds]]] = []
     for batch in Passes(batch_size).batches(examples, view.longrope_limit):
         logits = candidate_logits(view, batch) if logits_of is None else logits_of(batch)
+        if not bool(torch.isfinite(logits[batch.is_candidate]).all()):
+            raise NonFiniteError(
+                f"{examples.name}: the logits of {view.name} are not finite on these prompts. Load "
+                "the model in float32; after a training step, take a smaller learning rate."
+            )
         direction = task_direction(logits, batch.direction)
         losses = answer_loss(logits, batch.is_answer, batch.is_candidate)
         prior = None if task is None else task.candidate_prior(batch).to(logits)

@@ -65,9 +65,9 @@ def answers_interval(
 ) -> Interval:
     """Compute `mean_interval` of a quantity that right and wrong answers make up.
 
-    Where all examples have one value, such as f of a circuit that changes no answer, the spread of
-    the sample is 0 and says nothing of other examples. There the interval is that of a share of
-    right answers that did not change (`paired_share_interval`), times `step`.
+    Where all examples of a label have one value, such as f of a circuit that changes no answer, the
+    spread of the sample is 0 and says nothing of other examples. There the interval is that of a
+    share of right answers that did not change (`paired_share_interval`), times `step`.
 
     Args:
         values: One value for each example.
@@ -80,7 +80,8 @@ def answers_interval(
         The lower and the upper limit in the unit of `values`; NaN if a label has a single example.
     """
     low, high = mean_interval(values, labels, level)
-    same = values.amax(-1) - values.amin(-1) <= 1e-9
+    by_label = [values[..., labels == label] for label in labels.unique()]
+    same = torch.stack([own.amax(-1) - own.amin(-1) <= 1e-9 for own in by_label]).all(0)
     margin = torch.where(same, paired_share_interval(0, 0, len(labels), level)[1] * abs(step), 0.0)
     return low - margin, high + margin
 

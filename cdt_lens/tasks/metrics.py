@@ -141,19 +141,19 @@ def is_kept(after: float, before: float, share: float) -> bool:
     return after >= share * before - 1e-9
 
 
-def chance_caution(metric: Metric, value: float, n_labels: int) -> str:
+def chance_caution(metric: Metric, value: float, guess: float) -> str:
     """Say that a model solves a task no better than chance, so that its circuit means little.
 
     Args:
         metric: "direction", "accuracy" or "balanced_accuracy".
         value: the metric of the full model.
-        n_labels: number of labels. Examples of a single label have two candidates (`tasks.mib`).
+        guess: the accuracy of a candidate drawn at random (`Examples.guess`), from 0 to 1.
 
     Returns:
-        One sentence, or "" if the metric is above chance: 0 logits for the direction, 1 / n_labels
-        for an accuracy.
+        One sentence, or "" if the metric is above chance: 0 logits for the direction, `guess` for
+        an accuracy.
     """
-    chance = 0.0 if metric == "direction" else 1 / max(n_labels, 2)
+    chance = 0.0 if metric == "direction" else guess
     if not value <= chance:
         return ""
     name = "mean direction" if metric == "direction" else metric.replace("_", " ")
@@ -164,16 +164,16 @@ def chance_caution(metric: Metric, value: float, n_labels: int) -> str:
     )
 
 
-def warn_at_chance(name: str, metric: Metric, value: float, n_labels: int) -> None:
+def warn_at_chance(name: str, metric: Metric, value: float, guess: float) -> None:
     """Warn with `CdtLensWarning` where `chance_caution` has something to say.
 
     Args:
         name: name of the split.
         metric: "direction", "accuracy" or "balanced_accuracy".
         value: the metric of the full model.
-        n_labels: number of labels.
+        guess: the accuracy of a candidate drawn at random (`Examples.guess`), from 0 to 1.
     """
-    caution = chance_caution(metric, value, n_labels)
+    caution = chance_caution(metric, value, guess)
     if caution:
         # Without a stack level the same words are shown once, whichever function says them.
         warnings.warn(f"{name}: {caution}", CdtLensWarning, stacklevel=1)

@@ -27,6 +27,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from cdt_lens.core import display
 from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.tasks.prompts import context_limit, encode, with_bos
 from cdt_lens.tasks.rows import SPLITS, Table, hub_tables
@@ -99,6 +100,11 @@ def _choice(row: Row, pair: str, place: str) -> _Words:
 
 def _sum(row: Row, pair: str, place: str) -> _Words | None:
     given = row[pair]
+    if given is not None and not isinstance(given, Mapping):
+        raise InputError(
+            f"{place}: pair={pair!r}: expected a column that holds a counterfactual with its "
+            f"label, got {display.short(str(given))}"
+        )
     if given is None or given.get("prompt") is None:
         return None
     other = str(_field(row, place, pair, "label"))

@@ -66,14 +66,17 @@ def task_from_prompts(
     named = ["prompt"] * len(prompts) if labels is None else list(labels)
     tokens = [with_bos(tokenizer, ids, prepend_bos) for ids in encode(tokenizer, prompts)]
     places = [f"{name}, prompt {number}" for number in range(1, len(prompts) + 1)]
-    items = []
+    items: list[Example] = []
+    every: list[tuple[Example, str, WordIds, str]] = []
     for text, ids, label, own, rest, at in zip(
         prompts, tokens, named, right, wrong, places, strict=True
     ):
         answer, other = (_ids(tokenizer, text, words, at) for words in (own, rest))
         items.append(Example(text, ids, label, answer, other))
-    words, expected = [own[0] for own in right], [item.answers[0] for item in items]
-    check_boundary(tokenizer, items, words, expected, places, prepend_bos=prepend_bos)
+        pairs = zip((*own, *rest), (*answer, *other), strict=True)
+        every += [(items[-1], word, word_tokens, at) for word, word_tokens in pairs]
+    examples, words, expected, where = zip(*every, strict=True)
+    check_boundary(tokenizer, examples, words, expected, where, prepend_bos=prepend_bos)
     return _task(items, tuple(sorted(set(named))), valid, name)
 
 

@@ -276,6 +276,8 @@ class PromptFormat(Checked):
         if not rows:
             raise InputError(f"{name}: no rows; expected at least one of each label")
         where = places or [f"{name}, row {number}" for number in range(1, len(rows) + 1)]
+        if len(where) != len(rows):
+            raise InputError(f"places: {len(where)} for {len(rows)} rows; give one for each row")
         checked = [self.check_row(row, place) for row, place in zip(rows, where, strict=True)]
         present = {label for _, label in checked}
         for label in self.labels:
@@ -332,13 +334,14 @@ class PromptFormat(Checked):
             The token ids of each prompt, BOS included.
 
         Raises:
-            InputError: a column is missing, a cell is empty or not text, or a prompt is too long.
+            InputError: a column is missing, a cell is empty, is not text or spells a special token
+                of the tokenizer, or a prompt is too long.
         """
-        cells = [
-            {column: _cell(row, column, place) for column in self.columns}
-            for row, place in zip(rows, places, strict=True)
-        ]
-        return self._tokenised(cells, places)[1]
+        cells = [self._texts(row, place, {}) for row, place in zip(rows, places, strict=True)]
+        ids = self._tokenised(cells, places)[1]
+        for own, place in zip(ids, places, strict=True):
+            self._check_special(own, place)
+        return ids
 
     def _tokenised(
         self, cells: Sequence[Mapping[str, str]], places: Sequence[str]

@@ -420,7 +420,8 @@ def _load_from_hub(
         ) from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         where = repo if config is None else f"{repo}/{config}"
-        raise InputError(f"{where}: `datasets` cannot load it: {error}") from error
+        why = "" if error.__cause__ is None else f" ({error.__cause__})"
+        raise InputError(f"{where}: `datasets` cannot load it: {error}{why}") from error
 
 
 def _csv_reading(builder: Any, columns: Iterable[str]) -> dict[str, Any]:

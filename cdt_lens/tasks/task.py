@@ -316,6 +316,13 @@ class Examples(Sequence[Example]):
         self.require_some()
         return max(self.counts.values()) / len(self)
 
+    @property
+    def guess(self) -> float:
+        """Accuracy of an answer that is drawn at random from the candidates, from 0 to 1."""
+        self.require_some()
+        shares = [len(i.answers) / (len(i.answers) + len(i.others)) for i in self.items]
+        return sum(shares) / len(shares)
+
     @cached_property
     def has_words(self) -> bool:
         """Whether some candidates have several tokens."""
@@ -380,6 +387,11 @@ class Examples(Sequence[Example]):
         """
         self.require_some()
         rarest, most = min(self.counts.items(), key=lambda pair: pair[1])
+        if not most:
+            raise InputError(
+                f"{self.name}: no example has the label {rarest!r}, so none can be balanced over "
+                f"{len(self.labels)} labels"
+            )
         per_label = most if n is None else n // len(self.labels)
         if not 1 <= per_label <= most:
             raise InputError(

@@ -18,7 +18,12 @@ from helpers.checks import assert_same_bits, unchecked_types
 from helpers.shared import models, other_weights, shared
 from helpers.tiny_tasks import examples
 
-from cdt_lens.circuits.circuit import Circuit, random_heads, random_heads_like
+from cdt_lens.circuits.circuit import (
+    Circuit,
+    near_zero_heads,
+    random_heads,
+    random_heads_like,
+)
 from cdt_lens.circuits.faithfulness import circuit_faithfulness, faithfulness_curve
 from cdt_lens.circuits.greedy import greedy_circuit
 from cdt_lens.circuits.head_scores import HeadScores
@@ -286,3 +291,9 @@ def test_numbers_of_numpy_are_saved(tmp_path: Path):
         pytest.raises(InputError, match="n_layers=2.5: expected a whole number"),
     ):
         Circuit((), 2.5, 3)
+
+
+def test_near_zero_heads_take_names():
+    table = torch.tensor([[0.0, 0.1], [0.2, 0.3]])
+    assert near_zero_heads(table, ["L0H0"]) == near_zero_heads(table, [Head(0, 0)])
+    assert near_zero_heads(table, ["L0H0"]) == (Head(0, 1),)

@@ -175,6 +175,9 @@ def test_a_curve_has_mibs_areas_and_controls(tokenizer_folder):
         view, scores.graph(k=110), data, base, metric="accuracy", draws=0, **QUIET
     )
     assert 0 <= share.full <= 1 and share.faithfulness.tolist() == [1.0]
+    assert [limit.tolist() for limit in share.interval()] == [[1.0], [1.0]]
+    with pytest.raises(InputError, match="graphs: got none"):
+        edge_faithfulness(view, [], data, base, **QUIET)
 
 
 def test_edges_of_another_kind_or_model_are_refused(tokenizer_folder):

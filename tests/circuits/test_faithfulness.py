@@ -37,7 +37,7 @@ from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.loading import _bridge
 from cdt_lens.models.view import ModelView
 from cdt_lens.scoring.sweep import score_heads
-from cdt_lens.tasks.intervals import mean_interval, ratio_effects
+from cdt_lens.tasks.intervals import mean_interval, paired_share_interval, ratio_effects
 from cdt_lens.tasks.metrics import balanced_mean
 from cdt_lens.tasks.task import Examples, Task
 
@@ -451,3 +451,42 @@ def test_intervals_of_f_by_accuracy_are_covered_where_no_answer_changes(n: int):
     assert float(low[0]) == float(high[0]) == 1 and float(low[1]) < 1 < float(high[1])
     low, high = module.f_interval(same, labels, "direction", 0.5, [True, False])
     assert low.tolist() == high.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("empty", ["heads", "all"])
+def test_only_f_that_is_defined_has_no_width(empty, tokenizer_folder):
+    """No answer of the sample changes, which says little of other prompts."""
+    view, data = shared("gpt2", "bridge", tokenizer_folder, torch.float32), many(12)
+    baseline = mean_activations(view, data, mlps=True, progress=False)
+    scores = score_heads(view, data, baseline, progress=False)
+    made = faithfulness_curve(
+        view, scores, data, baseline, fractions=(0.0, 0.1, 0.5, 1.0), empty=empty,
+        draws=1, progress=False,
+    )  # fmt: skip
+    assert made.sizes == (0, 0, 4, 8)
+    same = torch.tensor([[0.0], [0.0], [0.5], [1.0]], dtype=torch.float64).expand(4, 12)
+    flat = replace(
+        made, metric="accuracy", faithfulness=same[:, 0].float(), effects=same,
+        without_effects=same.flip(0), full=0.9, empty=0.4,
+    )  # fmt: skip
+    none = empty == "heads"  # f of no heads is 0 by its definition
+    low, high = flat.interval()
+    assert [value == 0 for value in (high - low).tolist()] == [none, none, False, True]
+    low, high = flat.completeness_interval()
+    assert [value == 0 for value in (high - low).tolist()] == [True, True, False, none]
+    margin = paired_share_interval(0, 0, 12, 0.95)[1] / 0.5
+    share = {"cpr": 0.45, "log_area": 0.5} if none else {"cpr": 0.75, "log_area": 0.5}
+    for name, weight in share.items():
+        low, high = flat.area_intervals()[name]
+        assert (high - low) / 2 == pytest.approx(weight * margin)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "balanced_accuracy"])
+def test_answers_that_are_alike_within_each_label_have_a_width(metric):
+    """The circuit always answers the first label, the empty run always the second."""
+    labels = torch.tensor([0, 1] * 10)
+    strata = torch.zeros_like(labels) if metric == "accuracy" else labels
+    full, own, empty = torch.ones(20).double(), (labels == 0).double(), (labels == 1).double()
+    effects = ratio_effects((own - empty)[None], (full - empty)[None], strata)
+    low, high = module.f_interval(effects, strata, metric, 0.5, [False])
+    assert float(high - low) > 0.5

@@ -8,9 +8,12 @@ from dataclasses import replace
 from itertools import product
 
 import networkx
+import numpy as np
 import pytest
+import torch
 from helpers import sample_graph as sample
 
+from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.graph import Edge, Graph, GraphNode
 from cdt_lens.circuits.nodes import edge_name, node_names, parse_node, possible_edges
 from cdt_lens.core.errors import InputError
@@ -227,3 +230,12 @@ def test_a_notebook_shows_the_drawing():
 def test_edge_names():
     assert edge_name("L0H1", "L9H6", "q") == "L0H1->L9H6<q>"
     assert Edge("M3", "logits", "", None).name == "M3->logits"
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), torch.tensor(0.5)])
+def test_scores_of_numpy_and_torch_are_numbers(number, tmp_path):
+    nodes = {"input": GraphNode(None, np.True_), "logits": GraphNode(number, True)}
+    made = Graph(1, 1, nodes, (Edge("input", "logits", "", number),), d_model=4)
+    path = Circuit((), 1, 1, graph=made).save(tmp_path / "circuit.json")
+    assert Circuit.load(path).graph == made
+    assert type(made.edges[0].score) is float and type(made.nodes["input"].in_graph) is bool

@@ -141,3 +141,35 @@ def test_a_circuit_of_another_shape_is_refused_and_an_empty_one_has_no_members()
     table = torch.randn(80, 2, 3, generator=torch.Generator().manual_seed(0))
     with pytest.raises(InputError, match="10 layers of 10 heads, the scores of 2 of 3"):
         membership(scores(table.mean(0), table, LABELS), made.select(k=2))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_heads_that_were_dropped_early_leave_a_reliability(seed):
+    """Under `decide` heads have different samples: here 4, 10 or 40 prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    correction = torch.randn(80, 10, 10, generator=generator)
+    last = torch.tensor([4, 10, 40])[torch.randint(3, (10, 10), generator=generator)]
+    correction[torch.arange(80)[:, None, None] >= last] = torch.nan
+    found = reliability(estimate(torch.randn(80, 10, 10, generator=generator), correction))
+    assert math.isfinite(found.split_half) and math.isfinite(found.full)
+
+
+def test_halves_that_disagree_are_no_correlation_below_minus_1():
+    """Two heads: the halves of two examples each rank them alike or in the other order."""
+    table = torch.tensor([[3.0, 0.0], [0.0, 2.9], [3.0, 0.2], [0.1, 2.8]])[:, None]
+    found = reliability(scores(table.mean(0), table, ("a",) * 4))
+    assert -1 <= found.full == found.split_half < 0
+
+
+def test_a_circuit_selected_from_other_scores_has_no_membership():
+    one, other = noisy(1.0), noisy(1.0, seed=1)
+    with pytest.raises(InputError, match="selected from other scores"):
+        membership(other, one.select(k=3))
+
+
+def test_a_single_exact_prompt_of_a_label_cannot_be_shrunk():
+    correction = torch.randn(80, 10, 10, generator=torch.Generator().manual_seed(0))
+    correction[2:] = torch.nan
+    known = replace(estimate(torch.zeros(80, 10, 10), correction), values=torch.ones(10, 10))
+    with pytest.raises(InputError, match="shrunk: .*two of them with an exact sweep"):
+        known.shrunk()

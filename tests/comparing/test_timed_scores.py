@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -153,6 +154,23 @@ def test_what_was_made_from_something_else_is_made_again(
     assert seen == ["direct"]
     assert any("again" in line for line in said)
     assert HeadScores.load(path).values.equal(found.scores.values)
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("method", ["expected-gradients", "random"])
+def test_scores_of_another_seed_without_their_time_are_made_again(
+    method, monkeypatch, tmp_path, tokenizer_folder
+):
+    """A kill between the two files of seed 1 in the folder of seed 0."""
+    place = setting(tokenizer_folder)
+    first = scorer(place, tmp_path / "0", seed=0).score(method)
+    scorer(place, tmp_path / "1", seed=1).score(method)
+    for path in (tmp_path / "1").glob("scores-*"):
+        shutil.copy(path, tmp_path / "0" / path.name)
+    seen = counting(monkeypatch)
+    again = scorer(place, tmp_path / "0", seed=0).score(method)
+    assert seen == [method]
+    assert_same_bits(again.scores.values, first.scores.values)
 
 
 @pytest.mark.usefixtures("hurried")

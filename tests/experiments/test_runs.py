@@ -15,11 +15,13 @@ from helpers.wrapped import view
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.errors import InputError
 from cdt_lens.experiments import discovery as experiment
-from cdt_lens.experiments.inputs import load_for
+from cdt_lens.experiments.inputs import load_for, make_task, with_train
 from cdt_lens.experiments.runs import Run, discovered_on, open_run, start_run
 from cdt_lens.experiments.settings import Settings
 from cdt_lens.finetuning.finetune import finetune
+from cdt_lens.models.hugging_face import load_tokenizer
 from cdt_lens.tasks.evaluate import evaluate
+from cdt_lens.tasks.task import drawn
 
 
 def small_run(folder: Path) -> tuple[Settings, dict[str, Path]]:
@@ -61,6 +63,40 @@ def test_a_report_leaves_out_faithfulness_on_other_examples(tmp_path: Path):
     assert not shown(run)
     experiment.measure(run, told.append, split="test", examples=6, draws=1)
     assert shown(run)
+
+
+def test_a_report_leaves_out_a_graph_of_other_examples(tmp_path: Path):
+    settings, files = small_run(tmp_path)
+    told: list[str] = []
+    stale = "graph.json was computed on other examples and is left out; run trace again"
+
+    def opened() -> Run:
+        told.clear()
+        run = start_run(settings, tmp_path / "run", told.append)
+        experiment.discover(run, told.append)
+        return run
+
+    run = opened()
+    experiment.trace(run, told.append, examples=3, width=2, fan_in=1)
+    experiment.report(run, told.append)
+    assert stale not in told
+    write_csv(files["train"], 24, 79)
+    experiment.report(opened(), told.append)
+    assert stale in told
+
+
+def test_training_examples_are_not_drawn_without_a_label(tmp_path: Path):
+    settings, _ = small_run(tmp_path)
+    found = make_task(settings, load_tokenizer(settings.model))
+    assert min(with_train(found, 12, 0).train.counts.values()) > 0
+    seeds = [seed for seed in range(30) if 0 in drawn(found.train, 3, seed).counts.values()]
+    assert seeds
+    for seed in range(30):
+        if seed in seeds:
+            with pytest.raises(InputError, match=f"none of 3 examples drawn with seed {seed}"):
+                with_train(found, 3, seed)
+        else:
+            assert len(with_train(found, 3, seed).train) == 3
 
 
 def test_a_noisy_ranking_is_told_with_what_would_help_where_it_is_set(tmp_path: Path):

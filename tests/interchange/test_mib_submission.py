@@ -13,12 +13,13 @@ import torch
 from helpers import sample_results
 from typer.testing import CliRunner
 
+from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.graph import Edge, Graph, GraphNode
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.nodes import node_names, possible_edges
 from cdt_lens.cli import app as cli
 from cdt_lens.core.errors import InputError
-from cdt_lens.interchange.graphs import write_graph
+from cdt_lens.interchange.graphs import circuit_from_graph, read_graph, write_graph
 from cdt_lens.interchange.mib_submission import (
     PERCENTAGES,
     PLACES,
@@ -84,6 +85,18 @@ def test_scores_of_heads_as_json(tmp_path: Path):
     best = max(ranked, key=ranked.__getitem__)
     head = given.ranking()[0]
     assert best == f"a{head.layer}.h{head.head}"
+
+
+def test_a_circuit_that_was_read_from_a_graph(tmp_path: Path):
+    """It names no model; its graph knows the blocks, and the scores of MLPs."""
+    write_mib_submission({"ioi_gpt2": scores()}, tmp_path / "first", ending="pt")
+    graph = read_graph(tmp_path / "first" / "ioi_gpt2" / "importances.pt")
+    circuit = circuit_from_graph(graph)
+    saved = Circuit.load(circuit.save(tmp_path / "circuit.json"))
+    for name, given in (("made", circuit), ("saved", saved)):
+        (task,) = write_mib_submission({"ioi_gpt2": given}, tmp_path / name, ending="pt")
+        assert (task.level, task.scored) == ("node", 144)
+        assert read_graph(tmp_path / name / "ioi_gpt2" / "importances.pt") == graph
 
 
 def test_scores_of_heads_as_pt(tmp_path: Path):

@@ -11,7 +11,7 @@ from helpers.words import ROWS, TEMPLATE, VERBALIZER, word_tokenizer
 from cdt_lens.core.errors import InputError
 from cdt_lens.tasks.card import TaskCard
 from cdt_lens.tasks.datasets import load_task
-from cdt_lens.tasks.prompts import build_examples
+from cdt_lens.tasks.prompts import PromptFormat, build_examples
 from cdt_lens.tasks.task import Examples, Task
 
 
@@ -59,3 +59,17 @@ def test_a_generated_task_has_a_card_but_no_words_to_predict(tmp_path):
     assert card is not None and card.bos_ids == (1,)
     with pytest.raises(InputError, match="no template with a word for each label"):
         card.format(words)
+
+
+def test_a_column_of_text_may_be_called_label(words):
+    template = "{label}\nSentiment:"
+    format = PromptFormat(words, template, VERBALIZER, label_column="gold")
+    data = format.examples([{"label": row["text"], "gold": row["label"]} for row in ROWS])
+    none = Examples((), data.labels, "none")
+    task = Task(
+        "t", data.labels, VERBALIZER, format.verbalizer_ids, template, data, none, none, none
+    )
+    card = TaskCard.of(task, words)
+    assert card is not None
+    made = card.format(words).unlabelled([{"label": ROWS[0]["text"]}], ["row 1"])
+    assert made == [data[0].tokens]

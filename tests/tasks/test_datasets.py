@@ -24,7 +24,7 @@ from helpers.words import (
 from transformers import PreTrainedTokenizerBase
 
 from cdt_lens.cli import app as cli
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.errors import CdtLensWarning, InputError
 from cdt_lens.experiments import inputs
 from cdt_lens.tasks.datasets import (
     KNOWN,
@@ -34,7 +34,7 @@ from cdt_lens.tasks.datasets import (
     task_from_files,
     task_from_hub,
 )
-from cdt_lens.tasks.task import Task
+from cdt_lens.tasks.task import Examples, Task
 
 NLI_TEXTS = ("a b c d e f\nQuestion: x y z True, False, or Neither?\nAnswer: True False Neither",)
 SIZES = {"train": 12, "valid": 6, "test": 9}
@@ -137,7 +137,8 @@ def test_xnli_divides_dev_and_keeps_premises_together(
     assert len(premises[0] | premises[1]) == 10
     assert task.train.counts == {"contradiction": 8, "entailment": 8, "neutral": 8}
     assert small("xnli", tokenizer, folder=xnli).hash == task.hash
-    assert small("xnli", tokenizer, folder=xnli, seed=1).hash != task.hash
+    # A model trained with one seed is judged on rows that it has not seen, whatever the other seed.
+    assert small("xnli", tokenizer, folder=xnli, seed=1).hash == task.hash
 
 
 def test_xnli_takes_quotation_marks_as_they_stand(
@@ -577,6 +578,7 @@ def parquet_folder(folder: Path, *, named: bool = True, names: Sequence[str] = (
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:.*examples are also in")  # the same rows in every split
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_hub_code_reads_a_local_folder(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, kind: str
@@ -671,6 +673,7 @@ def test_without_network_the_way_out_is_said(
         small(name, tokenizer)
 
 
+@pytest.mark.filterwarnings("ignore:.*examples are also in")  # the same rows in every split
 def test_nusax_from_the_hub_names_integers_in_the_known_order(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -690,6 +693,7 @@ def test_nusax_from_the_hub_names_integers_in_the_known_order(
         load_task("nusax-senti", "eng", tokenizer=tokenizer)
 
 
+@pytest.mark.filterwarnings("ignore:.*examples are also in")  # by the hypothesis alone they are
 def test_xnli_from_the_hub_leaves_its_translated_train_alone(
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, xnli: Path
 ) -> None:
@@ -711,7 +715,10 @@ def test_xnli_from_the_hub_leaves_its_translated_train_alone(
         return hub.DatasetDict(train=data["test"], **data)
 
     monkeypatch.setattr(hub, "load_dataset", load)
-    assert small("xnli", tokenizer).hash == small("xnli", tokenizer, folder=xnli).hash
+    for template in (None, "{hypothesis}:"):  # the premise divides the data all the same
+        options = {"template": template} if template else {}
+        found = small("xnli", tokenizer, **options)
+        assert found.hash == small("xnli", tokenizer, folder=xnli, **options).hash
 
 
 # The real data, where they are
@@ -786,3 +793,69 @@ def test_validation_on_the_training_rows_is_recognised(
         task.require_held_out()
     task.require_held_out("test")
     from_files(tokenizer, {"train": path}, split=0.5).require_held_out()
+
+
+def repeated_rows(texts: int, times: int) -> list[dict[str, str]]:
+    rows = sentiment_rows(texts)
+    return [row | {"id": f"{row['id']}.{i}"} for i in range(times) for row in rows]
+
+
+def prompts_of(examples: Examples) -> set[tuple[str, str]]:
+    return {(example.prompt, example.label) for example in examples}
+
+
+def test_rows_of_the_same_text_stay_on_one_side_of_a_split(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = write_csv(tmp_path / "twice.csv", repeated_rows(30, 2))
+    task = from_files(tokenizer, {"train": path}, split=0.2)
+    assert (len(task.train), len(task.valid)) == (48, 12)
+    assert not prompts_of(task.train) & prompts_of(task.valid)
+    same = write_csv(tmp_path / "same.csv", repeated_rows(3, 5))
+    with pytest.raises(InputError, match="train has only 1 rows .* that differ"):
+        from_files(tokenizer, {"train": same}, split=0.2)
+
+
+def test_a_shot_is_no_question_of_train(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "twice.csv", repeated_rows(12, 2))
+    task = from_files(tokenizer, {"train": path}, shots=6)
+    shown = task.prefix.removesuffix("\n\n").split("\n\n")
+    assert len(set(shown)) == 6 and len(task.train) == 12
+    for example in task.train:
+        asked = example.prompt.removeprefix(task.prefix)
+        assert not any(own.startswith(asked) for own in shown)
+
+
+@pytest.mark.parametrize("shots", [0, 3])
+def test_held_out_examples_that_are_also_in_train_are_counted(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, shots: int
+) -> None:
+    known = sentiment_rows(12)
+    valid = write_csv(tmp_path / "valid.csv", [*known[:4], *sentiment_rows(6, "room")])
+    paths = {"train": write_csv(tmp_path / "train.csv", known), "valid": valid}
+    with pytest.warns(CdtLensWarning, match="files/valid: 4 of 10 examples are also in files/tr"):
+        from_files(tokenizer, paths, shots=shots)
+
+
+def test_a_split_holds_its_share_of_the_rows(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """One text is most of a label, and more than the share: the four others are valid."""
+    rows = sentiment_rows(312)
+    often = [row | {"text": "food"} for row in rows if row["label"] == "negative"][:100]
+    rest = [row for row in rows if row["label"] != "negative"] + [
+        row for row in rows if row["label"] == "negative"
+    ][:4]
+    task = from_files(
+        tokenizer, {"train": write_csv(tmp_path / "a.csv", [*often, *rest])}, split=0.2
+    )
+    assert task.valid.counts == {"negative": 4, "neutral": 21, "positive": 21}
+
+
+def test_examples_of_test_that_are_also_in_valid_are_counted(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    train = write_csv(tmp_path / "train.csv", sentiment_rows(12))
+    other = write_csv(tmp_path / "valid.csv", sentiment_rows(6, "room"))
+    with pytest.warns(CdtLensWarning, match="test: 6 of 6 examples are also in files/valid"):
+        from_files(tokenizer, {"train": train, "valid": other, "test": other})

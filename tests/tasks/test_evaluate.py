@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_task
 from scipy.stats import binomtest
 
-from cdt_lens.core.errors import InputError
+from cdt_lens.core.errors import InputError, NonFiniteError
 from cdt_lens.models.loading import load_model
 from cdt_lens.models.view import view_of
 from cdt_lens.tasks.datasets import task_from_files
@@ -92,3 +94,23 @@ def test_a_task_without_verbalizer_has_no_prior(model_and_task):
     with pytest.raises(InputError, match="content-free"):
         label_prior(model, bare)
     assert evaluate(model, task.valid).macro_f1 is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_no_wrong_answers(model_and_task, bad):
+    model, task = model_and_task
+
+    def logits(batch):
+        own = torch.zeros(batch.candidates.shape)
+        own[-1, 0] = bad
+        return own
+
+    with pytest.raises(NonFiniteError, match="test: the logits of .* are not finite"):
+        evaluate(model, task.test, task, logits_of=logits)
+
+
+def test_a_label_may_be_named_like_a_column_of_the_table(model_and_task):
+    model, task = model_and_task
+    found = evaluate(model, task.test, task)
+    named = found.confusion.rename(index={"good": "gold"}, columns={"good": "gold"})
+    assert "gold \\ predicted" in replace(found, confusion=named)._repr_html_()

@@ -176,5 +176,5 @@ def test_macro_f1_needs_labels_and_a_prediction_for_each_example():
 def test_a_metric_at_or_below_chance_is_said(
     metric: Metric, value: float, labels: int, said: str
 ) -> None:
-    sentence = chance_caution(metric, value, labels)
+    sentence = chance_caution(metric, value, 1 / labels)
     assert bool(sentence) == bool(said) and said in sentence

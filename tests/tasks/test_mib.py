@@ -267,6 +267,12 @@ def test_options_that_do_not_fit_are_refused(mistake, tmp_path, tokenizer):
         load_task(tokenizer=tokenizer, **folder | given)
 
 
+def test_a_pair_of_sums_is_a_record(tmp_path, tokenizer):
+    write(tmp_path / "arithmetic_addition", "jsonl", train=SUMS)
+    with pytest.raises(InputError, match="row 1.*: pair='prompt': expected a column that holds"):
+        load_task("mib-arithmetic", "addition", pair="prompt", tokenizer=tokenizer, folder=tmp_path)
+
+
 def test_a_limit_draws_usable_rows(tmp_path, tokenizer):
     write(tmp_path, "jsonl", train=[ioi("Bartholomew", "John"), *IOI])
     whole, drawn = (
@@ -294,9 +300,11 @@ def test_the_hub_is_asked_for_mibs_data_sets(tmp_path, tokenizer, monkeypatch):
     ]
 
 
-def test_one_label_makes_every_mean_plain_and_chance_a_half():
-    assert chance_caution("accuracy", 0.6, 1) == ""
-    assert "chance 0.5" in chance_caution("accuracy", 0.5, 1)
+def test_one_label_makes_every_mean_plain_and_chance_a_half(tmp_path, tokenizer):
+    write(tmp_path, "jsonl", train=IOI)
+    guess = load_task("mib-ioi", tokenizer=tokenizer, folder=tmp_path).train.guess
+    assert chance_caution("accuracy", 0.6, guess) == ""
+    assert "chance 0.5" in chance_caution("accuracy", 0.5, guess)
 
 
 # A run ---------------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.tokenizers import save_tokenizer
 from helpers.words import WORDS, word_tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -64,3 +66,20 @@ def test_mistakes_are_named(
     given = {"answers": [" John", " Mary", " Mary"], "tokenizer": tokenizer} | arguments
     with pytest.raises(InputError, match=told):
         cdt.task_from_prompts(PROMPTS, **given)
+
+
+def test_chance_is_the_share_of_the_candidates_that_are_right(tokenizer: PreTrainedTokenizerBase):
+    several = cdt.task_from_prompts(
+        PROMPTS, [" John", [" Mary", " Tom"], " Mary"], [[" Mary", " Tom"], " John", " John"],
+        tokenizer=tokenizer, labels=["a", "b", "c"],
+    )  # fmt: skip
+    assert several.train.guess == pytest.approx((1 / 3 + 2 / 3 + 1 / 2) / 3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "others"), [("b", "d"), ("d", "b"), (["d", "b"], "e"), ("d", ["e", "b"])]
+)
+def test_no_candidate_may_merge_with_the_end_of_its_prompt(tmp_path: Path, answer, others):
+    merging = save_tokenizer("gpt2", tmp_path)
+    with pytest.raises(InputError, match="merges the end of the prompt with the answer 'b'"):
+        cdt.task_from_prompts(["a so: "], [answer], [others], tokenizer=merging)

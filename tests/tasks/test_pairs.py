@@ -66,7 +66,8 @@ def test_the_template_makes_the_pair_as_it_makes_the_prompt(tmp_path, tokenizer)
 
 
 def test_shots_stand_before_the_pair_too_and_long_pairs_are_cut(tmp_path, tokenizer):
-    task = from_file(write(tmp_path, ROWS * 2), tokenizer, shots=3)
+    more = [(f"{text} w30", *rest) for text, *rest in ROWS]
+    task = from_file(write(tmp_path, (*ROWS, *more)), tokenizer, shots=3)
     for item in task.train:
         assert item.pair is not None and item.pair.prompt.startswith(task.prefix)
     rows = ((*ROWS[0][:2], "w22 w23 w40 w41 w42", "good"), *ROWS[1:])

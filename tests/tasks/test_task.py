@@ -374,6 +374,14 @@ def test_balanced_refuses_what_the_data_lack(tokenizer: PreTrainedTokenizerBase,
         build(tokenizer).balanced(n)
 
 
+def test_balanced_names_a_label_without_examples(tokenizer: PreTrainedTokenizerBase) -> None:
+    examples = build(tokenizer)
+    some = examples[:1]
+    missing = next(label for label in examples.labels if label != some[0].label)
+    with pytest.raises(InputError, match=f"no example has the label '{missing}'"):
+        some.balanced()
+
+
 def test_an_empty_split_is_refused_where_it_is_used(tokenizer: PreTrainedTokenizerBase) -> None:
     empty = make_task(tokenizer).test
     assert len(empty) == 0

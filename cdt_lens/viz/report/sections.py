@@ -120,7 +120,7 @@ def head_scores_section(scores: HeadScores, id: str, results: Sequence[object]) 
             "Examples": str(len(scores.example_labels)),
             **_reliability(scores),
             "Task direction": f"{scores.direction:+.3f} logits",
-            **_caution("direction", scores.direction, len(set(scores.example_labels))),
+            **_caution("direction", scores.direction),
             "Range of scores": f"{float(finite.min()):+.3f} to {float(finite.max()):+.3f} logits",
         },
         figures=(*maps, figures.bars(scores, _TOP)),
@@ -147,9 +147,13 @@ def _reliability(scores: HeadScores) -> dict[str, str]:
     return facts
 
 
-def _caution(metric: Metric, full: float, n_labels: int) -> dict[str, str]:
-    """Return the fact that the full model does not solve the task, if so."""
-    caution = chance_caution(metric, full, max(n_labels, 1))
+def _caution(metric: Metric, full: float, n_labels: int = 1) -> dict[str, str]:
+    """Return the fact that the full model does not solve the task, if so.
+
+    Results do not keep the candidates. Where no labels divide the examples, the accuracy of a guess
+    is not known here; the measurement itself has warned.
+    """
+    caution = chance_caution(metric, full, 1 / n_labels if n_labels > 1 else 0.0)
     return {"Caution": caution} if caution else {}
 
 
