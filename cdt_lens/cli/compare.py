@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +28,8 @@ _OPTIONS = (
     "baseline", "shots", "examples", "baseline_examples", "positions", "backend", "device", "dtype",
     "batch_size", "rows", "seed",
 )  # fmt: skip
+_OF_PLANTED = ("seed", "backend", "batch_size", "rows")
+_HELD_OUT = 128
 
 
 @with_options(given=(Settings, _OPTIONS))
@@ -72,7 +75,7 @@ def compare(
             min=1, help="Number of validation examples to judge the rankings on, balanced over "
             "the labels; as many as there are, if there are fewer.",
         ),
-    ] = 128,
+    ] = _HELD_OUT,
     draws: Annotated[int, typer.Option(min=1, help="Number of random rankings.")] = 5,
     empty: Annotated[
         Empty,
@@ -108,6 +111,8 @@ def compare(
     if planted and empty != "heads":
         raise InputError("compare: --empty all is for models; planted circuits have --empty heads")
     if planted:
+        more = {"train": train, "valid": valid, "verbalizer": verbalizer}
+        _refuse_unused(more | given, held_out)
         _compare_planted(planted, names, out, draws, given)
         return
     files = {"train": train, "valid": valid}
@@ -120,6 +125,20 @@ def compare(
     tell(str(out / "report.html"))
 
 
+def _refuse_unused(given: dict[str, Any], held_out: int) -> None:
+    """Refuse options that mean nothing for planted circuits, which have data of their own."""
+    defaults = {field.name: field.default for field in fields(Settings)}
+    unused = [
+        name for name, value in given.items()
+        if name not in _OF_PLANTED and value not in (None, defaults.get(name))
+    ] + (["held_out"] if held_out != _HELD_OUT else [])  # fmt: skip
+    if unused:
+        raise InputError(
+            f"compare: --{unused[0].replace('_', '-')}: for --model; planted circuits have data of "
+            "their own"
+        )
+
+
 def _compare_planted(
     planted: list[str], methods: tuple[str, ...], out: Path, draws: int, given: dict[str, Any]
 ) -> None:
@@ -128,7 +147,7 @@ def _compare_planted(
 
     names = _split(planted)
     circuits = list(PLANTED) if names == ["all"] else names
-    options = {name: given[name] for name in ("seed", "backend", "batch_size", "rows")}
+    options = {name: given[name] for name in _OF_PLANTED}
     show_planted(compare_planted(circuits, methods, folder=out, draws=draws, say=say, **options))
     tell(str(out / "report.html"))
 

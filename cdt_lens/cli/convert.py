@@ -52,10 +52,12 @@ def convert(
     from cdt_lens.core.artifacts import artifact_format
     from cdt_lens.interchange.graphs import graph_from_circuit, read_graph, write_graph
 
-    if out.resolve() == file.resolve():
-        raise InputError(f"{out}: is the file to convert; give another name to write to")
     if file.is_dir():
         file = next((f for name in _CIRCUITS if (f := file / name).is_file()), file / _CIRCUITS[-1])
+    if out.resolve() == file.resolve():
+        raise InputError(f"{out}: is the file to convert; give another name to write to")
+    if out.suffix == ".json" and out.is_file() and artifact_format(out).startswith("cdt_lens."):
+        raise InputError(f"{out}: is a result of cdt-lens; give another name to write to")
     ours = file.suffix == ".json" and artifact_format(file).startswith("cdt_lens.")
     if ours and to == "circuit":
         raise InputError(f"{file}: is a circuit of cdt-lens already; leave out --to circuit")

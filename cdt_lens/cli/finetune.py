@@ -118,8 +118,9 @@ def _write(result: Any, out: Path, name: str) -> None:
     if is_main():
         result.adapter.save(out)
         atomic_write(out / "history.csv", result.history.to_csv(index=False))
-        remove_checkpoint(out / "checkpoint.json")
         render_report(result, path=out / "report.html", title=f"{name}: {result.scope}")
+        # Last: with a checkpoint the same command goes on after a kill.
+        remove_checkpoint(out / "checkpoint.json")
 
 
 def _show(result: Any, out: Path) -> None:
@@ -211,6 +212,8 @@ def export(
 
     if to_peft and dtype is not None:
         raise InputError("--dtype: for a checkpoint; omit it with --to-peft")
+    if to_peft and allow_unchanged:
+        raise InputError("--allow-unchanged: for a checkpoint; omit it with --to-peft")
     if to_peft:
         tell(str(write_lora(Adapter.load(adapter), base, out, rank=rank, extras=extras)))
         return
@@ -287,6 +290,9 @@ def _options(pairs: list[str]) -> dict[str, Any]:
                 f"--option {pair!r}: expected name=value, such as norms=circuit, the option again "
                 "for each"
             )
+        if name in _TRAINING:
+            own = f"--{name.replace('_', '-')}"
+            raise InputError(f"--option: {name} has an option of its own; give {own} {text}")
         if name in options:
             raise InputError(f"--option {pair!r}: {name} was given before")
         try:

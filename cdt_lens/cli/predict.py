@@ -37,7 +37,8 @@ def predict(
         raise InputError("predict: expected either --text or --file")
     card = prediction.load_card(folder)
     rows = _rows_of(text or [], card.columns) if file is None else _read(file, card.columns)
-    given = pd.DataFrame(list(rows.rows))
+    # As objects: a column that a row lacks would turn whole numbers into floats.
+    given = pd.DataFrame(list(rows.rows), dtype=object)
     taken = sorted({*given} & {"prediction", *(f"p({label})" for label in card.labels)})
     if taken:
         raise InputError(f"{file}: it has a column {taken[0]!r}, as the result has; rename it")

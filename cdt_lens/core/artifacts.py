@@ -67,7 +67,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises:
         InputError: The folder cannot be written, or the disk is full. Nothing is then changed.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with scratch_folder(path.parent, f".{path.name}.") as temporary:
@@ -250,8 +250,22 @@ def _own_tensors(path: Path) -> Path | None:
 
 
 def _remove(path: Path | None, *, but: Path | None) -> None:
-    if path is not None and path != but:
+    if path is not None and path != but and not _is_named(path):
         path.unlink(missing_ok=True)
+
+
+def _is_named(tensors: Path) -> bool:
+    """Return whether a JSON file of the same folder names a tensor file, such as a copy of its own.
+
+    Args:
+        tensors: The tensor file.
+    """
+    name = tensors.name.encode()
+    for path in tensors.parent.glob("*.json"):
+        with contextlib.suppress(OSError):
+            if name in path.read_bytes():
+                return True
+    return False
 
 
 def load_artifact(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from cdt_lens.core.artifacts import tensor_file
 from cdt_lens.core.errors import CdtLensError, InputError
 from cdt_lens.core.folders import check_writable
 from cdt_lens.core.processes import is_main
-from cdt_lens.core.scratch import is_at, take_lock
+from cdt_lens.core.scratch import is_at, remove_if_dead, take_lock
 
 # Names as `artifacts` makes them: of unfinished files and folders, and of tensors.
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{16}")
@@ -106,13 +105,30 @@ def _release(handle: int, path: Path) -> None:
 def remove_litter(folder: Path) -> None:
     """Remove what killed processes left in a run directory that this process holds.
 
+    Run directories inside it that are in use stay as they are.
+
     Args:
         folder: The run directory.
     """
+    inside = (lock.parent for lock in folder.rglob(".lock") if lock.parent != folder)
+    used = [place for place in inside if _in_use_now(place / ".lock")]
     for path in sorted(folder.rglob("*")):
+        if any(path.is_relative_to(place) for place in used):
+            continue
         if _UNFINISHED.fullmatch(path.name) or _is_orphan(path):
             with contextlib.suppress(OSError):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove_if_dead(path) if path.is_dir() else path.unlink()
+
+
+def _in_use_now(lock: Path) -> bool:
+    try:
+        handle = os.open(lock, os.O_RDWR)
+    except OSError:
+        return lock.exists()
+    try:
+        return not take_lock(handle)
+    finally:
+        os.close(handle)
 
 
 def _is_orphan(path: Path) -> bool:

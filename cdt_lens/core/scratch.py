@@ -106,10 +106,21 @@ def _remove_dead(parent: Path, prefix: str) -> None:
     with contextlib.suppress(OSError):
         for path in [path for path in parent.iterdir() if own.fullmatch(path.name)]:
             with contextlib.suppress(OSError):
-                _remove_if_dead(path)
+                remove_if_dead(path)
 
 
-def _remove_if_dead(folder: Path) -> None:
+def remove_if_dead(folder: Path) -> None:
+    """Remove a folder that `scratch_folder` made, unless its process lives.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        OSError: A process holds the folder, or it cannot be read.
+    """
+    if fcntl is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -146,7 +146,7 @@ class Adapter(Saved):
             for name, value in whole.items():
                 value.copy_(self.whole[name])
         sync_fused(view)
-        _APPLIED.setdefault(view.tl, []).append(weakref.ref(applied))
+        _APPLIED.setdefault(view.tl, []).append(applied.mark)
         return applied
 
     @checked_arguments
@@ -268,8 +268,16 @@ def _but(shape: Sequence[int], axis: int | None) -> list[int]:
     return [n for i, n in enumerate(shape) if axis is None or i != axis % len(shape)]
 
 
-# The adapters on each model, in the order in which they were applied.
-_APPLIED: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Applied]]]
+@dataclass(eq=False)
+class _Mark:
+    """Whether an adapter was removed; it does not keep its model alive, as a handle does."""
+
+    removed: bool = False
+
+
+# The adapters on each model, in the order in which they were applied; also those whose handle is
+# gone, because their values are still on the model.
+_APPLIED: weakref.WeakKeyDictionary[nn.Module, list[_Mark]]
 _APPLIED = weakref.WeakKeyDictionary()
 
 
@@ -283,7 +291,6 @@ class Applied:
         before: values of these slices before.
         whole: the weights that were trained whole, as views into the model.
         before_whole: values of these weights before.
-        removed: whether `remove` was called.
     """
 
     view: ModelView
@@ -291,7 +298,12 @@ class Applied:
     before: Mapping[str, Tensor] = field(repr=False)
     whole: Mapping[str, Tensor] = field(repr=False)
     before_whole: Mapping[str, Tensor] = field(repr=False)
-    removed: bool = False
+    mark: _Mark = field(default_factory=_Mark, repr=False)
+
+    @property
+    def removed(self) -> bool:
+        """Whether `remove` was called."""
+        return self.mark.removed
 
     def remove(self) -> None:
         """Restore the base model's elements bit for bit. A second call changes nothing.
@@ -315,13 +327,12 @@ class Applied:
 @uses_model
 @unbroken
 def _remove(model: ModelView, applied: Applied) -> None:
-    applied_here = _APPLIED.get(model.tl, [])
-    live = [other for other in (ref() for ref in applied_here) if other and not other.removed]
-    if live and live[-1] is not applied:
+    live = [mark for mark in _APPLIED.get(model.tl, []) if not mark.removed]
+    if live and live[-1] is not applied.mark:
         raise InputError(
             f"{model.name}: an adapter that was applied later is still on the model; remove the "
             "last one first"
         )
     applied._write_back()
-    applied.removed = True
-    _APPLIED[model.tl] = [weakref.ref(other) for other in live[:-1]]
+    applied.mark.removed = True
+    _APPLIED[model.tl] = live[:-1]

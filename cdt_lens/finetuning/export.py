@@ -34,7 +34,11 @@ from cdt_lens.finetuning.export_base import (
     stored_type,
 )
 from cdt_lens.finetuning.export_task import write_task
-from cdt_lens.models.hugging_face import load_hugging_face, third_party_noise_off
+from cdt_lens.models.hugging_face import (
+    blank_model,
+    load_hugging_face,
+    third_party_noise_off,
+)
 from cdt_lens.models.loading import bridge_of, checked_dtype
 from cdt_lens.models.view import ModelView
 
@@ -176,8 +180,7 @@ def fresh_model(kind: Any, config: Any, state: Mapping[str, Tensor]) -> Any:
         state: its state dict.
     """
     # `third_party_noise_off` puts the global generator back, from which `kind` draws weights.
-    model = kind(config)
-    model = model.to(next(iter(state.values())).dtype)
+    model = blank_model(kind, config, next(iter(state.values())).dtype)
     model.load_state_dict(state)
     model.tie_weights()
     return model.eval()
@@ -200,7 +203,8 @@ def _check(folder: Path, logits: Tensor, tokens: Tensor, dtype: torch.dtype) -> 
     with torch.no_grad():
         actual = again(tokens).logits
     tolerance = 1e-3 if dtype.itemsize >= 4 else 5e-2
-    if bool((actual - logits.to(actual)).norm() > tolerance * logits.norm()):
+    # A number that is not finite compares as False.
+    if not bool((actual - logits.to(actual)).norm() <= tolerance * logits.norm()):
         raise InputError(
             "The exported checkpoint does not give the trained model's logits. "
             "Nothing was written. Please report the model's family."

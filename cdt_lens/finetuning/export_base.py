@@ -27,9 +27,10 @@ _LARGEST_LOSS = 0.1  # of the change of the logits by the training
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
+BASE_README = "README.base.md"
 _INDEX = "model.safetensors.index.json"
 # Names of the files that a licence may ask to hand on, in any case and with any ending.
-_LEGAL = ("license", "licence", "notice", "copying", "use_policy")
+LEGAL = ("license", "licence", "notice", "copying", "use_policy")
 
 
 def base_folder(base: str | Path) -> Path | None:
@@ -112,7 +113,9 @@ def is_lost(rounded: Tensor, trained: Tensor, before: Tensor) -> bool:
     # The logits of the base and of the rounded model come from two implementations.
     noise = (1e-5 if trained.dtype.itemsize >= 4 else 2e-2) * trained.norm()
     error, change = (rounded.to(trained) - trained).norm(), (trained - before.to(trained)).norm()
-    return bool(error > _LARGEST_LOSS * change + noise)
+    if not change:
+        return False
+    return not bool(error <= _LARGEST_LOSS * change + noise)  # nor where it is not finite
 
 
 def shard_size(folder: Path | None, ratio: float) -> dict[str, Any]:
@@ -140,7 +143,7 @@ def copy_papers(folder: Path | None, to: Path) -> None:
         to: the new folder, which has a README.md of its own.
     """
     for path in sorted(folder.iterdir()) if folder is not None else ():
-        if path.is_file() and path.name.lower().startswith(_LEGAL):
+        if path.is_file() and path.name.lower().startswith(LEGAL):
             shutil.copyfile(path, to / path.name)
         elif path.is_file() and path.name == "README.md":
-            shutil.copyfile(path, to / "README.base.md")
+            shutil.copyfile(path, to / BASE_README)

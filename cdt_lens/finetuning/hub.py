@@ -32,6 +32,7 @@ from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.display import few
 from cdt_lens.core.errors import InputError
 from cdt_lens.finetuning.adapter import ADAPTER_FILE, Adapter
+from cdt_lens.finetuning.export_base import BASE_README, LEGAL
 from cdt_lens.finetuning.model_card import CARD_FILE, TAG, model_card, published
 
 _LORA_CONFIG, _BASE_KEY = "adapter_config.json", "base_model_name_or_path"
@@ -134,10 +135,15 @@ def _contents(folder: Path) -> _Contents:
             f"{folder}: expected a folder of Adapter.save, export or to_peft of this version, with "
             f"{ADAPTER_FILE} or a {CARD_FILE} with the tag {TAG}; export the adapter again"
         )
-    files = tuple(p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in _WRITTEN)
+    files = tuple(p for p in sorted(folder.iterdir()) if p.is_file() and _is_ours(p.name))
     lora = folder / _LORA_CONFIG
     needs_base = lora in files and _is_local(str(_json(lora).get(_BASE_KEY) or ""))
     return _Contents(_read_card(card_file), files, folder, needs_base)
+
+
+def _is_ours(name: str) -> bool:
+    """Return whether a file has the name of one that `export` or `to_peft` writes."""
+    return name.endswith(_WRITTEN) or name.lower().startswith(LEGAL) or name == BASE_README
 
 
 def _is_local(base: str) -> bool:

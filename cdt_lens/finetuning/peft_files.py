@@ -107,6 +107,9 @@ def to_peft(
         changes, saved = _split(fresh, before, changed, adapter, extras)
         model = _with_lora(fresh, _ranked(changes, rank), saved)
         with new_folder(folder) as temporary:
+            if Path(base).exists():
+                # A relative path would be a hub name wherever else the LoRA is read.
+                model.peft_config["default"].base_model_name_or_path = str(Path(base).resolve())
             model.save_pretrained(str(temporary))
             write_task(adapter, tokenizer, str(base), temporary, lora=True)
             _emptied(adapter).save(temporary / _FILE)
@@ -297,7 +300,7 @@ def _check(
     with torch.no_grad():
         actual = PeftModel.from_pretrained(model, str(folder)).eval()(tokens).logits
     tolerance = 1e-4 if dtype.itemsize >= 4 else 5e-2
-    if bool((actual - logits.to(actual)).norm() > tolerance * logits.norm()):
+    if not bool((actual - logits.to(actual)).norm() <= tolerance * logits.norm()):
         raise ArtifactError(
             "The LoRA does not give the trained model's logits in peft. Nothing was written. "
             "Please report the model's family."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cdt_lens.core.errors import InputError
 from cdt_lens.finetuning.model_card import TASK_FILE
 from cdt_lens.models.hugging_face import load_hugging_face, load_tokenizer, third_party_noise_off
 from cdt_lens.models.loading import default_device
+from cdt_lens.models.positions import longrope_limit
 from cdt_lens.tasks.card import TaskCard
 from cdt_lens.tasks.task import WordIds
 
@@ -85,11 +87,14 @@ def predict(
     scores = _word_scores if behind else _logits
     # Prompts of similar length share a batch: less padding, and fewer positions to unembed.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    limit = longrope_limit(model.config)
+    alike = groupby(order, lambda row: limit is not None and len(prompts[row]) + behind > limit)
     logits = torch.empty(len(prompts), len(words))
     with _unembedding_in_float32(model):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            logits[batch] = scores(model, [prompts[row] for row in batch], words)
+        for group in (list(rows) for _, rows in alike):
+            for start in range(0, len(group), batch_size):
+                batch = group[start : start + batch_size]
+                logits[batch] = scores(model, [prompts[row] for row in batch], words)
     prior = torch.tensor([(card.prior or {}).get(label, 0.0) for label in card.verbalizer_ids])
     return _table(logits - prior, tuple(card.verbalizer_ids))
 

@@ -10,6 +10,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def load_hugging_face(
     _check_complete(source, model, loading_info)
     _check_configuration(source, model.config.to_dict())
     _check_words(source, tokenizer)
+    _state_bos(tokenizer)
     _check_placed(source, getattr(model, "hf_device_map", {}))
     return model, tokenizer
 
@@ -252,11 +254,21 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
             "again."
         ) from error
     _check_complete(path, loaded, loading_info)
-    check_gguf(path, loaded.config)
+    check_gguf(path, loaded.config, len(list(loaded.parameters())))
     clean = _unquantised(loaded, dtype)
     _check_configuration(path, clean.config.to_dict())
     _check_words(path, tokenizer)
+    _state_bos(tokenizer)
     return clean, tokenizer
+
+
+def _state_bos(tokenizer: Any) -> None:
+    """Keep in the options of a tokenizer whether it has a BOS token (`tasks.prompts.bos_ids`).
+
+    TransformerLens sets EOS as BOS where there is none, and the files of many tokenizers then do
+    not name BOS at all.
+    """
+    getattr(tokenizer, "init_kwargs", {}).setdefault("bos_token", tokenizer.bos_token)
 
 
 def _unquantised(loaded: Any, dtype: torch.dtype) -> Any:
@@ -276,11 +288,26 @@ def _unquantised(loaded: Any, dtype: torch.dtype) -> Any:
         value = getattr(clean_config, key, None)
         if isinstance(value, float):
             setattr(clean_config, key, float(f"{value:.6g}"))
-    clean = type(loaded)(clean_config).to(dtype)
+    clean = blank_model(type(loaded), clean_config, dtype)
     clean.load_state_dict(loaded.state_dict())
     clean.tie_weights()
     clean.generation_config = loaded.generation_config
     return clean.eval()
+
+
+def blank_model(kind: Any, config: Any, dtype: torch.dtype) -> Any:
+    """Return a model without trained weights, as transformers makes it before it reads a folder.
+
+    A model that is cast to half precision afterwards has rounded rotary frequencies, by which
+    the angles of later positions are off by a large part of a turn.
+
+    Args:
+        kind: class of the model.
+        config: its configuration.
+        dtype: type of its weights.
+    """
+    attention = config._attn_implementation
+    return kind._from_config(deepcopy(config), dtype=dtype, attn_implementation=attention)
 
 
 def first_line(error: Exception) -> str:

@@ -197,6 +197,9 @@ def test_a_task_without_held_out_examples_is_told_before_the_model_is_loaded(
     ):
         with pytest.raises(CdtLensError, match=told):
             run("compare", "--planted", planted, "--out", str(tmp_path / "x"))
+    for unused in (["--examples", "7"], ["--train", "no.csv"], ["--held-out", "3"]):
+        with pytest.raises(CdtLensError, match=f"compare: {unused[0]}: for --model"):
+            run("compare", "--planted", "all", *unused, "--out", str(tmp_path / "x"))
     with pytest.raises(CdtLensError, match="either --budget or --planted"):
         run("compare", "--planted", "all", "--budget", "9", "--out", str(tmp_path / "x"))
     with pytest.raises(CdtLensError, match="either --model or --planted"):

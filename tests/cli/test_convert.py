@@ -101,8 +101,12 @@ def test_mistakes_are_told_and_write_nothing(tmp_path: Path):
     (tmp_path / "cut.json").write_text(theirs.read_text()[:99])
     scores = sample_results.scores(2, 2).save(tmp_path / "s.json")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    small().save(tmp_path / "run" / "circuit.json")
+    kept = (tmp_path / "run" / "circuit.json").read_bytes()
     mistakes: list[tuple[list[object], str, type[CdtLensError]]] = [
         ([ours, ours], "is the file to convert", InputError),
+        ([theirs, ours], "c.json: is a result of cdt-lens", InputError),
+        ([tmp_path / "run", tmp_path / "run" / "circuit.json"], "is the file to conv", InputError),
         ([ours, tmp_path / "x.json", "--to", "circuit"], "circuit of cdt-lens already", InputError),
         ([ours, tmp_path / "x.yaml"], "x.yaml: expected a graph to go to", InputError),
         ([theirs, tmp_path / "x.pt", "--to", "circuit"], "expected a circuit to go to", InputError),
@@ -114,4 +118,5 @@ def test_mistakes_are_told_and_write_nothing(tmp_path: Path):
     for arguments, told, error in mistakes:
         with pytest.raises(error, match=told):
             run("convert", *arguments)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    found = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert found == before and (tmp_path / "run" / "circuit.json").read_bytes() == kept

@@ -91,6 +91,7 @@ def test_circuit_to_adapter_to_checkpoint(place: Path, tmp_path: Path):
         (["--option", "norms"], "--option 'norms': expected name=value"),
         (["--option", "norms=all,clip=1"], "--option 'norms=all,clip=1': expected name=value"),
         (["--option", "clip=1", "--option", "clip=2"], "--option 'clip=2': clip was given before"),
+        (["--option", "epochs=5"], "--option: epochs has an option of its own; give --epochs 5"),
         (["--scope", "ful"], "did you mean 'full'?"),
         (["--scope", "decision"], "scope 'decision': expected a circuit"),
         (["--source", "english"], "--source english: your own files have no languages"),
@@ -176,3 +177,23 @@ def test_a_folder_in_which_another_process_writes_is_refused(tmp_path: Path):
     finally:
         other.kill()
         other.communicate()
+
+
+def test_a_run_that_was_stopped_before_its_page_goes_on(place: Path, tmp_path: Path, monkeypatch):
+    command = [
+        "finetune", "--model", str(place / "tiny"), "--out", str(tmp_path / "out"), *data(place),
+        "--scope", "norms", "--epochs", "1", "--learning-rate", "0.01",
+    ]  # fmt: skip
+
+    def stopped(*_: object, **__: object) -> None:
+        raise InputError("the disk is full")
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="the disk is full"):
+        patch.setattr("cdt_lens.viz.report.report.render_report", stopped)
+        run(*command)
+    adapter = Adapter.load(tmp_path / "out")
+    run(*command)
+    assert (tmp_path / "out" / "report.html").exists()
+    again = Adapter.load(tmp_path / "out").whole
+    assert again.keys() == adapter.whole.keys()
+    assert all(torch.equal(again[name], value) for name, value in adapter.whole.items())

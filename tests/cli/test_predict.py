@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -121,6 +123,7 @@ def test_texts_and_a_file_get_the_same_answers(place: Path, tmp_path: Path):
         (["out"], "expected either --text or --file"),
         (["out", "--text", "w20", "--file", "rows.csv"], "expected either --text or --file"),
         (["out", "--text", " "], "--text ' ', column 'text': empty"),
+        (["out", "--text", "w20 </s> w21"], "--text .*: the text holds '</s>'"),
         (["out", "--text", " ".join(["w20"] * 70)], "has 72 tokens, the model reads at most 64"),
         (["out", "--file", "none.csv"], "none.csv: cannot be read"),
         (["out", "--file", "other.csv"], "other.csv, line 1 .*: no column 'text'"),
@@ -154,3 +157,36 @@ def test_several_columns_need_a_file(place: Path, tmp_path: Path):
     replace(card, template="{text} {other} w3").save(tmp_path / "cdt_task.json")
     with pytest.raises(CdtLensError, match="columns text, other; give a file with them by --file"):
         run("predict", str(tmp_path), "--text", "w20")
+
+
+def test_whole_numbers_of_a_column_that_a_row_lacks_stay_whole(place: Path, tmp_path: Path):
+    lines = [{"id": 1234567890123456789, "text": "w20"}, {"text": "w21"}, {"id": 7, "text": "w22"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    printed = rows_of(run("predict", str(place / "out"), "--file", str(file)))
+    assert [row["id"] for row in printed] == ["1234567890123456789", "", "7"]
+
+
+def test_a_row_is_read_alike_whatever_other_rows_are_there(place: Path, tmp_path: Path):
+    """Longrope takes its long factors for a batch with one long prompt."""
+    shutil.copytree(place / "out", tmp_path / "long")
+    config = transformers.Phi3Config(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, original_max_position_embeddings=16,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16,
+            "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "attention_factor": 1.0,
+        },
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.Phi3ForCausalLM(config)
+    for weight in model.parameters():
+        weight.data *= 4
+    model.save_pretrained(tmp_path / "long")
+    short = [{"text": f"w{20 + i} w{30 + i}"} for i in range(6)]
+    alone = prediction.predict(tmp_path / "long", short)
+    beside = prediction.predict(tmp_path / "long", [*short, {"text": " ".join(["w40"] * 30)}])
+    columns = [name for name in alone if name.startswith("p(")]
+    assert alone[columns].to_numpy() == pytest.approx(beside[columns].to_numpy()[:6], abs=1e-5)

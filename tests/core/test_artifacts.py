@@ -22,6 +22,7 @@ from cdt_lens.core.artifacts import (
     file_hash,
     load_artifact,
     new_folder,
+    remove_artifact,
     save_artifact,
 )
 from cdt_lens.core.errors import ArtifactError, InputError
@@ -358,3 +359,31 @@ def test_a_new_folder_is_whole_or_not_there(tmp_path: Path):
     with pytest.raises(InputError, match="a: cannot be written"), new_folder(tmp_path / "a"):
         pass
     assert (tmp_path / "a" / "file").read_text() == "text"
+
+
+@pytest.mark.parametrize("again", ["saved", "removed"])
+def test_a_copy_keeps_its_tensors(again, tmp_path):
+    path, copy = tmp_path / "a.json", tmp_path / "before.json"
+    save_artifact(path, {}, format="x", version=1, tensors={"t": torch.ones(2)})
+    copy.write_bytes(path.read_bytes())
+    if again == "saved":
+        save_artifact(path, {}, format="x", version=1, tensors={"t": torch.zeros(2)})
+    else:
+        remove_artifact(path)
+    assert load_artifact(copy, format="x", version=1)[1]["t"].tolist() == [1, 1]
+    remove_artifact(path)
+    copy.unlink()
+    save_artifact(path, {}, format="x", version=1, tensors={"t": torch.full((2,), 2.0)})
+    save_artifact(path, {}, format="x", version=1, tensors={"t": torch.full((2,), 3.0)})
+    assert load_artifact(path, format="x", version=1)[1]["t"].tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("given", [".", "link"])
+def test_the_present_folder_and_a_link_can_be_filled(given, tmp_path, monkeypatch):
+    target = tmp_path / "target"
+    target.mkdir()
+    (tmp_path / "link").symlink_to(target)
+    monkeypatch.chdir(target if given == "." else tmp_path)
+    with new_folder(given) as folder:
+        (folder / "file").write_text("text")
+    assert (target / "file").read_text() == "text"

@@ -11,9 +11,10 @@ import pytest
 import torch
 from helpers.locks import held_elsewhere
 
-from cdt_lens.core.artifacts import load_artifact, save_artifact
+from cdt_lens.core.artifacts import load_artifact, new_folder, save_artifact
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.run_lock import locked, remove_litter
+from cdt_lens.core.scratch import scratch_folder
 
 
 def test_a_second_process_is_refused_by_name_until_the_first_is_killed(tmp_path: Path):
@@ -85,3 +86,22 @@ def test_litter_goes_and_nothing_else(tmp_path: Path):
     damaged.unlink()
     remove_litter(tmp_path)
     assert not list(deep.glob("c.json*"))
+
+
+def test_what_live_processes_write_inside_is_no_litter(tmp_path: Path):
+    """A run directory inside that is in use, and an unfinished folder whose process lives."""
+    with scratch_folder(tmp_path, ".model.") as model, new_folder(tmp_path / "out") as out:
+        (model / "weights").write_bytes(b"half")
+        other = held_elsewhere(tmp_path / "inside")
+        try:
+            unfinished = tmp_path / "inside" / f".checkpoint.json.{'a' * 16}"
+            unfinished.write_text("{")
+            with locked(tmp_path):
+                pass
+            assert unfinished.exists() and (model / "weights").exists() and out.exists()
+        finally:
+            other.send_signal(signal.SIGKILL)
+            other.communicate()
+        with locked(tmp_path):
+            assert not unfinished.exists()
+    assert (tmp_path / "out").is_dir()

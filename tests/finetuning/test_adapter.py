@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -238,3 +239,13 @@ def test_no_file_and_another_kind_of_file(saved, tmp_path):
     path = Circuit((Head(0, 1),), 2, 4).save(tmp_path / "circuit.json")
     with pytest.raises(ArtifactError, match=f"{path}: expected a cdt_lens.adapter file"):
         Adapter.load(path)
+
+
+def test_an_adapter_below_another_stays_though_the_handle_of_that_one_is_gone(tokenizer_folder):
+    seen = view("llama", "bridge", tokenizer_folder, torch.float32)
+    adapter = trained(seen)
+    below = adapter.apply(seen)
+    adapter.apply(seen, check=False)
+    gc.collect()
+    with pytest.raises(InputError, match="applied later is still on the model"):
+        below.remove()

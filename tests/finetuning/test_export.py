@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -27,6 +28,7 @@ import cdt_lens as cdt
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.finetuning.export import export
+from cdt_lens.finetuning.export_base import is_lost
 from cdt_lens.finetuning.finetune import finetune
 from cdt_lens.models.provenance import weight_hash
 from cdt_lens.models.view import ModelView
@@ -360,3 +362,10 @@ def test_others_may_read_an_exported_folder_as_the_umask_says(folders, tmp_path,
         os.umask(before)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask
     assert {p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()} == {0o666 & ~mask}
+
+
+def test_rounding_loses_what_is_not_finite_and_nothing_where_nothing_changed():
+    trained, before = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0])
+    assert is_lost(torch.tensor([1.0, math.nan]), trained, before)
+    assert not is_lost(torch.tensor([1.0, 2.01]), trained, before)
+    assert not is_lost(torch.tensor([1.0, 2.01]), trained, trained)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import replace
@@ -175,3 +176,25 @@ def test_prompts_made_by_hand_have_no_task(tmp_path):
     assert "given as token ids" in (tmp_path / "README.md").read_text("utf-8")
     with pytest.raises(InputError, match=f"holds no {TASK_FILE}"):
         predict(tmp_path, [{"text": "b"}])
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_model_that_was_trained_with_eos_as_bos_predicts(stated, tmp_path):
+    base = save_model(tmp_path / "base")
+    path = base / "tokenizer_config.json"
+    settings = json.loads(path.read_text("utf-8"))
+    del settings["bos_token"]
+    path.write_text(json.dumps(settings | ({"bos_token": None} if stated else {})), "utf-8")
+    model = cdt.load_model(base, backend="bridge")
+    task = cdt.task_from_files(
+        write_task(tmp_path / "data"), tokenizer=model.tokenizer, template="{text} w5",
+        verbalizer=WORDS, prepend_bos=True,
+    )  # fmt: skip
+    assert {example.tokens[0] for example in task.train} == {2}
+    options: dict[str, Any] = {"scope": "norms", "epochs": 1, "learning_rate": 1e-2}
+    result = cdt.finetune(model, task, **options, keep=True, progress=False)
+    cdt.export(result.adapter, base, tmp_path / "out", allow_unchanged=True)
+    rows = read_table(tmp_path / "data" / "valid.csv")
+    frame = predict(tmp_path / "out", rows.rows, places=rows.places)
+    judged = cdt.evaluate(model, task.valid, task)
+    assert list(frame["prediction"]) == list(judged.answers["answer"])

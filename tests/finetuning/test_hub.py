@@ -71,6 +71,8 @@ def place(tmp_path_factory) -> Path:
     """A base model, an adapter that has learnt, its checkpoint in `out` and its LoRA in `lora`."""
     place = tmp_path_factory.mktemp("push")
     save_model(place / "base")
+    for name in ("LICENSE", "NOTICE.txt", "README.md"):
+        (place / "base" / name).write_text(f"{name} of the base\n", encoding="utf-8")
     model = cdt.load_model(place / "base", backend="bridge")
     files = {name: rows(place / f"{name}.csv", i) for i, name in enumerate(("train", "valid"))}
     task = cdt.task_from_files(
@@ -118,6 +120,7 @@ def test_a_checkpoint_arrives_whole_and_plain_transformers_loads_it(place, hub, 
     assert repo.private and len(repo.commits) == 1
     sent = {n: c for n, c in repo.files.items() if n not in (".gitattributes", "README.md")}
     assert sent == {n: c for n, c in files_of(place / "out").items() if n != "README.md"}
+    assert {"LICENSE", "NOTICE.txt", "README.base.md"} <= set(sent)
     assert any("cdt_lens" in agent for agent in hub.agents)
     model = transformers.AutoModelForCausalLM.from_pretrained(write(repo, tmp_path / "got"))
     with torch.no_grad():

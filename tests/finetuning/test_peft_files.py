@@ -14,6 +14,7 @@ import transformers
 from helpers.shared import BRIDGE_FAMILIES
 from helpers.tiny_models import prompts
 from helpers.tiny_training import HEADS, QUICK, task
+from helpers.tokenizers import save_tokenizer
 from torch import Tensor
 
 import cdt_lens as cdt
@@ -151,3 +152,28 @@ def test_transformers_alone_reads_the_folder_with_its_tokenizer(folders, tmp_pat
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "lora")
     assert any("lora_A" in name for name, _ in model.named_parameters())
     assert "peft" in (tmp_path / "lora" / "README.md").read_text("utf-8")
+
+
+def test_half_precision_comes_back_to_its_base(tmp_path: Path):
+    """Rotary frequencies that bfloat16 cannot hold are those of the base again."""
+    base = tmp_path / "base"
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, rope_parameters={"rope_theta": 3e4, "rope_type": "default"},
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(config).save_pretrained(base)
+    save_tokenizer("words", base)
+    view = ModelView(cdt.load_model(base, backend="bridge", dtype="bfloat16"))
+    adapter = finetune(view, task(valid=0), heads=HEADS, **{**QUICK, **EXACT}).adapter
+    to_peft(adapter, base, tmp_path / "lora")
+    assert from_peft(tmp_path / "lora", base).heads == adapter.heads
+
+
+def test_a_base_in_a_folder_has_the_same_name_from_everywhere(folders, tmp_path, monkeypatch):
+    base = folders("llama")
+    monkeypatch.chdir(base.parent)
+    to_peft(trained(base, **EXACT), base.name, tmp_path / "lora")
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text("utf-8"))
+    assert config["base_model_name_or_path"] == str(base.resolve())

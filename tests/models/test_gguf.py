@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from helpers.tiny_gguf import tensors, write_gguf
 from helpers.tiny_models import prompts
 
 from cdt_lens.core.errors import InputError
+from cdt_lens.models.hugging_face import load_hugging_face
 from cdt_lens.models.loading import load_model
 from cdt_lens.models.provenance import weight_hash
 from cdt_lens.models.view import view_of
@@ -50,6 +52,40 @@ UNREAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a scale of the logits": (
         lambda path: write_gguf(path, more=lambda writer: writer.add_logit_scale(0.25)),
         "logit_scale=0.25",
+    ),
+    "a bias": (
+        lambda path: write_gguf(
+            path, {**tensors(), "blk.0.attn_q.bias": np.ones(32, np.float32)}
+        ),
+        "22 weights, of which transformers reads 21",
+    ),
+    "a factor of a rotary scaling": (
+        lambda path: write_gguf(
+            path, more=lambda writer: writer.add_float32("llama.rope.scaling.factor", 4.0)
+        ),
+        r"rotary scaling \(rope.scaling.factor=4",
+    ),
+    "an old linear scaling": (
+        lambda path: write_gguf(
+            path, more=lambda writer: writer.add_float32("llama.rope.scale_linear", 4.0)
+        ),
+        r"rotary scaling \(rope.scale_linear=4",
+    ),
+    "a clamp": (
+        lambda path: write_gguf(
+            path, more=lambda writer: writer.add_float32("llama.attention.clamp_kqv", 8.0)
+        ),
+        "attention.clamp_kqv=8",
+    ),
+    "biases by distance": (
+        lambda path: write_gguf(
+            path, more=lambda writer: writer.add_float32("llama.attention.max_alibi_bias", 8.0)
+        ),
+        "attention.max_alibi_bias=8",
+    ),
+    "attention to later tokens": (
+        lambda path: write_gguf(path, more=lambda writer: writer.add_causal_attention(False)),
+        "not causal",
     ),
     "experts": (
         lambda path: write_gguf(path, more=lambda writer: writer.add_expert_count(4)),
@@ -97,3 +133,20 @@ def test_loading_moves_no_random_generator(tmp_path):
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
     assert warnings.filters == filters
     assert bool(torch.isfinite(view.logits(prompts() % 64)).all())
+
+
+def test_half_precision_keeps_the_rotary_frequencies(tmp_path):
+    """As transformers does for a folder. Rounded, the angles of late positions are wrong."""
+    path = write_gguf(tmp_path / "a.gguf")
+    whole, half = (
+        load_hugging_face(path, dtype=dtype)[0] for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert next(half.parameters()).dtype == torch.bfloat16
+    half.save_pretrained(tmp_path / "folder")
+    folder = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "folder", dtype=torch.bfloat16
+    )
+    expected = whole.model.rotary_emb.inv_freq
+    for model in (half, folder):
+        found = model.model.rotary_emb.inv_freq
+        assert found.dtype == torch.float32 and torch.equal(found, expected)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from helpers.checks import assert_close, relative, unchecked_types
-from helpers.saved import save_model
+from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_task
 from helpers.shared import (
     BRIDGE_FAMILIES,
     BRIDGE_ONLY,
@@ -28,7 +28,7 @@ from helpers.tiny_tasks import examples
 from helpers.tiny_training import QUICK, task
 from helpers.wrapped import needs_hooked, tokenizer, wrap
 from torch import nn
-from transformers import logging as hf_logging
+from transformers import AutoTokenizer, logging as hf_logging
 
 from cdt_lens.core.errors import (
     CdtLensError,
@@ -42,6 +42,7 @@ from cdt_lens.models import loading
 from cdt_lens.models.loading import has_hooked_transformer, load_model
 from cdt_lens.models.provenance import weight_hash
 from cdt_lens.models.view import ModelView, is_model
+from cdt_lens.tasks.datasets import task_from_files
 
 LENGTH = 40  # longer than the windows and than what the scaled rotary embeddings were made for
 
@@ -682,3 +683,18 @@ def test_a_device_that_cannot_be_used_is_named(device, tmp_path):
         pytest.skip("this machine has one")
     with pytest.raises(InputError, match=f"device='{device}': this torch cannot use it; use cpu"):
         load_model(save_model(tmp_path / "tiny"), device=device)
+
+
+@pytest.mark.parametrize("backend", ["bridge", pytest.param("hooked", marks=needs_hooked)])
+def test_a_tokenizer_without_bos_begins_no_prompt(backend, tmp_path):
+    folder = save_model(tmp_path / "tiny")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text("utf-8"))
+    del settings["bos_token"]
+    path.write_text(json.dumps(settings), "utf-8")
+    given: dict[str, Any] = {"template": TEMPLATE, "verbalizer": VERBALIZER}
+    paths = write_task(tmp_path / "data")
+    alone = task_from_files(paths, tokenizer=AutoTokenizer.from_pretrained(folder), **given)
+    model = load_model(folder, backend=backend)
+    assert model.tokenizer.bos_token == "</s>"  # set by TransformerLens
+    assert task_from_files(paths, tokenizer=model.tokenizer, **given).hash == alone.hash
