@@ -20,6 +20,7 @@ from torch import Tensor
 import cdt_lens as cdt
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.finetuning.adapter import Adapter
+from cdt_lens.finetuning.export import base_of, fresh_model
 from cdt_lens.finetuning.finetune import finetune
 from cdt_lens.finetuning.peft_files import from_peft, to_peft
 from cdt_lens.models.view import ModelView
@@ -169,6 +170,10 @@ def test_half_precision_comes_back_to_its_base(tmp_path: Path):
     adapter = finetune(view, task(valid=0), heads=HEADS, **{**QUICK, **EXACT}).adapter
     to_peft(adapter, base, tmp_path / "lora")
     assert from_peft(tmp_path / "lora", base).heads == adapter.heads
+    model, _ = base_of(base, torch.bfloat16)
+    fresh = fresh_model(type(model), model.config, model.state_dict())
+    assert fresh.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(fresh.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
 
 
 def test_a_base_in_a_folder_has_the_same_name_from_everywhere(folders, tmp_path, monkeypatch):
