@@ -185,8 +185,7 @@ class FaithfulnessCurve(Saved):
         known = []
         for fraction, size in zip(self.fractions, self.sizes, strict=True):
             every, none = (size == 0, fraction == 1) if complement else (fraction == 1, size == 0)
-            # Where f = 0 is another run than that without heads, f of no heads is measured.
-            known.append(every or (none and self.empty_run == "heads"))
+            known.append(_is_defined(every, none, self.empty_run))
         return known
 
     def _interval(self, effects: Tensor | None, exact: Sequence[bool], level: float) -> Interval:
@@ -494,7 +493,6 @@ def circuit_faithfulness(
     origin = {"circuit": [str(head) for head in circuit.heads]}
     kept = len(circuit.heads)
     none, every = kept == 0, kept == view.n_layers * view.n_heads
-    empty_is_0 = empty == "heads"
 
     def limits(effects: Float[Tensor, "1 example"], defined: bool) -> tuple[float, float]:
         gap = measured.full - measured.empty
@@ -511,8 +509,8 @@ def circuit_faithfulness(
         empty=measured.empty,
         metric=metric,
         provenance=_provenance(view, examples, baseline, origin, metric, empty, draws, seed),
-        interval=limits(measured.effects, every or (none and empty_is_0)),
-        completeness_interval=limits(measured.without_effects, none or (every and empty_is_0)),
+        interval=limits(measured.effects, _is_defined(every, none, empty)),
+        completeness_interval=limits(measured.without_effects, _is_defined(none, every, empty)),
         empty_run=empty,
     )
 
@@ -605,6 +603,17 @@ def f_of(metric: float, full: float, empty: float) -> float:
         InputError: Ablating every head leaves the metric as it was.
     """
     return float(faithfulness(torch.tensor(metric, dtype=torch.float64), full, empty))
+
+
+def _is_defined(every: bool, none: bool, empty: Empty) -> bool:
+    """Return whether f is 0 or 1 by its definition.
+
+    Args:
+        every: Whether the run keeps all heads.
+        none: Whether it keeps no head. Where another run counts as f = 0, its f is measured.
+        empty: What the run replaces that counts as f = 0.
+    """
+    return every or (none and empty == "heads")
 
 
 def f_interval(

@@ -291,6 +291,7 @@ class Applied:
         before: values of these slices before.
         whole: the weights that were trained whole, as views into the model.
         before_whole: values of these weights before.
+        mark: whether it was removed, for the list of all adapters on the model.
     """
 
     view: ModelView

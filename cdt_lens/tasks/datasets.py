@@ -137,7 +137,7 @@ def load_task(
         template: the prompt's template. None uses the data set's own.
         verbalizer: the answer word of each label. None uses the data set's own.
         shots: number of label-balanced train examples before every prompt. They leave train.
-        seed: seed of every draw.
+        seed: seed of every draw. XNLI is divided into train and valid alike for every seed.
         prepend_bos: whether to prepend BOS. None prepends it if the tokenizer has one.
         max_length: maximum number of tokens of a prompt. None uses the tokenizer's limit.
         truncate: whether to shorten the text of a prompt that is too long.
@@ -495,7 +495,7 @@ def _share_of(groups: list[list[int]], share: float, generator: random.Random) -
     """Draw groups of rows that hold a share of all rows; at least one group, and never all."""
     rows = sum(map(len, groups))
     most = min(max(1, round(share * rows)), rows - 1)
-    if len(groups) == rows:
+    if len(groups) == rows:  # no two rows are alike: the usual draw
         return [row for (row,) in generator.sample(groups, most)]
     chosen: list[int] = []
     for group in generator.sample(groups, len(groups)):
