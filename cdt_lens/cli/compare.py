@@ -134,8 +134,8 @@ def _refuse_unused(given: dict[str, Any], held_out: int) -> None:
     ] + (["held_out"] if held_out != _HELD_OUT else [])  # fmt: skip
     if unused:
         raise InputError(
-            f"compare: --{unused[0].replace('_', '-')}: for --model; planted circuits have data of "
-            "their own"
+            f"compare: --{unused[0].replace('_', '-')}: for --model; omit it with --planted, whose "
+            "circuits have data of their own"
         )
 
 
