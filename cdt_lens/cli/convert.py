@@ -62,6 +62,9 @@ def convert(
     if ours and to == "circuit":
         raise InputError(f"{file}: is a circuit of cdt-lens already; leave out --to circuit")
     if to == "circuit":
+        if d_model is not None or parallel is not None:
+            option = "--d-model" if d_model is not None else "--parallel/--sequential"
+            raise InputError(f"{option}: a circuit does not hold it; omit it with --to circuit")
         tell(_to_circuit(file, out))
         lead_on(["show", out])
         return

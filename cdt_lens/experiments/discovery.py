@@ -519,9 +519,10 @@ def _tell_noise(run: Run, scores: HeadScores, seconds: float, say: Say) -> None:
     examples, exact = f"--examples {more}", "--exact"
     if (run.folder.parent / "transfer.json").exists():  # whose settings are in a file
         examples, exact = f"[discovery] examples = {more}", "[discovery] exact"
-    advice = f"sweep more of them ({exact})"
-    if more > found.examples:
-        advice = f"score more prompts ({examples}), or {advice}"
+    ways = [f"score more prompts ({examples})"] if more > found.examples else []
+    if scores.cheap is not None:
+        ways.append(f"sweep more of them ({exact})")
+    advice = ", or ".join(ways) or "every balanced training prompt is swept"
     took = f"; these scores took {seconds / 60:.1f} minutes" if seconds > 60 else ""
     say(
         f"caution: much of the ranking is noise (split-half reliability {found.split_half:.2f} "

@@ -213,7 +213,20 @@ class Settings(ModelSettings, DataSettings, CircuitSettings):
             given = f"the file {self.files['valid']}" if self.files else f"the task {self.task}"
             raise InputError(f"split={self.split}: {given} has validation examples; omit --split")
 
+        self._check_data()
         self._check_baseline()
+
+    def _check_data(self) -> None:
+        """Refuse options that the kind of task would not use."""
+        default = {each.name: each.default for each in fields(Settings)}
+        own = bool(self.files) or self.task == "files"
+        unused = ("data", "sizes") if own else ("label_column", "pair_label")
+        what = "files of your own" if own else f"the task {self.task!r}"
+        if self.task != default["task"]:  # the default need not be written beside files
+            check_files(self.task, self.files)
+        for name in unused:
+            if getattr(self, name) != default[name]:
+                raise InputError(f"{name}={getattr(self, name)} has no effect with {what}; omit it")
 
     def _check_baseline(self) -> None:
         """Refuse options that the baseline would not use."""
@@ -254,6 +267,23 @@ class Settings(ModelSettings, DataSettings, CircuitSettings):
             InputError: A name that is no setting, or a value that its type does not allow.
         """
         return from_values(cls, values, "settings")
+
+
+def check_files(task: str, files: Mapping[str, object]) -> None:
+    """Refuse files of a person's own beside a task that has other data.
+
+    Args:
+        task: The name of the task.
+        files: The files, by split or language.
+
+    Raises:
+        InputError: There are files, and the task is not "files".
+    """
+    if files and task != "files":
+        raise InputError(
+            f"task {task!r}: has data of its own; name the task files, or leave out the files "
+            f"({', '.join(files)})"
+        )
 
 
 def values_of(settings: object, part: type) -> dict[str, Any]:

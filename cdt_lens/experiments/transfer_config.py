@@ -35,6 +35,7 @@ from cdt_lens.experiments.settings import (
     DataSettings,
     ModelSettings,
     Settings,
+    check_files,
     values_of,
 )
 from cdt_lens.finetuning.options import SCOPES, TrainingOptions
@@ -66,6 +67,7 @@ class TaskSettings(DataSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_files(self.name, self.files)
         _check_once("targets", self.targets)
         if self.source in self.targets:
             raise InputError(f"targets: {self.source!r} is the source; name other languages")
@@ -255,6 +257,10 @@ class RelatedSettings(DataSettings):
     files: dict[str, str] = field(default_factory=dict)
     shots: Annotated[int, Field(ge=0)] = 0
     examples: Annotated[int, Field(ge=1)] = 400
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_files(self.name, self.files)
 
 
 @dataclass(frozen=True, kw_only=True)

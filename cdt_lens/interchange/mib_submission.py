@@ -166,6 +166,8 @@ def submitted(path: str | Path) -> Graph | Circuit | HeadScores:
         ArtifactError: the file is damaged.
     """
     path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or run directory")
     path = path / "scores.json" if path.is_dir() else path
     kind = artifact_format(path) if path.suffix == ".json" else ""
     if kind == HeadScores._format:

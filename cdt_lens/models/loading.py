@@ -67,6 +67,7 @@ def load_model(
     Args:
         source: a Hugging Face hub name, a local Hugging Face folder, a `.gguf` file, or a
             `HookedTransformer` or `TransformerBridge`, which is checked and returned unchanged.
+            The other arguments must not ask for another one.
         backend: "hooked" for `HookedTransformer` (transformer-lens 3.x), "bridge" for
             `TransformerBridge`, or "auto", which uses the first where it is available and correct.
         device: the device. None uses the GPU of this process if there is one, otherwise the CPU.
@@ -90,7 +91,9 @@ def load_model(
                 f"model: {type(source).__name__} is not a TransformerLens model. Pass its folder, "
                 "or wrap it with TransformerBridge.boot_transformers(name, hf_model=...)."
             )
-        check_supported(view_of(source))
+        view = view_of(source)
+        _check_as_asked(view, backend, device, device_map, dtype, n_ctx)
+        check_supported(view)
         return source
     dtype, n_ctx = checked_dtype(dtype), _checked_length(n_ctx)
     if device_map is not None:
@@ -111,6 +114,32 @@ def load_model(
     model.eval()
     _check_rules(view_of(model), type(hf_model).__name__)
     return model
+
+
+def _check_as_asked(
+    view: ModelView, backend: Backend, device: str | torch.device | None, device_map: Any,
+    dtype: torch.dtype | str, n_ctx: int | None,
+) -> None:  # fmt: skip
+    """Refuse arguments that a model in memory, which stays as it is, does not follow."""
+    wanted = checked_dtype(dtype)
+    differs = {
+        "backend": backend not in ("auto", "bridge" if view.is_bridge else "hooked"),
+        "device": device is not None and not _is_on(view, torch.device(_checked_device(device))),
+        "device_map": device_map is not None,
+        "dtype": wanted not in (torch.float32, view.dtype),  # float32 is the default
+        "n_ctx": n_ctx is not None and n_ctx != view.n_ctx,
+    }
+    for name, other in differs.items():
+        if other:
+            raise InputError(
+                f"{name}: {view.name} is in memory already and stays as it is; omit {name}, or "
+                "give the model's folder or hub name"
+            )
+
+
+def _is_on(view: ModelView, device: torch.device) -> bool:
+    own = view.device
+    return own.type == device.type and device.index in (None, own.index)
 
 
 def _warn_of_slow_products(dtype: torch.dtype) -> None:

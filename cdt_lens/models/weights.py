@@ -173,7 +173,9 @@ def _is_shared(name: str, weights: Mapping[str, Tensor]) -> bool:
 
 
 def other_parameters(view: ModelView) -> dict[str, nn.Parameter]:
-    """Return the parameters without a name in TransformerLens, except those of adapters.
+    """Return the language model's parameters without a name in TransformerLens.
+
+    Those of adapters, and those of images or sound in a multimodal checkpoint, are left out.
 
     Args:
         view: the model.
@@ -187,11 +189,23 @@ def other_parameters(view: ModelView) -> dict[str, nn.Parameter]:
             known |= {place(value)[0] for value in block_weights(view, layer).values()}
     known |= {place(parameter)[0] for parameter in fused_parameters(view)}
     known |= {place(p)[0] for layer in _peft_layers(view) for p in layer.parameters()}
+    known |= _of_other_media(view)
     return {
         _name_in_block(name): parameter
         for name, parameter in view.tl.named_parameters()
         if not parameter.is_meta and place(parameter)[0] not in known
     }
+
+
+def _of_other_media(view: ModelView) -> set[int]:
+    """Return the storages of what a multimodal checkpoint has beside its language model."""
+    config = view.hf_config
+    if not view.is_bridge or config is None or config.get_text_config() is config:
+        return set()
+    root = view.tl.original_model
+    language = (root.get_decoder(), root.get_output_embeddings())
+    own = {place(p)[0] for part in language if part is not None for p in part.parameters()}
+    return {place(p)[0] for p in root.parameters() if not p.is_meta} - own
 
 
 def _name_in_block(name: str) -> str:

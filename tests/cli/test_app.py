@@ -16,6 +16,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from cdt_lens.cli import app as cli
+from cdt_lens.cli.console import say, tell, tell_table
 from cdt_lens.core.errors import InputError
 from cdt_lens.experiments.settings import Settings
 from cdt_lens.finetuning.options import TrainingOptions
@@ -66,6 +67,15 @@ def test_options_are_those_of_the_settings(command: str, kind: type):
     for name, field in described.items():
         assert shown[name].help == hints[name].__metadata__[0].description
         assert shown[name].default == field.default
+
+
+def test_paths_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]):
+    path = "runs/:key:/[bold]x"
+    say(path)
+    tell(path)
+    tell_table(["file"], [[path]])
+    printed = capsys.readouterr()
+    assert printed.err == f"{path}\n" and printed.out.count(path) == 2
 
 
 def test_a_setting_out_of_range_is_an_unusable_option():

@@ -110,6 +110,16 @@ def test_mistakes_are_told_and_write_nothing(tmp_path: Path):
         ([ours, tmp_path / "x.json", "--to", "circuit"], "circuit of cdt-lens already", InputError),
         ([ours, tmp_path / "x.yaml"], "x.yaml: expected a graph to go to", InputError),
         ([theirs, tmp_path / "x.pt", "--to", "circuit"], "expected a circuit to go to", InputError),
+        (
+            [theirs, tmp_path / "x.json", "--to", "circuit", "--d-model", "8"],
+            "--d-model: a circuit does not hold it",
+            InputError,
+        ),
+        (
+            [theirs, tmp_path / "x.json", "--to", "circuit", "--sequential"],
+            "--parallel/--sequential: a circuit does not hold it",
+            InputError,
+        ),
         ([none, tmp_path / "x.json", "--to", "circuit"], "no head belongs", InputError),
         ([tmp_path / "no.json", tmp_path / "x.pt"], "no.json: no such file", InputError),
         ([tmp_path / "cut.json", tmp_path / "x.pt"], "cut.json: damaged", ArtifactError),

@@ -148,10 +148,16 @@ def test_a_run_on_counterfactual_prompts(place: Path, tmp_path: Path, monkeypatc
         ("--pair", "other", "--baseline", "mean"): "--pair 'other' has no effect with .* 'mean'",
         ("--pair-label", "label"): "--pair-label 'label' has no effect",
         ("--pair", "other", "--baseline-examples", "6"): "--baseline-examples 6 has no effect",
+        ("--data", "data"): "--data data has no effect with files of your own; omit it",
     }.items():
         kept = given[: given.index("--baseline")] if "--baseline" in wrong else given
         with pytest.raises(InputError, match=said):
             run(*kept, *wrong, "--out", str(tmp_path / "x"))
+    with pytest.raises(InputError, match="task 'ioi': has data of its own; name the task files"):
+        run(*("ioi" if word == "files" else word for word in given), "--out", str(tmp_path / "x"))
+    named = ["discover", "--model", str(place), "--task", "xnli", "--out", str(tmp_path / "x")]
+    with pytest.raises(InputError, match="--label-column tone has no effect with the task 'xnli'"):
+        run(*named, "--label-column", "tone")
     with pytest.raises(InputError, match=r"pair 'text=other,w': expected one column, or column="):
         run(*given, "--pair", "text=other,w", "--out", str(tmp_path / "x"))
 

@@ -129,6 +129,8 @@ def test_a_training_that_learnt_nothing_says_so_and_is_not_exported(place: Path,
     with pytest.raises(CdtLensError, match="changes no weight.*--allow-unchanged"):
         run(*to)
     run(*to, "--allow-unchanged")
+    with pytest.raises(InputError, match="--allow-unchanged: for a checkpoint; omit it"):
+        run(*to, "--allow-unchanged", "--to-peft")
 
 
 def test_a_transfer_from_its_file(place: Path, tmp_path: Path):

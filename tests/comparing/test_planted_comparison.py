@@ -10,7 +10,7 @@ import pytest
 from helpers import sample_comparison as sample
 
 from cdt_lens.comparing.comparison import PlantedComparison
-from cdt_lens.core.errors import ArtifactError
+from cdt_lens.core.errors import ArtifactError, InputError
 
 
 def test_a_measure_by_method_and_circuit():
@@ -19,6 +19,15 @@ def test_a_measure_by_method_and_circuit():
     assert list(found) == list(sample.CIRCUITS) and list(found.index) == list(sample.MADE_UP)
     assert found.loc["cdt:stable", "hand-or"] == pytest.approx(0.675)
     assert math.isnan(found.loc["cdt:official", "trained-attention-only"])
+
+
+def test_a_measure_is_a_column_of_numbers():
+    planted = sample.planted()
+    for column in ("refused", "empty_run"):
+        with pytest.raises(InputError, match=f"measure '{column}': expected a column of numbers"):
+            planted.matrix(column)
+    with pytest.raises(InputError, match="measure 'aurok': unknown; did you mean 'auroc'"):
+        planted.matrix("aurok")
 
 
 def test_methods_of_any_circuit_have_a_row():

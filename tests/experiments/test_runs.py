@@ -107,14 +107,25 @@ def test_a_noisy_ranking_is_told_with_what_would_help_where_it_is_set(tmp_path: 
     experiment.discover(run, told.append)
     scores = HeadScores.load(run.path("scores.json"))
     noise = torch.randn(scores.per_example.shape, generator=torch.Generator().manual_seed(0))
-    noisy = replace(scores, per_example=noise)
-    for option in ("(--examples 24), or sweep more of them (--exact)",
-                   "([discovery] examples = 24), or sweep more of them ([discovery] exact)"):  # fmt: skip
+    swept = replace(scores, per_example=noise)
+    assert swept.cheap is None
+    sampled = replace(swept, cheap=noise, corrections=(torch.zeros_like(noise),))
+    for given, advice in (
+        (swept, "score more prompts (--examples 24)"),
+        (sampled, "score more prompts (--examples 24), or sweep more of them (--exact)"),
+        (swept, "score more prompts ([discovery] examples = 24)"),
+        (sampled, "score more prompts ([discovery] examples = 24), or sweep more of them "
+         "([discovery] exact)"),
+    ):  # fmt: skip
         told.clear()
-        experiment._tell_noise(run, noisy, 0.0, told.append)
+        if "[discovery]" in advice:
+            (tmp_path / "transfer.json").touch()
+        experiment._tell_noise(run, given, 0.0, told.append)
         assert told[0].startswith("caution: much of the ranking is noise (split-half reliability")
-        assert told[0].endswith(f"from 6 prompts); score more prompts {option}")
-        (tmp_path / "transfer.json").touch()
+        assert told[0].endswith(f"from 6 prompts); {advice}")
+    small = replace(run.task, train=run.task.train.balanced(6))
+    experiment._tell_noise(replace(run, task=small), swept, 0.0, told.append)
+    assert told[-1].endswith("from 6 prompts); every balanced training prompt is swept")
 
 
 def test_the_discovery_of_a_transfer_of_0_3_is_refused_with_the_way_to_open_it():

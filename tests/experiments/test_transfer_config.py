@@ -112,6 +112,20 @@ def test_what_is_kept_in_a_run_reads_back():
             },
             "two of the runs have the same name",
         ),
+        (
+            {
+                "task": {
+                    **LEAST["task"],
+                    "name": "nusax-senti",
+                    "files": {"b": {"train": "train.csv"}},
+                }
+            },
+            r"\[task\]: task 'nusax-senti': has data of its own; .*leave out the files \(b\)",
+        ),
+        (
+            {"related": {"name": "ioi", "files": {"test": "test.csv"}}},
+            r"\[related\]: task 'ioi': has data of its own",
+        ),
         ({"protocol": "papre"}, "protocol='papre': expected one of tuned, paper"),
         ({"dtype": "float16"}, "dtype='float16': expected one of float32, bfloat16, float64"),
     ],

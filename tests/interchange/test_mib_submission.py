@@ -215,6 +215,8 @@ def test_the_command_writes_and_checks(tmp_path: Path):
     for wrong in ("ioi_gpt2", "=file", "ioi_gpt2="):
         with pytest.raises(InputError):
             run("mib-submission", out, "--add", wrong)
+    with pytest.raises(InputError, match="none: no such file or run directory"):
+        run("mib-submission", out, "--add", f"ioi_gpt2={tmp_path / 'none'}")
     (task,) = check_mib_submission(out)
     assert lacking([task, replace(task, name="mcqa_qwen2.5")]) == ""
     assert "1 of models" in lacking([task, replace(task, name="mcqa_gpt2")])

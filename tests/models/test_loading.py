@@ -264,6 +264,14 @@ def test_an_unusual_configuration_is_read_right_or_refused(name, tmp_path, token
 def test_a_model_of_ones_own_is_checked_and_returned(family, backend, tokenizer_folder):
     model = wrap(family, backend, tokenizer_folder, torch.float32)
     assert load_model(model) is model
+    own = "bridge" if ModelView(model).is_bridge else "hooked"
+    assert load_model(model, backend=own, device="cpu", dtype="float32") is model
+    other = "hooked" if own == "bridge" else "bridge"
+    for name, value in {
+        "backend": other, "device": "meta", "device_map": "auto", "dtype": "bfloat16", "n_ctx": 7
+    }.items():  # fmt: skip
+        with pytest.raises(InputError, match=f"^{name}"):
+            load_model(model, **{name: value})
     broken = wrap(family, backend, tokenizer_folder, torch.float32)
     broken.blocks[0].attn.W_O.detach()[0, 0, 0] = torch.nan
     with pytest.raises(InputError, match="NaN"):

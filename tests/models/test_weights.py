@@ -12,6 +12,8 @@ from helpers.tiny_models import _GROUPED, D_MODEL, EXPERTS, build, prompts
 from helpers.wrapped import needs_hooked, tokenizer, view, wrap
 
 from cdt_lens.core.errors import UnsupportedModelError
+from cdt_lens.finetuning.finetune import count_parameters
+from cdt_lens.finetuning.slices import norm_weights
 from cdt_lens.models.loading import bridge_of
 from cdt_lens.models.view import ModelView
 from cdt_lens.models.weights import (
@@ -36,6 +38,28 @@ def test_norms_that_keep_hugging_faces_names_are_norms(tokenizer_folder):
     seen = ModelView(bridge_of(model, tokenizer(tokenizer_folder)))
     found = {name: value.numel() for name, value in own_weights(seen).items() if is_norm(name)}
     assert sum(found.values()) == wanted and len(found) > 2 * 4
+
+
+def test_a_multimodal_checkpoint_has_the_weights_of_its_language_model(tokenizer_folder):
+    """Its vision tower has layers and norms too, which no text reaches."""
+    vision = {
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    text = build("gemma3").config.to_dict()
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=125,
+        boi_token_index=126, eoi_token_index=127,
+    )  # fmt: skip
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    own = dict(model.model.language_model.named_parameters())
+    wanted = {"all": own.values(), "norms": [p for name, p in own.items() if "norm" in name]}
+    sizes = {which: sum(p.numel() for p in parts) for which, parts in wanted.items()}
+    seen = ModelView(bridge_of(model, tokenizer(tokenizer_folder)))
+    found = named_weights(seen)
+    assert found.keys() == named_weights(shared("gemma3", "bridge", tokenizer_folder)).keys()
+    assert count_parameters(seen) == sizes["all"]
+    assert sum(p.numel() for p in norm_weights(seen).values()) == sizes["norms"]
 
 
 @models(EVERY_FAMILY)

@@ -51,6 +51,14 @@ def make_task(tokenizer: PreTrainedTokenizerBase, **options: object) -> Task:
 # Prompts and tokens
 
 
+def test_places_name_every_row(tokenizer: PreTrainedTokenizerBase) -> None:
+    places = [f"my file, row {number}" for number in range(len(ROWS))]
+    build(tokenizer, places=places)
+    for wrong in (places[:-1], [*places, "one more"]):
+        with pytest.raises(InputError, match=f"places: {len(wrong)} for {len(ROWS)} rows"):
+            build(tokenizer, places=wrong)
+
+
 def test_example_has_prompt_tokens_answer_and_competitors(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
