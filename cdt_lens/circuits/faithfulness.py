@@ -45,6 +45,7 @@ from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Count, Empty, Level, Metric, Ranking, Seed
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
+from cdt_lens.core.kept import as_json
 from cdt_lens.core.passes import Passes
 from cdt_lens.core.saved import Saved
 from cdt_lens.decomposition.baseline import Baseline
@@ -67,7 +68,7 @@ class FaithfulnessCurve(Saved):
     Args:
         sizes: Number of heads kept at each point.
         fractions: Shares of all heads that were asked for; the areas are taken over these.
-        faithfulness: f of each circuit, without unit: 1 as the full model, 0 as no heads.
+        faithfulness: f of each circuit, without unit: 1 as the full model, 0 as the empty run.
         completeness: f of each complement.
         random: f of the random circuits by control.
         full: The metric with all heads, in logits or as a share from 0 to 1.
@@ -304,7 +305,7 @@ class CircuitFaithfulness(EqualByContent):
 
     Args:
         heads: The heads of the circuit.
-        faithfulness: f of the circuit, without unit: 1 as the full model, 0 as no heads.
+        faithfulness: f of the circuit, without unit: 1 as the full model, 0 as the empty run.
         completeness: f of the complement.
         random: f of the random circuits by control.
         beaten: Share of the random circuits with a smaller f, by control; equal ones count half.
@@ -417,7 +418,7 @@ def faithfulness_curve(
     )  # fmt: skip
     origin = {
         "scores": scores.provenance.options,
-        "scores_task": scores.provenance.task_hash,
+        "scores_hash": scores.hash,
         "by": by,
     }
     return _curve(
@@ -435,6 +436,24 @@ def faithfulness_curve(
         strata=measured.strata,
         empty_run=empty,
     )
+
+
+def measured_for(curve: FaithfulnessCurve, scores: HeadScores) -> bool:
+    """Return whether the circuits of a curve are the top heads of these scores.
+
+    Args:
+        curve: The curve of `faithfulness_curve`.
+        scores: The scores. Those of another seed or estimate have other circuits.
+    """
+    options, made = curve.provenance.options, scores.provenance
+    if "scores_hash" in options:
+        return bool(options["scores_hash"] == scores.hash)
+    # Files of 0.4 and earlier hold what the scores were made from. Scores that an upgrade made
+    # again have the same, but are younger than the curve.
+    same = as_json([options.get("scores"), options.get("scores_task")])
+    later = curve.provenance.created >= made.created
+    fits = curve.sizes[-1] <= scores.values.numel()
+    return later and fits and bool(same == as_json([dict(made.options), made.task_hash]))
 
 
 @checked_arguments

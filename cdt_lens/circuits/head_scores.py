@@ -19,6 +19,7 @@ from cdt_lens.circuits.circuit import Circuit, near_zero_heads
 from cdt_lens.circuits.measures import heads_at
 from cdt_lens.circuits.sampled import degrees_of_freedom, effects, filled, fitted, shrunk
 from cdt_lens.core import display
+from cdt_lens.core.artifacts import content_hash
 from cdt_lens.core.axes import along
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Count, Fraction, FromZeroCount, Level, Ranking
@@ -91,6 +92,11 @@ class HeadScores(Saved):
     @property
     def n_heads(self) -> int:
         return self.values.shape[1]
+
+    @property
+    def hash(self) -> str:
+        """The sha256 of the method and the scores, by which a curve names them."""
+        return content_hash([self.method, self.values.tolist()])
 
     @property
     def effects(self) -> Float[Tensor, "example layer head"]:
@@ -276,7 +282,7 @@ class HeadScores(Saved):
                 at least one head.
             threshold: Smallest score (or magnitude) in logits.
             confidence: Level of `interval`. Selects the heads whose interval lies above 0, or
-                leaves 0 out by magnitude.
+                excludes 0 by magnitude.
             by: "signed" for the score itself, "magnitude" for its absolute value.
 
         Returns:

@@ -1,8 +1,8 @@
 """How much of a ranking is signal: split halves, resolved heads, and a circuit's sure members.
 
 A score is a mean over prompts, so another draw of prompts gives another ranking. Scores on 16
-prompts of IOI agree with scores on 16 others at a rank correlation of some 0.6; scores on 128 with
-128 others at 0.9 (docs/method/scores.md).
+prompts of IOI agree with scores on 16 others at a rank correlation of some 0.6
+(docs/results/estimates.md).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Reliability:
             balanced by label: the mean over random splits.
         full: The same for two sets of as many examples as were scored, by Spearman and Brown's
             formula 2 r / (1 + r).
-        resolved: Share of the scored heads whose 95 % interval leaves 0 out.
+        resolved: Share of the scored heads whose 95 % interval excludes 0.
         examples: Number of scored examples.
     """
 
@@ -72,7 +72,7 @@ def reliability(scores: HeadScores, *, splits: Count = 50, seed: Seed = 0) -> Re
         `split_half`, the mean Spearman correlation of two halves; `full`, the same for two sets of
         as many examples as were scored, by the formula of Spearman and Brown, which holds above 0
         (no correlation of the halves gives `split_half` itself); `resolved`, the share of the heads
-        whose 95 % interval leaves 0 out; and `examples`, their number. NaN where the heads have no
+        whose 95 % interval excludes 0; and `examples`, their number. NaN where the heads have no
         intervals: a label has fewer than two examples, or fewer than two with an exact sweep, or
         the method gives one number for each head.
     """

@@ -53,7 +53,7 @@ class RankingCurve(EqualByContent):
     """Faithfulness of the top heads of one ranking.
 
     Attributes:
-        f: f at each size, without unit: 1 as the full model, 0 as no heads.
+        f: f at each size, without unit: 1 as the full model, 0 as the empty run.
         cpr: Area under f.
         cmd: Area under |1 - f|.
         log_area: Mean of f over sizes on a logarithmic axis, from the first size with a head.
@@ -248,7 +248,7 @@ class Comparison(Saved):
             by: The ranking of "cpr", "cmd" and "log_area"; None takes the better of the two.
 
         Returns:
-            The name of the method; of equal values the first.
+            The result of the method, whose name is `method`; of equal values the first.
 
         Raises:
             InputError: The measure or the ranking is unknown.

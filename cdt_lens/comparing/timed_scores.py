@@ -24,7 +24,12 @@ from typing_extensions import TypedDict
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.artifacts import remove_artifact
 from cdt_lens.core.equality import EqualByContent
-from cdt_lens.core.errors import InputError, NonFiniteError, UnsupportedModelError
+from cdt_lens.core.errors import (
+    InputError,
+    NonFiniteError,
+    SplitWordError,
+    UnsupportedModelError,
+)
 from cdt_lens.core.kept import Kept, Say, drop_other_versions, reuse
 from cdt_lens.core.processes import gather_items, is_main, shard, wait_for_all
 from cdt_lens.decomposition.baseline import Baseline
@@ -226,10 +231,7 @@ class TimedScorer:
             with hashed_once():
                 model_key(self.view)  # before the clock starts
                 return TimedScores(method, *self._clocked(run, path))
-        except (NonFiniteError, UnsupportedModelError, InputError) as error:
-            # Some methods have no meaning for label words of several tokens.
-            if isinstance(error, InputError) and not self.examples.has_words:
-                raise
+        except (NonFiniteError, UnsupportedModelError, SplitWordError) as error:
             self.say(f"{method} is refused: {error}")
             return TimedScores(method, None, refused=str(error))
 

@@ -32,6 +32,10 @@ class UnknownNameError(InputError, AttributeError):
     """The package has no such name at its top level."""
 
 
+class SplitWordError(InputError):
+    """A method needs answers of one token each, and the tokenizer splits one."""
+
+
 class ArtifactError(CdtLensError):
     """A saved file is damaged, of a newer format, of another kind, or of another model."""
 

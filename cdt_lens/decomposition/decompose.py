@@ -278,7 +278,7 @@ def irrelevant_logits(
         The logits, soft-capped where the model does that.
 
     Raises:
-        InputError: `rows` is below 1, or a source position is outside a prompt.
+        InputError: a source position is outside a prompt.
         NonFiniteError: a source set left the finite range.
     """
     full = propagator.full_logits(batch.candidates)
@@ -319,9 +319,6 @@ def rows_per_chunk(propagator: Propagator, rows: int | None) -> int:
 
     Returns:
         The number of (source x example) rows, at least the number of examples.
-
-    Raises:
-        InputError: `rows` is below 1.
     """
     batch, n_pos, _ = propagator.trace.resid[-1].shape
     if rows is not None:

@@ -14,11 +14,15 @@ from typing import Any
 
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.edge_faithfulness import EdgeFaithfulness, edge_faithfulness
-from cdt_lens.circuits.faithfulness import FaithfulnessCurve, faithfulness_curve
+from cdt_lens.circuits.faithfulness import (
+    FaithfulnessCurve,
+    faithfulness_curve,
+    measured_for,
+)
 from cdt_lens.circuits.graph import Graph
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.reliability import NOISE, reliability
-from cdt_lens.core.choices import Empty, Metric
+from cdt_lens.core.choices import Empty, Metric, Ranking
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.core.kept import Say
 from cdt_lens.core.processes import is_main, wait_for_all
@@ -178,8 +182,8 @@ def make_curve(
         curve = FaithfulnessCurve.load(path)
         options = curve.provenance.options
         same = curve.metric == metric and options.get("draws") == draws
-        same = same and options.get("by") == settings.by and curve.empty_run == empty
-        if not (same and curve_fits(curve, scores, baseline, data)):
+        same = same and curve.empty_run == empty
+        if not (same and curve_fits(curve, scores, settings.by, baseline, data)):
             raise ArtifactError(f"{path} was measured for other scores or examples")
         return curve
 
@@ -244,16 +248,12 @@ def judged_on(task: Task, split: str, examples: int, seed: int) -> Examples:
 
 
 def curve_fits(
-    curve: FaithfulnessCurve, scores: HeadScores, baseline: Baseline, data: Examples | None
-) -> bool:
-    """Return whether a curve belongs to these scores, this baseline and these examples."""
-    options, made = curve.provenance.options, scores.provenance
-    same_scores = (
-        options.get("scores") == made.options and options.get("scores_task") == made.task_hash
-    )
-    # After an upgrade the scores are made again, with the same options and other numbers.
-    later = curve.provenance.created >= made.created
-    return same_scores and later and data is not None and made_from(curve, data, baseline)
+    curve: FaithfulnessCurve, scores: HeadScores, by: Ranking, baseline: Baseline,
+    data: Examples | None,
+) -> bool:  # fmt: skip
+    """Return whether a curve belongs to this ranking, this baseline and these examples."""
+    same_ranking = measured_for(curve, scores) and curve.provenance.options.get("by") == by
+    return same_ranking and data is not None and made_from(curve, data, baseline)
 
 
 def _data_of(curve: FaithfulnessCurve, run: Run) -> Examples | None:
@@ -383,12 +383,12 @@ def report(run: Run, say: Say, *, prompts: int = 3, heads: int = 8) -> Path:
     if run.path("faithfulness.json").exists():
         curve = FaithfulnessCurve.load(run.path("faithfulness.json"))
         baseline = _baseline_for(run, curve.empty_run)
-        if curve_fits(curve, scores, baseline, _data_of(curve, run)):
+        if curve_fits(curve, scores, run.settings.by, baseline, _data_of(curve, run)):
             results.append(curve)
         else:
             say(
-                "faithfulness.json was measured for other scores or on other examples and is left "
-                "out; measure again"
+                "faithfulness.json was measured for another ranking or on other examples and is "
+                "left out; measure again"
             )
     if run.path("ablation.json").exists():
         exact = HeadScores.load(run.path("ablation.json"))

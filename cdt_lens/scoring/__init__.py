@@ -6,7 +6,8 @@ the head's own layer.
 | method                 | passes                      | kind        | use                       |
 |------------------------|-----------------------------|-------------|---------------------------|
 | `exact`                | n forward                   | exact       | yardstick                 |
-| `cdt:two-ended`        | 2n forward                  | rules       | default, sees redundancy  |
+| `estimate:two-ended`   | 2, 2, and a sweep of a few  | rules       | default, sees redundancy  |
+| `cdt:two-ended`        | 2n forward                  | rules       | sees redundancy           |
 | `cdt:<other rules>`    | n forward                   | rules       | direct and indirect parts |
 | `one-pass`             | 1 forward, 1 backward       | first order | speed                     |
 | `one-pass:two-ended`   | 2 forward, 2 backward       | first order | speed, sees redundancy    |
@@ -17,9 +18,11 @@ the head's own layer.
 | `ensemble`             | 8 forward, 8 backward       | first order | comparison                |
 | `gates`                | 23 forward, 22 backward     | learned     | circuits of every size    |
 | `direct`               | 1 forward, 1 backward       | exact       | direct effect only        |
-| `random`               | none                        | -           | lower bound               |
+| `random`               | 1 forward                   | -           | lower bound               |
 
-All scores are signed, in logits, with the same task and baseline. `cdt:two-ended` and
+`estimate:two-ended` is what `score_heads` does by default: first-order scores of all examples, and
+exact sweeps of a sample of them. `one-pass` also takes other slopes, such as `one-pass:linear`. All
+scores are signed, in logits, with the same task and baseline. `cdt:two-ended` and
 `integrated-gradients` find every planted circuit (docs/results/methods.md). See
 docs/method/scores.md for the formulas, `edge_scores.py` and `iterative.py` for edges of all paths
 (CD-T, arXiv 2407.00886, section 3.3), `direct_edges.py` for direct edges (EAP-IG, arXiv

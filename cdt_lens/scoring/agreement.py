@@ -31,9 +31,12 @@ def spearman(a: Tensor, b: Tensor) -> float:
         b: Values of the same shape.
 
     Returns:
-        The correlation from -1 to 1, NaN if one side is constant.
+        The correlation from -1 to 1, NaN if one side is constant or an entry is NaN.
+
+    Raises:
+        InputError: The shapes differ.
     """
-    return _correlation(scipy.stats.spearmanr, a, b)
+    return _correlation("spearman", scipy.stats.spearmanr, a, b)
 
 
 @checked_arguments
@@ -45,9 +48,12 @@ def pearson(a: Tensor, b: Tensor) -> float:
         b: Values of the same shape.
 
     Returns:
-        The correlation from -1 to 1, NaN if one side is constant.
+        The correlation from -1 to 1, NaN if one side is constant or an entry is NaN.
+
+    Raises:
+        InputError: The shapes differ.
     """
-    return _correlation(scipy.stats.pearsonr, a, b)
+    return _correlation("pearson", scipy.stats.pearsonr, a, b)
 
 
 @checked_arguments
@@ -62,7 +68,7 @@ def auroc(scores: Tensor, truth: Shaped[Tensor, "*dims"]) -> float:
         The area from 0 to 1, 0.5 for scores that say nothing.
 
     Raises:
-        InputError: All entries are true or all are false, or a score is NaN.
+        InputError: All entries are true or all are false, a score is NaN, or the shapes differ.
     """
     flat, true = _scored(scores, truth, "auroc")
     if true.all() or not true.any():
@@ -86,7 +92,7 @@ def average_precision(scores: Tensor, truth: Shaped[Tensor, "*dims"]) -> float:
         scores are equal.
 
     Raises:
-        InputError: No entry is true, or a score is NaN.
+        InputError: No entry is true, a score is NaN, or the shapes differ.
     """
     flat, true = _scored(scores, truth, "average_precision")
     if not true.any():
@@ -98,19 +104,28 @@ def average_precision(scores: Tensor, truth: Shaped[Tensor, "*dims"]) -> float:
     return float((new * (hits / taken)).sum() / true.sum())
 
 
-def _correlation(measure: Callable[..., Any], a: Tensor, b: Tensor) -> float:
+def _correlation(where: str, measure: Callable[..., Any], a: Tensor, b: Tensor) -> float:
+    _check_shapes(where, a, b)
     x, y = _flat(a), _flat(b)
     if any(side.size < 2 or (side == side[0]).all() for side in (x, y)):
         return float("nan")
     return float(measure(x, y).statistic)
 
 
+def _check_shapes(where: str, a: Tensor, b: Tensor) -> None:
+    if a.shape != b.shape:
+        raise InputError(
+            f"{where}: expected two tensors of one shape, got {list(a.shape)} and {list(b.shape)}"
+        )
+
+
 def _scored(scores: Tensor, truth: Tensor, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the scores and the truth as flat arrays.
 
     Raises:
-        InputError: A score is NaN, which has no rank.
+        InputError: A score is NaN, which has no rank, or the shapes differ.
     """
+    _check_shapes(where, scores, truth)
     flat = _flat(scores)
     if np.isnan(flat).any():
         raise InputError(f"{where}: a score is NaN; leave out the entries that were not scored")

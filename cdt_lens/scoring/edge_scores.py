@@ -143,7 +143,7 @@ def score_edges(
 
     Raises:
         InputError: There are no examples, the baseline has no MLPs for a model that has them, or
-            the rules have context="both", which is defined for logits only.
+            the rules have a context other than "full", which is defined for logits only.
         UnsupportedModelError: A component of the model has no rule.
         NonFiniteError: A source left the finite range under these rules.
     """
@@ -153,8 +153,8 @@ def score_edges(
     rules = resolve_rules(rules)
     if rules.context != "full":
         raise InputError(
-            "score_edges: context='both' is defined for logits only, not inside the model; use "
-            "rules with context='full', such as the preset 'shared'"
+            f"score_edges: context={rules.context!r} is defined for logits only, not inside the "
+            "model; use rules with context='full', such as the preset 'shared'"
         )
     examples.require_one_token("score_edges", "score_heads")
     baseline.check_model(view)

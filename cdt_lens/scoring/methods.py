@@ -166,7 +166,8 @@ def integrated_gradients(
     """Average the gradients by each head's gate over the path from ablated to plain.
 
     The gates of all heads move together, so the scores add up to m(full) - m(empty), up to the step
-    size.
+    size. Those of a mixture of experts do not, because the choice of the experts jumps on the path,
+    and no gradient sees a jump.
 
     Args:
         model: A TransformerLens model or its `ModelView`.
@@ -478,8 +479,9 @@ def score_by(
         examples: The examples to score.
         baseline: The values that ablated heads take.
         batch_size: Number of examples per batch.
-        rows: Maximum number of (source x example) rows per forward pass of a sweep ("exact" and
-            "cdt:..."), at least the batch size. None chooses it by the length of the prompts.
+        rows: Maximum number of (source x example) rows per forward pass of a sweep ("exact",
+            "cdt:...", "estimate:..." and "replay:..."), at least the batch size. None chooses it by
+            the length of the prompts.
         checkpoint: File that keeps finished batches of a sweep, so that an interrupted call
             resumes.
         exact: Number of examples that get the exact sweep in "estimate:..."; see `score_heads`.

@@ -9,7 +9,8 @@ backward pass: score(head) = sum over positions of <gradient at z, z - baseline>
 3. Along a path the gates of all heads move together from 0 (every head ablated) to 1 (the plain
    model), and the scores are averaged over the path. With plain derivatives they add up to
    m(full) - m(empty): they are the Aumann-Shapley values of the game that faithfulness measures.
-   The two ends alone are the first-order form of the "two-ended" rules.
+   (Not in mixtures of experts, where the choice of the experts jumps on the path.) The two ends
+   alone are the first-order form of the "two-ended" rules.
 
 No step works on the irrelevant part itself, unlike the full rules (`sweep.score_heads`). Effects by
 saturated activations, a norm's scale or attention are therefore seen to first order at most.

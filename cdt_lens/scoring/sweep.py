@@ -157,7 +157,7 @@ def score_heads(
         **recorded_options(baseline, direction),
         "heads": "all" if chosen is None else [str(h) for h in chosen],
     }
-    _check_decide(decide, len(sources), view.n_layers * view.n_heads)
+    _check_decide(decide, len(sources), view)
     budget = _budget(view, rules, examples, exact, precision, minutes, decide)
     sweep = _Sweep(view, examples, baseline, rules, sources, direction, passes)
     if budget is None:
@@ -168,7 +168,7 @@ def score_heads(
     return _estimate(sweep, budget, seed, checkpoint, method, provenance)
 
 
-def _check_decide(decide: Mapping[str, Any] | None, scored: int, everyone: int) -> None:
+def _check_decide(decide: Mapping[str, Any] | None, scored: int, view: ModelView) -> None:
     """Refuse a circuit that cannot be decided, before anything is swept."""
     if decide is None:
         return
@@ -183,9 +183,18 @@ def _check_decide(decide: Mapping[str, Any] | None, scored: int, everyone: int) 
     if len(sizes) != 1:
         got = ", ".join(sizes) or "none"
         raise InputError(f"decide: expected one of k, fraction and threshold, got {got}")
-    size = decide.get("k") or heads_at(decide.get("fraction") or 0.0, everyone)
+    size = decide.get("k")
+    if size is None or not isinstance(size, int) or size <= scored:
+        _scores_of_nothing(view).undecided(**decide)  # refuses values out of range
+        size = size or heads_at(decide.get("fraction") or 0.0, view.n_layers * view.n_heads)
     if size > scored:
         raise InputError(f"decide: a circuit of {size} heads, but only {scored} get a score")
+
+
+def _scores_of_nothing(view: ModelView) -> HeadScores:
+    """Return scores of 0 in the shape of a model's, without a pass."""
+    none, nowhere = torch.zeros(view.n_layers, view.n_heads), Provenance("", "", {}, "", "", {})
+    return HeadScores(none, none, torch.stack([none, none]), ("", ""), 0.0, "", nowhere)
 
 
 def _budget(

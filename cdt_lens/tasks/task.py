@@ -29,7 +29,7 @@ from cdt_lens.core import display
 from cdt_lens.core.artifacts import content_hash
 from cdt_lens.core.checked import Checked, checked_arguments, whole_number
 from cdt_lens.core.choices import Count, Seed
-from cdt_lens.core.errors import CdtLensWarning, InputError
+from cdt_lens.core.errors import CdtLensWarning, InputError, SplitWordError
 from cdt_lens.models.view import ModelView
 from cdt_lens.models.words import Candidates, Words, ask
 
@@ -337,12 +337,12 @@ class Examples(Sequence[Example]):
             instead: what can be used in its place.
 
         Raises:
-            InputError: some candidates have several tokens.
+            SplitWordError: some candidates have several tokens.
         """
         if not self.has_words:
             return
         word = next(c for item in self.items for c in item.candidates if _size(c) > 1)
-        raise InputError(
+        raise SplitWordError(
             f"{self.name}: {what} needs answers of one token each, and here the tokenizer splits "
             f"one into {list(word) if isinstance(word, tuple) else word}. Choose label words of "
             f"one token{instead and f', or use {instead}'}."

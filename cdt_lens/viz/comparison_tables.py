@@ -250,7 +250,7 @@ def differences(comparison: Comparison, by: Ranking = "signed") -> Table:
         f"({empty_run(comparison.empty_run)}), minus that of {reference}; 95 % intervals over the "
         "same prompts"
     )
-    return Table(["method", "difference", "leaves 0 out"], rows, caption)
+    return Table(["method", "difference", "excludes 0"], rows, caption)
 
 
 def descriptions(comparison: Comparison) -> Table:

@@ -27,6 +27,7 @@ from cdt_lens.circuits.faithfulness import (
     FaithfulnessCurve,
     circuit_faithfulness,
     faithfulness_curve,
+    measured_for,
 )
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.measures import MIB_FRACTIONS, log_area
@@ -144,6 +145,8 @@ def test_the_curve_keeps_the_top_of_the_ranking(tokenizer_folder):
     data, baseline, scores = fitted(view, examples())
     for by in ("magnitude", "signed"):
         curve = curve_of(view, by=by)
+        assert measured_for(curve, scores)
+        assert not measured_for(curve, replace(scores, values=scores.values.flip(1)))
         for number, size in enumerate(curve.sizes):
             circuit = scores.select(k=size, by=by)
             found = circuit_faithfulness(view, circuit, data, baseline, draws=1, progress=False)

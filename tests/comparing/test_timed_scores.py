@@ -263,14 +263,24 @@ def test_a_time_taken_under_other_settings_is_not_told(monkeypatch, tmp_path, to
     assert scorer(place, tmp_path).score("direct").passes == first.passes
 
 
-def test_a_method_without_a_meaning_for_split_words_is_refused(tokenizer_folder, hurried):
+def test_a_method_without_a_meaning_for_split_words_is_refused(
+    tokenizer_folder, hurried, monkeypatch
+):
     """And any other mistake in the input stays an error."""
+
+    def a_mistake(*_: Any, **__: Any) -> HeadScores:
+        raise InputError("scores.partial.json: a checkpoint of another run")
+
     data, said = split_words.examples(), []
     own = scorer(setting(tokenizer_folder), data=data, said=said)
     refused = own.score("direct")
     assert refused.scores is None and "needs answers of one token each" in refused.refused
     assert said[-1].startswith("direct is refused: tiny/train:")
     assert own.score("attribution-patching").scores is not None
+    seen = counting(monkeypatch, a_mistake)
+    with pytest.raises(InputError, match="a checkpoint of another run"):
+        own.score("cdt:linear")
+    assert seen == ["cdt:linear"]
     empty = scorer(setting(tokenizer_folder), data=examples()[:0])
     with pytest.raises(InputError, match="no examples"):
         empty.score("direct")

@@ -88,3 +88,12 @@ def test_a_score_that_is_nan_is_refused(measure):
     scores = torch.tensor([0.0, torch.nan, 2.0])
     with pytest.raises(InputError, match=f"{measure.__name__}: a score is NaN"):
         measure(scores, torch.tensor([True, False, True]))
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [agreement.spearman, agreement.pearson, agreement.auroc, agreement.average_precision],
+)
+def test_two_shapes_are_refused(measure):
+    with pytest.raises(InputError, match=rf"{measure.__name__}: .*got \[5\] and \[4\]"):
+        measure(randn(5), torch.tensor([1.0, 0.0, 1.0, 0.0]))

@@ -13,9 +13,9 @@ from helpers.tiny_models import Float64Throughout
 from helpers.tiny_tasks import examples
 from helpers.wrapped import needs_hooked, wrap
 
-from cdt_lens.core.errors import NonFiniteError
+from cdt_lens.core.errors import InputError, NonFiniteError
 from cdt_lens.decomposition.baseline import Baseline, mean_activations
-from cdt_lens.decomposition.rules import PRESETS
+from cdt_lens.decomposition.rules import PRESETS, Rules
 from cdt_lens.models.heads import Head, Mlp
 from cdt_lens.models.view import ModelView
 from cdt_lens.scoring.edge_scores import score_edges
@@ -208,3 +208,10 @@ def test_edges_that_are_not_finite_are_never_returned(tokenizer_folder):
     huge.mlp_means[0] = 3e38
     with pytest.raises(NonFiniteError):
         score_edges(view, data, huge, progress=False)
+
+
+@pytest.mark.parametrize("context", ["both", "empty"])
+def test_rules_of_another_context_are_named_in_the_refusal(context, tokenizer_folder):
+    view, data = shared("llama", "bridge", tokenizer_folder, torch.float32), examples()
+    with pytest.raises(InputError, match=f"score_edges: context='{context}' is defined for logits"):
+        score_edges(view, data, means(view, data), rules=Rules(context=context), progress=False)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.checks import assert_close, assert_same_bits
+from helpers.checks import assert_close, assert_same_bits, unchecked_types
 from helpers.sample_results import provenance
 from helpers.shared import models, shared
 from helpers.terminal import Terminal
@@ -208,6 +208,24 @@ def test_only_heads_whose_place_is_open_are_swept_further(tokenizer_folder):
     for head in all_heads(view.n_layers, view.n_heads):
         assert (int(known[head.layer, head.head]) > 7) == (head in open_then)
     assert 0 < len(open_then) < view.n_layers * view.n_heads
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"k": 0}, "k=0"), ({"k": "3"}, "k='3'"), ({"k": 3.5}, "k=3.5"), ({"fraction": 1.5}, "1.5"),
+        ({"fraction": 0.0}, "0.0"), ({"k": 3, "by": "bogus"}, "bogus"), ({"k": 3, "level": 2}, "2"),
+        ({"threshold": float("nan")}, "threshold"),
+    ],
+)  # fmt: skip
+def test_a_circuit_that_cannot_be_decided_is_refused_before_a_pass(
+    wrong, said, tokenizer_folder, monkeypatch
+):
+    view = shared("llama", "bridge", tokenizer_folder, torch.float32)
+    monkeypatch.setattr(estimate.Estimator, "cheap", lambda self: pytest.fail("swept"))
+    for exact in (6, 24):
+        with unchecked_types(), pytest.raises(InputError, match=said):
+            score(view, exact=exact, decide=wrong)
 
 
 def test_the_rows_of_a_decided_head_are_those_of_the_sweep(tokenizer_folder):

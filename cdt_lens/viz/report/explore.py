@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cdt_lens.circuits.circuit import Circuit
-from cdt_lens.circuits.faithfulness import FaithfulnessCurve
+from cdt_lens.circuits.faithfulness import FaithfulnessCurve, measured_for
 from cdt_lens.circuits.graph import Graph
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.display import Figure
@@ -83,7 +83,7 @@ def explorer(results: Sequence[object]) -> Explorer | None:
 def linked_curve(results: Sequence[object]) -> FaithfulnessCurve | None:
     """Return the first curve that was measured for the first scores, which the map shows."""
     scores = next((r for r in results if isinstance(r, HeadScores)), None)
-    return next((r for r in results if scores and measured_for(r, scores)), None)
+    return next((r for r in results if scores and curve_of(r, scores)), None)
 
 
 def ranking_of(scores: HeadScores, curve: FaithfulnessCurve | None) -> tuple[Head, ...]:
@@ -92,14 +92,9 @@ def ranking_of(scores: HeadScores, curve: FaithfulnessCurve | None) -> tuple[Hea
     return scores.ranking("magnitude" if magnitude else "signed")
 
 
-def measured_for(curve: object, scores: HeadScores) -> TypeGuard[FaithfulnessCurve]:
-    """Return whether a curve keeps the top heads of these scores."""
-    if not isinstance(curve, FaithfulnessCurve):
-        return False
-    options, made = curve.provenance.options, scores.provenance
-    same_shape = curve.sizes[-1] <= scores.values.numel()
-    of = options.get("scores"), options.get("scores_task")
-    return same_shape and plain(of) == plain((dict(made.options), made.task_hash))
+def curve_of(result: object, scores: HeadScores) -> TypeGuard[FaithfulnessCurve]:
+    """Return whether a result is a curve whose circuits are the top heads of these scores."""
+    return isinstance(result, FaithfulnessCurve) and measured_for(result, scores)
 
 
 def own_size(

@@ -14,7 +14,11 @@ import numpy as np
 import torch
 
 from cdt_lens.circuits.circuit import Circuit
-from cdt_lens.circuits.faithfulness import CircuitFaithfulness, FaithfulnessCurve
+from cdt_lens.circuits.faithfulness import (
+    CircuitFaithfulness,
+    FaithfulnessCurve,
+    measured_for,
+)
 from cdt_lens.circuits.graph import Graph
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.measures import EMPTY_RUNS
@@ -196,7 +200,7 @@ def _own_f(
 ) -> tuple[tuple[str, str] | None, dict[str, str]]:
     """Return f of the circuit itself as a headline and as facts, where a curve holds it."""
     for curve in (result for result in results if isinstance(result, FaithfulnessCurve)):
-        if scores is None or not explore.measured_for(curve, scores):
+        if scores is None or not measured_for(curve, scores):
             continue
         place = explore.own_size(curve, explore.ranking_of(scores, curve), circuit)
         if place is None:
@@ -220,11 +224,12 @@ def _odd_f(curve: FaithfulnessCurve, places: Sequence[int]) -> dict[str, str]:
     unit = " logits" if curve.metric == "direction" else ""
     gap = curve.full - curve.empty
     kept = curve.empty + f[place] * gap
-    side = "below no heads at all" if f[place] < 0 else "beyond the full model"
+    side = "below the empty run" if f[place] < 0 else "beyond the full model"
     why = (
         f"f = {f[place]:.2f} with {curve.sizes[place]} heads: kept alone they give "
         f"{kept:+.3f}{unit}, which is {side}. f counts in units of {gap:+.3f}{unit}, the "
-        f"difference between all heads ({curve.full:+.3f}) and none ({curve.empty:+.3f})."
+        f"difference between the full model ({curve.full:+.3f}) and the empty run "
+        f"({curve.empty:+.3f}; {EMPTY_RUNS[curve.empty_run]})."
     )
     return {"f outside 0 to 1": why}
 

@@ -334,6 +334,12 @@ def test_a_curve_of_other_scores_is_not_linked():
     linked = explore.explorer([other, curve])
     assert linked and linked.data["sizes"] == [] and "curve" not in linked.figures
     assert explore.linked_curve([other, scores, curve]) is None, "the map shows the first scores"
+    # Scores of another seed or estimate have the same options and task.
+    options = {**curve.provenance.options, "scores_hash": scores.hash}
+    named = replace(curve, provenance=replace(curve.provenance, options=options))
+    again = replace(scores, values=scores.values.roll(1))
+    assert explore.linked_curve([again, named]) is None
+    assert explore.linked_curve([scores, named]) is named
     foreign = replace(curve, provenance=scores.provenance)
     assert explore.linked_curve([scores, foreign, curve]) is curve
 
@@ -355,6 +361,7 @@ def test_f_outside_0_to_1_comes_with_a_reason(tmp_path: Path):
     assert (
         f"f = -2.70 with 1 heads: kept alone they give {kept:+.3f} logits, which is below" in page
     )
+    assert "heads ablated, MLPs intact" in page and "no heads" not in page
     assert "f outside 0 to 1" not in render_report(curve, path=tmp_path / "r.html").read_text(
         "utf-8"
     )
