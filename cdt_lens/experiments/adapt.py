@@ -39,7 +39,13 @@ from cdt_lens.experiments.adapt_settings import AdaptSettings
 from cdt_lens.experiments.discovery import discover
 from cdt_lens.experiments.runs import keep_settings, kept_at, kept_settings
 from cdt_lens.experiments.transfer import RUN_FORMAT, Transfer
-from cdt_lens.experiments.transfer_cells import Cells, Trial, drop_checkpoints, training_of
+from cdt_lens.experiments.transfer_cells import (
+    CHECKPOINT,
+    Cells,
+    Trial,
+    drop_checkpoints,
+    training_of,
+)
 from cdt_lens.experiments.transfer_config import TransferConfig, config_of
 from cdt_lens.finetuning.adapt_result import (
     CHANGE_COLUMNS,
@@ -53,7 +59,7 @@ from cdt_lens.finetuning.finetune import drop_stale_checkpoint, finetune
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.score import Score
 from cdt_lens.finetuning.tracking import check_trackers, tracked
-from cdt_lens.finetuning.trainer import rank_of
+from cdt_lens.finetuning.trainer import best_without_floor, rank_of
 from cdt_lens.models.provenance import provenance_of
 from cdt_lens.models.view import view_of
 from cdt_lens.tasks.evaluate import Evaluation, evaluate
@@ -118,8 +124,15 @@ def run_adapt(
         kept = _finished(settings, folder, tables)
         if kept is not None:
             say(f"{folder}: using the kept result; the test rows are not read again")
+            if is_main():  # A kill may have left some.
+                _remove_checkpoints(folder)
             return kept
         return _Adapting(settings, folder, tables, say, progress, log_with).run()
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    for path in (folder / "search").glob(f"*{CHECKPOINT}"):
+        remove_checkpoint(path)
 
 
 def _finished(
@@ -406,12 +419,8 @@ class _Adapting:
         history = trial.history(self.say) or []
         if not history:
             return False
-        free = replace(trial.options, least_retention=None)
-        kept, best = (
-            max(history, key=lambda row: rank_of(row, history[0], options))["epoch"]
-            for options in (trial.options, free)
-        )
-        return bool(kept == 0 < best)
+        kept = max(history, key=lambda row: rank_of(row, history[0], trial.options))
+        return bool(kept["epoch"] == 0 < best_without_floor(history, trial.options)["epoch"])
 
     def _trial(self, cells: Cells, name: str, factor: float) -> tuple[Trial, dict[str, Any]]:
         trial = cells.trial(name, factor)
@@ -476,10 +485,10 @@ class _Adapting:
             ),
         )  # fmt: skip
         if is_main():
-            found.save(self.folder / "adapt.json")
             title = f"{self.settings.model} adapted to a new language"
             render_report(found, path=self.folder / "report.html", title=title)
-            remove_checkpoint(best[0].checkpoint)
+            found.save(self.folder / "adapt.json")
+            _remove_checkpoints(self.folder)
         wait_for_all()
         return found
 

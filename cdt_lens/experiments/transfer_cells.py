@@ -212,6 +212,8 @@ class Cells:
         plan = self._plan(target, name, seed)
         finished = plan.kept.reuse_with_tensors(self.say)
         if finished is not None:
+            if is_main():  # A kill may have left it.
+                remove_checkpoint(plan.checkpoint)
             return {**finished[0], "per_example": finished[1]}
         self.say(f"{target}, {name}, seed {seed}")
         common = {
@@ -252,7 +254,7 @@ class Cells:
         place = self.folder / "cells" / file_name(target) / f"{file_name(name)}-{seed}"
         task = with_train(self.tasks[target], self.config.transfer.examples, seed)
         heads = self._heads(variant, target, task, seed)
-        options = self._options(variant, seed, heads)
+        options = self._options(variant, target, seed, heads)
         rate = (options.learning_rate or 0.0) * self._factors.get(name, 1.0)
         options = replace(options, learning_rate=rate)
         made_from = {
@@ -329,7 +331,9 @@ class Cells:
     def _signals(self) -> dict[str, Tensor]:
         return {}
 
-    def _options(self, variant: Variant, seed: int, heads: tuple[Head, ...]) -> TrainingOptions:
+    def _options(
+        self, variant: Variant, target: str, seed: int, heads: tuple[Head, ...]
+    ) -> TrainingOptions:
         transfer = self.config.transfer
         rate = transfer.learning_rates.get(variant.scope, transfer.training.learning_rate)
         options = replace(
@@ -338,15 +342,15 @@ class Cells:
         ).changed(**variant.training)  # fmt: skip
         if variant.match is None:
             return options
-        rank = self._matched_rank(variant.match, options, seed)
+        rank = self._matched_rank(variant.match, options, target, seed)
         return replace(options, lora_rank=rank, lora_alpha=2 * rank)
 
-    def _matched_rank(self, match: str, options: TrainingOptions, seed: int) -> int:
+    def _matched_rank(self, match: str, options: TrainingOptions, target: str, seed: int) -> int:
         """Return the rank of LoRA that trains about as many parameters as another run."""
-        other, target = self.config.transfer.runs[match], self.config.task.targets[0]
+        other = self.config.transfer.runs[match]
         task = with_train(self.tasks[target], self.config.transfer.examples, seed)
         heads = self._heads(other, target, task, seed)
-        theirs = self._options(other, seed, heads)
+        theirs = self._options(other, target, seed, heads)
         if other.scope == "lora":
             wanted = theirs.lora_rank * parameters_of_rank(self._view, theirs.lora_modules)
         else:
@@ -402,7 +406,7 @@ class Cells:
         seed = self.config.transfer.seeds[0]
         task = with_train(self.tasks[target], self.config.transfer.examples, seed)
         heads = self._heads(variant, target, task, seed)
-        options = self._options(variant, seed, heads)
+        options = self._options(variant, target, seed, heads)
         options = replace(options, learning_rate=(options.learning_rate or 0.0) * factor)
         made_from = {
             "model": self._hash, "task": task.hash, "source": self._source.hash,

@@ -138,7 +138,7 @@ class Adapter(Saved):
         parts, whole = self._places(view)
         before = {name: part.read() for name, part in parts.items()}
         before_whole = {name: value.clone() for name, value in whole.items()}
-        applied = Applied(view, parts, before, whole, before_whole)
+        applied = Applied(view, self, before, before_whole)
         take_back_if_failed(applied._write_back)
         with torch.no_grad():
             for name, part in parts.items():
@@ -287,17 +287,15 @@ class Applied:
 
     Attributes:
         view: the model.
-        parts: the trained slices, as views into the model.
-        before: values of these slices before.
-        whole: the weights that were trained whole, as views into the model.
-        before_whole: values of these weights before.
+        adapter: the adapter.
+        before: values of its slices before.
+        before_whole: values of its whole weights before.
         mark: whether it was removed, for the list of all adapters on the model.
     """
 
     view: ModelView
-    parts: Mapping[str, WeightSlice] = field(repr=False)
+    adapter: Adapter = field(repr=False)
     before: Mapping[str, Tensor] = field(repr=False)
-    whole: Mapping[str, Tensor] = field(repr=False)
     before_whole: Mapping[str, Tensor] = field(repr=False)
     mark: _Mark = field(default_factory=_Mark, repr=False)
 
@@ -309,6 +307,8 @@ class Applied:
     def remove(self) -> None:
         """Restore the base model's elements bit for bit. A second call changes nothing.
 
+        If the model was moved or cast in between, they are moved and cast as well.
+
         Raises:
             InputError: another adapter was applied later and is still on the model. Its values
                 before are this one's, and it would bring them back.
@@ -317,10 +317,12 @@ class Applied:
             _remove(self.view, self)
 
     def _write_back(self) -> None:
-        for name, part in self.parts.items():
-            part.write(self.before[name])
+        # Looked up again: `model.to(...)` gives the weights other memory.
+        parts, whole = self.adapter._places(self.view)
         with torch.no_grad():
-            for name, value in self.whole.items():
+            for name, part in parts.items():
+                part.write(self.before[name].to(part.whole.device))
+            for name, value in whole.items():
                 value.copy_(self.before_whole[name])
         sync_fused(self.view)
 

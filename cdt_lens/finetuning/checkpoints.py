@@ -231,7 +231,8 @@ class Log:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
-                row = {} if number == len(lines) else None
+                cut = number == len(lines) and line.startswith("{")
+                row = {} if cut else None
             ours = isinstance(row, dict) and (not row or isinstance(row.get("step"), int))
             if not ours:
                 raise InputError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 from torch import Tensor, nn
@@ -19,9 +19,13 @@ from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.errors import InputError
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.finetuning.slices import by_channel
+from cdt_lens.models.provenance import command_line, now, versions
 from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, at_least_float32, view_of
 from cdt_lens.models.weights import named_weights
+from cdt_lens.tasks.card import TaskCard
+
+_T = TypeVar("_T")
 
 
 @checked_arguments
@@ -38,7 +42,9 @@ def combine(
         weights: The weight of each; None weighs each by 1.
 
     Returns:
-        The adapter, with the scope "combined". Its provenance names the parts and their weights.
+        The adapter, with the scope "combined". Its provenance names the parts and their weights,
+        and counts the examples of all. It keeps the task card if the parts make their prompts in
+        the same way.
 
     Raises:
         InputError: Fewer than two adapters, or not one weight for each.
@@ -67,18 +73,42 @@ def combine(
         else:
             index = sorted({i for a in adapters for i in a.slices.get(name, ((), None))[0]})
             slices[name] = (tuple(index), total[index])
-    first = adapters[0].provenance
-    tasks = [adapter.provenance.task for adapter in adapters]
+    origins = [adapter.provenance for adapter in adapters]
+    tasks = [origin.task for origin in origins]
     options: dict[str, Any] = {
         "scope": "combined", "weights": weights, "parts": tasks,
         "overlap": int(overlap(adapters)["elements"].sum()),
     }  # fmt: skip
-    hashes = [adapter.provenance.task_hash for adapter in adapters]
+    labels = dict.fromkeys(label for origin in origins for label in origin.examples)
     provenance = replace(
-        first, task=" + ".join(tasks), task_hash=content_hash(hashes), options=options
-    )
+        origins[0], task=" + ".join(tasks), options=options, command=command_line(), created=now(),
+        task_hash=content_hash([origin.task_hash for origin in origins]),
+        examples={label: sum(o.examples.get(label, 0) for o in origins) for label in labels},
+        seed=_shared([origin.seed for origin in origins]), versions=versions(),
+    )  # fmt: skip
     heads = tuple(sorted({head for adapter in adapters for head in adapter.heads}))
-    return Adapter("combined", heads, slices, whole, provenance)
+    return Adapter(
+        "combined", heads, slices, whole, provenance, _card([a.task for a in adapters]),
+        total_parameters=_shared([a.total_parameters for a in adapters]),
+    )  # fmt: skip
+
+
+def _shared(values: Sequence[_T]) -> _T | None:
+    """Return the value that all parts have, or None."""
+    return values[0] if all(value == values[0] for value in values) else None
+
+
+def _card(cards: Sequence[TaskCard | None]) -> TaskCard | None:
+    """Return how prompts are made, if all parts make them in the same way; else None."""
+    known = [card for card in cards if card is not None]
+    ways = [replace(card, name="", prior=None, longest=0) for card in known]
+    if len(known) < len(cards) or _shared([way.to_dict() for way in ways]) is None:
+        return None
+    names = dict.fromkeys(card.name for card in known)
+    return replace(
+        known[0], name=" + ".join(names), prior=_shared([card.prior for card in known]),
+        longest=max(card.longest for card in known),
+    )  # fmt: skip
 
 
 def overlap(adapters: Sequence[Adapter]) -> pd.DataFrame:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -21,7 +22,13 @@ from torch import nn
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.core.checked import Fix, checked_arguments
 from cdt_lens.core.choices import HEAD_SCOPES, Scope
-from cdt_lens.core.errors import InputError, NonFiniteError
+from cdt_lens.core.errors import (
+    CdtLensError,
+    CdtLensWarning,
+    InputError,
+    NonFiniteError,
+    UnsupportedModelError,
+)
 from cdt_lens.core.kept import Behaviour, Say
 from cdt_lens.core.undo import take_back_if_failed, unbroken, undoing
 from cdt_lens.finetuning.adapter import Adapter
@@ -99,9 +106,10 @@ def finetune(
         source: The task in the source language. Its validation split measures forgetting; it is
             never trained on.
         options: Training options.
-        rule: How "auto" chooses: "gap" (`scopes.choose_by_gap`; needs `source`) decides between
-            `decision` and `near-zero`. "race" trains one epoch of each of `scopes.RACERS`, and
-            takes the best of those that keep `least_retention` of the source accuracy.
+        rule: How "auto" chooses: "gap" (`scopes.choose_by_gap`; needs `source`) decides
+            between `decision` and `near-zero`. "race" trains one epoch of each of
+            `scopes.RACERS` that can be trained, and takes the best of those that keep
+            `least_retention` of the source accuracy.
         checkpoint: A JSON file from which an interrupted run resumes. A finished run removes it.
         keep_checkpoint: Keep the checkpoint of a finished run; the same call then returns the same
             result at once.
@@ -133,6 +141,10 @@ def finetune(
     if heads is not None and not isinstance(heads, Circuit):
         heads = tuple(heads)  # A race reads them once for each scope.
     options = (options or TrainingOptions()).changed(**changes)
+    if rule != "gap" and scope != "auto":
+        raise InputError(f"rule={rule!r}: is of scope='auto'; omit it with scope={scope!r}")
+    if keep_checkpoint and checkpoint is None:
+        raise InputError("keep_checkpoint=True: there is none to keep; give checkpoint= a file")
     trackers = check_trackers(log_with, logging_dir)
     if scope == "auto":
         choice = _choose(view, task, heads, source, options, rule, progress)
@@ -339,6 +351,7 @@ def _choose(
         before = evaluate(view, source.valid, source).accuracy
         now = evaluate(view, task.valid, task).accuracy
         return choose_by_gap(before, now, task.valid.chance)
+    check_splits(task, source, options)  # what no scope can be trained with
     raced = _race(view, task, heads, source, options, progress)
     kept = None if source is None else evaluate(view, source.valid, source).accuracy
     return choose_by_race(raced, least_retention=options.least_retention, source_before=kept)
@@ -351,19 +364,21 @@ def _race(
     """Train every scope that can be trained for one epoch, and return the last row of each."""
     short = options.changed(epochs=1, patience=None, evaluate_every=1)
     raced: dict[Scope, dict[str, Any]] = {}
-    diverged: NonFiniteError | None = None
+    refused: CdtLensError | None = None
     for scope in _racers(view, heads):
         try:
             result = finetune(
                 view, task, heads=heads, scope=scope, source=source, options=short,
                 progress=progress,
             )  # fmt: skip
-        except NonFiniteError as error:
-            diverged = error
+        except (InputError, NonFiniteError, UnsupportedModelError) as error:
+            refused = error
+            if not isinstance(error, NonFiniteError):  # that one was trained, and lost
+                warnings.warn(f"the race leaves out {scope}: {error}", CdtLensWarning, stacklevel=1)
             continue
         raced[scope] = result.to_dataframe().to_dict("records")[-1]  # type: ignore[assignment]
-    if diverged is not None and not raced:
-        raise diverged
+    if refused is not None and not raced:
+        raise refused
     return raced
 
 

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,14 @@ from cdt_lens.finetuning.export_base import BASE_README, LEGAL
 from cdt_lens.finetuning.model_card import CARD_FILE, TAG, model_card, published
 
 _LORA_CONFIG, _BASE_KEY = "adapter_config.json", "base_model_name_or_path"
-# The endings of what transformers, peft and this package write.
-_WRITTEN = (".json", ".safetensors", ".model", ".txt", ".jinja")
+# The endings of what transformers, peft and this package write, and the names with such an ending.
+_ENDINGS = (".json", ".safetensors", ".model", ".txt", ".jinja")
+_WRITTEN = (
+    "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    "adapter*.json", "adapter*.safetensors", "cdt_*.json", "cdt_*.safetensors",
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+    "*.model", "chat_template*", "additional_chat_templates*",
+)  # fmt: skip
 _OF_THE_HUB = ".gitattributes"  # every new repository holds it
 
 
@@ -135,7 +142,14 @@ def _contents(folder: Path) -> _Contents:
             f"{folder}: expected a folder of Adapter.save, export or to_peft of this version, with "
             f"{ADAPTER_FILE} or a {CARD_FILE} with the tag {TAG}; export the adapter again"
         )
-    files = tuple(p for p in sorted(folder.iterdir()) if p.is_file() and _is_ours(p.name))
+    held = [p for p in sorted(folder.iterdir()) if p.is_file()]
+    files = tuple(p for p in held if _is_ours(p.name))
+    other = [p.name for p in held if p.name.endswith(_ENDINGS) and p not in files]
+    if other:
+        raise InputError(
+            f"{folder}: {few(other, 4)}: no file that export writes, so it is not known "
+            "whether it may be sent. Move it out of the folder"
+        )
     lora = folder / _LORA_CONFIG
     needs_base = lora in files and _is_local(str(_json(lora).get(_BASE_KEY) or ""))
     return _Contents(_read_card(card_file), files, folder, needs_base)
@@ -143,7 +157,8 @@ def _contents(folder: Path) -> _Contents:
 
 def _is_ours(name: str) -> bool:
     """Return whether a file has the name of one that `export` or `to_peft` writes."""
-    return name.endswith(_WRITTEN) or name.lower().startswith(LEGAL) or name == BASE_README
+    written = any(fnmatch(name, pattern) for pattern in _WRITTEN)
+    return written or name.lower().startswith(LEGAL) or name == BASE_README
 
 
 def _is_local(base: str) -> bool:

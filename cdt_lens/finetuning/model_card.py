@@ -109,7 +109,8 @@ def is_hub_name(base: str) -> bool:
 
 
 def _task_name(adapter: Adapter) -> str:
-    return adapter.provenance.task.removesuffix("/train")
+    parts = adapter.provenance.task.split(" + ")  # of a combined adapter
+    return " + ".join(part.removesuffix("/train") for part in parts)
 
 
 # ---------------------------------------------------------------------- text
@@ -178,7 +179,7 @@ def _cell(text: str) -> str:
 def _prompts(adapter: Adapter) -> str:
     card = adapter.task
     if card is None:
-        return _NO_TASK
+        return _SEVERAL_TASKS if adapter.scope == "combined" else _NO_TASK
     return _TASK.format(
         name=card.name, labels=_label_lines(card), template=json.dumps(card.template),
         answer="the model's next tokens are" if _splits(card) else "the model's next token is",
@@ -262,6 +263,10 @@ The epoch was chosen on the target's validation examples, so its accuracy there 
 _NO_TASK = """
 The prompts of its training were given as token ids, so this folder does not say how to make them of
 text.
+"""
+_SEVERAL_TASKS = """
+The adapters that were added make their prompts in different ways, or got them as token ids, so this
+folder does not say how to make them of text.
 """
 _NO_WORDS = """
 The answers differ from prompt to prompt, so there are no label words to compare.

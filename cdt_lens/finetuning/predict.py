@@ -46,7 +46,8 @@ def load_card(folder: str | Path) -> TaskCard:
     if not path.is_file():
         raise InputError(
             f"{folder}: holds no {TASK_FILE}. Name a folder that cdt-lens export wrote; folders of "
-            "cdt_lens 0.3, and of tasks whose prompts were made by hand, have none."
+            "cdt_lens 0.3, of tasks whose prompts were made by hand, and of combined adapters with "
+            "different prompts, have none."
         )
     return TaskCard.load(path)
 

@@ -11,6 +11,8 @@ import pandas as pd
 from cdt_lens.core import display
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.finetuning.adapter import Adapter
+from cdt_lens.finetuning.options import TrainingOptions
+from cdt_lens.finetuning.trainer import best_without_floor
 from cdt_lens.models.heads import Head
 from cdt_lens.models.provenance import Provenance
 
@@ -86,12 +88,14 @@ class FineTuneResult(EqualByContent):
     def _forgotten(self) -> str:
         """A sentence about the best of the epochs that forget too much, or "" if none is better."""
         least, metric = self.options.get("least_retention"), self.options.get("metric", "accuracy")
-        gain = self.history[f"target_{metric}"] - self.before[f"target_{metric}"]
-        gain = -gain if metric == "loss" else gain
-        unknown = bool(gain.isna().all())  # without validation rows the last epoch would be kept
-        if least is None or len(gain) < 2 or not (unknown or gain.max() > 0):
+        if least is None or len(self.history) < 2:
             return ""
-        best = self.history.loc[self.history.index[-1] if unknown else gain.idxmax()]
+        rows: list[Any] = self.history.to_dict("records")
+        # Without validation rows the last epoch would be kept.
+        unknown = bool(self.history[f"target_{metric}"].isna().all())
+        best = rows[-1] if unknown else best_without_floor(rows, TrainingOptions(metric=metric))
+        if best["epoch"] == 0:
+            return ""
         scores = (
             "" if unknown else f"had a target accuracy of {best['target_accuracy']:.3f} "
             f"({self.before['target_accuracy']:.3f} before) and "

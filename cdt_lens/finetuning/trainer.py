@@ -20,7 +20,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -396,6 +396,19 @@ def rank_of(
     keeps = least is None or is_kept(row["source_accuracy"], first["source_accuracy"], least)
     loss = -row["target_loss"]
     return float(keeps), loss if options.metric == "loss" else row[f"target_{options.metric}"], loss
+
+
+def best_without_floor(
+    rows: Sequence[Mapping[str, Any]], options: TrainingOptions
+) -> Mapping[str, Any]:
+    """Return the row of a history that would be kept if forgetting did not matter.
+
+    Args:
+        rows: the history; the first row is before the first step.
+        options: the training options, whose `least_retention` does not count.
+    """
+    free = replace(options, least_retention=None)
+    return max(rows, key=lambda row: rank_of(row, rows[0], free))
 
 
 def _sum_gradients(masters: Sequence[nn.Parameter]) -> None:

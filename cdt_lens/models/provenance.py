@@ -177,8 +177,13 @@ def provenance_of(
         seed=seed,
         versions=versions(),
         command=command_line(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=now(),
     )
+
+
+def now() -> str:
+    """Return the time in UTC, in ISO format, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:

@@ -78,6 +78,22 @@ def test_on_and_off_is_exact(family, backend, tokenizer_folder):
     assert torch.equal(seen.logits(prompts()), logits)
 
 
+@models(("llama", "pythia"))
+@pytest.mark.parametrize("move", ["there and back", "wider"])
+def test_a_model_that_was_cast_in_between_is_restored(family, backend, move, tokenizer_folder):
+    """A cast gives the weights other memory, which views from before do not see."""
+    seen = view(family, backend, tokenizer_folder, torch.float32)
+    adapter, before = trained(seen), seen.logits(prompts())
+    handle = adapter.apply(seen)
+    seen.tl.to(torch.float64)
+    if move == "there and back":
+        seen.tl.to(torch.float32)
+    assert not torch.allclose(seen.logits(prompts()).float(), before, atol=1e-3)
+    handle.remove()
+    assert handle.removed
+    torch.testing.assert_close(seen.logits(prompts()).float(), before, rtol=0, atol=1e-4)
+
+
 @models(("qwen2",))
 def test_taken_off_when_the_body_raises(family, backend, tokenizer_folder):
     seen = view(family, backend, tokenizer_folder, torch.float32)

@@ -179,3 +179,7 @@ def test_a_file_that_is_no_log_is_never_cut(tmp_path: Path, line: str):
         with pytest.raises(InputError, match="train.jsonl, line 1: not a line of a training log"):
             Log(path).cut(step)
     assert path.read_text("utf-8") == f"{line}\n{line}\n"
+    path.write_text(line, "utf-8")  # also where it is the only line
+    with pytest.raises(InputError, match="line 1: not a line of a training log"):
+        Log(path).cut(-1)
+    assert path.read_text("utf-8") == line

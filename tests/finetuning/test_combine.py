@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_csv
 from helpers.shared import models
 from helpers.tiny_models import prompts
 from helpers.tiny_training import QUICK, task, values
 from helpers.wrapped import view
 
+import cdt_lens as cdt
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.finetuning.combine import combine, overlap
 from cdt_lens.finetuning.finetune import finetune
+from cdt_lens.finetuning.model_card import model_card
 
 ONE, OTHER = ("L0H1", "L1H2"), ("L0H0", "L1H2")
 
@@ -44,6 +50,32 @@ def test_the_sum_is_the_base_and_each_weighted_change(family, backend, tokenizer
     shared = overlap(parts).set_index("weight")["heads"]
     assert shared["blocks.1.attn.W_Q"] == [2] and "blocks.0.attn.W_Q" not in shared
     assert both.scope == "combined" and both.provenance.options["overlap"] > 0
+
+
+def test_the_card_of_a_sum_counts_the_examples_of_all(tmp_path: Path):
+    place = save_model(tmp_path / "tiny")
+    model = cdt.load_model(place, backend="bridge")
+    adapters = []
+    for name, size in (("A", 13), ("B", 40)):
+        path = write_csv(tmp_path / f"{name}.csv", size, size)
+        data = cdt.task_from_files(
+            {"train": path}, tokenizer=model.tokenizer, template=TEMPLATE, verbalizer=VERBALIZER,
+            name=name,
+        )  # fmt: skip
+        options = {**QUICK, "seed": size, "epochs": 1}
+        adapters.append(finetune(model, data, scope="norms", **options).adapter)
+    both = combine(model, adapters)
+    assert sum(both.provenance.examples.values()) == 53 and both.provenance.seed is None
+    assert both.total_parameters == adapters[0].total_parameters
+    assert both.task is not None and both.task.name == "A + B"
+    assert both.task.longest == max(a.task.longest for a in adapters)
+    page = model_card(both, str(place), "checkpoint").content
+    assert "adapted to A + B" in page and "| training examples | 53 (" in page
+    assert f"of {both.total_parameters:,} (" in page
+    other = replace(adapters[1], task=replace(adapters[1].task, template="{text} w6"))
+    apart = combine(model, [adapters[0], other])
+    assert apart.task is None
+    assert "make their prompts in different ways" in model_card(apart, str(place), "lora").content
 
 
 def test_what_cannot_be_combined_is_refused(tokenizer_folder):

@@ -43,7 +43,7 @@ from cdt_lens.finetuning.finetune import finetune
 from cdt_lens.finetuning.options import DEFAULT_RATES, SCOPES, TrainingOptions
 from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.trainer import Trainer
-from cdt_lens.models.heads import Head
+from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import provenance_of, weight_hash
 from cdt_lens.models.view import ModelView
 from cdt_lens.tasks.evaluate import evaluate
@@ -687,6 +687,24 @@ def test_the_race_goes_on_without_a_scope_that_diverges(tokenizer_folder, monkey
     everything.append("diverges")
     with pytest.raises(NonFiniteError, match="the loss is nan"):
         finetune(seen, task(), heads=HEADS, scope="auto", rule="race", **QUICK)
+
+
+def test_the_race_goes_on_without_a_scope_that_cannot_be_trained(tokenizer_folder):
+    """A circuit of most scored heads leaves too few for `near-zero`."""
+    seen = view("llama", "bridge", tokenizer_folder, torch.float32)
+    large = dataclasses.replace(circuit_for(seen), heads=all_heads(seen.n_layers, seen.n_heads)[:5])
+    with pytest.warns(CdtLensWarning, match="the race leaves out near-zero: .*only 3 scored heads"):
+        result = finetune(seen, task(), heads=large, scope="auto", rule="race", **QUICK)
+    raced = {name.rpartition("_")[0] for name in result.options["chosen_by"]["inputs"]}
+    assert raced == {"norms", "decision", "lora", "full"}
+
+
+def test_options_that_would_be_ignored_are_refused(tokenizer_folder):
+    seen = view("llama", "bridge", tokenizer_folder, torch.float32)
+    with pytest.raises(InputError, match="rule='race': is of scope='auto'; omit it"):
+        finetune(seen, task(), heads=HEADS, rule="race", **QUICK)
+    with pytest.raises(InputError, match="keep_checkpoint=True: there is none to keep"):
+        finetune(seen, task(), heads=HEADS, keep_checkpoint=True, **QUICK)
 
 
 def test_auto_says_what_it_needs(tokenizer_folder):

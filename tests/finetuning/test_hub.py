@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -241,6 +242,20 @@ def test_a_private_upload_does_not_go_into_a_public_repository(place, hub):
     assert set(hub.repos["me/open"].files) == {".gitattributes"}
     push_to_hub(place / "out", "me/open", private=False)
     assert "model.safetensors" in hub.repos["me/open"].files
+
+
+def test_files_that_no_export_writes_are_not_sent(place, hub, tmp_path):
+    """A person's rows must not reach a repository."""
+    shutil.copytree(place / "out", tmp_path / "out")
+    (tmp_path / "out" / "rows.csv").write_text("private", "utf-8")  # left out without a word
+    push_to_hub(tmp_path / "out", "me/clean")
+    assert "rows.csv" not in hub.repos["me/clean"].files
+    for name in ("train_rows.json", "notes.txt"):
+        (tmp_path / "out" / name).write_text("{}", "utf-8")
+        with pytest.raises(InputError, match=f"{name}: no file that export writes.*Move it out"):
+            push_to_hub(tmp_path / "out", "me/other")
+        (tmp_path / "out" / name).unlink()
+    assert "me/other" not in hub.repos
 
 
 def test_nothing_is_sent_that_is_refused_here(place, hub, tmp_path, monkeypatch):
