@@ -40,6 +40,8 @@ from cdt_lens.core.processes import is_main, wait_for_all
 
 Say = Callable[[str], None]
 Result = TypeVar("Result")
+# What transformers and peft may read from the folder of a model.
+_LOADED = (".json", ".safetensors", ".bin", ".pt", ".model", ".jinja", ".py")
 _LONGEST_NAME = 120  # bytes of a name that becomes part of a file name
 # What the cells of a table hold in a file.
 Cell = str | int | float | bool | None
@@ -332,7 +334,8 @@ class Kept:
         if not isinstance(recorded, Mapping):
             raise ArtifactError(f"{self.path} records no checksums of {folder}")
         found = folder_hashes(folder)
-        for name in sorted({*recorded, *found}):
+        added = {name for name in found if name.endswith(_LOADED)}  # other notes are a person's
+        for name in sorted({*recorded, *added}):
             if recorded.get(name) != found.get(name):
                 what = "is missing" if name not in found else "is damaged or was changed"
                 raise ArtifactError(f"{folder / name} {what}")

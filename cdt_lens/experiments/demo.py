@@ -83,7 +83,9 @@ def run_demo(
     config = demo_config(str(folder / "model"), seed, full=full)
     check_run_folder(folder, "transfer.json")  # Whatever it holds is then the demo's.
     with locked(folder):
-        Transfer(config, folder, say, progress).settle()
+        experiment = Transfer(config, folder, say, progress)
+        experiment.settle()
+        experiment.save_settings()  # The folder is then the demo's.
         _make_model(folder, seed, say)
         return run_transfer(config, folder, say, progress=progress)
 

@@ -30,7 +30,7 @@ from cdt_lens.models.provenance import model_key
 from cdt_lens.models.view import view_of
 from cdt_lens.scoring.sweep import SWEEP_FORMAT, check_sample
 from cdt_lens.tasks.evaluate import calibrate, evaluate
-from cdt_lens.tasks.task import Examples, Task, most_balanced
+from cdt_lens.tasks.task import Examples, Task, drawn, most_balanced
 
 Result = TypeVar("Result")
 # Called with the folder, the settings and the task of a run before its model is loaded.
@@ -38,7 +38,7 @@ Check = Callable[[Path, Settings, Task], None]
 _RUN = "cdt_lens.run"
 # Settings that may change when a run resumes: they change no score. With `decide` the scores are
 # those of a circuit.
-_FREE_SETTINGS = ("batch_size", "rows", "device")
+FREE_SETTINGS = ("batch_size", "rows", "device")
 _OF_THE_CIRCUIT = ("k", "fraction", "by")
 
 
@@ -112,7 +112,7 @@ def _start(settings: Settings, folder: Path, say: Say, check: Check | None) -> R
     wanted = json.loads(json.dumps(asdict(settings)))
     if path.exists():
         kept = kept_settings(path, _RUN)
-        free = _FREE_SETTINGS if settings.decide else (*_FREE_SETTINGS, *_OF_THE_CIRCUIT)
+        free = FREE_SETTINGS if settings.decide else (*FREE_SETTINGS, *_OF_THE_CIRCUIT)
         different = [
             name
             for name, value in wanted.items()
@@ -197,7 +197,7 @@ def _how_to_make(folder: Path) -> str:
 def _open(folder: Path, settings: Settings, say: Say, check: Check | None) -> Run:
     (task,) = check_inputs(settings)
     check_sample(
-        resolve_rules(settings.rules), scored(settings, task), settings.exact,
+        resolve_rules(settings.rules), scored(settings, apart(settings, task)), settings.exact,
         settings.decide or settings.precision is not None or settings.minutes is not None,
     )  # fmt: skip
     if check is not None:
@@ -209,12 +209,30 @@ def _open(folder: Path, settings: Settings, say: Say, check: Check | None) -> Ru
     return Run(folder, settings, model, discovered_on(settings, model, task))
 
 
+def apart(settings: Settings, task: Task) -> Task:
+    """Return the task with the training examples that are set aside for the discovery.
+
+    Raises:
+        InputError: None would be left for the proxy stage of the transfer.
+    """
+    n = settings.apart
+    if n is None:
+        return task
+    if n >= len(task.train):
+        raise InputError(
+            f"[discovery]: apart={n}: {task.train.name} has {len(task.train)} examples, so none "
+            "would be left for the proxy stage; set fewer apart"
+        )
+    return replace(task, train=drawn(task.train, n, settings.seed))
+
+
 def discovered_on(settings: Settings, model: nn.Module, task: Task) -> Task:
-    """Return the task of a run, with the training examples that `correct_only` leaves.
+    """Return the task of a run, with the training examples that `apart` and `correct_only` leave.
 
     Raises:
         InputError: The model answers no example of a label right.
     """
+    task = apart(settings, task)
     if not settings.correct_only:
         return task
     answers = evaluate(model, task.train, task).answers

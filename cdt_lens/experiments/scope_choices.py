@@ -20,6 +20,7 @@ from cdt_lens.core.choices import Scope
 from cdt_lens.core.errors import ArtifactError
 from cdt_lens.experiments.transfer_config import TransferConfig
 from cdt_lens.finetuning.scopes import RACERS, ScopeChoice, choose_by_gap, choose_by_race
+from cdt_lens.finetuning.transfer_result import NONE_KEEPS_ENOUGH, TIE
 from cdt_lens.tasks.task import Task
 
 _PAIR: tuple[Scope, ...] = ("decision", "near-zero")
@@ -48,7 +49,7 @@ def fix_rules(config: TransferConfig, path: Path, finished_cells: int) -> None:
         "gap": {"scopes": list(_PAIR)},
         "race": {
             "scopes": [scope for scope in RACERS if scope in transfer.scopes],
-            "epochs": transfer.race_epochs, "least_retention": transfer.training.least_retention,
+            "epochs": transfer.race_epoch, "least_retention": transfer.training.least_retention,
         },
     }  # fmt: skip
     digest = content_hash(rule)
@@ -118,7 +119,7 @@ def _race(config: TransferConfig, racers: _Cells, source_before: float) -> dict[
     least = config.transfer.training.least_retention
     rows = {
         scope: next(
-            (row for row in cell["history"] if row["epoch"] >= config.transfer.race_epochs),
+            (row for row in cell["history"] if row["epoch"] >= config.transfer.race_epoch),
             cell["history"][-1],
         )
         for scope, cell in racers.items()
@@ -138,7 +139,7 @@ def _judged(choice: ScopeChoice, racers: _Cells, least_retention: float | None) 
     }
     best = [scope for scope in kept if kept[scope] == max(kept.values())]
     tie = len(best) == len(racers)
-    better: str = "tie" if tie else ", ".join(best) or "none keeps enough"
+    better: str = TIE if tie else ", ".join(best) or NONE_KEEPS_ENOUGH
     return {
         "rule": choice.rule, "chosen": choice.scope, "better": better,
         "right": tie or choice.scope in best,

@@ -106,6 +106,14 @@ class CircuitSettings(Checked):
             "the training split.",
         ),
     ] = None  # fmt: skip
+    apart: Annotated[
+        int | None,
+        Field(
+            ge=1, description="Number of training examples that are set aside for the scores and "
+            "the baseline; the proxy of a transfer is not trained on them. Default: all are "
+            "taken for both.",
+        ),
+    ] = None  # fmt: skip
     correct_only: Annotated[
         bool, Field(description="Score and average only examples that the model answers right.")
     ] = False

@@ -44,7 +44,14 @@ from cdt_lens.core.processes import any_process, is_main, wait_for_all
 from cdt_lens.core.run_lock import locked
 from cdt_lens.experiments.discovery import discover, judged_on, load_baseline, make_curve
 from cdt_lens.experiments.inputs import check_inputs, make_task, with_train
-from cdt_lens.experiments.runs import Run, discovered_on, keep_settings, kept_settings
+from cdt_lens.experiments.runs import (
+    FREE_SETTINGS,
+    Run,
+    apart,
+    discovered_on,
+    keep_settings,
+    kept_settings,
+)
 from cdt_lens.experiments.scope_choices import choices, fix_rules
 from cdt_lens.experiments.transfer_cells import CHECKPOINT, Cells
 from cdt_lens.experiments.transfer_config import TransferConfig
@@ -65,8 +72,8 @@ from cdt_lens.finetuning.transfer_result import (
 from cdt_lens.models.heads import all_heads
 from cdt_lens.models.loading import load_model
 from cdt_lens.models.provenance import model_key, provenance_of
-from cdt_lens.models.view import view_of
-from cdt_lens.tasks.task import Examples, Task, drawn, most_balanced
+from cdt_lens.models.view import ModelView, view_of
+from cdt_lens.tasks.task import Examples, Task, most_balanced
 from cdt_lens.viz.report.report import render_report
 
 Say = Callable[[str], None]
@@ -170,18 +177,22 @@ class Transfer:
         """
         self.prepare()
         self._discover()
+        self._fix_rules()
         before = [self.cells.before(language) for language in self.languages]
         self.cells.before_related()
         return self._result(before, self._cells(before))
+
+    def _fix_rules(self) -> None:
+        """Write the rules of `scope="auto"` down, before a test split is read."""
+        if is_main():
+            files = (self.folder / "cells").glob("*/*.json")
+            finished = sum(not file.name.endswith(CHECKPOINT) for file in files)
+            fix_rules(self.config, self.folder / "auto-rules.json", finished)
 
     def _cells(self, before: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the cells by target and seed, the unfinished ones while there is time."""
         transfer, left = self.config.transfer, 0
         found: dict[tuple[str, int, str], Any] = {}
-        if is_main():
-            files = (self.folder / "cells").glob("*/*.json")
-            finished = sum(not file.name.endswith(CHECKPOINT) for file in files)
-            fix_rules(self.config, self.folder / "auto-rules.json", finished)
         ready = self.cells.search(self.over)
         # Seed by seed, so that the first sitting already compares the scopes.
         order = product(transfer.seeds, self.config.task.targets, transfer.runs)
@@ -213,13 +224,12 @@ class Transfer:
         return [found[place] for place in places if place in found]
 
     def prepare(self) -> None:
-        """Check the data, check and save the settings, and train the proxy or keep it.
+        """Check the data and the settings, and train the proxy or keep it.
 
         Raises:
             InputError: The data cannot be read, or the folder holds an experiment with another
                 model, task or proxy.
         """
-        # Settings with a mistake must not be kept: they would refuse those that mend it.
         self._check_inputs()
         self.settle()
         self._train_proxy()
@@ -246,31 +256,45 @@ class Transfer:
         check_inputs(*(self.config.settings(name, model=model) for name in self.languages), *others)
 
     def settle(self) -> None:
-        """Save the settings in the folder, or compare them with the saved ones.
+        """Compare the settings with those that the folder holds.
 
         Raises:
             InputError: The folder holds an experiment with other settings.
             ArtifactError: The saved settings are damaged.
         """
-        path = self.folder / "transfer.json"
-        wanted = self.config.to_dict()
-        # Cells know their own data, so that targets, and their files, may be added later.
-        wanted = {**wanted, "task": {**wanted["task"], "targets": (), "files": {}}}
-        for free in ("transfer", "device", "related", "protocol"):
-            wanted.pop(free)
-        wanted = as_json(wanted)
+        path, wanted = self.folder / "transfer.json", self._wanted
         if path.exists():
             kept = kept_settings(path, RUN_FORMAT)
             if isinstance(kept.get("task"), dict):
                 kept["task"]["files"] = {}
+            if isinstance(kept.get("discovery"), dict):
+                free = {*FREE_SETTINGS} & wanted["discovery"].keys()
+                kept["discovery"] |= {name: wanted["discovery"][name] for name in free}
             different = [name for name in wanted if _set(kept.get(name)) != _set(wanted[name])]
             if different:
                 raise InputError(
                     f"{self.folder}: holds an experiment with other settings "
                     f"({', '.join(different)}); name another folder, or remove it"
                 )
+
+    @property
+    def _wanted(self) -> dict[str, Any]:
+        """The settings that every call in this folder shares."""
+        wanted = self.config.to_dict()
+        # Cells know their own data, so that targets, and their files, may be added later.
+        wanted = {**wanted, "task": {**wanted["task"], "targets": (), "files": {}}}
+        for free in ("transfer", "device", "related", "protocol"):
+            wanted.pop(free)
+        found: dict[str, Any] = as_json(wanted)
+        return found
+
+    def save_settings(self) -> None:
+        """Save the settings, once they are known to have no mistake: they refuse others."""
         if is_main():
-            save_artifact(path, {"settings": wanted}, format=RUN_FORMAT, version=1)
+            save_artifact(
+                self.folder / "transfer.json", {"settings": self._wanted}, format=RUN_FORMAT,
+                version=1,
+            )  # fmt: skip
         wait_for_all()
 
     # ------------------------------------------------------------------ proxy
@@ -284,11 +308,13 @@ class Transfer:
         """Check every language, then train the proxy, or reuse one made from the same inputs."""
         proxy = self.config.proxy
         if proxy.checkpoint is not None:
-            _check_data(self.model, self.tasks)
+            self._check_data(self.model, self.tasks)
+            self.save_settings()
             return
         model, base, missing = self._base()
         tasks = self._tasks(model.tokenizer)
-        _check_data(model, tasks)
+        self._check_data(model, tasks)
+        self.save_settings()
         source = self._without_apart(tasks[self.config.task.source])
         task = with_train(source, proxy.examples, proxy.training.seed)
         made_from = {
@@ -329,6 +355,26 @@ class Transfer:
     def _kept_proxy(self, made_from: Mapping[str, Any]) -> Kept:
         path, folder = self.folder / "proxy.json", Path(self.proxy)
         return Kept(path, _PROXY, made_from, holds=_Proxy, beside=folder)
+
+    def _check_data(self, model: nn.Module, tasks: Mapping[str, Task]) -> None:
+        """Refuse now what would fail in a later stage, such as prompts past the context."""
+        view = view_of(model)
+        for task in tasks.values():
+            task.valid.require_some()
+            task.test.require_some()
+            for split in (task.train, task.valid, task.test):
+                _check_lengths(view, split)
+        related = self.config.related_settings()
+        if related is not None:
+            task = make_task(related, model.tokenizer)
+            task.test.require_some()
+            _check_lengths(view, task.test)
+        heads, k = view.n_layers * view.n_heads, self.config.discovery.k
+        if k is not None and k > heads:
+            raise InputError(
+                f"[discovery]: k={k}: the model has {heads} heads; choose at most as many"
+            )
+        self._without_apart(tasks[self.config.task.source])  # refuses to set aside all of them
 
     def _make_proxy(self, model: nn.Module, task: Task, kept: Kept) -> None:
         config = self.config
@@ -412,22 +458,13 @@ class Transfer:
     def source(self) -> Task:
         return self.tasks[self.config.task.source]
 
-    def _apart(self, task: Task) -> Examples:
-        """Return the training examples that the proxy is not trained on."""
-        apart = self.config.discovery.apart or 0
-        if apart >= len(task.train):
-            raise InputError(
-                f"[discovery]: apart={apart}: {task.train.name} has {len(task.train)} examples, so "
-                "none would be left for the proxy stage; set fewer apart"
-            )
-        return drawn(task.train, apart, self.config.task.seed)
-
     def _without_apart(self, task: Task) -> Task:
         """Return the source task with the training examples of the proxy stage."""
-        if self.config.discovery.apart is None:
+        settings = self.config.settings(self.config.task.source)
+        if settings.apart is None:
             return task
-        apart = set(map(id, self._apart(task)))
-        rest = tuple(item for item in task.train if id(item) not in apart)
+        aside = set(map(id, apart(settings, task).train))
+        rest = tuple(item for item in task.train if id(item) not in aside)
         return replace(task, train=replace(task.train, items=rest))
 
     @cached_property
@@ -441,10 +478,7 @@ class Transfer:
     def discovery(self) -> Run:
         """The discovery run of the proxy model on the source language."""
         settings = self.config.settings(self.config.task.source, model=self.proxy)
-        task = self.source
-        if self.config.discovery.apart is not None:
-            task = replace(task, train=self._apart(task))
-        task = discovered_on(settings, self.model, task)
+        task = discovered_on(settings, self.model, self.source)
         return Run(self.folder / "discovery", settings, self.model, task)
 
     @property
@@ -545,15 +579,9 @@ class Transfer:
         )
 
 
-def _check_data(model: nn.Module, tasks: Mapping[str, Task]) -> None:
-    """Refuse data now that would fail in a later cell, such as prompts past the context."""
-    view = view_of(model)
-    for task in tasks.values():
-        task.valid.require_some()
-        task.test.require_some()
-        for split in (task.train, task.valid, task.test):
-            for number, example in enumerate(split, 1):
-                view.check_length(example.length, f"{split.name}, example {number}: ")
+def _check_lengths(view: ModelView, split: Examples) -> None:
+    for number, example in enumerate(split, 1):
+        view.check_length(example.length, f"{split.name}, example {number}: ")
 
 
 def _set(settings: Any) -> Any:

@@ -17,6 +17,7 @@ targets = ["indonesian", "javanese"]
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -103,13 +104,10 @@ class DiscoverySettings(CircuitSettings):
     """[discovery]: how the circuit is found, and how its faithfulness is measured.
 
     Args:
-        apart: Number of training examples of the source that are set aside for the discovery. The
-            proxy is not trained on them. None takes all training examples for both.
         faithfulness_examples: Number of validation examples to measure faithfulness on.
         draws: Number of random circuits of each kind and size.
     """
 
-    apart: Annotated[int | None, Field(ge=1)] = None
     faithfulness_examples: Annotated[int, Field(ge=1)] = 24
     draws: Annotated[int, Field(ge=1)] = 3
 
@@ -148,6 +146,7 @@ class Variant(Checked):
         for option, value, only in (
             ("heads", self.heads != "circuit", ("decision",)),
             ("sets", self.sets is not None, ("random", "random-per-layer")),
+            ("draw", self.draw is not None, ("random", "random-per-layer")),
             ("match", self.match is not None, ("lora",)),
             ("k", self.k is not None, HEAD_SCOPES),
             ("fraction", self.fraction is not None, HEAD_SCOPES),
@@ -156,6 +155,11 @@ class Variant(Checked):
                 raise InputError(f"{option}: for the scope {' or '.join(only)}, not {self.scope}")
         if self.k is not None and self.fraction is not None:
             raise InputError("number of heads: expected k or fraction, got both")
+        if self.sets is not None and self.draw is not None:
+            raise InputError("draw: sets has its own draws; give one of both")
+        rank = [name for name in ("lora_rank", "lora_alpha") if name in self.training]
+        if self.match is not None and rank:
+            raise InputError(f"{rank[0]}: match chooses it; omit it, or omit match")
         if "seed" in self.training:
             raise InputError("seed: every run is made with each of `seeds`; omit it here")
 
@@ -169,7 +173,8 @@ class TransferSettings(Checked):
         variants: More runs by name: a scope with other heads or training options.
         seeds: Seeds of training; each draws its own training examples and random heads.
         examples: Number of training examples of each target; None takes all.
-        race_epochs: Number of epochs after which the race rule chooses a scope.
+        race_epochs: Number of epochs after which the race rule chooses a scope: by the first
+            evaluation from then on, see `evaluate_every`.
         learning_rates: Peak learning rates by scope; the others take that of `training`.
         search: Factors of the learning rate that are tried for every scope and variant, on the
             first target with the first seed. The one with the best validation result is taken for
@@ -207,6 +212,12 @@ class TransferSettings(Checked):
         if self.training.seed:
             seed = self.training.seed
             raise InputError(f"[transfer] has no option `seed`; write `seeds = [{seed}]`")
+
+    @property
+    def race_epoch(self) -> int:
+        """The epoch whose evaluation the race rule reads."""
+        every = self.training.evaluate_every
+        return min(math.ceil(self.race_epochs / every) * every, self.training.epochs)
 
     @cached_property
     def runs(self) -> Mapping[str, Variant]:
@@ -428,9 +439,8 @@ def config_of(values: Mapping[str, Any], *, where: str = "settings") -> Transfer
 def _left_out(values: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that a section does not set, under their name or within `training`."""
     nested = section.get("training")
-    if isinstance(nested, Mapping):  # a configuration that was written whole
-        return {}
-    return {name: value for name, value in values.items() if name not in section}
+    given = {*section, *(nested if isinstance(nested, Mapping) else ())}
+    return {name: value for name, value in values.items() if name not in given}
 
 
 def _with_variants(section: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -43,6 +43,8 @@ PER_EXAMPLE: tuple[Measure, ...] = ("right", "loss", "source_right", "source_los
 _WORDS = {"target", "scope", "language", "rule", "chosen", "better", "inputs", "trains"}
 _TEXT = {*_WORDS, "stopped", "right"}
 AUTO_COLUMNS = ("target", "seed", "rule", "chosen", "better", "right", "inputs")
+# What `better` of `auto` says where no scope is: all are equal, or none meets `least_retention`.
+TIE, NONE_KEEPS_ENOUGH = "tie", "none keeps enough"
 _TABLES = {"cells": CELL_COLUMNS, "before": BEFORE_COLUMNS, "auto": AUTO_COLUMNS}
 
 
@@ -109,7 +111,7 @@ class TransferResult(Saved):
             over test examples and seeds, NaN for a file of 0.3.
         """
         rows = []
-        asked = len(self.seeds)
+        asked = len(self.asked_seeds)
         for target in self.targets:
             for scope in self.scopes:
                 of = self.cells[(self.cells["target"] == target) & (self.cells["scope"] == scope)]
@@ -226,16 +228,19 @@ class TransferResult(Saved):
         if not values:
             return {}
         stacked = torch.stack(values)
-        low, high = crossed_interval(stacked, level)
-        if measure in ("right", "source_right") and not stacked.any():
-            # Other examples might be answered otherwise.
-            unchanged = paired_share_interval(0, 0, stacked.shape[1], level)
-            low, high = torch.tensor(unchanged, dtype=torch.float64)
+        share = measure in ("right", "source_right")
+        low, high = (_share_limits if share else crossed_interval)(stacked, level)
         return {
             "target": target, "scope": of, "other": other, "difference": float(stacked.mean()),
             "low": float(low), "high": float(high), "seeds": len(seeds),
             "examples": stacked.shape[1],
         }  # fmt: skip
+
+    @property
+    def asked_seeds(self) -> list[Any]:
+        """Every seed of the settings, and those that have a run."""
+        wanted = self.settings.get("transfer", {}).get("seeds", ())
+        return sorted({*self.seeds, *wanted})
 
     @property
     def seeds(self) -> list[Any]:
@@ -303,6 +308,25 @@ def _check_per_example(
             )
 
 
+def _share_limits(
+    changes: Float[Tensor, "seed example"], level: float
+) -> tuple[float | Tensor, float | Tensor]:
+    """Return the limits of a mean difference of right answers (1, 0 or -1 each).
+
+    Few answers that differ say little about how many would in other examples. Seeds that agree on
+    every example say as much as one.
+    """
+    first, examples = changes[0], changes.shape[1]
+    if bool((changes == first).all()):
+        return paired_share_interval(
+            int((first > 0).sum()), int((first < 0).sum()), examples, level
+        )
+    _, least = paired_share_interval(0, 0, examples, level)
+    low, high = crossed_interval(changes, level)
+    mean = changes.double().mean()
+    return torch.minimum(low, mean - least), torch.maximum(high, mean + least)
+
+
 def _placed(run: pd.Series, random: pd.DataFrame) -> dict[str, int | float]:
     """Return where a run lies among random sets."""
     line = math.nan
@@ -311,10 +335,15 @@ def _placed(run: pd.Series, random: pd.DataFrame) -> dict[str, int | float]:
         line = float(run["accuracy"] - start - slope * run["source_accuracy"])
     return {
         "sets": len(random),
-        "as_accurate": float((random["accuracy"] >= run["accuracy"]).mean()),
-        "as_low_loss": float((random["loss"] <= run["loss"]).mean()),
+        "as_accurate": _share_of(random["accuracy"] >= run["accuracy"], run["accuracy"]),
+        "as_low_loss": _share_of(random["loss"] <= run["loss"], run["loss"]),
         "above_line": line,
     }
+
+
+def _share_of(at_least_as_good: pd.Series, run: float) -> float:
+    """Return the share of random sets; NaN beside a run that diverged."""
+    return math.nan if math.isnan(run) else float(at_least_as_good.mean())
 
 
 def _chance(body: Mapping[str, Any]) -> dict[str, float]:

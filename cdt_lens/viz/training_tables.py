@@ -19,7 +19,12 @@ import pandas as pd
 from cdt_lens.core.table import BELOW, BEST, Marked, Table, star_best
 from cdt_lens.finetuning.adapt_result import AdaptResult
 from cdt_lens.finetuning.result import FineTuneResult
-from cdt_lens.finetuning.transfer_result import Measure, TransferResult
+from cdt_lens.finetuning.transfer_result import (
+    NONE_KEEPS_ENOUGH,
+    TIE,
+    Measure,
+    TransferResult,
+)
 from cdt_lens.tasks.intervals import share_interval
 from cdt_lens.viz.words import (
     Read,
@@ -248,7 +253,7 @@ def right_of(result: TransferResult) -> dict[str, str]:
 
 
 def _right(choices: pd.DataFrame) -> str:
-    decided = choices[choices["better"] != "tie"]
+    decided = choices[choices["better"] != TIE]
     ties = len(choices) - len(decided)
     tied = f" ({ties} tie{'s' if ties > 1 else ''})" if ties else ""
     return f"{int(decided['right'].astype(bool).sum())} of {len(decided)}{tied}"
@@ -398,7 +403,8 @@ def _cells(frame: pd.DataFrame, columns: Columns) -> list[list[object]]:
 
 def _always(auto: pd.DataFrame) -> str:
     """Return how often always the same scope would have been right, which the rules must beat."""
-    decided = auto[auto["right"].notna() & (auto["better"] != "tie")]
+    undecided = auto["right"].isna() | auto["better"].isin([TIE, NONE_KEEPS_ENOUGH])
+    decided = auto[~undecided]
     shares = []
     for rule, own in decided.groupby("rule", sort=False):
         better = own["better"].str.split(", ")
@@ -424,7 +430,7 @@ def _untouched_row(result: TransferResult, target: str) -> list[object]:
 
 def _scope_rows(result: TransferResult, target: str) -> list[list[object]]:
     runs = [runs_of(result, target, scope) for scope in result.scopes]
-    planned = len(result.seeds)
+    planned = len(result.asked_seeds)
     seeds = [str(n) if n == planned else f"{n} of {planned}" for n in map(finished, runs)]
     columns = []
     for name in _measured(result):

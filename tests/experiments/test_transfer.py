@@ -28,14 +28,15 @@ from cdt_lens.core.errors import ArtifactError, InputError, NonFiniteError
 from cdt_lens.decomposition.baseline import mean_activations
 from cdt_lens.experiments import scope_choices, transfer, transfer_cells as cells
 from cdt_lens.experiments.discovery import discover, measure
-from cdt_lens.experiments.runs import open_run
+from cdt_lens.experiments.runs import apart, open_run
 from cdt_lens.experiments.transfer import run_transfer
-from cdt_lens.experiments.transfer_config import TransferConfig, config_of
+from cdt_lens.experiments.transfer_config import RelatedSettings, TransferConfig, config_of
 from cdt_lens.finetuning import trainer as training
 from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.finetuning.scopes import choose_by_race
 from cdt_lens.finetuning.training_signal import choose_heads, training_signal
 from cdt_lens.finetuning.transfer_result import TransferResult
+from cdt_lens.models.heads import all_heads
 from cdt_lens.models.loading import load_model
 from cdt_lens.tasks.datasets import task_from_files
 from cdt_lens.tasks.evaluate import evaluate
@@ -844,7 +845,7 @@ def test_the_protocol_of_the_paper(place: Path):
     run.settle()
     run._train_proxy()
     whole, kept = run.source.train, run._without_apart(run.source).train
-    pool = run._apart(run.source)
+    pool = apart(read.settings("source"), run.source).train
     assert len(pool) == 12 and len(kept) == len(whole) - 12
     assert not set(map(id, pool)) & set(map(id, kept))
 
@@ -877,10 +878,22 @@ def test_the_rules_are_written_down_before_a_test_split_is_read(
 
 def test_a_mistake_can_be_mended_in_the_same_folder(place: Path, tmp_path: Path, monkeypatch):
     """What was refused has left no settings that would refuse the right ones."""
-    wrong = settings(place, task={"template": "{txt} w3"})
-    with pytest.raises(InputError, match="txt"):
-        run_transfer(wrong, tmp_path / "run", quiet, progress=False)
-    monkeypatch.setattr(transfer.Transfer, "_train_proxy", lambda _: pytest.fail("it went on"))
+    wrong: dict[str, dict[str, Any]] = {
+        "txt": {"task": {"template": "{txt} w3"}},
+        r"\[discovery\]: k=99: the model has 8 heads": {"discovery": {"k": 99}},
+        r"\[discovery\]: apart=24: .* has 24 examples": {"discovery": {"apart": 24}},
+    }
+    for said, changes in wrong.items():
+        with pytest.raises(InputError, match=said):
+            run_transfer(settings(place, **changes), tmp_path / "run", quiet, progress=False)
+    related = RelatedSettings(
+        name="files", files={"train": files(place, "far")["train"]}, template=TEMPLATE,
+        verbalizer=VERBALIZER,
+    )  # fmt: skip
+    untested = dataclasses.replace(settings(place), related=related)
+    with pytest.raises(InputError, match="test"):
+        run_transfer(untested, tmp_path / "run", quiet, progress=False)
+    monkeypatch.setattr(transfer.Transfer, "_make_proxy", lambda *_: pytest.fail("it went on"))
     with pytest.raises(pytest.fail.Exception, match="it went on"):
         run_transfer(settings(place), tmp_path / "run", quiet, progress=False)
 
@@ -907,3 +920,72 @@ def test_the_heads_of_a_cell_are_those_that_are_trained(place: Path):
     result = stages(config, place / "groups", quiet)
     adapter = Adapter.load(place / "groups" / "adapters" / "near" / "decision-0")
     assert result.cells["heads"].tolist() == [len(adapter.heads)] and len(adapter.heads) > 1
+
+
+def test_what_a_person_adds_is_theirs_and_what_a_kill_left_is_removed(
+    finished: tuple[TransferResult, Path], place: Path, tmp_path: Path
+):
+    """Nothing is made again, also with other sizes of a pass."""
+    out = tmp_path / "run"
+    shutil.copytree(finished[1], out)
+    added = [out / "proxy" / "notes.txt", out / "adapters" / "near" / "decision-0" / "notes.txt"]
+    for path in added:
+        path.write_text("mine", "utf-8")
+    left = out / "cells" / "near" / "full-0.checkpoint.json"
+    left.write_text("{}", "utf-8")
+    said: list[str] = []
+    config = settings(place, discovery={"rows": 40, "batch_size": 5})
+    result = stages(config, out, said.append)
+    assert result.cells.equals(finished[0].cells)
+    assert not [line for line in said if "again" in line]
+    assert [path.read_text("utf-8") for path in added] == ["mine", "mine"] and not left.exists()
+
+
+def test_the_opened_discovery_has_the_examples_that_were_set_aside(place: Path):
+    config = settings(place, discovery={"apart": 12, "examples": 6}, **FEW)
+    run = transfer.Transfer(config, place / "set aside", quiet, progress=False)
+    run.prepare()
+    run._discover()
+    opened = open_run(place / "set aside", quiet)
+    assert len(opened.task.train) == 12
+    assert opened.scored().hash == run.discovery.scored().hash
+    assert not {e.prompt for e in opened.scored()} & {
+        e.prompt for e in run._without_apart(run.source).train
+    }
+
+
+def test_a_matched_rank_is_that_of_its_target(
+    finished: tuple[TransferResult, Path], place: Path, monkeypatch
+):
+    """Heads by gradient are other heads on every target, with other numbers of parameters."""
+    variants = {
+        "own": {"scope": "decision", "heads": "gradient"},
+        "low-rank": {"scope": "lora", "match": "own"},
+    }
+    changes = {"scopes": ["norms"], "variants": variants}
+    run = transfer.Transfer(settings(place, transfer=changes), finished[1], quiet, False)
+    few = {"near": 1, "far": 6}
+
+    def heads(_: Any, variant: Any, target: str, *__: Any) -> tuple[Any, ...]:
+        everyone = all_heads(run.cells.scores.n_layers, run.cells.scores.n_heads)
+        return everyone[: few[target]] if variant.scope == "decision" else ()
+
+    monkeypatch.setattr(cells.Cells, "_heads", heads)
+    ranks = {t: run.cells._plan(t, "low-rank", 0).options.lora_rank for t in ("near", "far")}
+    assert ranks["near"] < ranks["far"]
+
+
+def test_the_rules_are_fixed_before_the_untouched_proxy_is_judged(
+    finished: tuple[TransferResult, Path], place: Path, tmp_path: Path, monkeypatch
+):
+    out = tmp_path / "run"
+    shutil.copytree(finished[1], out)
+    (out / "auto-rules.json").unlink()
+
+    def before(*_: Any) -> None:
+        assert (out / "auto-rules.json").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cells.Cells, "before", before)
+    with pytest.raises(KeyboardInterrupt):
+        stages(settings(place), out, quiet)

@@ -126,6 +126,18 @@ def test_what_is_kept_in_a_run_reads_back():
             {"related": {"name": "ioi", "files": {"test": "test.csv"}}},
             r"\[related\]: task 'ioi': has data of its own",
         ),
+        (
+            {"transfer": {"variants": {"x": {"scope": "full", "draw": 1}}}},
+            r"\[transfer.variants.x\]: draw: for the scope random or random-per-layer, not full",
+        ),
+        (
+            {"transfer": {"variants": {"x": {"scope": "random", "sets": 2, "draw": 1}}}},
+            "draw: sets has its own draws; give one of both",
+        ),
+        (
+            {"transfer": {"variants": {"x": {"scope": "lora", "match": "full", "lora_rank": 4}}}},
+            "lora_rank: match chooses it; omit it, or omit match",
+        ),
         ({"protocol": "papre"}, "protocol='papre': expected one of tuned, paper"),
         ({"dtype": "float16"}, "dtype='float16': expected one of float32, bfloat16, float64"),
     ],
@@ -243,3 +255,24 @@ def test_a_lora_in_a_hooked_transformer_is_refused_before_anything_runs():
     with pytest.raises(InputError, match=r"a LoRA \(lora\) needs TransformerBridge"):
         config_of(values)
     config_of(values | {"transfer": {"scopes": ["full", "decision"]}})
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_papers_values_take_the_place_of_every_key_that_is_left_out(nested: bool):
+    """Also beside training options in a table of their own."""
+    own: dict[str, object] = {"batch_size": 8}
+    section = {"training": own} if nested else own
+    read = config_of(LEAST | {"protocol": "paper", "transfer": section, "proxy": section})
+    assert read.transfer.seeds == (0, 1, 2, 3) and read.proxy.training.epochs == 5
+    training = read.transfer.training
+    assert (training.batch_size, training.epochs, training.learning_rate) == (8, 5, 5e-5)
+    assert config_of(read.to_dict()) == read
+
+
+@pytest.mark.parametrize(
+    ("every", "epochs", "race", "read"),
+    [(1, 3, 1, 1), (2, 6, 1, 2), (2, 3, 3, 3), (3, 3, 1, 3), (2, 6, 4, 4)],
+)
+def test_the_race_is_read_at_an_evaluation(every: int, epochs: int, race: int, read: int):
+    transfer = {"evaluate_every": every, "epochs": epochs, "race_epochs": race}
+    assert config_of(LEAST | {"transfer": transfer}).transfer.race_epoch == read

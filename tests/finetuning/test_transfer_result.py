@@ -132,6 +132,11 @@ def test_every_run_is_placed_among_the_random_sets():
         sample(rows), targets=("b",), scopes=scopes,
         cells=table(rows, (*CELL_COLUMNS, "loss")),
     )  # fmt: skip
+    lost = result.cells.assign(
+        accuracy=result.cells["accuracy"].where(result.cells["scope"] != "decision")
+    )
+    (diverged,) = dataclasses.replace(result, cells=lost).among("drawn").to_dict("records")
+    assert math.isnan(diverged["as_accurate"]) and math.isnan(diverged["above_line"])
     (row,) = result.among("drawn").to_dict("records")
     assert (row["target"], row["scope"], row["sets"]) == ("b", "decision", 4)
     assert row["as_accurate"] == 0.75  # 0.95, 0.90, 0.85 and 0.80
@@ -162,6 +167,32 @@ def test_two_runs_with_the_same_answers_may_differ_elsewhere():
     found = dataclasses.replace(sample(cells), per_example=held).differences("decision").iloc[0]
     low, high = paired_share_interval(0, 0, 40)
     assert (found["difference"], found["low"], found["high"]) == (0, low, high) and low < 0 < high
+
+
+def test_few_answers_that_differ_say_little():
+    """With one seed the interval is Bonett and Price's; an answer more never makes it narrower."""
+    cells = [cell("0.3", scope, seed, 0.5) for scope in ("full", "decision") for seed in range(3)]
+    zeros, one = torch.zeros(100), torch.zeros(100)
+    one[0] = 1
+
+    def limits(*runs: torch.Tensor) -> tuple[float, float]:
+        held = {f"right|0.3|decision|{seed}": run for seed, run in enumerate(runs)}
+        held |= {f"right|0.3|full|{seed}": zeros for seed in range(len(runs))}
+        row = dataclasses.replace(sample(cells), per_example=held).differences("decision").iloc[0]
+        return row["low"], row["high"]
+
+    least = paired_share_interval(0, 0, 100)
+    assert limits(zeros) == least
+    assert limits(one) == limits(one, one) == paired_share_interval(1, 0, 100)
+    wide = limits(zeros, zeros, one)
+    assert wide == pytest.approx((least[0] + 1 / 300, least[1] + 1 / 300), abs=1e-12)
+
+
+def test_an_experiment_that_is_cut_off_counts_every_seed_of_its_settings():
+    cells = [cell("b", scope, 0, 0.7) for scope in ("full", "decision")]
+    result = dataclasses.replace(sample(cells), settings={"transfer": {"seeds": [0, 1, 2]}})
+    assert result.seeds == [0] and result.asked_seeds == [0, 1, 2]
+    assert result.summary()["asked"].tolist() == [3, 3]
 
 
 def test_runs_that_all_diverged_have_no_differences():

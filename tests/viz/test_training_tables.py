@@ -10,6 +10,7 @@ from helpers import sample_results as sample
 from scipy.stats import binomtest
 
 from cdt_lens.core.table import BEST, Table
+from cdt_lens.finetuning.transfer_result import NONE_KEEPS_ENOUGH
 from cdt_lens.viz import training_tables as tables, words
 
 HOSTILE = '<script>window.__pwned=1</script> & "x"'
@@ -172,6 +173,15 @@ def test_choices_count_how_often_a_rule_was_right_beside_always_taking_one_scope
     assert "gap 1 of 2 (1 tie), race 2 of 2 (1 tie)" in table.caption
     assert "always taking one scope: decision (gap) 1 of 2, near-zero (gap) 1 of 2" in table.caption
     assert rows(table)[1] == ["b", "0", "gap", "decision", "near-zero", "no", "gap 0.3"]
+
+
+def test_none_that_keeps_enough_is_no_scope_to_take_always():
+    auto = choices(
+        ("a", 0, "race", "full", True), ("b", 0, "race", NONE_KEEPS_ENOUGH, False),
+    )  # fmt: skip
+    result = replace(sample.transfer(), auto=auto)
+    caption = tables.choices_table(result).caption
+    assert caption.endswith("race 1 of 2; always taking one scope: full (race) 1 of 1")
 
 
 def test_a_choice_that_cannot_be_judged_yet_is_neither_right_nor_wrong():

@@ -135,7 +135,7 @@ def _training_facts(result: FineTuneResult) -> dict[str, str]:
 
 
 def _transfer_facts(result: TransferResult) -> dict[str, str]:
-    seeds = result.seeds
+    seeds = result.asked_seeds
     runs = [runs_of(result, t, s) for t in result.targets for s in result.scopes]
     done = sum(map(finished, runs))
     diverged = sum(map(len, runs)) - done
@@ -194,7 +194,7 @@ def _outcome(result: TransferResult) -> tuple[str, str]:
     before, after, *full = np.mean(rows, axis=0)
     over = f"mean of {len(rows)} targets" if len(rows) > 1 else "one target"
     beside = f" (full: {full[0]:.3f})" if full else ""
-    asked = len(rows) * len(compared) * len(result.seeds)
+    asked = len(rows) * len(compared) * len(result.asked_seeds)
     what = "runs" if len(rows) * len(compared) > 1 else "seeds"
     of = f", {done} of {asked} {what}" if done < asked else ""
     words = f"target accuracy, untouched and after {main}{beside}, {over}{of}"
