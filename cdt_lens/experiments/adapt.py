@@ -37,7 +37,7 @@ from cdt_lens.core.processes import any_process, is_main, wait_for_all
 from cdt_lens.core.run_lock import locked
 from cdt_lens.experiments.adapt_settings import AdaptSettings
 from cdt_lens.experiments.discovery import discover
-from cdt_lens.experiments.runs import keep_settings, kept_at, kept_settings
+from cdt_lens.experiments.runs import ROWS, keep_settings, kept_at, kept_settings
 from cdt_lens.experiments.transfer import RUN_FORMAT, Transfer
 from cdt_lens.experiments.transfer_cells import (
     CHECKPOINT,
@@ -79,7 +79,6 @@ _VARIANTS = {
 }
 # Where the time ends the search, the runs that come last are not tried.
 _ORDER = ("heads", "lora", "norms", "full", "many-heads", "few-heads", "near-zero")
-_ROWS = "rows"  # the folder of the divided rows, which stand there before the settings do
 _PURPOSE = {"train": "rows to train on", "valid": "validation rows", "test": "test rows"}
 _LOWER = 0.3  # the rate of a run that forgets too much, relative to the usual one of its scope
 _FACTORS = (3.0, _LOWER)  # other rates for the best runs
@@ -113,7 +112,7 @@ def run_adapt(
         InputError: The rows cannot be learnt from, the folder holds another experiment, another
             process writes in it, or the package of a tracker is missing.
     """
-    folder = check_run_folder(folder, "transfer.json", _ROWS)
+    folder = check_run_folder(folder, "transfer.json", ROWS)
     check_trackers(**tracked(log_with, folder, "proxy"))
     tables = {
         SOURCE: _tables(settings, settings.source, SOURCE),
@@ -276,7 +275,7 @@ def _row_files(tables: Mapping[str, Mapping[str, Table]], folder: Path) -> dict[
     Cells are written as they are: numbers keep their form, and line breaks are quoted.
     """
     return {
-        folder / _ROWS / language / f"{split}.csv": pd.DataFrame(
+        folder / ROWS / language / f"{split}.csv": pd.DataFrame(
             [dict(row) for row in table.rows], dtype=object
         ).to_csv(index=False, quoting=csv.QUOTE_ALL)
         for language, splits in tables.items()
@@ -351,7 +350,7 @@ class _Adapting:
         """Return the settings as those of a transfer with files of its own."""
         s = self.settings
         files = {
-            language: {split: str(self.folder / _ROWS / language / f"{split}.csv")
+            language: {split: str(self.folder / ROWS / language / f"{split}.csv")
                        for split in SPLITS}
             for language in (SOURCE, TARGET)
         }  # fmt: skip

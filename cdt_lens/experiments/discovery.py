@@ -33,6 +33,7 @@ from cdt_lens.decomposition.baseline import (
 )
 from cdt_lens.experiments.inputs import paired_examples
 from cdt_lens.experiments.runs import (
+    ROWS,
     Run,
     check_run_model,
     kept_at,
@@ -517,11 +518,14 @@ def _tell_noise(run: Run, scores: HeadScores, seconds: float, say: Say) -> None:
         return
     more = min(4 * found.examples, most_balanced(run.task.train))
     examples, exact = f"--examples {more}", "--exact"
-    if (run.folder.parent / "transfer.json").exists():  # whose settings are in a file
+    parent = run.folder.parent
+    if (parent / "transfer.json").exists():  # whose settings are in a file
         examples, exact = f"[discovery] examples = {more}", "[discovery] exact"
     ways = [f"score more prompts ({examples})"] if more > found.examples else []
     if scores.cheap is not None:
         ways.append(f"sweep more of them ({exact})")
+    if (parent / ROWS).is_dir():  # of `adapt`, which has a third of its time for the scores
+        ways = ["give adapt more minutes in another folder"]
     advice = ", or ".join(ways) or "every balanced training prompt is swept"
     took = f"; these scores took {seconds / 60:.1f} minutes" if seconds > 60 else ""
     say(

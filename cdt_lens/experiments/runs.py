@@ -36,6 +36,8 @@ Result = TypeVar("Result")
 # Called with the folder, the settings and the task of a run before its model is loaded.
 Check = Callable[[Path, Settings, Task], None]
 _RUN = "cdt_lens.run"
+# The folder in which `adapt` keeps the divided rows, which stand there before its settings do.
+ROWS = "rows"
 # Settings that may change when a run resumes: they change no score. With `decide` the scores are
 # those of a circuit.
 FREE_SETTINGS = ("batch_size", "rows", "device")

@@ -123,6 +123,10 @@ def test_a_noisy_ranking_is_told_with_what_would_help_where_it_is_set(tmp_path: 
         experiment._tell_noise(run, given, 0.0, told.append)
         assert told[0].startswith("caution: much of the ranking is noise (split-half reliability")
         assert told[0].endswith(f"from 6 prompts); {advice}")
+    (tmp_path / "rows").mkdir()  # as in the folder of `adapt`
+    experiment._tell_noise(run, sampled, 0.0, told.append)
+    assert told[-1].endswith("from 6 prompts); give adapt more minutes in another folder")
+    (tmp_path / "rows").rmdir()
     small = replace(run.task, train=run.task.train.balanced(6))
     experiment._tell_noise(replace(run, task=small), swept, 0.0, told.append)
     assert told[-1].endswith("from 6 prompts); every balanced training prompt is swept")
