@@ -201,7 +201,9 @@ def show(
         return
     if kind not in _SHOWN:
         known = ", ".join(sorted([*_SHOWN, *_SETTINGS]))
-        raise InputError(f"{path}: expected a file of {known}; got {kind}")
+        other = "another file (cdt-lens convert reads graphs of other tools)"
+        got = other if kind == "None" else kind
+        raise InputError(f"{path}: expected a file of {known}; got {got}")
     home, name, show_it = _SHOWN[kind]
     result = getattr(importlib.import_module(f"cdt_lens.{home}"), name).load(path)
     show_it(result)
@@ -214,6 +216,8 @@ def show(
 def _file_in(folder: Path) -> Path:
     """Return the file of a folder that says most about it."""
     inside = [folder / name for name in _RESULTS if (folder / name).is_file()]
+    if not inside and (folder / "config.json").is_file():
+        raise InputError(f"{folder}: holds a model; cdt-lens predict labels rows with it")
     if not inside:
         raise InputError(
             f"{folder}: expected one of {', '.join(_RESULTS)} in it; give a file, or the folder "

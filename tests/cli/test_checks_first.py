@@ -132,7 +132,11 @@ def mistakes(place: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "fetch: a file": (["fetch", "smollm2-135m", "--out", str(file)], is_file),
         "show: a table": (["show", str(place / "data" / "one.csv")], "one.csv: is not a JSON file"),
         "show: a folder": (["show", str(foreign)], "foreign: expected one of adapt.json, .* give a file, or the"),
-        "show: a checkpoint": (["show", str(place / "tiny" / "config.json")], "expected a file of cdt"),
+        "show: a checkpoint": (
+            ["show", str(place / "tiny" / "config.json")],
+            "expected a file of cdt.* got another file .cdt-lens convert reads graphs",
+        ),
+        "show: a model": (["show", str(place / "tiny")], "tiny: holds a model; cdt-lens predict"),
     }  # fmt: skip
 
 
