@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Backend, Spread
@@ -28,6 +28,7 @@ from cdt_lens.core.errors import (
     InputError,
     UnsupportedModelError,
 )
+from cdt_lens.core.process_wide import process_wide
 from cdt_lens.core.scratch import temporary_folder
 from cdt_lens.models.hugging_face import first_line, load_hugging_face, third_party_noise_off
 from cdt_lens.models.positions import difference, sample_lengths
@@ -529,9 +530,25 @@ def _bridge(hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype) -> A
     if not getattr(hf_model, "hf_device_map", None):
         hf_model = hf_model.to(device)
     hf_model.config.architectures = [type(hf_model).__name__]
-    return TransformerBridge.boot_transformers(
-        "model", hf_model=hf_model, tokenizer=tokenizer, device=str(hf_model.device), dtype=dtype
-    )
+    with _without_processor():
+        return TransformerBridge.boot_transformers(
+            "model", hf_model=hf_model, tokenizer=tokenizer, device=str(hf_model.device),
+            dtype=dtype,
+        )  # fmt: skip
+
+
+def _without_processor() -> process_wide:
+    """Keep TransformerLens from reading a processor of images, which no text needs.
+
+    For a multimodal model without one it runs `pip install torchvision`, and so installs another
+    torch below the running program.
+    """
+
+    def put(method: Any) -> None:
+        AutoProcessor.from_pretrained = method
+
+    own = (lambda: vars(AutoProcessor)["from_pretrained"], put)
+    return process_wide(own, change=lambda: put(classmethod(lambda *_, **__: None)))
 
 
 def _name_of(source: str | Path) -> str:

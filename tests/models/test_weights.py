@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 import torch
 import transformers
@@ -40,8 +42,15 @@ def test_norms_that_keep_hugging_faces_names_are_norms(tokenizer_folder):
     assert sum(found.values()) == wanted and len(found) > 2 * 4
 
 
-def test_a_multimodal_checkpoint_has_the_weights_of_its_language_model(tokenizer_folder):
-    """Its vision tower has layers and norms too, which no text reaches."""
+def test_a_multimodal_checkpoint_has_the_weights_of_its_language_model(
+    tokenizer_folder, monkeypatch
+):
+    """Its vision tower has layers and norms too, which no text reaches.
+
+    TransformerLens would install torchvision, and another torch, to read its processor of images.
+    """
+    monkeypatch.setattr(subprocess, "check_call", lambda *_: pytest.fail("pip was run"))
+    reads = transformers.AutoProcessor.from_pretrained
     vision = {
         "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2,
         "image_size": 28, "patch_size": 14,
@@ -56,6 +65,7 @@ def test_a_multimodal_checkpoint_has_the_weights_of_its_language_model(tokenizer
     wanted = {"all": own.values(), "norms": [p for name, p in own.items() if "norm" in name]}
     sizes = {which: sum(p.numel() for p in parts) for which, parts in wanted.items()}
     seen = ModelView(bridge_of(model, tokenizer(tokenizer_folder)))
+    assert transformers.AutoProcessor.from_pretrained == reads
     found = named_weights(seen)
     assert found.keys() == named_weights(shared("gemma3", "bridge", tokenizer_folder)).keys()
     assert count_parameters(seen) == sizes["all"]
