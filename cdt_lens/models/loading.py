@@ -12,13 +12,14 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 
 from cdt_lens.core.checked import checked_arguments
 from cdt_lens.core.choices import Backend, Spread
@@ -530,7 +531,8 @@ def _bridge(hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype) -> A
     if not getattr(hf_model, "hf_device_map", None):
         hf_model = hf_model.to(device)
     hf_model.config.architectures = [type(hf_model).__name__]
-    with _without_processor():
+    config = hf_model.config
+    with nullcontext() if config.get_text_config() is config else _without_processor():
         return TransformerBridge.boot_transformers(
             "model", hf_model=hf_model, tokenizer=tokenizer, device=str(hf_model.device),
             dtype=dtype,
@@ -543,6 +545,7 @@ def _without_processor() -> process_wide:
     For a multimodal model without one it runs `pip install torchvision`, and so installs another
     torch below the running program.
     """
+    from transformers import AutoProcessor  # slow to import
 
     def put(method: Any) -> None:
         AutoProcessor.from_pretrained = method
