@@ -545,7 +545,7 @@ def _without_processor() -> process_wide:
     For a multimodal model without one it runs `pip install torchvision`, and so installs another
     torch below the running program.
     """
-    from transformers import AutoProcessor  # slow to import
+    from transformers import AutoProcessor  # needed for these models alone
 
     def put(method: Any) -> None:
         AutoProcessor.from_pretrained = method
