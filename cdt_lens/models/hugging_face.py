@@ -108,6 +108,11 @@ def _check_placed(source: str | Path, device_map: Mapping[str, Any]) -> None:
         )
 
 
+def is_multimodal(config: Any) -> bool:
+    """Return whether a configuration is of a model that has more than its language model."""
+    return config.get_text_config() is not config
+
+
 def _refuse_by_configuration(source: str | Path, config: Any) -> None:
     """Refuse, before any weight is read, what no rule and no export can represent."""
     quantised = getattr(config, "quantization_config", None)

@@ -31,7 +31,12 @@ from cdt_lens.core.errors import (
 )
 from cdt_lens.core.process_wide import process_wide
 from cdt_lens.core.scratch import temporary_folder
-from cdt_lens.models.hugging_face import first_line, load_hugging_face, third_party_noise_off
+from cdt_lens.models.hugging_face import (
+    first_line,
+    is_multimodal,
+    load_hugging_face,
+    third_party_noise_off,
+)
 from cdt_lens.models.positions import difference, sample_lengths
 from cdt_lens.models.support import check_supported
 from cdt_lens.models.view import ModelView, is_model, view_of
@@ -531,8 +536,7 @@ def _bridge(hf_model: Any, tokenizer: Any, device: str, dtype: torch.dtype) -> A
     if not getattr(hf_model, "hf_device_map", None):
         hf_model = hf_model.to(device)
     hf_model.config.architectures = [type(hf_model).__name__]
-    config = hf_model.config
-    with nullcontext() if config.get_text_config() is config else _without_processor():
+    with _without_processor() if is_multimodal(hf_model.config) else nullcontext():
         return TransformerBridge.boot_transformers(
             "model", hf_model=hf_model, tokenizer=tokenizer, device=str(hf_model.device),
             dtype=dtype,

@@ -26,6 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cdt_lens.core.errors import InputError, UnsupportedModelError
+from cdt_lens.models.hugging_face import is_multimodal
 from cdt_lens.models.resident import check_on_one_device, check_whole, resident
 from cdt_lens.models.view import ModelView
 
@@ -200,7 +201,7 @@ def other_parameters(view: ModelView) -> dict[str, nn.Parameter]:
 def _of_other_media(view: ModelView) -> set[int]:
     """Return the storages of what a multimodal checkpoint has beside its language model."""
     config = view.hf_config
-    if not view.is_bridge or config is None or config.get_text_config() is config:
+    if not view.is_bridge or config is None or not is_multimodal(config):
         return set()
     root = view.tl.original_model
     language = (root.get_decoder(), root.get_output_embeddings())
