@@ -139,11 +139,12 @@ def tell_graph(graph: Any, limit: int = 12) -> None:
 
 def show_adaptation(result: Any) -> None:
     """Print what was tried, and the accuracies before and after."""
-    from cdt_lens.viz.training_tables import languages_table, trials_table
+    from cdt_lens.viz.training_tables import languages_table, texts_table, trials_table
 
-    for table in (trials_table(result), languages_table(result)):
-        tell(table.caption)
-        tell_table(table.headings, table.rows)
+    for table in (trials_table(result), languages_table(result), texts_table(result)):
+        if table is not None:
+            tell(table.caption)
+            tell_table(table.headings, table.rows)
     if result.nothing_learnt:
         tell(result.nothing_learnt)
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from cdt_lens.core.artifacts import atomic_write, remove_artifact
 from cdt_lens.core.checked import checked_arguments
@@ -50,6 +51,7 @@ from cdt_lens.experiments.transfer_config import TransferConfig, config_of
 from cdt_lens.finetuning.adapt_result import (
     CHANGE_COLUMNS,
     LANGUAGE_COLUMNS,
+    TEXT_COLUMNS,
     TRIAL_COLUMNS,
     AdaptResult,
 )
@@ -63,13 +65,20 @@ from cdt_lens.finetuning.trainer import best_without_floor, rank_of
 from cdt_lens.models.provenance import provenance_of
 from cdt_lens.models.view import view_of
 from cdt_lens.tasks.evaluate import Evaluation, evaluate
-from cdt_lens.tasks.intervals import paired_share_interval, share_interval
+from cdt_lens.tasks.intervals import (
+    mean_interval,
+    paired_share_interval,
+    ratio_effects,
+    share_interval,
+)
 from cdt_lens.tasks.prompts import template_columns
 from cdt_lens.tasks.rows import SPLITS, Table, column_of, composed, no_column, read_table
-from cdt_lens.tasks.task import Task
+from cdt_lens.tasks.task import Task, drawn
+from cdt_lens.tasks.text_loss import text_losses
 from cdt_lens.viz.report.report import render_report
 
 SOURCE, TARGET = "source", "target"
+TextLosses = tuple[Tensor, Tensor]  # of each prompt: its loss in nats, and its number of tokens
 # What the search trains, by name: sizes of the circuit as shares of the heads, and other scopes.
 _SCOPES = ("norms", "near-zero", "lora", "full")
 _VARIANTS = {
@@ -84,6 +93,7 @@ _LOWER = 0.3  # the rate of a run that forgets too much, relative to the usual o
 _FACTORS = (3.0, _LOWER)  # other rates for the best runs
 _BEST = 2  # runs that are tried at other rates
 _LEAST = 10  # rows of each label
+_TEXTS = 48  # test prompts of each language whose text is read
 _SMALL = 100  # test rows below which the page warns
 
 
@@ -329,12 +339,13 @@ class _Adapting:
                 "memory, or shorter rows"
             )
         self.say(f"chosen: {row['run']}, learning rate {row['learning_rate']:g}")
-        before = self._judge(experiment)
+        before, texts = self._judge(experiment), self._read(experiment)
         result = self._train(experiment, best[0])
         # The values that are exported: those of a LoRA are merged, and rounded in half precision.
         with result.adapter.applied(experiment.model):
-            after = self._judge(experiment)
-        return self._finish(experiment, trials, best, result, before, after)
+            after, texts_after = self._judge(experiment), self._read(experiment)
+        texts_table = _texts(texts, texts_after)
+        return self._finish(experiment, trials, best, result, before, after, texts_table)
 
     @property
     def _minutes_of_circuit(self) -> float:
@@ -450,10 +461,17 @@ class _Adapting:
         tasks = experiment.tasks
         return {name: evaluate(experiment.model, tasks[name].test, tasks[name]) for name in tasks}
 
+    def _read(self, experiment: Transfer) -> dict[str, TextLosses]:
+        """Return the losses of the language model on the text of test prompts."""
+        return {
+            name: text_losses(experiment.model, drawn(task.test, _TEXTS, self.settings.seed))
+            for name, task in experiment.tasks.items()
+        }
+
     def _finish(
         self, experiment: Transfer, trials: Sequence[tuple[Trial, dict[str, Any]]],
         best: tuple[Trial, dict[str, Any]], result: FineTuneResult,
-        before: Mapping[str, Evaluation], after: Mapping[str, Evaluation],
+        before: Mapping[str, Evaluation], after: Mapping[str, Evaluation], texts: pd.DataFrame,
     ) -> AdaptResult:  # fmt: skip
         """Save the adapter, export the model, and write the result and its page."""
         exported = "" if result.nothing_learnt else "model"
@@ -478,7 +496,7 @@ class _Adapting:
             trials=pd.DataFrame([row for _, row in trials], columns=list(TRIAL_COLUMNS)),
             changes=_changes(tasks, before, after),
             nothing_learnt=result.nothing_learnt, exported=exported,
-            settings=as_json(asdict(self.settings)),
+            settings=as_json(asdict(self.settings)), texts=texts,
             provenance=provenance_of(
                 view_of(experiment.model), tasks[TARGET].train, options={"run": best[1]["run"]}
             ),
@@ -526,6 +544,19 @@ def _languages(before: Mapping[str, Evaluation], after: Mapping[str, Evaluation]
         values += [other.accuracy - one.accuracy, low, high]
         rows.append([language, one.examples, *values])
     return pd.DataFrame(rows, columns=list(LANGUAGE_COLUMNS))
+
+
+def _texts(before: Mapping[str, TextLosses], after: Mapping[str, TextLosses]) -> pd.DataFrame:
+    """Return the losses on the text of both languages, and the change in the same prompts."""
+    rows = []
+    for language in (TARGET, SOURCE):
+        (old, tokens), (new, _) = before[language], after[language]
+        count = int(tokens.sum())
+        together = torch.zeros_like(tokens)  # one group, whatever the labels
+        limits = mean_interval(ratio_effects(new - old, tokens.double(), together), together)
+        one, other = (float(loss.sum()) / count if count else math.nan for loss in (old, new))
+        rows.append([language, len(tokens), count, one, other, other - one, *map(float, limits)])
+    return pd.DataFrame(rows, columns=list(TEXT_COLUMNS))
 
 
 def _changes(

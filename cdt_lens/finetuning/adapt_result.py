@@ -23,8 +23,16 @@ TRIAL_COLUMNS = (
     "run", "scope", "heads", "learning_rate", "epoch", "target_accuracy", "target_loss",
     "source_accuracy", "seconds",
 )  # fmt: skip
+# Losses on the text of test prompts, in nats a token; the change with a 95 % interval over prompts.
+TEXT_COLUMNS = (
+    "language", "examples", "tokens", "before", "after", "change", "change_low", "change_high",
+)  # fmt: skip
 CHANGE_COLUMNS = ("language", "text", "label", "before", "after")
-_TABLES = {"languages": LANGUAGE_COLUMNS, "trials": TRIAL_COLUMNS, "changes": CHANGE_COLUMNS}
+_TABLES = {
+    "languages": LANGUAGE_COLUMNS, "trials": TRIAL_COLUMNS, "changes": CHANGE_COLUMNS,
+    "texts": TEXT_COLUMNS,
+}  # fmt: skip
+_LATER = {"texts"}  # tables that older files lack
 _TEXT = {"language", "run", "scope", "text", "label", "before", "after"}
 
 
@@ -45,6 +53,9 @@ class AdaptResult(Saved):
             and after, and the change, with 95 % intervals.
         trials: one row for each training of the search, with the epoch that was best on validation
             examples.
+        texts: one row for the target and one for the source: the loss of the language model on the
+            text of test prompts (`tasks.text_loss`), before and after. Without rows in files of
+            version 0.5.0 and older.
         changes: the test examples whose answer changed: text, gold label, answer before and after.
         nothing_learnt: a sentence that says why nothing was learnt, or "".
         exported: folder of the adapted model, relative to the run directory; "" where nothing was
@@ -67,6 +78,9 @@ class AdaptResult(Saved):
     nothing_learnt: str = ""
     exported: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    texts: pd.DataFrame = field(
+        default_factory=lambda: pd.DataFrame(columns=list(TEXT_COLUMNS)), repr=False
+    )
     provenance: Provenance | None = field(default=None, repr=False)
     _format, _kind = "cdt_lens.adapt", "result of adapt"
     _name = "adapt.json"
@@ -104,6 +118,7 @@ class AdaptResult(Saved):
         frames = {
             name: frame_from_json(name, body[name], columns, text=_text(name))
             for name, columns in _TABLES.items()
+            if name in body or name not in _LATER
         }
         origin = None if provenance is None else Provenance.from_dict(provenance)
         return cls(**values | frames, provenance=origin)

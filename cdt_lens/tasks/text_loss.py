@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cdt_lens.core.checked import checked_arguments
@@ -22,7 +23,6 @@ from cdt_lens.tasks.task import Examples, check_examples
 
 
 @checked_arguments
-@uses_model
 def text_loss(model: nn.Module | ModelView, examples: Examples, *, batch_size: Count = 4) -> float:
     """Compute the mean cross-entropy of the prompts' own text.
 
@@ -36,18 +36,40 @@ def text_loss(model: nn.Module | ModelView, examples: Examples, *, batch_size: C
         The loss in nats a token: the mean over the tokens of all prompts, each predicted from those
         before it. NaN if the prompts have no text of their own.
     """
+    losses, tokens = text_losses(model, examples, batch_size=batch_size)
+    count = int(tokens.sum())
+    return math.fsum(losses.tolist()) / count if count else math.nan
+
+
+@checked_arguments
+@uses_model
+def text_losses(
+    model: nn.Module | ModelView, examples: Examples, *, batch_size: Count = 4
+) -> tuple[Float[Tensor, " example"], Int[Tensor, " example"]]:
+    """Compute the cross-entropy of each prompt's own text.
+
+    Args:
+        model: As in `text_loss`.
+        examples: The prompts.
+        batch_size: As in `text_loss`.
+
+    Returns:
+        For each prompt the sum of the losses of its tokens, in nats, and the number of these.
+    """
     view = view_of(model)
     check_examples(view, examples)
     first, last = _shared([example.tokens for example in examples])
-    total, count = 0.0, 0
+    losses = torch.zeros(len(examples), dtype=torch.float64)
+    counts = torch.zeros(len(examples), dtype=torch.long)
     for batch in examples.batches(batch_size, apart=view.longrope_limit):
         firsts = batch.firsts
-        losses = _token_losses(view, batch.tokens[firsts])
-        for row, length in zip(losses, batch.prompt_lengths[firsts].tolist(), strict=True):
+        lengths = batch.prompt_lengths[firsts].tolist()
+        found = _token_losses(view, batch.tokens[firsts])
+        for place, row, length in zip(batch.index, found, lengths, strict=True):
             # Row i holds the loss of token i + 1.
             own = row[max(first, 1) - 1 : max(length - last - 1, 0)].double()
-            total, count = total + float(own.sum()), count + own.numel()
-    return total / count if count else math.nan
+            losses[place], counts[place] = own.sum(), own.numel()
+    return losses, counts
 
 
 @torch.no_grad()

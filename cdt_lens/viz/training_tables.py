@@ -274,6 +274,24 @@ def languages_table(result: AdaptResult) -> Table:
     return Table(headings, rows, caption)
 
 
+def texts_table(result: AdaptResult) -> Table | None:
+    """Return the loss on the text of both languages before and after; None in older results."""
+    rows = [
+        [
+            row["language"], count(row["examples"]), count(row["tokens"]),
+            *(score(row[name]) for name in ("before", "after")),
+            _with_limits(row, "change", "+.3f"),
+        ]
+        for row in result.texts.to_dict("records")
+    ]  # fmt: skip
+    headings = ["language", "test rows", "tokens", "loss before", "loss after", "change"]
+    caption = (
+        "Loss of the language model on the text of test rows, in nats a token (less is better), "
+        "with the 95 % interval of the change over the rows"
+    )
+    return Table(headings, rows, caption) if rows else None
+
+
 def _with_limits(row: Mapping[Any, Any], name: str, read: str = ".3f") -> str:
     return f"{row[name]:{read}} {limits_of(row, name, read)}"
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import csv
 import inspect
 import json
+import random
 import re
 import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
 import torch
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_csv
+from scipy.stats import t
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -31,6 +34,7 @@ from cdt_lens.finetuning.adapter import Adapter
 from cdt_lens.finetuning.trainer import Trainer
 from cdt_lens.models.loading import load_model
 from cdt_lens.tasks.task import Task
+from cdt_lens.viz.report.report import render_report
 
 EPOCHS: list[str] = []  # of every training of the fixture `adapted`
 
@@ -77,6 +81,29 @@ def adapted(place: Path) -> tuple[AdaptResult, Path]:
         warnings.simplefilter("ignore", CdtLensWarning)
         result = run_adapt(settings(place), out, quiet, progress=False, log_with="tensorboard")
         return result, out
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> tuple[AdaptResult, Path]:
+    """Each label has a word of its own in each language, so that something is learnt."""
+    place = tmp_path_factory.mktemp("learnt")
+    save_model(place / "tiny")
+    draw = random.Random(0)
+    for language, first in (("source", 20), ("target", 50)):
+        with open(place / f"{language}.csv", "w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(["text", "label"])
+            for i in range(90):
+                words = [draw.randrange(110, 120) for _ in range(draw.randrange(1, 4))]
+                words.append(first + 10 * (i % 3))
+                rows.writerow([" ".join(f"w{n}" for n in words), list(VERBALIZER)[i % 3]])
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapting, "_FACTORS", ())
+        patch.setattr(adapting, "_ORDER", ("lora",))
+        warnings.simplefilter("ignore", CdtLensWarning)
+        result = run_adapt(settings(place, epochs=4), place / "run", quiet, progress=False)
+    assert result.exported == "model" and not result.nothing_learnt
+    return result, place / "run"
 
 
 def test_the_rows_are_divided_within_labels(adapted: tuple[AdaptResult, Path], place: Path):
@@ -137,11 +164,9 @@ def test_the_best_trial_is_chosen_on_validation_rows(adapted: tuple[AdaptResult,
 
 
 def test_the_exported_model_answers_in_plain_transformers_as_it_was_judged(
-    adapted: tuple[AdaptResult, Path],
+    learnt: tuple[AdaptResult, Path],
 ):
-    result, out = adapted
-    if not result.exported:
-        pytest.skip("nothing was learnt")
+    result, out = learnt
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     ids = {label: tokenizer(word, add_special_tokens=False).input_ids[-1]
@@ -155,6 +180,60 @@ def test_the_exported_model_answers_in_plain_transformers_as_it_was_judged(
                 logits = model(tokens).logits[0, -1]
             right += max(ids, key=lambda label: logits[ids[label]]) == example["label"]
         assert row["after"] == pytest.approx(right / len(rows), abs=1e-12)
+
+
+def test_the_loss_on_text_is_that_of_plain_transformers(learnt: tuple[AdaptResult, Path]):
+    """The end of the template is left out. The first token of a prompt has nothing before it."""
+    result, out = learnt
+    tokenizer = AutoTokenizer.from_pretrained(out / "proxy")
+    models = [AutoModelForCausalLM.from_pretrained(out / name) for name in ("proxy", "model")]
+    assert result.texts["language"].tolist() == ["target", "source"]
+    for found in result.texts.to_dict("records"):
+        rows = rows_of(out / "rows" / found["language"] / "test.csv")
+        prompts = [tokenizer(TEMPLATE.format(text=row["text"])).input_ids for row in rows]
+        start, end = 1, 1  # All begin with one token, and the template ends with one word.
+        assert len({prompt[-end] for prompt in prompts}) == 1
+        assert min(len({prompt[place] for prompt in prompts}) for place in (start, -end - 1)) > 1
+        losses: list[list[float]] = []
+        for model in models:
+            own: list[float] = []
+            for prompt in prompts:
+                with torch.no_grad():
+                    logits = model(torch.tensor([prompt])).logits[0].double()
+                places = range(start, len(prompt) - end)
+                nats = -logits.log_softmax(-1)
+                own.append(sum(float(nats[i - 1, prompt[i]]) for i in places))
+            losses.append(own)
+        counts = [len(prompt) - end - start for prompt in prompts]
+        tokens = sum(counts)
+        assert (found["examples"], found["tokens"]) == (len(rows), tokens)
+        for own, name in zip(losses, ("before", "after"), strict=True):
+            assert found[name] == pytest.approx(sum(own) / tokens, rel=1e-5)
+        # The interval of a ratio of two means, by linearisation.
+        change = (sum(losses[1]) - sum(losses[0])) / tokens
+        rest = [
+            (new - old - change * n) * len(rows) / tokens
+            for old, new, n in zip(*losses, counts, strict=True)
+        ]
+        half = t.ppf(0.975, len(rows) - 1) * stdev(rest) / len(rows) ** 0.5
+        assert found["change"] == pytest.approx(change, abs=1e-5)
+        assert found["change_low"] == pytest.approx(change - half, abs=1e-5)
+        assert found["change_high"] == pytest.approx(change + half, abs=1e-5)
+
+
+def test_a_result_of_an_older_version_has_no_losses_on_text(
+    adapted: tuple[AdaptResult, Path], tmp_path: Path
+):
+    result, _ = adapted
+    result.save(tmp_path / "adapt.json")
+    body = json.loads((tmp_path / "adapt.json").read_text("utf-8"))
+    for name in ("texts", "format", "version", "sha256", "tensors"):
+        body.pop(name, None)
+    save_artifact(tmp_path / "adapt.json", body, format="cdt_lens.adapt", version=1)
+    older = AdaptResult.load(tmp_path / "adapt.json")
+    assert older.texts.empty and older.languages.equals(result.languages)
+    page = render_report(older, path=tmp_path / "report.html").read_text("utf-8")
+    assert "Loss of the language model" not in page
 
 
 def test_the_changes_explain_the_difference(adapted: tuple[AdaptResult, Path]):

@@ -16,6 +16,7 @@ from cdt_lens.circuits.measures import MIB_FRACTIONS
 from cdt_lens.finetuning.adapt_result import (
     CHANGE_COLUMNS,
     LANGUAGE_COLUMNS,
+    TEXT_COLUMNS,
     TRIAL_COLUMNS,
     AdaptResult,
 )
@@ -284,6 +285,10 @@ def adaptation() -> AdaptResult:
         ("heads", "decision", 27, 1e-3, 3, 0.52, 0.91, 0.89, 61.0),
         ("norms", "norms", 0, 1e-3, 5, 0.43, 1.02, 0.9, 58.0),
     ]
+    texts = [
+        ("target", 48, 900, 7.4, 7.9, 0.5, 0.3, 0.7),
+        ("source", 48, 800, 4.3, 4.55, 0.25, 0.14, 0.36),
+    ]
     changes = [("target", "Makanannya <b>enak</b> sekali!", "positive", "negative", "positive")]
     return AdaptResult(
         model="HuggingFaceTB/SmolLM2-135M-Instruct", chosen="heads", scope="decision", heads=27,
@@ -292,4 +297,5 @@ def adaptation() -> AdaptResult:
         trials=pd.DataFrame(trials, columns=list(TRIAL_COLUMNS)),
         changes=pd.DataFrame(changes, columns=list(CHANGE_COLUMNS)), exported="model",
         settings={"keep": 0.95}, provenance=provenance(),
+        texts=pd.DataFrame(texts, columns=list(TEXT_COLUMNS)),
     )  # fmt: skip

@@ -76,9 +76,11 @@ def transfer_section(result: TransferResult, id: str, _: Sequence[object]) -> Se
 def adapt_section(result: AdaptResult, id: str, _: Sequence[object]) -> Section:
     """Return what an adaptation gained and lost, what was tried, and which answers changed."""
     target = result.languages.iloc[0]
-    tables = [
-        training_tables.languages_table(result), training_tables.trials_table(result),
-    ]  # fmt: skip
+    tables = [training_tables.languages_table(result)]
+    texts = training_tables.texts_table(result)
+    if texts is not None:
+        tables.append(texts)
+    tables.append(training_tables.trials_table(result))
     if result.settings:
         tables.append(training_tables.settings_table(result.settings, caption="Settings"))
     name = "Adaptation"
