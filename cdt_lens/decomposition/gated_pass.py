@@ -98,6 +98,9 @@ class GatedPass:
         self.view, self.slopes = view, slopes
         check_gradients(view)
         self.support: Support = check_supported(view)
+        if slopes.norm == "frozen" and slopes.paths == "all":
+            moves = () if slopes.attention == "frozen" else ("attention",)
+            self.support.check_norms(view.name, ("mlp", *moves), "norm='frozen'")
         has_mlp = {layer for site, layer in view.sites if site == "mlp_out"}
         if slopes.touches_mlp and has_mlp - self.support.plain_mlp:
             raise UnsupportedModelError(
@@ -106,8 +109,9 @@ class GatedPass:
             )
 
     def scores(
-        self, batch: Batch, baseline: BaselineAt, points: Sequence[Point], direction: Direction
-    ) -> tuple[Float[Tensor, "example layer head pos"], Float[Tensor, " example"]]:
+        self, batch: Batch, baseline: BaselineAt, points: Sequence[Point], direction: Direction,
+        full: Float[Tensor, " example"] | None = None,
+    ) -> tuple[Float[Tensor, "example layer head pos"], Float[Tensor, " example"]]:  # fmt: skip
         """Compute the derivative of the task direction by the gate of every head.
 
         Args:
@@ -117,6 +121,8 @@ class GatedPass:
                 number for all examples, or one for each.
             direction: "mean" or "strongest", see `tasks.metrics`. The plain model fixes the
                 strongest competitor.
+            full: the plain model's direction, where it is known. A run computes it otherwise, if no
+                point is the plain model.
 
         Returns:
             The derivatives by position, averaged over the points, and the plain model's direction
@@ -126,13 +132,14 @@ class GatedPass:
             InputError: the caller's hooks cannot be followed, or one of them edits in place.
             NonFiniteError: the logits or a score are not finite.
         """
-        return self.along(batch, [(baseline, point) for point in points], direction)
+        return self.along(batch, [(baseline, point) for point in points], direction, full)
 
     def along(
         self,
         batch: Batch,
         stations: Sequence[tuple[BaselineAt, Point]],
         direction: Direction,
+        full: Float[Tensor, " example"] | None = None,
     ) -> tuple[Float[Tensor, "example layer head pos"], Float[Tensor, " example"]]:
         """Compute the same as `scores`, at points that have reference values of their own.
 
@@ -140,6 +147,7 @@ class GatedPass:
             batch: the prompts.
             stations: for each point the reference values of z, and where all gates stand.
             direction: "mean" or "strongest".
+            full: as in `scores`.
 
         Returns:
             The derivatives by position, averaged over the points, and the plain model's direction
@@ -155,14 +163,14 @@ class GatedPass:
             plain = self._plain_logits(batch)
             weights = strongest_competitor(plain, batch.is_answer, batch.is_candidate)
         gradients: list[Tensor] = []
-        full = torch.zeros(len(batch.index))
         for baseline, point in stations:
             gates = self._gates(batch, point)
             with torch.enable_grad():
                 d = self.direction(batch, baseline, gates, weights)
                 gradients.append(torch.stack(self.differentiate(d, gates)))
-            full = d.detach()
-        if not _is_plain(stations[-1][1]):
+            if _is_plain(point):
+                full = d.detach()
+        if full is None:
             full = task_direction(self._plain_logits(batch), weights)
         mean = sum(gradients[1:], gradients[0]) / len(stations)
         by_row = rearrange(mean, "layer row pos head 1 -> row layer head pos")

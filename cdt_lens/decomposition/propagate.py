@@ -93,6 +93,12 @@ class Propagator:
                 f"{name}: the MLP is not act(x W_in) or act(x W_gate) * x W_in, so only "
                 "activation='through' with product='through' has a rule"
             )
+        if self.rules.norm == "frozen" or self.rules.bias == "proportional":
+            kept = f"norm={self.rules.norm!r} with bias={self.rules.bias!r}"
+            moves = () if self.rules.attention == "frozen" else ("attention",)
+            self.support.check_norms(name, ("mlp", *moves), kept)
+        if self.rules.attention == "decomposed":
+            self.support.check_norms(name, ("attention",), "attention='decomposed'")
         if self.rules.norm == "frozen" and self.rules.bias == "proportional":
             for norm, layer in (("ln1_post", 0), ("ln2_post", 0)):
                 if self.biased(f"{norm}.out", layer):

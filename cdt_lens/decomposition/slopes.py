@@ -112,7 +112,8 @@ def slope_hooks(view: ModelView, slopes: Slopes) -> dict[Site, Hook]:
     for layer in range(view.n_layers + 1):
         if slopes.norm == "frozen":
             for norm in _norms_of(view, layer, slopes.paths):
-                hooks |= _frozen_norm(norm, layer, view.norm_bias(norm, layer))
+                bias, eps = view.norm_bias(norm, layer), float(view.tl.cfg.eps)
+                hooks |= _frozen_norm(norm, layer, bias, eps)
         if layer == view.n_layers:
             continue
         constants = ["pattern"] if slopes.attention == "frozen" else []
@@ -219,7 +220,7 @@ def _slope(function: Any, plain: Tensor, kind: Slope) -> Tensor:
     return derivative
 
 
-def _frozen_norm(norm: str, layer: int, bias: Tensor | None) -> dict[Site, Hook]:
+def _frozen_norm(norm: str, layer: int, bias: Tensor | None, eps: float) -> dict[Site, Hook]:
     """Build hooks that treat a norm's scale as a constant in the backward pass.
 
     out = w c / s + b. Multiplying w c / s by s(x) / s, where the denominator s is a constant,
@@ -238,7 +239,7 @@ def _frozen_norm(norm: str, layer: int, bias: Tensor | None) -> dict[Site, Hook]
         # The squares of a residual stream overflow half precision.
         x, scale = at_least_float32(recorded["x"]), at_least_float32(recorded["scale"])
         scale = scale.reshape(*x.shape[:-1], 1)
-        c = _numerator(x.detach(), scale)
+        c = _numerator(x.detach(), scale, eps)
         moved = (c * x).mean(-1, keepdim=True)
         relative = (moved - moved.detach()) / scale**2
         weighted = out if bias is None else out - bias
@@ -251,10 +252,10 @@ def _frozen_norm(norm: str, layer: int, bias: Tensor | None) -> dict[Site, Hook]
     }
 
 
-def _numerator(x: Tensor, scale: Tensor) -> Tensor:
+def _numerator(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """Return what the norm divides by the scale: x, or x minus its mean."""
     centred = x - x.mean(-1, keepdim=True)
     of_x, of_centred = (v.square().mean(-1, keepdim=True) for v in (x, centred))
-    squared = scale.square()
+    squared = scale.square() - eps
     rms = (of_x - squared).abs().mean() <= (of_centred - squared).abs().mean()
     return x if bool(rms) else centred

@@ -338,7 +338,8 @@ def _first_layers(hf_model: Any) -> Any:
     """
     config = hf_model.config.get_text_config()
     layers = config.num_hidden_layers
-    kinds = list(getattr(config, "layer_types", None) or ())
+    name_of_kinds = "attention_layers" if hasattr(config, "attention_layers") else "layer_types"
+    kinds = list(getattr(config, name_of_kinds, None) or ())
     kept = min(layers, max([2, *(kinds.index(kind) + 1 for kind in set(kinds))]))
     stacks = [
         (module, name, child)
@@ -360,7 +361,9 @@ def _first_layers(hf_model: Any) -> Any:
         copied.hf_device_map = {"": "cpu"}
     shorter = copied.config.get_text_config()
     if kinds:
-        shorter.layer_types = kinds[:kept]
+        setattr(shorter, name_of_kinds, kinds[:kept])
+    if name_of_kinds == "attention_layers":  # GPT-Neo's, which are made of these at reading
+        shorter.attention_types = [[kinds[:kept], 1]]
     shorter.num_hidden_layers = kept
     return copied.float()
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,10 +46,31 @@ class Support:
             "<norm>.out" `[d_model]`.
         plain_mlp: layers whose MLP is act(pre) or act(pre) * pre_linear. Rules that compute the MLP
             by formula need this.
+        hidden_norms: "attention" and "mlp" where these hold a norm that is no site, such as that
+            of each head's queries in StableLM 2 12B, or the one behind SoLU.
     """
 
     biases: Mapping[Site, Tensor] = field(repr=False)
     plain_mlp: frozenset[int]
+    hidden_norms: frozenset[str]
+
+    def check_norms(self, name: str, parts: Iterable[str], choice: str) -> None:
+        """Refuse a choice that treats norms by a rule where a norm cannot be reached.
+
+        Args:
+            name: name of the model.
+            parts: the parts of a block in which the choice treats norms.
+            choice: the choice, such as norm='frozen'.
+
+        Raises:
+            UnsupportedModelError: one of the parts holds a norm that is no site.
+        """
+        hidden = sorted(self.hidden_norms.intersection(parts))
+        if hidden:
+            raise UnsupportedModelError(
+                f"{name}: the {hidden[0]} holds a norm without a hook point for its scale, so "
+                f"{choice} has no rule here; use rules='stable' or slopes='stable'"
+            )
 
 
 def output_site(view: ModelView, name: str, layer: int) -> Site:
@@ -208,7 +229,18 @@ def _check(view: ModelView) -> Support:
     _check_norms(view, trace)
     biases = _read_biases(view, trace)
     plain = frozenset(layer for layer in range(view.n_layers) if _is_plain_mlp(view, trace, layer))
-    return Support(biases, plain)
+    return Support(biases, plain, _hidden_norms(view))
+
+
+def _hidden_norms(view: ModelView) -> frozenset[str]:
+    """Return the parts of the blocks that hold a norm that is no site."""
+    found: set[str] = set()
+    for layer, block in enumerate(view.blocks):
+        known = {id(module) for module in view.norm_modules(layer)}
+        for name, module in block.named_modules():
+            if "norm" in type(module).__name__.lower() and id(module) not in known:
+                found.add("mlp" if "mlp" in name.split(".") else "attention")
+    return frozenset(found)
 
 
 def _check_finite(view: ModelView, module: nn.Module) -> None:

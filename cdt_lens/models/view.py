@@ -149,6 +149,15 @@ class ModelView:
         """
         return tuple(n for n in NORMS if (f"{n}.scale", layer) in self._places)
 
+    def norm_modules(self, layer: int) -> tuple[nn.Module, ...]:
+        """Return the modules of these norms, with everything inside them.
+
+        Args:
+            layer: the layer.
+        """
+        own = (self._places[f"{norm}.in", layer].module for norm in self.norms(layer))
+        return tuple(module for norm in own for module in norm.modules())
+
     def norm_bias(self, norm: str, layer: int) -> Float[Tensor, " d_model"] | None:
         """Return the bias of a norm, or None.
 

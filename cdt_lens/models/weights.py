@@ -48,7 +48,8 @@ END_WEIGHTS = (
     "unembed.b_U",
 )
 _OPT_PADDING_ROWS = 2
-_NORMS = ("q_norm", "k_norm", "ln1", "ln2", "ln1_post", "ln2_post", "ln_final")
+# "ln" is the norm behind the activation of a SoLU MLP.
+_NORMS = ("q_norm", "k_norm", "ln1", "ln2", "ln1_post", "ln2_post", "ln_final", "ln")
 _QKV_BIASES = frozenset({"attn.b_Q", "attn.b_K", "attn.b_V"})
 # HookedTransformer adds zero biases everywhere. These families have only the biases named here.
 _BIASES_IN_HOOKED = {

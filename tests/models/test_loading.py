@@ -577,6 +577,25 @@ def test_every_family_is_read_in_half_precision(family, folders):
         assert view.n_layers == build(family).config.num_hidden_layers
 
 
+@needs_hooked
+@pytest.mark.parametrize(
+    ("kinds", "first"),
+    [
+        ([[["global", "local"], 2]], ["global", "local"]),
+        ([[["global"], 2], [["local"], 2]], ["global", "global", "local"]),
+    ],
+)
+def test_a_deeper_gpt_neo_is_read_in_half_precision(kinds, first, tmp_path, tokenizer_folder):
+    """The first layers, which are compared before, hold one of each kind."""
+    model = gpt_neo(num_layers=4, attention_types=kinds).eval().requires_grad_(False)
+    randomise(model, torch.Generator().manual_seed(1))
+    folder = save(model, tmp_path / "model", tokenizer_folder)
+    view = ModelView(load_model(folder, backend="hooked", dtype="bfloat16"))
+    assert view.n_layers == 4
+    assert relative(view.logits(prompts(2, LENGTH)), logits_of(folder)) < 0.05
+    assert loading._first_layers(model).config.attention_layers == first
+
+
 # Advice ----------------------------------------------------------------------------------------
 
 

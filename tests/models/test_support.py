@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import accelerate
@@ -17,8 +18,10 @@ from helpers.wrapped import needs_hooked, tokenizer, wrap
 from torch import Tensor, nn
 
 from cdt_lens.core.errors import CdtLensError, InputError, UnsupportedModelError
+from cdt_lens.decomposition.gated_pass import GatedPass
 from cdt_lens.decomposition.propagate import Propagator
 from cdt_lens.decomposition.rules import PRESETS, Rules
+from cdt_lens.decomposition.slopes import SLOPES
 from cdt_lens.models.loading import _bridge
 from cdt_lens.models.support import check_supported
 from cdt_lens.models.view import ModelView
@@ -237,6 +240,68 @@ def test_what_is_accepted_obeys_the_rules(family, tokenizer_folder):
 def test_the_tested_families_are_accepted_and_obey_the_rules(family, backend, tokenizer_folder):
     with Float64Throughout():
         assert_obeys_the_rules(shared(family, backend, tokenizer_folder))
+
+
+def normed_queries(folder: str) -> ModelView:
+    """StableLM 2 12B's attention: the bridge has no hook point for the scale of these norms."""
+    config = transformers.StableLmConfig(**_UNGROUPED, qk_layernorm=True)
+    return bridge(lambda: transformers.StableLmForCausalLM(config), folder)
+
+
+def solu(_: str) -> ModelView:
+    """The MLP of TransformerLens' solu models, with a norm behind its activation."""
+    needs_hooked()
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    config = HookedTransformerConfig(
+        n_layers=2, d_model=32, d_head=8, n_heads=4, d_mlp=48, d_vocab=D_VOCAB, n_ctx=32, seed=0,
+        device="cpu", act_fn="solu_ln", normalization_type="LN", dtype=torch.float64,
+    )  # fmt: skip
+    return ModelView(HookedTransformer(config).eval())
+
+
+_NEEDS_A_NORM = {
+    "frozen": Rules(norm="frozen", attention="frozen"),
+    "frozen, moving": Rules(norm="frozen", attention="through"),
+    "decomposed": Rules(attention="decomposed"),
+    "official": PRESETS["official"],
+    "biases": Rules(bias="proportional", attention="frozen"),
+}
+
+
+@pytest.mark.parametrize(
+    ("build_model", "part", "refused", "slopes"),
+    [
+        (normed_queries, "attention", ("frozen, moving", "decomposed", "official"), ("gim",)),
+        (solu, "mlp", ("frozen", "frozen, moving", "official", "biases"), ("linear", "gim")),
+    ],
+)
+def test_a_norm_without_a_hook_point_is_refused_by_the_rules_that_treat_it(
+    build_model, part, refused, slopes, tokenizer_folder
+):
+    told = rf"the {part} holds a norm without a hook point"
+    with Float64Throughout():
+        view = build_model(tokenizer_folder)
+        assert check_supported(view).hidden_norms == {part}
+        experiment = Experiment(view)
+        for name, rules in _NEEDS_A_NORM.items():
+            with (
+                pytest.raises(UnsupportedModelError, match=told)
+                if name in refused
+                else nullcontext()
+            ):
+                experiment.relevant(rules, 0, [1])
+        for name in ("linear", "stable", "shared", "gradient", "direct", "gim"):
+            with pytest.raises(UnsupportedModelError) if name in slopes else nullcontext():
+                GatedPass(view, SLOPES[name])
+        through = experiment.relevant(PRESETS["ablation"], 0, [1])
+        assert_close(through, experiment.ablated(0, [1]), atol=1e-11)
+
+
+@models()
+def test_the_norms_of_the_tested_families_have_hook_points(family, backend, tokenizer_folder):
+    view = shared(family, backend, tokenizer_folder, torch.float32)
+    assert check_supported(view).hidden_norms == frozenset()
 
 
 # Weights and switches ------------------------------------------------------------------------------

@@ -140,6 +140,7 @@ def test_writing_into_any_weight_reaches_the_forward_pass(family, backend, token
         ("blocks.10.ln1_post.w", False, True),
         ("blocks.0.ln2.b", True, True),
         ("blocks.0.attn.q_norm.w", False, True),
+        ("blocks.0.mlp.ln.b", True, True),
         ("ln_final.b", True, True),
         ("mlp.b_gate", True, False),
         ("unembed.b_U", True, False),

@@ -21,6 +21,7 @@ from cdt_lens.decomposition.rules import Rules
 from cdt_lens.decomposition.slopes import Slopes
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.view import ModelView
+from cdt_lens.models.weights import named_weights
 from cdt_lens.scoring.one_pass import one_pass, position_relevance
 from cdt_lens.scoring.sweep import score_heads
 from cdt_lens.tasks.metrics import task_direction
@@ -48,6 +49,23 @@ def test_linear_slopes_give_what_a_sweep_with_the_linear_rules_gives(
     assert_close(found.stderr, swept.stderr, atol=KEPT)
     assert found.direction == pytest.approx(swept.direction, abs=1e-9)
     assert found.example_labels == swept.example_labels
+
+
+@models(("gpt2", "llama"))
+def test_linear_slopes_of_a_stream_as_small_as_epsilon(family, backend, tokenizer_folder):
+    """Whether a norm centres its input is not seen from its scale there, unless epsilon counts."""
+    written = ("embed.W_E", "pos_embed.W_pos", "W_O", "attn.b_O", "mlp.W_out", "mlp.b_out")
+    with Float64Throughout():
+        view, data = ModelView(wrap(family, backend, tokenizer_folder)), examples()
+        with torch.no_grad():
+            for name, weight in named_weights(view).items():
+                if name.endswith(written):
+                    weight.mul_(0.003).add_(0.0015 if name == "embed.W_E" else 0.0)
+        baseline = means(view, data)
+        assert float(view.run(next(data.batches(6)).tokens).resid[-1].std()) < 0.02
+        swept = score_heads(view, data, baseline, rules="linear", progress=False)
+        found = one_pass(view, data, baseline, slopes="linear", progress=False)
+    assert_close(found.per_example, swept.per_example, atol=KEPT)
 
 
 @models((*EVERY_FAMILY, *EXPERTS))
