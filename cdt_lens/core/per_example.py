@@ -8,15 +8,14 @@ them from memory when others need the room.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from cdt_lens.core.processes import gather_items, shard
+from cdt_lens.core.set_aside import reserved_file
 
 # Tables of more bytes than this lie on the disk.
 IN_MEMORY = 2**28
@@ -35,13 +34,16 @@ def table(*shape: int, dtype: torch.dtype | None = None) -> Float[Tensor, ...]:
     Returns:
         The table. Past `IN_MEMORY` bytes it is a mapped file without a name, which the system
         removes with the last reference to it.
+
+    Raises:
+        InputError: The disk is full, or there is no temporary folder.
     """
-    size = math.prod(shape)
-    if 4 * size <= IN_MEMORY:
+    count = math.prod(shape)
+    size = count * (dtype or torch.get_default_dtype()).itemsize
+    if size <= IN_MEMORY:
         return torch.full(shape, torch.nan, dtype=dtype)
-    with tempfile.NamedTemporaryFile(prefix="cdt-lens-table.") as file:
-        Path(file.name).chmod(0o600)
-        rows = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
+    with reserved_file(size, "cdt-lens-table.values", "scores") as path:
+        rows = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
     return rows.reshape(shape).fill_(torch.nan)
 
 

@@ -82,8 +82,12 @@ def _take(folder: Path) -> int:
             if is_at(handle, path):
                 break
             os.close(handle)  # Its last owner has just removed it.
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        try:
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError:
+            _release(handle, path)
+            raise
     except OSError as error:
         raise InputError(
             f"{folder}: cannot be written ({error.strerror or error}); choose another place"

@@ -6,9 +6,10 @@ memory, each copy would be as large as the model.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -40,29 +41,17 @@ def set_aside(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # Windows cannot remove a file that is mapped into memory.
     if size <= IN_MEMORY or os.name == "nt":
         return {name: value.detach().clone() for name, value in tensors.items()}
-    try:
-        with temporary_folder() as folder:
-            return _in_file(tensors, folder / "values")
-    except OSError as error:
-        raise InputError(
-            f"{size / 1e9:.1f} GB of weights cannot be kept in the temporary folder "
-            f"({error.strerror or error}); free the disk, or name another folder in TMPDIR"
-        ) from error
-
-
-def _in_file(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     starts, end = [], 0
     for value in tensors.values():
         starts.append(end)
         end += -(-value.numel() * value.element_size() // _ALIGNED) * _ALIGNED
-    # Written, not mapped: pages of a mapped file would count as memory of the process.
-    with open(path, "xb", buffering=0) as file:
-        _reserve(file.fileno(), end)
-        for start, value in zip(starts, tensors.values(), strict=True):
-            file.seek(start)
-            _write(file.fileno(), value)
-        file.truncate(end)
-    stored = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8)
+    with reserved_file(end, "values", "weights") as path:
+        # Written, not mapped: pages of a mapped file would count as memory of the process.
+        with open(path, "r+b", buffering=0) as file:
+            for start, value in zip(starts, tensors.values(), strict=True):
+                file.seek(start)
+                _write(file.fileno(), value)
+        stored = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8)
     return {
         name: stored[start : start + value.numel() * value.element_size()]
         .view(value.dtype)
@@ -71,8 +60,36 @@ def _in_file(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     }
 
 
+@contextlib.contextmanager
+def reserved_file(size: int, name: str, content: str) -> Iterator[Path]:
+    """Yield a file that has its room on the disk, and remove its name after the `with` block.
+
+    Args:
+        size: Number of bytes.
+        name: Its name in a folder that only this user may read.
+        content: What it is for, as the error says it.
+
+    Yields:
+        The file.
+
+    Raises:
+        InputError: The disk is full, or there is no temporary folder.
+    """
+    try:
+        with temporary_folder() as folder:
+            with open(folder / name, "xb", buffering=0) as file:
+                _reserve(file.fileno(), size)
+                file.truncate(size)
+            yield folder / name
+    except OSError as error:
+        raise InputError(
+            f"{size / 1e9:.1f} GB of {content} cannot be kept in the temporary folder "
+            f"({error.strerror or error}); free the disk, or name another folder in TMPDIR"
+        ) from error
+
+
 def _reserve(handle: int, size: int) -> None:
-    """Let a full disk show before training, not when a copy is read."""
+    """Let a full disk show now: a process that writes through a map would end with SIGBUS."""
     if size and hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(handle, 0, size)

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from typing import Any
 from cdt_lens.core.artifacts import atomic_write
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.processes import accelerate_state, is_main
+from cdt_lens.finetuning.checkpoints import Log
 
 LOGS = "logs"  # the folder of trackers in a run directory
 _PROJECT = "cdt_lens"
@@ -121,9 +123,12 @@ class Tracking:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for tracker in self._started or ():
-            tracker.finish()
-        self._started = None
+        started, self._started = self._started or [], None
+        with contextlib.ExitStack() as stack:
+            if error[0] is not None:  # it is the cause, and is told alone
+                stack.enter_context(contextlib.suppress(Exception))
+            for tracker in reversed(started):
+                stack.callback(tracker.finish)
 
     def begin(self, rows: int) -> None:
         """Begin a new run, or resume one.
@@ -150,6 +155,9 @@ class Tracking:
 
         Args:
             row: the values of a step or, with the kind "validation", of an evaluation.
+
+        Raises:
+            InputError: the record cannot be written.
         """
         if not self._asked:
             return
@@ -163,8 +171,7 @@ class Tracking:
         for tracker in self._started or ():
             tracker.log(values, step=row["step"])
         if self._record is not None:
-            with open(self._record, "a", encoding="utf-8") as file:
-                file.write(f"{row['step']} {kind}\n")
+            Log(self._record).write({"step": row["step"], "kind": kind})
 
     def _start(self) -> None:
         self._started = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from helpers.tiny_tasks import LABELS, examples
 
 from cdt_lens.circuits.reliability import membership, reliability
 from cdt_lens.core import per_example
+from cdt_lens.core.errors import InputError
 from cdt_lens.core.per_example import table
 from cdt_lens.decomposition.baseline import mean_activations
 from cdt_lens.scoring.sweep import score_heads
@@ -63,6 +65,23 @@ def test_a_table_past_the_size_is_a_file_that_vanishes(tmp_path, monkeypatch):
     if os.path.exists(maps):
         with open(maps, encoding="utf-8") as file:
             assert any("cdt-lens-table." in line for line in file)
+
+
+def test_a_disk_without_room_for_a_table_is_told_before_it_is_written(tmp_path, monkeypatch):
+    """A write through the map would end the process with SIGBUS."""
+    asked = []
+
+    def full(handle: int, start: int, size: int) -> None:
+        asked.append(size)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(per_example, "IN_MEMORY", 100)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(InputError, match="No space left on device.*; free the disk, or .* TMPDIR"):
+        table(6, 5, dtype=torch.float64)
+    assert asked == [6 * 5 * 8]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("exact", ["all", 6])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -54,6 +55,19 @@ def test_the_blocks_of_one_thread_may_be_nested_and_those_of_two_may_not(tmp_pat
 def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path: Path):
     (tmp_path / "file").write_text("text")
     with pytest.raises(InputError, match="cannot be written"), locked(tmp_path / "file"):
+        pass
+
+
+def test_a_lock_whose_file_cannot_be_written_is_released(tmp_path: Path, monkeypatch):
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(InputError, match="cannot be written .No space left"), locked(tmp_path):
+            pass
+    assert list(tmp_path.iterdir()) == []
+    with locked(tmp_path):
         pass
 
 

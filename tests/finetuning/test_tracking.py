@@ -20,6 +20,7 @@ import cdt_lens as cdt
 from cdt_lens.core.errors import InputError
 from cdt_lens.finetuning.finetune import finetune
 from cdt_lens.finetuning.result import FineTuneResult
+from cdt_lens.finetuning.tracking import Tracking
 from cdt_lens.finetuning.trainer import Trainer
 from cdt_lens.models.view import ModelView
 
@@ -181,6 +182,40 @@ def test_tracking_changes_no_bit_of_the_training(model, tmp_path):
     assert tracked.adapter.slices.keys() == plain.adapter.slices.keys()
     for name, (_, value) in plain.adapter.slices.items():
         assert tracked.adapter.slices[name][1].equal(value)
+
+
+class Failing(Seen):
+    """A tracker that cannot finish."""
+
+    def finish(self) -> None:
+        super().finish()
+        raise OSError("no room for the rest")
+
+
+def test_a_record_that_cannot_be_written_is_told_and_every_tracker_finishes(tmp_path):
+    """Even where the first cannot, which says less than the record's error."""
+    trackers, record = (Failing(), Seen()), tmp_path / "run" / ".run.tracked"
+    with (
+        pytest.raises(InputError, match=r"\.run\.tracked: cannot be written .*checkpoint is whole"),
+        Tracking(trackers, None, "run", {}, record) as tracking,
+    ):
+        tracking.begin(0)
+        record.unlink()
+        record.parent.rmdir()
+        record.parent.touch()
+        tracking.log({"step": 1, "loss": 0.5})
+    assert [tracker.calls for tracker in trackers] == [["start", "finish"]] * 2
+
+
+def test_one_tracker_that_cannot_finish_keeps_no_other_from_it():
+    trackers = (Seen(), Failing(), Seen())
+    with (
+        pytest.raises(OSError, match="no room for the rest"),
+        Tracking(trackers, None, "run", {}, None) as tracking,
+    ):
+        tracking.begin(0)
+        tracking.log({"step": 1, "loss": 0.5})
+    assert [tracker.calls for tracker in trackers] == [["start", "finish"]] * 3
 
 
 def wandb_rows(path: Path) -> list[dict[str, float]]:
