@@ -147,7 +147,8 @@ def compare_planted(
     Args:
         circuits: Names of planted circuits.
         methods: The methods to compare.
-        folder: Folder for the results; None writes nothing.
+        folder: Folder for the results; None writes nothing. Circuits that it holds from earlier
+            calls stay in the comparison.
         draws: Number of random rankings.
         seed: Seed of every random draw.
         backend: TransformerLens class to make the models as.
@@ -157,17 +158,23 @@ def compare_planted(
         say: Takes one line of progress.
 
     Returns:
-        The comparison on each circuit.
+        The comparison on each circuit, those of the folder too.
 
     Raises:
-        InputError: An unknown planted circuit or method.
+        InputError: An unknown planted circuit or method, or the folder holds other files or a
+            comparison with another seed.
     """
     names, methods = checked_circuits(circuits), checked_methods(methods)
-    if folder is not None:
-        check_run_folder(folder, "comparison.json", *map(file_name, PLANTED))
     say = say or (lambda _: None)
     comparisons: dict[str, Comparison] = {}
     why: dict[str, str] = {}
+    if folder is not None:
+        # A folder with comparison.json alone may hold the comparison of a model.
+        check_run_folder(folder, *map(file_name, PLANTED))
+        kept = _kept_planted(Path(folder, "comparison.json"), seed)
+        comparisons, why = dict(kept.circuits), dict(kept.why)
+    for name in [name for name in comparisons if name not in names]:
+        say(f"planted circuit {name}: kept from an earlier call")
     for name in names:
         say(f"planted circuit {name}")
         planted = planted_circuit(name, seed=seed, backend=backend)
@@ -184,6 +191,18 @@ def compare_planted(
     if folder is not None:
         write_comparison(result, folder)
     return result
+
+
+def _kept_planted(path: Path, seed: int) -> PlantedComparison:
+    """Return what earlier calls compared, without circuits if there is nothing.
+
+    Raises:
+        InputError: It was compared with another seed.
+    """
+    kept = kept_at(path, PlantedComparison.load) or PlantedComparison({})
+    for each in kept.circuits.values():
+        refuse_other_settings(path, {"seed": each.provenance.seed}, {"seed": seed})
+    return kept
 
 
 def write_comparison(result: Comparison | PlantedComparison, folder: str | Path) -> None:

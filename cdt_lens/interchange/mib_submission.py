@@ -33,8 +33,8 @@ from cdt_lens.core.errors import InputError, did_you_mean
 from cdt_lens.interchange.graphs import graph_from_circuit, read_graph, write_graph
 
 Ending = Literal["json", "pt"]
-# Layers, heads per layer and width of the models that MIB evaluates. That of InterpBench is not
-# published beside the others.
+# Layers, heads per layer and width of the models that MIB evaluates, none of which has parallel
+# blocks. The model of InterpBench is not published beside the others.
 MODELS: Mapping[str, tuple[int, int, int] | None] = MappingProxyType(
     {
         "gpt2": (12, 12, 768), "qwen2.5": (24, 14, 896), "gemma2": (26, 8, 2304),
@@ -92,15 +92,16 @@ def write_mib_submission(
         The folders of the submission, those of earlier calls too.
 
     Raises:
-        InputError: a name is none of MIB's, a result is of a model of another shape, not every head
-            or edge has a score, or another file is in the way.
+        InputError: a name is none of MIB's, a result is of a model of another shape or of one whose
+            shape is not known, not every head or edge has a score, or another file is in the way.
         ArtifactError: a file of the folder is damaged.
     """
     graphs = {}
     for name, result in results.items():
         _check_name(name, "results")
-        graphs[name] = _importances(result, name)
-        _check_shape(graphs[name], name, f"results[{name!r}]")
+        where = f"results[{name!r}]"
+        graphs[name] = _with_width(_importances(result, name), name, where)
+        _check_shape(graphs[name], name, where)
         present = [path.name for path in _files_in(Path(folder, name))]
         if present and present != [f"importances.{ending}"]:
             raise InputError(
@@ -190,8 +191,7 @@ def _importances(result: Graph | Circuit | HeadScores, name: str) -> Graph:
         level = None if own is None else _level(own)
         if own is not None and (level == "edge" or (level == "node" and own.direct)):
             return graph_from_circuit(result)
-        parallel = None if own is None else own.parallel
-        result = graph_from_circuit(replace(result, graph=None), parallel=parallel)
+        result = graph_from_circuit(replace(result, graph=None), parallel=_parallel(result, name))
     if _level(result) is None:
         scored = sum(edge.score is not None for edge in result.edges)
         heads = sum(_is_head(n) and node.score is not None for n, node in result.nodes.items())
@@ -201,6 +201,39 @@ def _importances(result: Graph | Circuit | HeadScores, name: str) -> Graph:
             "heads: give the scores of all heads, or a graph with a score for every edge."
         )
     return result
+
+
+def _parallel(circuit: Circuit, name: str) -> bool:
+    """Return whether a circuit is of parallel blocks; where it does not tell, as in MIB's model.
+
+    Raises:
+        InputError: MIB's model is not known.
+    """
+    recorded = {} if circuit.provenance is None else circuit.provenance.model_shape
+    known = recorded.get("parallel") if circuit.graph is None else circuit.graph.parallel
+    if known is None and _shape_of(name) is None:
+        raise InputError(
+            f"results[{name!r}]: it does not tell whether attention and MLP of a layer read the "
+            "same stream; give graph_from_circuit(circuit, parallel=...) in its place"
+        )
+    return bool(known)
+
+
+def _with_width(graph: Graph, name: str, where: str) -> Graph:
+    """Return a graph with its width; where it is not known, that of MIB's model of the same heads.
+
+    Raises:
+        InputError: MIB's model is not known.
+    """
+    shape, own = _shape_of(name), (graph.n_layers, graph.n_heads)
+    if graph.d_model is not None:
+        return graph
+    if shape is None:
+        raise InputError(
+            f"{where}: the width of the residual stream is not known, and MIB's files hold it; "
+            "give dataclasses.replace(graph, d_model=...)"
+        )
+    return replace(graph, d_model=shape[2]) if own == shape[:2] else graph
 
 
 def _level(graph: Graph) -> Literal["edge", "node"] | None:
@@ -233,8 +266,12 @@ def _check_name(name: str, where: str) -> None:
         )
 
 
+def _shape_of(name: str) -> tuple[int, int, int] | None:
+    return MODELS[name.split("_", 1)[1]]
+
+
 def _check_shape(graph: Graph, name: str, where: str) -> None:
-    shape = MODELS[name.split("_", 1)[1]]
+    shape = _shape_of(name)
     own = (graph.n_layers, graph.n_heads, graph.d_model)
     if shape is not None and (own != shape or graph.parallel):
         blocks = ", parallel blocks" if graph.parallel else ""

@@ -5,7 +5,9 @@ gaps, and "?" asks for "yes" or "no". The feature "answer" is 1 for yes and -1 f
 direction d of an unablated model is one logit, up to what distractors write.
 
 Every prompt occurs with both cues and both switches in the same places, so that each planted head's
-mean z is 0, a reference without information on the answer. The other heads are distractors of four
+mean z at the answer is 0, a reference without information on the answer. At any other position it
+is 0 too, except for the head of "composition" that writes the note: behind the word mark its z is 1
+on every prompt, which says nothing about the answer either. The other heads are distractors of four
 kinds:
 
 - dead: W_O is 0, although z differs between the labels;

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import sample_comparison as sample
 
-from cdt_lens.comparing.comparison import PlantedComparison
+from cdt_lens.comparing.comparison import Comparison, PlantedComparison
 from cdt_lens.core.errors import ArtifactError, InputError
+from cdt_lens.experiments import compare as experiments
+from cdt_lens.experiments.compare import compare_planted
 
 
 def test_a_measure_by_method_and_circuit():
@@ -65,3 +69,51 @@ def test_a_notebook_shows_it_also_without_circuits():
     assert "<svg" in sample.planted()._repr_html_()
     empty = replace(sample.planted(), circuits={}, why={})
     assert empty.to_dataframe().empty and empty.methods == ()
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., PlantedComparison]:
+    """`compare_planted` in one folder, with made-up numbers."""
+
+    def made_up(*given: Any, seed: int, folder: Path, **_: Any) -> Comparison:
+        folder.mkdir(exist_ok=True)
+        found = sample.comparison(given[-1], truth=True)
+        return replace(found, provenance=replace(found.provenance, seed=seed))
+
+    def written(result: PlantedComparison, folder: Path) -> None:
+        result.save(folder / "comparison.json")
+
+    monkeypatch.setattr(experiments, "compare_methods", made_up)
+    monkeypatch.setattr(experiments, "write_comparison", written)
+    return lambda *given, **more: compare_planted(*given, folder=tmp_path, **more)
+
+
+def test_circuits_of_earlier_calls_stay_in_the_folder(compared, tmp_path: Path):
+    first = compared(["hand-dead", "hand-or"], ["direct"])
+    said: list[str] = []
+    found = compared(["hand-and", "hand-dead"], ["direct", "random"], say=said.append)
+    assert list(found.circuits) == ["hand-dead", "hand-or", "hand-and"]
+    assert found.circuits["hand-or"] == first.circuits["hand-or"]
+    assert found.circuits["hand-dead"].names == ("exact", "direct", "random")
+    assert found.why["hand-or"] == first.why["hand-or"]
+    assert [line for line in said if "kept" in line] == [
+        "planted circuit hand-or: kept from an earlier call"
+    ]
+    assert PlantedComparison.load(tmp_path / "comparison.json") == found
+
+
+def test_another_seed_is_refused_before_anything_is_replaced(
+    compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compared(["hand-dead", "hand-or"], ["direct"])
+    before = (tmp_path / "comparison.json").read_bytes()
+    monkeypatch.setattr(experiments, "planted_circuit", None)
+    with pytest.raises(InputError, match=r"comparison.json: .* other settings \(seed 0\)"):
+        compared(["hand-dead"], ["direct"], seed=1)
+    assert (tmp_path / "comparison.json").read_bytes() == before
+
+
+def test_the_comparison_of_a_model_is_not_replaced(compared, tmp_path: Path):
+    sample.comparison(["exact"]).save(tmp_path / "comparison.json")
+    with pytest.raises(InputError, match="holds other files, such as comparison.json"):
+        compared(["hand-dead"], ["direct"])

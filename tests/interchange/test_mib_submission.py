@@ -19,7 +19,12 @@ from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.circuits.nodes import node_names, possible_edges
 from cdt_lens.cli import app as cli
 from cdt_lens.core.errors import InputError
-from cdt_lens.interchange.graphs import circuit_from_graph, read_graph, write_graph
+from cdt_lens.interchange.graphs import (
+    circuit_from_graph,
+    graph_from_circuit,
+    read_graph,
+    write_graph,
+)
 from cdt_lens.interchange.mib_submission import (
     PERCENTAGES,
     PLACES,
@@ -122,6 +127,28 @@ def test_edges_where_every_edge_has_a_score(tmp_path: Path):
     assert task.level == "node"
 
 
+def test_what_a_result_does_not_tell_is_taken_from_mibs_model(tmp_path: Path):
+    """Of a circuit without provenance, old scores and a graph without width."""
+    given = scores()
+    write_mib_submission({"ioi_gpt2": given}, tmp_path / "told")
+    expected = read_graph(tmp_path / "told" / "ioi_gpt2" / "importances.json")
+    bare = Circuit(given.ranking(), 12, 12, scores=given.values)
+    old = {name: value for name, value in GPT2.items() if name != "parallel"}
+    silent: dict[str, Any] = {
+        "circuit": bare,
+        "scores": replace(given, provenance=replace(given.provenance, model_shape=old)),
+        "graph": graph_from_circuit(bare, parallel=False),
+    }
+    for name, result in silent.items():
+        write_mib_submission({"ioi_gpt2": result}, tmp_path / name)
+        assert read_graph(tmp_path / name / "ioi_gpt2" / "importances.json") == expected
+
+
+def small() -> Circuit:
+    values = torch.arange(12.0).reshape(3, 4)
+    return Circuit([], 3, 4, scores=values)
+
+
 def few() -> HeadScores:
     given = scores()
     values = given.values.clone()
@@ -142,6 +169,19 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         lambda: {"ioi_gpt2": few()}, "0 of 32491 edges and 143 of 144 heads have a score",
     ),
     "some edges": (lambda: {"ioi_gpt2": edges(100)}, "100 of 32491 edges and 0 of 144 heads"),
+    "other heads without width": (
+        lambda: {"ioi_gpt2": graph_from_circuit(small(), parallel=False)}, r"\(3, 4, None\)",
+    ),
+    "unknown width, after another": (
+        lambda: {
+            "ioi_gpt2": scores(), "ioi_interpbench": graph_from_circuit(small(), parallel=False),
+        },
+        r"results\['ioi_interpbench'\]: .*give dataclasses.replace\(graph, d_model=\.\.\.\)",
+    ),
+    "unknown blocks": (
+        lambda: {"ioi_interpbench": small()},
+        r"results\['ioi_interpbench'\]: .*give graph_from_circuit\(circuit, parallel=\.\.\.\)",
+    ),
 }  # fmt: skip
 
 
