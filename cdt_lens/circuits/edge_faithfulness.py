@@ -40,7 +40,7 @@ from cdt_lens.circuits.nodes import node_names, readers
 from cdt_lens.core import display
 from cdt_lens.core.axes import along
 from cdt_lens.core.checked import checked_arguments
-from cdt_lens.core.choices import Count, FromZeroCount, Level, Metric, Ranking, Seed
+from cdt_lens.core.choices import SEEDS, Count, FromZeroCount, Level, Metric, Ranking, Seed
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.passes import Passes
@@ -64,7 +64,8 @@ class EdgeFaithfulness(EqualByContent):
     Args:
         edges: Number of edges of each graph after pruning.
         faithfulness: f of each graph, without unit: 1 as the full model, 0 as no edges.
-        random: f of the same number of edges drawn at random, by draw.
+        random: f of random edges, pruned as well, by draw: as many as a graph has after pruning,
+            or as many as the curve selects before it.
         full: The metric with all edges, in logits or as a share from 0 to 1.
         empty: The metric with no edges.
         metric: Name of the metric (`tasks.metrics`).
@@ -277,7 +278,8 @@ def _random_graphs(size: int, view: ModelView, draws: int, seed: int) -> list[_K
     edges = edges_of(view)
     found = []
     for draw in range(draws):
-        order = torch.randperm(len(edges), generator=torch.Generator().manual_seed(seed + draw))
+        generator = torch.Generator().manual_seed((seed + draw) % SEEDS)
+        order = torch.randperm(len(edges), generator=generator)
         chosen = tuple(edges[i] for i in order[:size].tolist())
         found.append(_kept(_graph_of(chosen, view), view))
     return found

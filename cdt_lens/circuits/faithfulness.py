@@ -42,7 +42,7 @@ from cdt_lens.circuits.measures import (
 from cdt_lens.core import display
 from cdt_lens.core.axes import along
 from cdt_lens.core.checked import checked_arguments
-from cdt_lens.core.choices import Count, Empty, Level, Metric, Ranking, Seed
+from cdt_lens.core.choices import SEEDS, Count, Empty, Level, Metric, Ranking, Seed
 from cdt_lens.core.equality import EqualByContent
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.kept import as_json
@@ -672,8 +672,9 @@ def _family(heads: Heads, view: ModelView, draws: int, seed: int) -> list[Heads]
     """Return a circuit, its complement, and its random controls, in that order."""
     shape = (view.n_layers, view.n_heads)
     complement = Circuit(heads, *shape).complement
-    free = [random_heads(len(heads), *shape, seed=seed + i) for i in range(draws)]
-    layered = [random_heads_like(heads, *shape, seed=seed + i) for i in range(draws)]
+    seeds = [(seed + i) % SEEDS for i in range(draws)]
+    free = [random_heads(len(heads), *shape, seed=own) for own in seeds]
+    layered = [random_heads_like(heads, *shape, seed=own) for own in seeds]
     return [heads, complement, *free, *layered]
 
 

@@ -8,8 +8,10 @@ larger one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from cdt_lens.circuits.sampled import sample_order
 from cdt_lens.core.choices import DEFAULT_RULES
@@ -106,7 +108,7 @@ def shares(
     found = {}
     for name in methods:
         cost = _Cost.of(method_of(name), layers, heads)
-        scored, exact = cost.counts(budget, len(examples), _labels(examples))
+        scored, exact = cost.counts(budget, [examples[i].label for i in order])
         chosen = tuple(examples[i] for i in sorted(order[:scored]))
         found[name] = Share(replace(examples, items=chosen), exact)
     return found
@@ -114,29 +116,45 @@ def shares(
 
 @dataclass(frozen=True)
 class _Cost:
-    """Forward passes that an example costs, and that its exact sweep costs besides, if any."""
+    """Forward passes that an example costs, and that its exact sweep costs besides, if any.
+
+    The sweep costs less for later examples of a label.
+    """
 
     scored: float
-    exact: float | None
+    exact: Callable[[int], float] | None
 
     @classmethod
     def of(cls, method: Method, layers: int, heads: int) -> _Cost:
-        exact = None if method.exact_cost is None else method.exact_cost(layers, heads)
+        exact = None if method.exact_cost is None else partial(method.exact_cost, layers, heads)
         return cls(method.cost(layers, heads), exact)
 
     def least(self, labels: int) -> float:
         """Return the price of one example of each label."""
-        return labels * (self.scored + (self.exact or 0.0))
+        return labels * (self.scored + (0.0 if self.exact is None else self.exact(0)))
 
-    def counts(self, budget: float | None, most: int, labels: int) -> tuple[int, int | None]:
-        """Return how many of `most` examples are scored, and how many of these are swept."""
+    def counts(self, budget: float | None, labels: Sequence[str]) -> tuple[int, int | None]:
+        """Return how many examples are scored, and how many of these are swept.
+
+        Args:
+            budget: Forward passes of one example; None scores all.
+            labels: Label of each example, in the order in which they are drawn.
+        """
+        most, different = len(labels), len(set(labels))
         if budget is None:
-            return most, None if self.exact is None else min(max(EXACT, labels), most)
+            return most, None if self.exact is None else min(max(EXACT, different), most)
         # What remains is enough for the sweep of one example of each label.
-        scored = _whole((budget - labels * (self.exact or 0.0)) / self.scored, most)
+        above = different * (self.least(1) - self.scored)
+        scored = _whole((budget - above) / self.scored, most)
         if self.exact is None:
             return scored, None
-        return scored, _whole((budget - scored * self.scored) / self.exact, scored)
+        left, swept = budget - scored * self.scored, 0
+        for rank in sorted(rank for n in Counter(labels[:scored]).values() for rank in range(n)):
+            left -= self.exact(rank)
+            if left < -1e-9:
+                break
+            swept += 1
+        return scored, swept
 
 
 def _whole(number: float, most: int) -> int:

@@ -37,7 +37,7 @@ from cdt_lens.comparing.comparison import (
 from cdt_lens.comparing.measured_circuits import MeasuredCircuits
 from cdt_lens.comparing.timed_scores import TimedScorer, TimedScores
 from cdt_lens.core.checked import checked_arguments
-from cdt_lens.core.choices import Count, Empty, Positive, Seed
+from cdt_lens.core.choices import SEEDS, Count, Empty, Positive, Seed
 from cdt_lens.core.errors import InputError, NonFiniteError
 from cdt_lens.core.kept import Say
 from cdt_lens.decomposition.baseline import Baseline
@@ -136,13 +136,16 @@ def compare_methods(
     circuits = MeasuredCircuits(view, valid, baseline, kept_at, say, **how, empty_run=empty)
     with hashed_once():
         scorer = TimedScorer(view, train, baseline, place, say, seed, **how)
-        scored = [
-            replace(scorer, examples=own.examples, exact=own.exact).score(name)
-            for name, own in given.items()
-        ]
-    exact = scored[0].scores
-    if exact is None:
-        raise NonFiniteError(f"the yardstick was refused: {scored[0].refused}")
+
+        def score(name: str) -> TimedScores:
+            own = given[name]
+            return replace(scorer, examples=own.examples, exact=own.exact).score(name)
+
+        yardstick = score(YARDSTICK)
+        exact = yardstick.scores
+        if exact is None:
+            raise NonFiniteError(f"the yardstick was refused: {yardstick.refused}")
+        scored = [yardstick, *(score(name) for name in names if name != YARDSTICK)]
     sizes = tuple(heads_at(f, view.n_layers * view.n_heads) for f in fractions)
     results = []
     for each in scored:
@@ -298,7 +301,8 @@ def _random_rankings(
     """Return curves of random rankings; the circuits of one draw contain its smaller ones."""
     shape = (circuits.view.n_layers, circuits.view.n_heads)
     drawn = [
-        [random_heads(size, *shape, seed=seed + draw) for size in sizes] for draw in range(draws)
+        [random_heads(size, *shape, seed=(seed + draw) % SEEDS) for size in sizes]
+        for draw in range(draws)
     ]
     circuits.measure([circuit for each in drawn for circuit in each])
     return tuple(_curve(circuits, each, fractions, sizes) for each in drawn)

@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 
 from cdt_lens.circuits.ablation import Measurement, empty_metric, measure_circuits
 from cdt_lens.circuits.faithfulness import f_of
+from cdt_lens.circuits.measures import check_directions
 from cdt_lens.core.choices import Empty
 from cdt_lens.core.kept import Kept, Say
 from cdt_lens.core.passes import Passes
@@ -86,10 +87,17 @@ class MeasuredCircuits:
         self.strata = label_numbers([e.label for e in self.examples], self.examples.labels)
         self.by_example = self._known()
         self._everyone = all_heads(self.view.n_layers, self.view.n_heads)
-        self.measure([self._everyone, ()])
         self._replaced = self._empty_run()
+        if self._replaced is None:
+            self.measure([self._everyone, ()])  # refuses what differs by rounding
+        else:  # Heads alone may do nothing here.
+            self.measure([self._everyone])
+            self.measure([()])
         self.full = self._mean(self._everyone)
         self.empty = self._measurement(((),)).empty_mean
+        if self._replaced is not None:
+            every = self.by_example[_name(self._everyone)]
+            check_directions(every, self._replaced, self.full, self.empty, self.view.dtype)
         self.f(self._everyone)  # refuses where there is nothing to explain
 
     def _known(self) -> dict[str, Tensor]:

@@ -43,7 +43,8 @@ LoraModules = Literal["attention", "all"]
 Count = Annotated[int, Field(ge=1)]
 FromZeroCount = Annotated[int, Field(ge=0)]
 # The range of torch's generators.
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+SEEDS = 2**63  # Seeds that are derived from one are taken modulo this number.
+Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 FromZero = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]

@@ -106,7 +106,7 @@ def choose_heads(
 
 
 def _standardised(values: Tensor) -> Tensor:
-    # A head that does nothing has no logarithm; it comes last.
-    logs = values.double().clamp_min(torch.finfo(torch.float32).tiny).log()
+    # The logarithm of a head that does nothing is -inf: it comes last, and moves no other head.
+    logs = values.double().log()
     known = logs[logs.isfinite()]
     return (logs - known.mean()) / known.std()

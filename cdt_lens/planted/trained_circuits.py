@@ -24,6 +24,7 @@ import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from cdt_lens.core.choices import SEEDS
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.process_wide import one_thread, seeded
 from cdt_lens.models.heads import Head
@@ -68,7 +69,7 @@ def plant_by_training(name: str, *, seed: int = 0, noise: float = 0.5) -> Planti
     double = name == "two-circuits"
     with seeded(seed):
         if double:
-            model, heads = _both(_trained("llama", seed), _trained("llama", seed + 1))
+            model, heads = _both(_trained("llama", seed), _trained("llama", (seed + 1) % SEEDS))
         else:
             model, heads = _new_model(name), PAIR
             model.load_state_dict(_trained(name, seed))
@@ -76,7 +77,7 @@ def plant_by_training(name: str, *, seed: int = 0, noise: float = 0.5) -> Planti
     _let_others_write(model, heads, noise, torch.Generator().manual_seed(seed))
     words = _words(2 if double else 1)
     train, valid = (
-        _examples(words, n, name, torch.Generator().manual_seed(2 * seed + k))
+        _examples(words, n, name, torch.Generator().manual_seed((2 * seed + k) % SEEDS))
         for n, name, k in ((N_TRAIN, "train", 1), (N_VALID, "valid", 2))
     )
     return Planting(model, words, heads, train, valid, _WHY + _TWICE * double)
@@ -145,10 +146,11 @@ def _trained(family: str, seed: int) -> dict[str, Tensor]:
     """Return weights with which the pair solves the task; attempts that fail are stopped early."""
     with one_thread():
         for attempt in range(ATTEMPTS):
-            with seeded(seed + 1000 * attempt):
+            own = (seed + 1000 * attempt) % SEEDS
+            with seeded(own):
                 model = _new_model(family)
             with _only(model, PAIR), torch.enable_grad():
-                learnt = _learn(model, torch.Generator().manual_seed(seed + 1000 * attempt))
+                learnt = _learn(model, torch.Generator().manual_seed(own))
             if learnt:
                 return model.state_dict()
     raise InputError(f"seed={seed}: {family} did not learn the task; use another seed.")

@@ -217,10 +217,11 @@ class Estimator:
         for batch in self.passes.bar(batches, name="first order"):
             batch = batch.to(self.view.device)
             at = self.baseline.for_batch(self.view, batch)
-            rows = []
+            rows, full = [], None  # The first of several parts is at the plain model.
             for part, run in zip(self.parts, gated, strict=True):
-                by_position, full = run.scores(batch, at, [part.point], self.direction)
+                by_position, full = run.scores(batch, at, [part.point], self.direction, full)
                 rows.append(by_position.sum(-1))
+            assert full is not None
             rows.append(full[:, None, None].expand_as(rows[0]))
             out[:, list(batch.index)] = torch.stack(rows).float().cpu()
             finished += batch.index

@@ -55,8 +55,12 @@ def drawn(examples: Examples, steps: int, seed: int) -> list[Draw]:
     """
     generator = random.Random(seed)
     lengths = [len(example.tokens) for example in examples]
-    alike = [[j for j in range(len(lengths)) if j != i and lengths[j] == lengths[i]]
-             for i in range(len(lengths))]  # fmt: skip
+    # From itself or a copy, a prompt has no path.
+    alike = [
+        [j for j, other in enumerate(examples)
+         if lengths[j] == lengths[i] and other.tokens != example.tokens]
+        for i, example in enumerate(examples)
+    ]  # fmt: skip
     return [
         Draw(
             torch.tensor([generator.random() for _ in lengths]),

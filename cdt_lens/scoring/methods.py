@@ -52,7 +52,7 @@ from cdt_lens.models.session import uses_model
 from cdt_lens.models.view import ModelView, view_of
 from cdt_lens.scoring import gates
 from cdt_lens.scoring.ensemble import MEMBERS, ensemble_scores
-from cdt_lens.scoring.estimate import Part, parts_of, sweep_cost
+from cdt_lens.scoring.estimate import Part, in_sparse_part, parts_of, sweep_cost
 from cdt_lens.scoring.expected_gradients import expected_gradients
 from cdt_lens.scoring.one_pass import IG_STEPS, one_pass
 from cdt_lens.scoring.replay import replayed_scores
@@ -281,19 +281,19 @@ _BACKWARD = ("batch_size", "progress")
 # A forward pass, and a backward pass that needs no gradients of weights: 2.2 were measured.
 _GRADIENT = 2.0
 Cost = Callable[[int, int], float]
+ExactCost = Callable[[int, int, int], float]
 
 
 def _sweep_cost(rules: Rules) -> Cost:
     return partial(sweep_cost, rules)
 
 
-def _sample_cost(parts: Sequence[Part]) -> Cost:
+def _sample_cost(parts: Sequence[Part]) -> ExactCost:
     """Return the cost of the exact passes of one example of the sample."""
 
-    def cost(layers: int, heads: int) -> float:
-        swept = [_sweep_cost(part.rules)(layers, heads) for part in parts]
-        # Of ten examples or so of a label, at most six get the sparse part.
-        return sum(c * (0.6 if part.sparse else 1.0) for c, part in zip(swept, parts, strict=True))
+    def cost(layers: int, heads: int, rank: int) -> float:
+        own = [part for part in parts if not part.sparse or in_sparse_part(rank)]
+        return sum(sweep_cost(part.rules, layers, heads) for part in own)
 
     return cost
 
@@ -313,7 +313,8 @@ class Method:
         run: The function that scores.
         takes: Names of the options that the function takes.
         cost: Forward passes that one example costs, by number of layers and of heads in a layer.
-        exact_cost: The same for each example that gets an exact sweep too; None if no example does.
+        exact_cost: The same for the exact sweep of an example of a sample, by its place among those
+            of its label too, from 0 on; None if no example is swept besides.
     """
 
     name: str
@@ -321,7 +322,7 @@ class Method:
     run: Callable[..., HeadScores] = dataclasses.field(repr=False)
     takes: tuple[str, ...] = _BACKWARD
     cost: Cost = dataclasses.field(default=_gradients(1), repr=False)
-    exact_cost: Cost | None = dataclasses.field(default=None, repr=False)
+    exact_cost: ExactCost | None = dataclasses.field(default=None, repr=False)
 
 
 def _decomposed(name: str, rules: Rules) -> Method:
@@ -371,12 +372,12 @@ _ALL = (
     ),
     Method(
         "integrated-gradients", f"gradients averaged over {IG_STEPS} points from ablated to plain",
-        integrated_gradients, cost=_gradients(IG_STEPS),
+        integrated_gradients, cost=_gradients(IG_STEPS, 1),
     ),
-    # Each point has a reference run.
+    # Each point has a reference run. No point is the plain model, which takes a run more.
     Method(
         "expected-gradients", "gradients at random points of paths from other prompts",
-        expected_gradients, (*_BACKWARD, "seed"), _gradients(IG_STEPS, IG_STEPS),
+        expected_gradients, (*_BACKWARD, "seed"), _gradients(IG_STEPS, IG_STEPS + 1),
     ),
     # Each head runs its own block once more.
     Method(
@@ -386,7 +387,7 @@ _ALL = (
     ),
     Method(
         "ensemble", f"mean of {', '.join(MEMBERS)}, each of the same spread", ensemble_scores,
-        cost=_gradients(2 + IG_STEPS + 1),
+        cost=_gradients(2 + IG_STEPS + 1, 1),
     ),
     # The ranking to begin with, the full model, and the steps.
     Method(

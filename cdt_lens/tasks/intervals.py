@@ -65,9 +65,10 @@ def answers_interval(
 ) -> Interval:
     """Compute `mean_interval` of a quantity that right and wrong answers make up.
 
-    Where all examples of a label have one value, such as f of a circuit that changes no answer, the
-    spread of the sample is 0 and says nothing of other examples. There the interval is that of a
-    share of right answers that did not change (`paired_share_interval`), times `step`.
+    Where the examples of every label have one value, such as f of a circuit that changes no answer,
+    the spread of the sample is 0 and says nothing of other examples. There the interval is that of
+    a share of right answers that did not change (`paired_share_interval`), times `step`. Where one
+    label alone has one value, the spread of the others makes the interval.
 
     Args:
         values: One value for each example.

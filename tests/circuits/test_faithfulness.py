@@ -201,6 +201,13 @@ def test_the_controls_are_the_recorded_draws_of_the_right_size(tokenizer_folder,
     assert found.provenance.seed == 11
 
 
+def test_the_largest_seed_has_draws_after_it(tokenizer_folder):
+    """Draw i takes seed + i, counted from 0 again after the largest."""
+    view = shared("gpt2", "bridge", tokenizer_folder, torch.float32)
+    found = curve_of(view, seed=2**63 - 1, draws=2)
+    assert found.provenance.seed == 2**63 - 1
+
+
 def test_controls_are_reproducible_from_the_seed(tokenizer_folder):
     view = shared("gpt2", "bridge", tokenizer_folder, torch.float32)
     first, again, other = (curve_of(view, seed=seed) for seed in (5, 5, 6))

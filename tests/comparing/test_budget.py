@@ -2,7 +2,7 @@
 
 A model of 2 layers with 4 heads each. An exact sweep of one example costs 1 + 4 * 3 / 2 = 7 forward
 passes, one with both ends 13, a gradient 2. The estimate costs 2 gradients for every example, and
-7 + 0.6 * 7 passes more for each that it sweeps.
+7 passes more for each that it sweeps, twice for the first two and every fifth of a label.
 """
 
 from __future__ import annotations
@@ -45,12 +45,15 @@ def test_without_a_budget_every_method_scores_all_examples():
 @pytest.mark.parametrize(
     ("budget", "exact", "two_ended", "estimate", "one_pass", "random"),
     [
-        # 3 sweeps of 11.2 are set aside, (91 - 33.6) / 4 scored; (91 - 14 * 4) / 11.2 swept.
-        (91, 13, 7, (14, 3), 24, 24),
-        # All 24 scored for 96, and 104 / 11.2 swept.
-        (200, 24, 15, (24, 9), 24, 24),
-        (45.6, 6, 3, (3, 3), 22, 24),
-        (50.9, 7, 3, (4, 3), 24, 24),
+        # 3 sweeps of 14 are set aside, (91 - 42) / 4 scored; (91 - 12 * 4) / 14 swept.
+        (91, 13, 7, (12, 3), 24, 24),
+        # All 24 scored for 96; of 104, 6 * 14 for two of each label, and 2 * 7.
+        (200, 24, 15, (24, 8), 24, 24),
+        # 6 * 14 for two of each label, 6 * 7 for two more, 14 for the fifth.
+        (96 + 6 * 14 + 6 * 7 + 13.9, 24, 18, (24, 12), 24, 24),
+        (96 + 6 * 14 + 6 * 7 + 14, 24, 18, (24, 13), 24, 24),
+        (54, 7, 4, (3, 3), 24, 24),
+        (58, 8, 4, (4, 3), 24, 24),
         (10_000, 24, 24, (24, 24), 24, 24),
         (math.inf, 24, 24, (24, 24), 24, 24),
     ],
@@ -87,7 +90,7 @@ def test_a_budget_below_one_example_of_each_label_is_refused():
     told = r"budget=38: too small for cdt:two-ended, which needs 39 .* each of 3 labels"
     with pytest.raises(InputError, match=told):
         shares(["exact", "cdt:two-ended", "random"], many(), 38, seed=0, **SHAPE)
-    with pytest.raises(InputError, match=f"too small for {ESTIMATE}, which needs 46 "):
-        check_budget(["exact", ESTIMATE], many(), 45.5, **SHAPE)
-    check_budget(METHODS, many(), 46, **SHAPE)
+    with pytest.raises(InputError, match=f"too small for {ESTIMATE}, which needs 54 "):
+        check_budget(["exact", ESTIMATE], many(), 53.5, **SHAPE)
+    check_budget(METHODS, many(), 54, **SHAPE)
     check_budget(["exact"], many()[:1], 7, **SHAPE)  # Labels without examples cost nothing.

@@ -122,7 +122,7 @@ def test_at_equal_cost_a_method_scores_what_it_pays_for(tmp_path, tokenizer_fold
     compared(tokenizer_folder, names, budget=400, seed=3, say=said.append, **place)
     said.clear()
     whole = compared(tokenizer_folder, names, seed=3, say=said.append, **place)
-    assert whole["estimate:two-ended"].exact == 15  # as `score_heads` sweeps
+    assert whole["estimate:two-ended"].exact == 15  # a sample, whatever the size of the model
     assert [line for line in said if line.startswith("scores: ")] == ["scores: estimate:two-ended"]
 
 
@@ -269,12 +269,16 @@ def test_a_refused_method_keeps_its_row(monkeypatch, tokenizer_folder):
 
 
 def test_without_the_yardstick_there_is_no_comparison(monkeypatch, tokenizer_folder):
-    def score(*_: Any, **__: Any) -> HeadScores:
+    asked = []
+
+    def score(method: str, *_: Any, **__: Any) -> HeadScores:
+        asked.append(method)
         raise NonFiniteError("L3H1 left the finite range")
 
     monkeypatch.setattr(scores_module, "score_by", score)
     with pytest.raises(NonFiniteError, match="yardstick.*L3H1"):
         compared(tokenizer_folder)
+    assert set(asked) == {"exact"}  # No other method runs in vain.
 
 
 def mistakes() -> dict[str, tuple[dict[str, Any], str]]:

@@ -10,16 +10,19 @@ import torch
 from helpers import by_hand
 from helpers.shared import shared
 from helpers.tiny_tasks import examples, many
+from helpers.wrapped import wrap
 
 from cdt_lens.circuits.ablation import circuit_metric
 from cdt_lens.comparing import measured_circuits as module
 from cdt_lens.comparing.measured_circuits import MeasuredCircuits
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.kept import Kept
+from cdt_lens.core.passes import Passes
 from cdt_lens.decomposition.baseline import Baseline, mean_activations, zero_baseline
 from cdt_lens.models.heads import Head, all_heads
 from cdt_lens.models.provenance import model_key
 from cdt_lens.models.view import ModelView
+from cdt_lens.models.weights import named_weights
 
 ONE, TWO = (Head(0, 1),), (Head(0, 2), Head(1, 3))
 
@@ -129,6 +132,30 @@ def test_of_other_data_nothing_is_taken(tokenizer_folder, monkeypatch, tmp_path)
     said.clear()
     measured(view, baseline, path, said=said)
     assert "damaged" in said[0]
+
+
+def test_the_run_that_counts_as_empty_is_the_one_that_is_checked(tokenizer_folder, monkeypatch):
+    """Heads that write nothing explain nothing, but a run without MLPs and input still differs."""
+    view = ModelView(wrap("gpt2", "bridge", tokenizer_folder, torch.float32))
+    with torch.no_grad():
+        for name, weight in named_weights(view).items():
+            if name.endswith(("attn.W_O", "attn.b_O")):
+                weight.zero_()
+    baseline = mean_activations(view, examples(), mlps=True, progress=False)
+    with pytest.raises(InputError, match="nothing to explain"):
+        measured(view, baseline)
+    circuits = measured(view, baseline, empty_run="all")
+    assert abs(circuits.full - circuits.empty) > 0.01
+    assert circuits.curve([(), ONE]) == pytest.approx([1.0, 1.0], abs=1e-5)
+
+    plain, _ = setting(tokenizer_folder)
+    known = mean_activations(plain, examples(), mlps=True, progress=False)
+    every = module.measure_circuits(
+        plain, [all_heads(2, 4)], many(), known, passes=Passes(16, progress=False)
+    ).table[0]
+    monkeypatch.setattr(module, "empty_metric", lambda *_, **__: every + 1e-6)
+    with pytest.raises(InputError, match="nothing to explain"):
+        measured(plain, known, empty_run="all")
 
 
 def test_heads_that_change_nothing_are_refused(tokenizer_folder, monkeypatch):

@@ -50,6 +50,20 @@ def test_heads_without_a_score_are_not_chosen_by_both():
     assert min(head.layer for head in found.heads) == 1
 
 
+@pytest.mark.parametrize("of", ["score", "signal"])
+def test_a_head_that_does_nothing_moves_no_other_in_both(of):
+    """As if it had no number at all: nothing is known of it then either."""
+    known = scores()
+    values = known.values.clone()
+    signal = torch.rand(values.shape, generator=torch.Generator().manual_seed(1)) + 0.1
+    chosen = []
+    for nothing in (0.0, torch.nan):
+        (values if of == "score" else signal)[3, 4] = nothing
+        changed = dataclasses.replace(known, values=values)
+        chosen.append(choose_heads(changed, 9, "signed", "both", signal).heads)
+    assert chosen[0] == chosen[1]
+
+
 def test_heads_are_chosen_by_score_by_signal_or_by_both():
     known = scores()
     signal = torch.rand(known.values.shape, generator=torch.Generator().manual_seed(1)) + 0.1

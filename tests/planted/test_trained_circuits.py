@@ -150,6 +150,12 @@ def test_a_seed_that_never_learns_is_refused(monkeypatch):
         plant_by_training("llama", seed=77)
 
 
+def test_the_largest_seed_plants_too(monkeypatch):
+    monkeypatch.setattr(trained_circuits, "_learn", lambda *_: True)
+    planted = plant_by_training("attention-only", seed=2**63 - 1)
+    assert len(planted.train) == trained_circuits.N_TRAIN
+
+
 def test_an_attempt_that_is_stuck_is_followed_by_another(monkeypatch):
     seeds, learn = [], trained_circuits._learn
 

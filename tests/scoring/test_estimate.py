@@ -24,6 +24,7 @@ from cdt_lens.circuits.reliability import membership, reliability
 from cdt_lens.core.errors import InputError
 from cdt_lens.core.passes import Passes
 from cdt_lens.decomposition.baseline import mean_activations
+from cdt_lens.decomposition.gated_pass import GatedPass
 from cdt_lens.models.heads import all_heads
 from cdt_lens.models.view import ModelView
 from cdt_lens.scoring import estimate, sweep
@@ -117,6 +118,17 @@ def test_it_is_the_first_order_mean_plus_the_mean_correction_of_the_sample(
 def by_label(per_example: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     labels = label_index([example.label for example in data()])
     return per_example.permute(1, 2, 0), labels
+
+
+def test_first_order_scores_at_both_ends_take_no_further_pass(tokenizer_folder, monkeypatch):
+    """The pass at the plain model gives its direction, as `Method.cost` counts."""
+    view = shared("llama", "bridge", tokenizer_folder, torch.float32)
+
+    def further(*_: object) -> None:
+        raise AssertionError("a pass that the cost does not count")
+
+    monkeypatch.setattr(GatedPass, "_plain_logits", further)
+    assert score(view, rules="two-ended", exact=12).cheap is not None
 
 
 def test_a_sample_of_all_prompts_is_the_sweep(tokenizer_folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -83,6 +84,15 @@ def test_references_are_other_prompts_of_the_same_length_whatever_their_label():
     assert float(points.max()) <= 1
     assert_close(points.mean(0), torch.full((4,), 0.5), atol=0.1)
     assert len(points.unique()) == points.numel()
+
+
+def test_a_copy_of_a_prompt_is_no_reference():
+    """Between a prompt and itself is no path: half of the scores of six prompts would be 0."""
+    once = examples((5, 5, 6), ("positive", "negative", "positive"))
+    data = dataclasses.replace(once, items=once.items * 2)
+    draws = drawn(data, 200, 0)
+    partners = [{draw.partners[i] for draw in draws} for i in range(6)]
+    assert partners == [{1, 4}, {0, 3}, {None}] * 2
 
 
 def test_they_come_from_the_seed(tokenizer_folder):

@@ -19,6 +19,7 @@ from torch import Tensor
 from cdt_lens.circuits.head_scores import HeadScores
 from cdt_lens.core.errors import ArtifactError, InputError
 from cdt_lens.decomposition.baseline import Baseline, mean_activations, zero_baseline
+from cdt_lens.decomposition.gated_pass import GatedPass
 from cdt_lens.decomposition.rules import PRESETS, Rules
 from cdt_lens.decomposition.slopes import SLOPES, Slopes
 from cdt_lens.models.heads import Head, all_heads
@@ -231,18 +232,24 @@ def test_a_name_that_is_no_method_is_refused_with_what_is(name, words):
 
 
 @pytest.mark.parametrize(
-    ("name", "backward", "others"),
+    ("name", "backward", "plain", "others"),
     [
-        ("expected-gradients", 5, 5),
-        ("ensemble", 8, 0),
-        ("replay:two-ended", 2, 5),
-        ("gates", 22, 1),
+        ("one-pass:two-ended", 2, 0, 0),
+        ("integrated-gradients", 5, 1, 0),
+        ("expected-gradients", 5, 1, 5),
+        ("ensemble", 8, 1, 0),
+        ("replay:two-ended", 2, 1, 4),
+        ("gates", 22, 0, 1),
     ],
 )
-def test_a_cost_has_two_passes_for_each_gradient(name, backward, others, tokenizer_folder):
-    """The forward passes that record a gradient are counted; the others are given."""
+def test_a_cost_has_two_passes_for_each_gradient(
+    name, backward, plain, others, tokenizer_folder, monkeypatch
+):
+    """Passes with a gradient and those of the plain model are counted; other passes are given."""
     view, data = shared("llama", "bridge", tokenizer_folder, torch.float32), examples()[:1]
-    baseline, modes = zero_baseline(view, data), []
+    baseline, modes, plains = zero_baseline(view, data), [], []
+    true = GatedPass._plain_logits
+    monkeypatch.setattr(GatedPass, "_plain_logits", lambda *a: plains.append(a) or true(*a))
     handle = view.blocks[0].register_forward_pre_hook(
         lambda *_: modes.append(torch.is_grad_enabled())
     )
@@ -250,8 +257,8 @@ def test_a_cost_has_two_passes_for_each_gradient(name, backward, others, tokeniz
         score_by(name, view, data, baseline, progress=False)
     finally:
         handle.remove()
-    assert sum(modes) == backward
-    assert METHODS[name].cost(view.n_layers, view.n_heads) == 2 * backward + others
+    assert (sum(modes), len(plains)) == (backward, plain)
+    assert METHODS[name].cost(view.n_layers, view.n_heads) == 2 * backward + plain + others
 
 
 def test_random_scores_come_from_the_seed(tokenizer_folder):
