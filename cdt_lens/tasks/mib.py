@@ -312,7 +312,7 @@ def _tables(
     if revision is not None:
         raise InputError(f"task {name!r} is read from a folder: revision does not apply")
     own = repo.rpartition("/")[2]
-    bases = [Path(folder, own), Path(folder, name), Path(folder)]
+    bases = [Path(folder, own), Path(folder, name, own), Path(folder, name), Path(folder)]
     base = next((place for place in bases if place.is_dir()), None)
     if base is None:
         raise InputError(
@@ -320,7 +320,36 @@ def _tables(
         )
     # A configuration is a folder of the data set, as on the hub.
     inside = config if config is not None and (base / config).is_dir() else None
+    if inside is None:
+        _check_alone(base, name, source)
     return hub_tables(str(base), None, columns=columns, revision=None, data_dir=inside, **options)
+
+
+def _check_alone(base: Path, name: str, source: tuple[str, str | None]) -> None:
+    """Check a folder that `datasets` reads whole, with the folders in it.
+
+    Raises:
+        InputError: it is or holds the folder of another data set or configuration, or it has no
+            files of the configuration.
+    """
+    repo, config = source
+    own = repo.rpartition("/")[2]
+    known: set[str | None] = set(MIB_TASKS)
+    for task in MIB_TASKS.values():
+        for other, part in task.sources.values():
+            known |= {other.rpartition("/")[2], part}
+    names = {base.resolve().name, *(each.name for each in base.iterdir() if each.is_dir())}
+    got = display.few(sorted(names & known - {name, own, config}), 4)
+    if not got and config is not None:
+        files = [*base.glob("*.parquet"), *base.glob("*.json*")]
+        got = "" if files else "no parquet or JSON files"
+    if got:
+        wanted = config or own
+        asked = repo if config is None else f"{repo}/{config}"
+        raise InputError(
+            f"task {name!r}, folder {base}: expected a folder {wanted}, or only files of {asked}, "
+            f"got {got}. Put the files of {asked} into {base / wanted}, or give their own folder."
+        )
 
 
 def _field(row: Row, place: str, *path: str) -> Any:

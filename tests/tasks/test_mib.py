@@ -221,6 +221,53 @@ def test_choices(name, config, folder, tmp_path, tokenizer):
     assert len(task.valid) == 1 and not len(task.test)
 
 
+@pytest.mark.parametrize("folder", ["copycolors_mcqa", "mib-mcqa/copycolors_mcqa", "mib-mcqa", "."])
+def test_the_asked_folder_is_read_among_others(folder, tmp_path, tokenizer):
+    own, others = choices("pink", 2), [choices("black", 0)]
+    for config in ("2_answer_choices", "3_answer_choices"):
+        write(tmp_path / folder / config, "jsonl", train=others)
+    write(tmp_path / folder / "4_answer_choices", "jsonl", train=[own])
+    write(tmp_path / "arc_easy", "jsonl", train=others)
+    for config in (None, "4_answer_choices"):
+        task = load_task("mib-mcqa", config, tokenizer=tokenizer, folder=tmp_path)
+        assert [item.prompt for item in task.train] == [own["prompt"]]
+
+
+# The asked task and configuration, the folder with rows, the folder that is given, what is named.
+OTHERS: dict[str, tuple[str, str | None, str, str, str]] = {
+    "a data set": ("mib-arc", "challenge", "arc_easy", ".", r"arc_challenge.*got arc_easy"),
+    "that itself": ("mib-arc", "challenge", "arc_easy", "arc_easy", r"arc_challenge.*got arc_easy"),
+    "in the task's": ("mib-arc", "easy", "mib-arc/arc_challenge", ".", "got arc_challenge"),
+    "a task": ("mib-ioi", None, "mib-arc", ".", "folder ioi.*got mib-arc"),
+    "choices": (
+        "mib-mcqa", "4_answer_choices", "copycolors_mcqa/2_answer_choices", ".",
+        r"folder 4_answer_choices.*got 2_answer_choices",
+    ),
+    "default choices": (
+        "mib-mcqa", None, "copycolors_mcqa/2_answer_choices", ".", "got 2_answer_choices"
+    ),
+    "choices themselves": (
+        "mib-mcqa", None, "2_answer_choices", "2_answer_choices", "got 2_answer_choices"
+    ),
+    "choices of another name": (
+        "mib-mcqa", "4_answer_choices", "copycolors_mcqa/two", ".", "got no parquet or JSON files"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_rows_of_another_data_set_are_refused(kind, tmp_path, tokenizer):
+    name, config, place, folder, said = OTHERS[kind]
+    write(tmp_path / place, "jsonl", train=IOI if name == "mib-ioi" else [choices("pink", 2)])
+    with pytest.raises(InputError, match=rf"task '{name}', folder .*{said}.*Put the files"):
+        load_task(name, config, tokenizer=tokenizer, folder=tmp_path / folder)
+
+
+def test_choices_in_the_folder_of_the_data_set(tmp_path, tokenizer):
+    write(tmp_path / "copycolors_mcqa", "json", train=[choices("pink", 2)])
+    assert len(load_task("mib-mcqa", tokenizer=tokenizer, folder=tmp_path).train) == 1
+
+
 MISTAKES: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "no metadata": (
         lambda: {**IOI[0], "metadata": {"subject": "John"}},

@@ -30,12 +30,15 @@
     white: "#171c23",
   };
 
+  // A label or a title may be named like a colour: what is read stays.
   function themed(value) {
+    const read = (key, part) => key === "values" || key === "domain"
+      || (["text", "title", "subtitle"].includes(key) && [part].flat().every((line) => typeof line === "string"));
     if (typeof value === "string") return dark.matches ? night[value] || value : value;
     if (Array.isArray(value)) return value.map(themed);
     if (value === null || typeof value !== "object") return value;
     return Object.fromEntries(
-      Object.entries(value).map(([key, part]) => [key, key === "values" ? part : themed(part)]));
+      Object.entries(value).map(([key, part]) => [key, read(key, part) ? part : themed(part)]));
   }
 
   function wrapped(lines, width) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -285,13 +286,56 @@ def test_the_rows_whose_answer_changed_are_filtered(run: Path, browser: Browser,
     assert browser.complaints() == []
 
 
+@contextmanager
+def coloured(browser: Browser, scheme: str) -> Iterator[None]:
+    """The page as a person with this colour scheme has it."""
+
+    def media(*features: dict[str, str]) -> None:
+        browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    media({"name": "prefers-color-scheme", "value": scheme})
+    try:
+        yield
+    finally:
+        media()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_labels_named_like_a_colour_keep_their_dots(browser: Browser, scheme: str, tmp_path: Path):
+    scores = sample.scores()
+    named = dict(
+        zip(sorted(set(scores.example_labels)), ("white", "#ffffff", "black"), strict=True)
+    )
+    scores = replace(scores, example_labels=tuple(named[each] for each in scores.example_labels))
+    render_report(scores, path=tmp_path / "report.html", title="A run")
+    with coloured(browser, scheme):
+        browser.open(tmp_path / "report.html")
+        show(browser, "#explore-effects", ".mark-symbol path")
+        places = (
+            "return [...document.querySelectorAll('#explore-effects ' + arguments[0])].map(e => "
+            "[e.getAttribute('aria-label') || e.textContent, e.getBoundingClientRect()])"
+            ".map(([words, box]) => [words, (box.top + box.bottom) / 2])"
+        )
+        dots = browser.run(places, ".mark-symbol path")
+        rows = dict(browser.run(places, ".role-axis-label text"))
+        show(browser, "#explore-map", "stop")
+        shades = browser.run(
+            "return [...document.querySelectorAll('#explore-map stop')]"
+            ".map(stop => stop.getAttribute('stop-color'))"
+        )
+    assert set(named.values()) <= set(rows)
+    for words, place in dots:
+        label = re.search(r"gold label: ([^;]+);", words)[1]
+        assert abs(place - rows[label]) < 22, f"{words}: not in its row, which is 44 pixels high"
+    # The colours of a scale are those of the scheme.
+    assert shades[-1] == {"light": "rgb(33, 102, 172)", "dark": "rgb(116, 180, 242)"}[scheme]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_serious_fault(run: Path, browser: Browser, scheme: str):
     axe = pytest.importorskip("axe_core_python.base")
     source = (Path(axe.__file__).parent / "axe.min.js").read_text("utf-8")
-    media = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
-    try:
+    with coloured(browser, scheme):
         opened(run, browser)
         browser.run("document.querySelectorAll('details').forEach(d => { d.open = true; })")
         for index in range(
@@ -309,8 +353,6 @@ def test_axe_finds_no_serious_fault(run: Path, browser: Browser, scheme: str):
             "const done = arguments[0]; axe.run({exclude: [['.drawing svg']]}).then(r => done(r.violations.map(v => "
             "[v.impact, v.id, v.nodes.slice(0, 3).map(n => n.html.slice(0, 200))])))"
         )
-    finally:
-        browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     assert [fault for fault in found if fault[0] in ("serious", "critical")] == []
 
 
