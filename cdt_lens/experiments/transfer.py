@@ -51,6 +51,7 @@ from cdt_lens.experiments.runs import (
     discovered_on,
     keep_settings,
     kept_settings,
+    scored,
 )
 from cdt_lens.experiments.scope_choices import choices, fix_rules
 from cdt_lens.experiments.transfer_cells import CHECKPOINT, Cells
@@ -374,7 +375,14 @@ class Transfer:
             raise InputError(
                 f"[discovery]: k={k}: the model has {heads} heads; choose at most as many"
             )
-        self._without_apart(tasks[self.config.task.source])  # refuses to set aside all of them
+        source = tasks[self.config.task.source]
+        self._without_apart(source)  # refuses to set aside all of them
+        # What is drawn later must hold every label.
+        settings = self.config.settings(self.config.task.source)
+        scored(settings, apart(settings, source))
+        judged_on(source, "valid", self.config.discovery.faithfulness_examples, settings.seed)
+        for target, seed in product(self.config.task.targets, self.config.transfer.seeds):
+            with_train(tasks[target], self.config.transfer.examples, seed)
 
     def _make_proxy(self, model: nn.Module, task: Task, kept: Kept) -> None:
         config = self.config

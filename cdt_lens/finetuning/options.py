@@ -55,7 +55,8 @@ class TrainingOptions(Checked):
         eval_batch_size: Number of validation examples per forward pass.
         learning_rate: Peak learning rate; None takes the default of the scope.
         weight_decay: Weight decay of weight matrices; norms and biases have none.
-        warmup: Share of all steps in which the learning rate rises, 0 to 1.
+        warmup: Share of all steps in which the learning rate rises, 0 to 1. The schedule "constant"
+            has none.
         schedule: Learning rate schedule, a name of transformers' `get_scheduler`.
         clip: Maximum norm of the gradients of what is trained; 0 does not clip.
         loss: Cross-entropy over the label tokens, or over the whole vocabulary.
@@ -66,7 +67,8 @@ class TrainingOptions(Checked):
             untouched model's accuracy on the source's validation split. Where none does, the
             untouched values are kept. None asks for none.
         norms: Which norms the head scopes train: all, those of the circuit's layers, or none.
-        biases: Whether the head scopes train the heads' b_Q, b_K and b_V, which a LoRA cannot hold.
+        biases: Whether the head scopes train the heads' b_Q, b_K and b_V and the channels' b_in,
+            which a LoRA cannot hold.
         channels: Number of MLP channels of every layer that the head scopes train as well.
         channel_choice: Whether these are drawn at random or have the largest weights
             (`slices.channel_slices`).

@@ -367,10 +367,13 @@ def disagreements_table(result: TransferResult, of: str, most: int = 200) -> Tab
         right = {scope: _right_of_rows(result, target, scope) for scope in result.scopes}
         texts = result.test_rows.get(target, ())
         for other, values in right.items():
-            if other == of or values is None or right[of] is None:
+            shared = sorted(values.keys() & right[of].keys())
+            if other == of or not shared:
                 continue
-            for row in np.flatnonzero(values != right[of]).tolist():
-                ours, theirs = right[of][row], values[row]
+            # Another seed has other answers, whatever the scope.
+            own, its = (np.mean([each[s] for s in shared], axis=0) for each in (right[of], values))
+            for row in np.flatnonzero(own != its).tolist():
+                ours, theirs = own[row], its[row]
                 verdict = f"{of} better" if ours > theirs else f"{other} better"
                 shares = f"{ours:.0%}", f"{theirs:.0%}"
                 text = texts[row] if row < len(texts) else (f"example {row + 1}", "n/a")
@@ -380,18 +383,18 @@ def disagreements_table(result: TransferResult, of: str, most: int = 200) -> Tab
         "target", "text", "gold label", "compared with", f"{of} right", "other right", "verdict",
     ]  # fmt: skip
     caption = (
-        "Test examples whose answer depends on the scope, with the share of seeds that give the "
-        f"right answer; {min(most, len(gaps))} of {len(gaps)}"
+        "Test examples whose answer depends on the scope, with the share of the seeds of both that "
+        f"give the right answer; {min(most, len(gaps))} of {len(gaps)}"
     )
     rows = [row for _, row in gaps[:most]]
     return Table(headings, rows, caption, sentences=True) if gaps else None
 
 
-def _right_of_rows(result: TransferResult, target: str, scope: str) -> Any:
-    """Return the share of seeds that answer each test row rightly; None if it is not known."""
-    names = (f"right|{target}|{scope}|{seed}" for seed in result.seeds)
-    known = [result.per_example[name].numpy() for name in names if name in result.per_example]
-    return np.mean(known, axis=0) if known else None
+def _right_of_rows(result: TransferResult, target: str, scope: str) -> dict[int, Any]:
+    """Return by seed which test rows are answered rightly, as far as it is known."""
+    names = {seed: f"right|{target}|{scope}|{seed}" for seed in result.seeds}
+    known = result.per_example
+    return {seed: known[name].numpy() for seed, name in names.items() if name in known}
 
 
 def settings_table(entries: Mapping[str, Any], *, caption: str) -> Table:

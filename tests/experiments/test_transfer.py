@@ -546,6 +546,25 @@ def test_prompts_past_the_context_are_refused_before_anything_is_trained(
     assert not told and not (own / "run" / "proxy").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"discovery": {"faithfulness_examples": 1}}, "cannot draw 1 examples balanced over 3"),
+        ({"discovery": {"examples": 1}}, "cannot draw 1 examples balanced over 3"),
+        ({"discovery": {"apart": 1}}, "no example has the label"),
+        ({"transfer": {"examples": 1}}, "none of 1 examples drawn with seed 0 has the label"),
+    ],
+)
+def test_too_few_examples_of_a_later_stage_are_refused_before_anything_is_trained(
+    own: Path, changes: dict[str, Any], words: str
+):
+    told: list[str] = []
+    both = {name: FEW.get(name, {}) | changes.get(name, {}) for name in {*FEW, *changes}}
+    with pytest.raises(InputError, match=words):
+        stages(settings(own, **both), own / "run", told.append)
+    assert not told and not (own / "run" / "proxy").exists()
+
+
 def test_an_interrupted_cell_starts_over_with_other_settings_and_else_goes_on(
     own: Path, monkeypatch
 ):

@@ -277,6 +277,18 @@ def test_a_checkpoint_serves_other_sizes_of_the_sample(tmp_path: Path, tokenizer
     assert_same_bits(score(view, exact=15, checkpoint=kept).values, score(view, exact=15).values)
 
 
+def test_rows_of_later_rounds_do_not_end_an_earlier_one(tmp_path: Path, tokenizer_folder):
+    """They are in the checkpoint, and not in the scores that are returned."""
+    view, kept = shared("llama", "bridge", tokenizer_folder, torch.float32), tmp_path / "kept.json"
+    score(view, exact=27, checkpoint=kept)
+    options: dict[str, Any] = {"precision": 5.0, "batch_size": 6}
+    fresh, found = score(view, **options), score(view, checkpoint=kept, **options)
+    swept = int((~torch.isnan(fresh.corrections[0][:, 0, 0])).sum())
+    assert 6 < swept < 27
+    assert_same_bits(found.corrections[0].isnan(), fresh.corrections[0].isnan())
+    assert_close(found.values, fresh.values, atol=1e-5)
+
+
 # The default -----------------------------------------------------------------------------------------
 
 

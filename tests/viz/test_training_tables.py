@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from helpers import sample_results as sample
 from scipy.stats import binomtest
 
@@ -227,3 +228,21 @@ def test_every_header_cell_has_a_scope_and_a_group_spans_its_rows():
     assert all(header.get("scope") for header in root.iter("th"))
     spans = [header.get("rowspan") for header in root.iter("th") if header.get("rowspan")]
     assert spans == ["7", "7", "7"]
+
+
+def test_answers_are_compared_over_the_seeds_of_both_scopes():
+    """Seed 1 of one scope is missing, as in a run that is not finished."""
+    known = sample.transfer(("acehnese",), ("decision", "full"), (0, 1), per_example=True)
+    right = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    answers = {
+        "right|acehnese|decision|0": right, "right|acehnese|decision|1": 1 - right,
+        "right|acehnese|full|0": right,
+    }  # fmt: skip
+    cut = replace(known, per_example=answers)
+    assert tables.disagreements_table(cut, "decision") is None
+    other = answers | {"right|acehnese|full|1": right}
+    found = tables.disagreements_table(replace(known, per_example=other), "decision")
+    assert found is not None
+    assert [row[-3:] for row in found.rows] == [
+        ["50%", f"{100 * right[n]:.0f}%", f"{('full', 'decision')[n % 2]} better"] for n in range(4)
+    ]
