@@ -21,7 +21,6 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +61,7 @@ from cdt_lens.finetuning.result import FineTuneResult
 from cdt_lens.finetuning.score import Score
 from cdt_lens.finetuning.tracking import check_trackers, tracked
 from cdt_lens.finetuning.trainer import best_without_floor, rank_of
+from cdt_lens.models.hugging_face import load_tokenizer, third_party_noise_off
 from cdt_lens.models.provenance import provenance_of
 from cdt_lens.models.view import view_of
 from cdt_lens.tasks.evaluate import Evaluation, evaluate
@@ -71,8 +71,8 @@ from cdt_lens.tasks.intervals import (
     ratio_effects,
     share_interval,
 )
-from cdt_lens.tasks.prompts import template_columns
-from cdt_lens.tasks.rows import SPLITS, Table, column_of, composed, no_column, read_table
+from cdt_lens.tasks.prompts import PromptFormat, template_columns
+from cdt_lens.tasks.rows import SPLITS, Table, column_of, composed, read_table
 from cdt_lens.tasks.task import Task, drawn
 from cdt_lens.tasks.text_loss import text_losses
 from cdt_lens.viz.report.report import render_report
@@ -124,10 +124,12 @@ def run_adapt(
     """
     folder = check_run_folder(folder, "transfer.json", ROWS)
     check_trackers(**tracked(log_with, folder, "proxy"))
-    tables = {
-        SOURCE: _tables(settings, settings.source, SOURCE),
-        TARGET: _tables(settings, settings.target, TARGET),
+    format = _format(settings, folder)
+    given = {
+        SOURCE: _read_rows(settings.source, SOURCE, format),
+        TARGET: _read_rows(settings.target, TARGET, format),
     }
+    tables = {language: _tables(settings, own, language) for language, own in given.items()}
     _check_labels(settings, tables)
     with locked(folder):
         kept = _finished(settings, folder, tables)
@@ -170,22 +172,43 @@ def _finished(
 # ---------------------------------------------------------------------- rows
 
 
-def _tables(settings: AdaptSettings, paths: Mapping[str, str], language: str) -> dict[str, Table]:
-    """Return the rows of each split of a language, divided where there is no file."""
+def _format(settings: AdaptSettings, folder: Path) -> PromptFormat:
+    """Return how rows become prompts."""
+    with third_party_noise_off():
+        try:
+            tokenizer = load_tokenizer(settings.model)
+        except InputError:
+            # A finished run can be reported without its base model.
+            kept = [folder / name for name in ("proxy", "model") if (folder / name).exists()]
+            if not kept:
+                raise
+            tokenizer = load_tokenizer(kept[0])
+    return PromptFormat(tokenizer, settings.template, settings.verbalizer, settings.label_column)
+
+
+def _read_rows(paths: Mapping[str, str], language: str, format: PromptFormat) -> dict[str, Table]:
+    """Read the files of a language and check every row, while its place is that in the file."""
     if "train" not in paths:
         raise InputError(f"{language}: expected a file of rows to train on")
     tables = {split: read_table(path) for split, path in paths.items()}
+    for table in tables.values():
+        table.check_columns((*format.row_columns, *format.label_columns), format.labels)
+        for row, place in zip(table.rows, table.places, strict=True):
+            format.check_row(row, place)
+        format.unlabelled(table.rows, table.places)  # checks the length of the prompts
+    return tables
+
+
+def _tables(settings: AdaptSettings, given: Mapping[str, Table], language: str) -> dict[str, Table]:
+    """Return the rows of each split of a language, divided where there is no file."""
+    tables = dict(given)
     columns = [settings.label_column, *template_columns(settings.template)]
-    for table, column in product(tables.values(), columns):
-        header = list(table.rows[0]) if table.rows else []
-        if column_of(header, column) is None:
-            raise InputError(f"{table.header}: {no_column(column, header)}")
     if not {"test", "valid"} <= set(tables):
         _check_enough(settings, tables["train"], language)
     share = settings.set_aside
     for split in ("test", "valid"):
         if split not in tables:
-            tables |= _divided(settings, tables["train"], split, share)
+            tables |= _divided(settings, tables["train"], split, share, language)
             share /= 1 - share  # As many rows again, of those that are left.
     tables["valid"] = _apart(tables, "valid", ("test",), columns, language)
     tables["train"] = _apart(tables, "train", ("valid", "test"), columns, language)
@@ -194,7 +217,7 @@ def _tables(settings: AdaptSettings, paths: Mapping[str, str], language: str) ->
 
 def _label(settings: AdaptSettings, row: Mapping[str, object]) -> str:
     column = column_of(row, settings.label_column)
-    return composed(str(row[column])).strip() if column is not None else ""
+    return composed(str(row[column])) if column is not None else ""
 
 
 def _check_enough(settings: AdaptSettings, table: Table, language: str) -> None:
@@ -207,7 +230,9 @@ def _check_enough(settings: AdaptSettings, table: Table, language: str) -> None:
         )
 
 
-def _divided(settings: AdaptSettings, table: Table, split: str, share: float) -> dict[str, Table]:
+def _divided(
+    settings: AdaptSettings, table: Table, split: str, share: float, language: str
+) -> dict[str, Table]:
     """Set aside a share of the rows of each label."""
     labels = [_label(settings, row) for row in table.rows]
     generator = random.Random(f"{settings.seed}/{split}")
@@ -215,6 +240,11 @@ def _divided(settings: AdaptSettings, table: Table, split: str, share: float) ->
     for label in sorted(set(labels)):
         own = [i for i, found in enumerate(labels) if found == label]
         n = max(2, round(share * len(own)))
+        if n >= len(own):
+            raise InputError(
+                f"{language}: set_aside={settings.set_aside:g} leaves no row with the label "
+                f"{label!r} to train on; set aside a smaller share, or give more rows"
+            )
         chosen |= set(generator.sample(own, n))
     rest = [i for i in range(len(labels)) if i not in chosen]
     return {"train": table.pick(rest), split: table.pick(sorted(chosen))}
@@ -282,12 +312,16 @@ def _check_labels(settings: AdaptSettings, tables: Mapping[str, Mapping[str, Tab
 def _row_files(tables: Mapping[str, Mapping[str, Table]], folder: Path) -> dict[Path, str]:
     """Return the rows of each split as text by file, from which the run reads and resumes.
 
-    Cells are written as they are: numbers keep their form, and line breaks are quoted.
+    Cells are written as they are: numbers keep their form, and line breaks are quoted. Half a
+    character, which only a column that no prompt reads may hold, becomes a question mark.
     """
     return {
         folder / ROWS / language / f"{split}.csv": pd.DataFrame(
             [dict(row) for row in table.rows], dtype=object
-        ).to_csv(index=False, quoting=csv.QUOTE_ALL)
+        )
+        .to_csv(index=False, quoting=csv.QUOTE_ALL)
+        .encode(errors="replace")
+        .decode()
         for language, splits in tables.items()
         for split, table in splits.items()
     }

@@ -425,6 +425,16 @@ def test_a_run_that_forgets_too_much_is_tried_at_a_lower_rate_at_once(
     assert found["learning_rate"].tolist() == pytest.approx([usual, 0.3 * usual, 3 * usual])
 
 
+def tables_of(given: AdaptSettings) -> dict[str, adapting.Table]:
+    files = {split: adapting.read_table(path) for split, path in given.target.items()}
+    return adapting._tables(given, files, "target")
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    return str(path)
+
+
 def changed_rows(path: Path, rows: list[Mapping[str, str]]) -> str:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -437,6 +447,7 @@ def test_what_cannot_be_learnt_is_refused_before_anything_runs(place: Path, tmp_
     rows = rows_of(place / "target.csv")
     one = changed_rows(tmp_path / "one.csv", [{**row, "label": "good"} for row in rows])
     few = changed_rows(tmp_path / "few.csv", rows[:12])
+    words = VERBALIZER | {"awful": " w13"}
     new = changed_rows(tmp_path / "new.csv", [*rows, *({**r, "label": "awful"} for r in rows[:20])])
     cases = {
         one: "target: the train rows have one label \\('good'\\)",
@@ -447,9 +458,10 @@ def test_what_cannot_be_learnt_is_refused_before_anything_runs(place: Path, tmp_
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CdtLensWarning)
             with pytest.raises(InputError, match=told):
-                run_adapt(settings(place, target={"train": path}), tmp_path / "none", quiet)
+                given = settings(place, verbalizer=words, target={"train": path})
+                run_adapt(given, tmp_path / "none", quiet)
     least = changed_rows(tmp_path / "least.csv", rows[:30])
-    tables = adapting._tables(settings(place), {"train": least}, "target")
+    tables = tables_of(settings(place, target={"train": least}))
     assert {split: len(table.rows) for split, table in tables.items()} == {
         "train": 18, "valid": 6, "test": 6,
     }  # fmt: skip
@@ -458,12 +470,107 @@ def test_what_cannot_be_learnt_is_refused_before_anything_runs(place: Path, tmp_
         run_adapt(settings(place, label_column="lable"), tmp_path / "none", quiet)
 
 
+@pytest.mark.parametrize(("language", "split"), [("target", "train"), ("source", "valid")])
+@pytest.mark.parametrize(
+    ("cells", "told"),
+    [
+        ({"text": ["w20", "w30"]}, ", column 'text': expected text, got list ['w20', 'w30']"),
+        ({"text": "w20 \ud83d"}, ", column 'text', character 5: half of a character"),
+        ({"text": " "}, ", column 'text': empty"),
+        ({"text": "w20 </s>"}, ", column 'text': the text holds '</s>'"),
+        ({"text": "w20 " * 30}, ": the prompt has 32 tokens, the limit is 31"),
+        ({"label": "good "}, ", column 'label': unknown label 'good '"),
+        ({"label": "Good"}, ", column 'label': unknown label 'Good'"),
+        ({"label": None}, ", column 'label': empty"),
+        ({"label": ["good"]}, ", column 'label': expected text, got list ['good']"),
+    ],
+)
+def test_a_wrong_cell_is_told_at_its_line_in_the_users_file(
+    cells: dict[str, Any], told: str, language: str, split: str, place: Path, tmp_path: Path
+):
+    tokenizer = AutoTokenizer.from_pretrained(place / "tiny", model_max_length=31)
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    shutil.copy(place / "tiny" / "config.json", tmp_path / "tiny")
+    rows: list[dict[str, Any]] = [*rows_of(place / "target.csv")]
+    rows[2] |= cells
+    path = jsonl(tmp_path / "rows.jsonl", rows)
+    files = {"train": str(place / "source.csv"), split: path}
+    given = settings(place, model=str(tmp_path / "tiny"), **{language: files})
+    with pytest.raises(InputError, match=re.escape(f"{path}, line 3{told}")):
+        run_adapt(given, tmp_path / "run", quiet, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("rows.jsonl", '{"txt": "w20", "label": "good"}', ", line 1: no column 'text'"),
+        (
+            "rows.csv", "text;label\nw20;good",
+            ", line 1 (the header): no column 'text'; the columns are 'text;label'. The cells seem "
+            "to be separated by semicolons.",
+        ),
+    ],
+)  # fmt: skip
+def test_a_wrong_column_is_told_as_for_every_file(
+    name: str, content: str, told: str, place: Path, tmp_path: Path
+):
+    (tmp_path / name).write_text(content, "utf-8")
+    given = settings(place, target={"train": str(tmp_path / name)})
+    with pytest.raises(InputError, match=f"^{re.escape(f'{tmp_path / name}{told}')}"):
+        run_adapt(given, tmp_path / "run", quiet, progress=False)
+
+
+def test_a_share_that_leaves_no_row_to_train_on_is_refused(place: Path, tmp_path: Path):
+    least = changed_rows(tmp_path / "least.csv", rows_of(place / "target.csv")[:30])
+    told = "target: set_aside=0.49 leaves no row with the label 'bad' to train on"
+    with pytest.raises(InputError, match=told):
+        tables_of(settings(place, target={"train": least}, set_aside=0.49))
+    one_left = tables_of(settings(place, target={"train": least}, set_aside=0.45))
+    assert len(one_left["train"].rows) == len(VERBALIZER)
+    given = settings(
+        place, target={"train": least, "valid": least, "test": str(place / "source.csv")}
+    )
+    with (
+        pytest.raises(InputError, match="target: all rows to train on are also in the other files"),
+        pytest.warns(CdtLensWarning, match="30 of 30 rows to train on"),
+    ):
+        tables_of(given)
+
+
+def test_half_a_character_in_a_column_that_no_prompt_reads(place: Path, tmp_path: Path):
+    rows = [{**row, "annotator": "\ud83d"} for row in rows_of(place / "target.csv")]
+    given = settings(place, target={"train": jsonl(tmp_path / "rows.jsonl", rows)})
+    adapting._write_rows({"target": tables_of(given)}, tmp_path)
+    written = rows_of(tmp_path / "rows" / "target" / "train.csv")
+    assert {row["annotator"] for row in written} == {"?"}
+
+
+def test_a_finished_run_needs_no_base_model(
+    adapted: tuple[AdaptResult, Path], place: Path, monkeypatch
+):
+    _, out = adapted
+    true = adapting.load_tokenizer
+
+    def gone(source: str | Path) -> Any:
+        if source == str(place / "tiny"):
+            raise InputError("no such model")
+        return true(source)
+
+    monkeypatch.setattr(adapting, "load_tokenizer", gone)
+    said: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CdtLensWarning)
+        run_adapt(settings(place), out, said.append, progress=False)
+    assert said == [f"{out}: using the kept result; the test rows are not read again"]
+
+
 def test_rows_that_are_judged_on_are_not_learnt(place: Path, tmp_path: Path):
     rows = rows_of(place / "target.csv")
     test = changed_rows(tmp_path / "test.csv", [*rows[:6], *rows_of(place / "source.csv")[:6]])
     given = settings(place, target={"train": str(place / "target.csv"), "test": test})
     with pytest.warns(CdtLensWarning) as caught:
-        tables = adapting._tables(given, given.target, "target")
+        tables = tables_of(given)
         adapting._check_labels(given, {"source": tables, "target": tables})
     told = [str(warning.message) for warning in caught]
     n = sum(row in rows[:6] for row in rows if row not in tables["valid"].rows)
@@ -485,7 +592,7 @@ def test_rows_are_the_same_by_prompt_and_label_whatever_the_other_columns(
         paths[name] = changed_rows(tmp_path / f"{name}.csv", numbered)
     given = settings(place, target=paths)
     with pytest.warns(CdtLensWarning) as caught:
-        tables = adapting._tables(given, given.target, "target")
+        tables = tables_of(given)
     told = [str(warning.message) for warning in caught]
     assert "6 of 12 validation rows are also in the test rows" in told[0]
     assert "6 of 48 rows to train on are also in the validation rows or test rows" in told[1]
@@ -505,7 +612,7 @@ def test_the_divided_rows_are_those_of_the_file(place: Path, tmp_path: Path):
     given = settings(
         place, template="{text} {stars} w3", target={"train": str(tmp_path / "rows.jsonl")}
     )
-    tables = adapting._tables(given, given.target, "target")
+    tables = tables_of(given)
     files = adapting._row_files({"target": tables}, tmp_path)
     adapting._write_rows({"target": tables}, tmp_path)
     for path in files:
