@@ -53,14 +53,15 @@ class AdaptResult(Saved):
             and after, and the change, with 95 % intervals.
         trials: one row for each training of the search, with the epoch that was best on validation
             examples.
-        texts: one row for the target and one for the source: the loss of the language model on the
-            text of test prompts (`tasks.text_loss`), before and after. Without rows in files of
-            version 0.5.0 and older.
         changes: the test examples whose answer changed: text, gold label, answer before and after.
         nothing_learnt: a sentence that says why nothing was learnt, or "".
         exported: folder of the adapted model, relative to the run directory; "" where nothing was
             learnt.
         settings: the settings.
+        texts: one row for the target and one for the source: the loss of the language model on the
+            text of test prompts (`tasks.text_loss`) before and after, and the change, in nats a
+            token, with its 95 % interval over prompts. Less is better. Without rows in files that
+            were written before it was measured.
         provenance: origin of the result, or None.
     """
 
