@@ -65,15 +65,17 @@ def _untouched(result: Any, target: str) -> list[list[str]]:
 
 
 def _cells_of(run: dict[str, Any]) -> list[str]:
+    from cdt_lens.viz.words import number, percent, score
+
     def spread(name: str) -> str:
         std = run[f"{name}_std"]
-        return f"{run[name]:.3f}" + ("" if std != std else f" ±{std:.3f}")
+        return score(run[name]) + ("" if std != std else f" ±{score(std)}")
 
     low = run["accuracy_low"]
     return [
         run["target"], run["scope"], _seeds(run), spread("accuracy"),
         "" if low != low else f"{low:.2f} to {run['accuracy_high']:.2f}", spread("macro_f1"),
-        spread("retention"), f"{run['share']:.2%}", f"{run['seconds']:.0f}",
+        spread("retention"), percent(run["share"]), number(run["seconds"], ".0f"),
     ]  # fmt: skip
 
 

@@ -72,7 +72,7 @@ from cdt_lens.tasks.intervals import (
     share_interval,
 )
 from cdt_lens.tasks.prompts import PromptFormat, template_columns
-from cdt_lens.tasks.rows import SPLITS, Table, column_of, composed, read_table
+from cdt_lens.tasks.rows import SPLITS, Table, check_paths, column_of, composed, read_table
 from cdt_lens.tasks.task import Task, drawn
 from cdt_lens.tasks.text_loss import text_losses
 from cdt_lens.viz.report.report import render_report
@@ -188,6 +188,7 @@ def _format(settings: AdaptSettings, folder: Path) -> PromptFormat:
 
 def _read_rows(paths: Mapping[str, str], language: str, format: PromptFormat) -> dict[str, Table]:
     """Read the files of a language and check every row, while its place is that in the file."""
+    check_paths(paths, language)
     if "train" not in paths:
         raise InputError(f"{language}: expected a file of rows to train on")
     tables = {split: read_table(path) for split, path in paths.items()}

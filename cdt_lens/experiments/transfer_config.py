@@ -17,7 +17,9 @@ targets = ["indonesian", "javanese"]
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -327,8 +329,10 @@ class TransferConfig(ModelSettings):
         """
         task = self.task
         if task.name == "files" and language not in task.files:
+            bare = re.fullmatch(r"[\w-]+", language, re.ASCII)
+            key = language if bare else json.dumps(language, ensure_ascii=False)
             raise InputError(
-                f"task files: expected [task.files.{language}] with train, valid and test, and in "
+                f"task files: expected [task.files.{key}] with train, valid and test, and in "
                 "[task] a template and a verbalizer word for each label"
             )
         values = values_of(self, ModelSettings) | values_of(task, DataSettings)

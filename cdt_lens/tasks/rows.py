@@ -120,18 +120,19 @@ def no_column(column: str, columns: Iterable[str]) -> str:
     return f"no column {column!r}{did_you_mean(column, columns[:100])}; the columns are {listed}"
 
 
-def check_paths(paths: Mapping[str, str | Path]) -> None:
+def check_paths(paths: Mapping[str, str | Path], name: str = "paths") -> None:
     """Check the names of splits before anything is read.
 
     Args:
         paths: path of each split.
+        name: what the paths are called in the error message.
 
     Raises:
         InputError: the splits have other names.
     """
     unknown = [split for split in paths if split not in SPLITS]
     if unknown or not paths:
-        raise InputError(f"paths: expected splits among {', '.join(SPLITS)}, got {list(paths)}")
+        raise InputError(f"{name}: expected splits among {', '.join(SPLITS)}, got {list(paths)}")
 
 
 def read_table(path: str | Path, *, quoting: bool | None = None) -> Table:

@@ -468,6 +468,10 @@ def test_what_cannot_be_learnt_is_refused_before_anything_runs(place: Path, tmp_
     assert not (tmp_path / "none").exists()
     with pytest.raises(InputError, match="no column 'lable'"):
         run_adapt(settings(place, label_column="lable"), tmp_path / "none", quiet)
+    rows_at = str(place / "target.csv")
+    misspelt = settings(place, target={"train": rows_at, "vaild": rows_at})
+    with pytest.raises(InputError, match="target: expected splits among .*, got .*'vaild'"):
+        run_adapt(misspelt, tmp_path / "none", quiet)
 
 
 @pytest.mark.parametrize(("language", "split"), [("target", "train"), ("source", "valid")])

@@ -612,6 +612,19 @@ def test_a_mean_over_fewer_seeds_than_asked_says_so(own: Path, monkeypatch, caps
     assert section.headline[1].endswith("one target, 1 of 2 seeds")
 
 
+def test_a_scope_of_which_every_run_diverged_has_no_numbers(own: Path, monkeypatch, capsys):
+    def diverge(*_: Any, **__: Any) -> Any:
+        raise NonFiniteError("step 3: the loss is nan")
+
+    monkeypatch.setattr(cells, "finetune", diverge)
+    commands.show_transfer(stages(settings(own, **FEW), own / "run", quiet))
+    printed = capsys.readouterr().out
+    assert "near norms 0 of 1 seeds, 1 diverged" in printed
+    rows = [line.split() for line in printed.splitlines()]
+    found = [word for row in rows if row[:2] == ["near", "norms"] for word in row[2:]]
+    assert found == ["0", "of", "1", *5 * ["n/a"]]
+
+
 VARIANTS: dict[str, Any] = {
     "three": {"scope": "decision", "k": 3, "epochs": 1},
     "by-gradient": {"scope": "decision", "heads": "gradient"},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
 from pathlib import Path
 from typing import get_args
 
@@ -147,6 +149,16 @@ def test_mistakes_are_named(change: dict[str, object], told: str):
         config_of(LEAST | change)
 
 
+@pytest.mark.parametrize("language", ["b", "0.3", "bahasa ac\u00e8h"])
+def test_the_section_that_is_asked_for_can_be_written_so(language: str):
+    config = config_of({**LEAST, "task": {**LEAST["task"], "targets": [language]}})
+    with pytest.raises(InputError) as caught:
+        config.settings(language)
+    section = re.search(r"\[task\.files\..*?\](?= )", str(caught.value))
+    assert section is not None
+    assert tomllib.loads(section.group()) == {"task": {"files": {language: {}}}}
+
+
 def test_files_that_cannot_be_read(tmp_path: Path):
     with pytest.raises(InputError, match=r"none\.toml: cannot be read"):
         read_config(tmp_path / "none.toml")
@@ -205,6 +217,7 @@ def test_a_negative_seed_of_the_data_is_refused():
     [
         ("nusax", "bfloat16", 8), ("nusax-two-ended", "bfloat16", 8), ("xnli", "bfloat16", 8),
         ("gemma-nusax", "float32", 8), ("gemma-heads", "float32", 8), ("demo-sizes", "float32", 4),
+        ("gemma-paper", "float32", 8),
     ],
 )  # fmt: skip
 def test_the_files_of_the_benchmarks_are_read(name: str, dtype: str, k: int):

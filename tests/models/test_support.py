@@ -273,7 +273,10 @@ _NEEDS_A_NORM = {
     [
         (normed_queries, "attention", ("frozen, moving", "decomposed", "official"), ("gim",)),
         pytest.param(
-            solu, "mlp", ("frozen", "frozen, moving", "official", "biases"), ("linear", "gim"),
+            solu,
+            "mlp",
+            ("frozen", "frozen, moving", "official", "biases"),
+            ("linear", "gim"),
             marks=needs_hooked,
         ),
     ],
