@@ -92,12 +92,12 @@ class CircuitSettings(Checked):
     precision: Annotated[
         float | None,
         Field(
-            gt=0, description="End the sweep at this standard error, as a share of the task "
-            "direction (median over the largest tenth of the heads).",
+            gt=0, description="Sweep until the standard error is at most this share of the task "
+            "direction (median over the largest tenth of the heads), up to all prompts.",
         ),
     ] = None  # fmt: skip
     minutes: Annotated[
-        float | None, Field(gt=0, description="End the sweep before it passes this time.")
+        float | None, Field(gt=0, description="Sweep for this time, up to all prompts.")
     ] = None
     baseline_examples: Annotated[
         int | None,

@@ -116,10 +116,12 @@ def score_heads(
             is more than twice that of a sweep over all examples. It takes all for other rules and
             for small models (whose sweep of an example costs fewer than 64 forward passes), and 30
             with `decide`.
-        precision: Stops the sweep earlier, when the standard error is at most this share of the
-            task direction: the median over the tenth of the heads with the largest scores.
-        minutes: Stops the sweep earlier, before a round of prompts would pass this time. The first
-            round is made in any case. It has two prompts of each label, or more with `precision` or
+        precision: Stops the sweep when the standard error is at most this share of the task
+            direction: the median over the tenth of the heads with the largest scores. Unless
+            `exact` is given, the sweep continues until then, up to all examples.
+        minutes: Stops the sweep before a round of prompts would pass this time. Unless `exact` is
+            given, the sweep continues until then, up to all examples. The first round is made in
+            any case. It has two prompts of each label, or more with `precision` or
             `decide`.
         decide: The circuit that the scores shall decide, as arguments of `HeadScores.undecided`,
             such as {"k": 27}. The sweep then goes on only with the heads whose place in or out of
