@@ -83,11 +83,8 @@ def adapted(place: Path) -> tuple[AdaptResult, Path]:
         return result, out
 
 
-@pytest.fixture(scope="module")
-def learnt(tmp_path_factory: pytest.TempPathFactory) -> tuple[AdaptResult, Path]:
-    """Each label has a word of its own in each language, so that something is learnt."""
-    place = tmp_path_factory.mktemp("learnt")
-    save_model(place / "tiny")
+def write_words(place: Path) -> None:
+    """Write files of two languages in which each label has a word of its own."""
     draw = random.Random(0)
     for language, first in (("source", 20), ("target", 50)):
         with open(place / f"{language}.csv", "w", newline="", encoding="utf-8") as file:
@@ -97,6 +94,13 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> tuple[AdaptResult, Path]
                 words = [draw.randrange(110, 120) for _ in range(draw.randrange(1, 4))]
                 words.append(first + 10 * (i % 3))
                 rows.writerow([" ".join(f"w{n}" for n in words), list(VERBALIZER)[i % 3]])
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> tuple[AdaptResult, Path]:
+    place = tmp_path_factory.mktemp("learnt")
+    save_model(place / "tiny")
+    write_words(place)
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapting, "_FACTORS", ())
         patch.setattr(adapting, "_ORDER", ("lora",))
@@ -361,8 +365,7 @@ def test_the_folder_of_a_transfer_is_refused(
 def test_what_is_judged_is_what_is_exported(
     scope: str,
     dtype: str,
-    adapted: tuple[AdaptResult, Path],
-    place: Path,
+    learnt: tuple[AdaptResult, Path],
     tmp_path: Path,
     monkeypatch,
 ):
@@ -371,10 +374,10 @@ def test_what_is_judged_is_what_is_exported(
     An export in the base's type is only refused where it loses much; here nothing counts as much.
     """
     monkeypatch.setattr("cdt_lens.finetuning.export.is_lost", lambda *_: False)
-    proxy = AutoModelForCausalLM.from_pretrained(adapted[1] / "proxy").to(torch.bfloat16)
+    proxy = AutoModelForCausalLM.from_pretrained(learnt[1] / "proxy").to(torch.bfloat16)
     proxy.save_pretrained(tmp_path / "proxy")
-    AutoTokenizer.from_pretrained(adapted[1] / "proxy").save_pretrained(tmp_path / "proxy")
-    write_csv(tmp_path / "target.csv", 240, 1)
+    AutoTokenizer.from_pretrained(learnt[1] / "proxy").save_pretrained(tmp_path / "proxy")
+    write_words(tmp_path)
     monkeypatch.setattr(adapting, "_FACTORS", (10.0, 30.0))
     monkeypatch.setattr(adapting, "_ORDER", (scope,))
     judged: list[tuple[Task, float]] = []
@@ -389,9 +392,8 @@ def test_what_is_judged_is_what_is_exported(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CdtLensWarning)
         given = settings(
-            place, model=str(tmp_path / "proxy"), ready=True, dtype=dtype, keep=0.05, epochs=3,
-            target={"train": str(tmp_path / "target.csv")},
-        )  # fmt: skip
+            tmp_path, model=str(tmp_path / "proxy"), ready=True, dtype=dtype, keep=0.05, epochs=3
+        )
         result = run_adapt(given, tmp_path / "run", quiet, progress=False)
     assert result.exported
     exported = load_model(tmp_path / "run" / "model", backend="bridge", dtype=getattr(torch, dtype))
