@@ -120,7 +120,9 @@ def compare(
     settings.require_valid("compare")
     passes = None if same_examples else "sweep" if budget is None else budget
     how: dict[str, Any] = {"budget": passes, "held_out": held_out, "empty": empty}
-    run = runs.start_run(settings, out, say, partial(experiments.check_compare, **how))
+    check = partial(experiments.check_compare, **how)
+    # The circuit of `discover` in the same folder has a size and a ranking of its own.
+    run = runs.start_run(settings, out, say, check, keep=runs.OF_THE_CIRCUIT)
     show_comparison(experiments.compare_run(run, say, methods=names, draws=draws, **how))
     tell(str(out / "report.html"))
 

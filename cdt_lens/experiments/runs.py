@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -41,7 +41,7 @@ ROWS = "rows"
 # Settings that may change when a run resumes: they change no score. With `decide` the scores are
 # those of a circuit.
 FREE_SETTINGS = ("batch_size", "rows", "device")
-_OF_THE_CIRCUIT = ("k", "fraction", "by")
+OF_THE_CIRCUIT = ("k", "fraction", "by")
 
 
 P = ParamSpec("P")
@@ -91,7 +91,10 @@ def writes(function: Callable[Concatenate[Run, P], R]) -> Callable[Concatenate[R
     return alone
 
 
-def start_run(settings: Settings, folder: str | Path, say: Say, check: Check | None = None) -> Run:
+def start_run(
+    settings: Settings, folder: str | Path, say: Say, check: Check | None = None,
+    *, keep: Sequence[str] = (),
+) -> Run:  # fmt: skip
     """Open a run directory for `settings`, a new one or that of an earlier call.
 
     Args:
@@ -99,6 +102,7 @@ def start_run(settings: Settings, folder: str | Path, say: Say, check: Check | N
         folder: The run directory.
         say: Takes one line of progress.
         check: Called with the folder, the settings and the task before the model is loaded.
+        keep: Names of settings that stay those of the earlier call.
 
     Raises:
         InputError: The folder holds a run with other settings, or other files, the data cannot be
@@ -106,15 +110,18 @@ def start_run(settings: Settings, folder: str | Path, say: Say, check: Check | N
     """
     folder = check_run_folder(folder, "run.json")
     with locked(folder):
-        return _start(settings, folder, say, check)
+        return _start(settings, folder, say, check, keep)
 
 
-def _start(settings: Settings, folder: Path, say: Say, check: Check | None) -> Run:
+def _start(
+    settings: Settings, folder: Path, say: Say, check: Check | None, keep: Sequence[str]
+) -> Run:
     path = folder / "run.json"
-    wanted = json.loads(json.dumps(asdict(settings)))
     if path.exists():
         kept = kept_settings(path, _RUN)
-        free = FREE_SETTINGS if settings.decide else (*FREE_SETTINGS, *_OF_THE_CIRCUIT)
+        settings = replace(settings, **{name: kept[name] for name in keep if name in kept})
+        wanted = json.loads(json.dumps(asdict(settings)))
+        free = FREE_SETTINGS if settings.decide else (*FREE_SETTINGS, *OF_THE_CIRCUIT)
         different = [
             name
             for name, value in wanted.items()

@@ -17,6 +17,7 @@ from cdt_lens.comparing import timed_scores as scores_module
 from cdt_lens.comparing.comparison import Comparison, PlantedComparison
 from cdt_lens.core.errors import CdtLensError
 from cdt_lens.experiments import compare as experiments, inputs
+from cdt_lens.experiments.runs import kept_settings
 from cdt_lens.planted.catalogue import PLANTED
 
 
@@ -87,8 +88,12 @@ def test_from_files_to_the_report(place: Path, tmp_path: Path):
     assert "direct" in again
     # A run of discover goes on with its baseline.
     stamp = (out / "baseline.json").stat().st_mtime_ns
-    run("discover", *of_files(place, out, "--k", "2"))
+    run("discover", *of_files(place, out, "--k", "2", "--by", "magnitude"))
     assert (out / "baseline.json").stat().st_mtime_ns == stamp
+    # The circuit keeps its size and its ranking when a method is added.
+    run("compare", *arguments[:-4], "--methods", "random")
+    kept = kept_settings(out / "run.json", "cdt_lens.run")
+    assert (kept["k"], kept["by"]) == (2, "magnitude")
 
 
 def test_methods_have_the_same_budget_unless_told_otherwise(place: Path, tmp_path: Path):
