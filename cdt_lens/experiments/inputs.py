@@ -47,7 +47,7 @@ def make_task(settings: Settings, tokenizer: Any) -> Task:
         InputError: An unknown task, files that are not named or cannot be read, or a verbalizer
             word that cannot be used.
     """
-    if settings.task == "files" or settings.files:
+    if settings.task == "files":
         return _task_of_files(settings, tokenizer)
     return load_task(
         settings.task, settings.language, tokenizer=tokenizer, folder=settings.data,

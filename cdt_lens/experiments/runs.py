@@ -119,6 +119,8 @@ def _start(
     path = folder / "run.json"
     if path.exists():
         kept = kept_settings(path, _RUN)
+        if kept.get("files"):
+            kept["task"] = "files"  # Earlier versions kept the name of another task beside them.
         settings = replace(settings, **{name: kept[name] for name in keep if name in kept})
         wanted = json.loads(json.dumps(asdict(settings)))
         free = FREE_SETTINGS if settings.decide else (*FREE_SETTINGS, *OF_THE_CIRCUIT)

@@ -209,6 +209,8 @@ class Settings(ModelSettings, DataSettings, CircuitSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.files and self.task == Settings.task:  # need not be written beside files
+            object.__setattr__(self, "task", "files")
         files = {name: Path(path).resolve() for name, path in self.files.items()}
         train = files.pop("train", None)
         same = [name for name, path in files.items() if path == train]
@@ -227,11 +229,10 @@ class Settings(ModelSettings, DataSettings, CircuitSettings):
     def _check_data(self) -> None:
         """Refuse options that the kind of task would not use."""
         default = {each.name: each.default for each in fields(Settings)}
-        own = bool(self.files) or self.task == "files"
+        own = self.task == "files"
         unused = ("data", "sizes") if own else ("label_column", "pair_label")
         what = "files of your own" if own else f"the task {self.task!r}"
-        if self.task != default["task"]:  # the default need not be written beside files
-            check_files(self.task, self.files)
+        check_files(self.task, self.files)
         for name in unused:
             if getattr(self, name) != default[name]:
                 raise InputError(f"{name}={getattr(self, name)} has no effect with {what}; omit it")

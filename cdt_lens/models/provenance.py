@@ -201,7 +201,8 @@ def command_line() -> str:
     """Return the running `cdt-lens` command, or "python" in a notebook or a script."""
     program = sys.argv[0].replace("\\", "/") if sys.argv else ""
     if program.rsplit("/", 1)[-1] == "cdt-lens" or program.endswith("cdt_lens/cli/__main__.py"):
-        return shlex.join(["cdt-lens", *sys.argv[1:]])
+        # Bytes of names that are not UTF-8 stand as escapes.
+        return shlex.join(["cdt-lens", *sys.argv[1:]]).encode(errors="backslashreplace").decode()
     return "python"
 
 

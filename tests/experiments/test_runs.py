@@ -13,10 +13,11 @@ from helpers.tiny_training import QUICK, task
 from helpers.wrapped import view
 
 from cdt_lens.circuits.head_scores import HeadScores
+from cdt_lens.core.artifacts import save_artifact
 from cdt_lens.core.errors import InputError
 from cdt_lens.experiments import discovery as experiment
 from cdt_lens.experiments.inputs import load_for, make_task, with_train
-from cdt_lens.experiments.runs import Run, discovered_on, open_run, start_run
+from cdt_lens.experiments.runs import Run, discovered_on, kept_settings, open_run, start_run
 from cdt_lens.experiments.settings import Settings
 from cdt_lens.finetuning.finetune import finetune
 from cdt_lens.models.hugging_face import load_tokenizer
@@ -83,6 +84,17 @@ def test_a_report_leaves_out_a_graph_of_other_examples(tmp_path: Path):
     write_csv(files["train"], 24, 79)
     experiment.report(opened(), told.append)
     assert stale in told
+
+
+def test_the_task_of_own_files_has_one_name(tmp_path: Path):
+    settings, _ = small_run(tmp_path)
+    assert replace(settings, task=Settings.task).task == "files"
+    start_run(settings, tmp_path / "run", print)
+    path = tmp_path / "run" / "run.json"
+    old = {**kept_settings(path, "cdt_lens.run"), "task": Settings.task}  # as up to 0.5
+    save_artifact(path, {"settings": old}, format="cdt_lens.run", version=1)
+    assert open_run(tmp_path / "run", print).settings == settings
+    assert start_run(settings, tmp_path / "run", print).settings == settings
 
 
 def test_training_examples_are_not_drawn_without_a_label(tmp_path: Path):

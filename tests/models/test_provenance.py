@@ -314,6 +314,7 @@ def test_versions_of_what_the_numbers_depend_on():
     ("argv", "expected"),
     [
         (["/usr/bin/cdt-lens", "score", "--k", "3"], "cdt-lens score --k 3"),
+        (["/usr/bin/cdt-lens", "show", "caf\udce9"], r"cdt-lens show 'caf\udce9'"),
         (["/home/someone/notebook.py", "secret"], "python"),
         ([], "python"),
     ],
