@@ -20,7 +20,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,9 @@ _BEST = 2  # runs that are tried at other rates
 _LEAST = 10  # rows of each label
 _TEXTS = 48  # test prompts of each language whose text is read
 _SMALL = 100  # test rows below which the page warns
+# Folders in the run directory that the run writes or removes.
+_WRITTEN = (ROWS, "model", "proxy", "adapter", "discovery", "search", "logs")
+_FREE = ("keep", "minutes")  # settings that may change in a finished run
 
 
 @checked_arguments
@@ -119,10 +122,12 @@ def run_adapt(
         What was chosen, learnt and lost.
 
     Raises:
-        InputError: The rows cannot be learnt from, the folder holds another experiment, another
-            process writes in it, or the package of a tracker is missing.
+        InputError: The rows cannot be learnt from, the folder holds another experiment, the model
+            or rows that would be overwritten, another process writes in it, or the package of a
+            tracker is missing.
     """
     folder = check_run_folder(folder, "transfer.json", ROWS)
+    _check_not_overwritten(settings, folder)
     check_trackers(**tracked(log_with, folder, "proxy"))
     format = _format(settings, folder)
     given = {
@@ -131,6 +136,8 @@ def run_adapt(
     }
     tables = {language: _tables(settings, own, language) for language, own in given.items()}
     _check_labels(settings, tables)
+    if not _holds_only(folder, _row_files(tables, folder)):
+        check_run_folder(folder, "transfer.json")
     with locked(folder):
         kept = _finished(settings, folder, tables)
         if kept is not None:
@@ -139,6 +146,33 @@ def run_adapt(
                 _remove_checkpoints(folder)
             return kept
         return _Adapting(settings, folder, tables, say, progress, log_with).run()
+
+
+def _check_not_overwritten(settings: AdaptSettings, folder: Path) -> None:
+    """Refuse a model or rows that lie where the run writes and removes files."""
+    given = {"the model": settings.model}
+    for language, paths in ((SOURCE, settings.source), (TARGET, settings.target)):
+        given |= {f"the {language} {split} rows": path for split, path in paths.items()}
+    written = [(folder / name).resolve() for name in _WRITTEN]
+    for name, path in given.items():
+        # A name on the hub is no path.
+        if Path(path).exists() and any(map(Path(path).resolve().is_relative_to, written)):
+            raise InputError(
+                f"{folder}: a run in this folder would replace {name}, {path}, with files of its "
+                "own; name another folder"
+            )
+
+
+def _holds_only(folder: Path, files: Mapping[Path, str]) -> bool:
+    """Return whether a folder holds nothing but some of these rows.
+
+    A call that was refused or killed before its settings were written leaves such a folder. The
+    rows of a person may have the same names.
+    """
+    rows = folder / ROWS
+    beside = [path for path in folder.glob("[!.]*") if path != rows]
+    inside = [path for path in (rows, *rows.rglob("[!.]*")) if path.is_file()]
+    return not beside and all(path in files and _holds(path, files[path]) for path in inside)
 
 
 def _remove_checkpoints(folder: Path) -> None:
@@ -152,7 +186,8 @@ def _finished(
     """Return the result of an earlier call with the same settings and rows, or None.
 
     Raises:
-        InputError: The folder holds the result for other rows.
+        InputError: The folder holds the result for other rows, or with settings that may not
+            change.
     """
     kept = kept_at(folder / "adapt.json", AdaptResult.load)
     if kept is None:
@@ -165,8 +200,31 @@ def _finished(
             f"{folder}: holds a model adapted with other rows ({names}); name another folder, or "
             "remove it"
         )
-    same = kept.settings == as_json(asdict(settings)) and all(map(Path.exists, files))
-    return kept if same and (folder / kept.exported).exists() else None
+    changed = _changed(kept.settings, settings)
+    refused = [words for name, words in changed.items() if name not in _FREE]
+    if refused:
+        raise InputError(
+            f"{folder}: holds a model adapted with other settings ({', '.join(refused)}); name "
+            "another folder, or remove it"
+        )
+    whole = all(map(Path.exists, files)) and (folder / kept.exported).exists()
+    return kept if whole and not changed else None
+
+
+def _changed(kept: Mapping[str, Any], settings: AdaptSettings) -> dict[str, str]:
+    """Return how the settings differ from kept ones, in words by name.
+
+    Files are compared by their rows, and the device decides nothing. Settings that an older
+    version did not know had their defaults.
+    """
+    now = as_json(asdict(settings))
+    changed = {}
+    for item in fields(settings):
+        name, new = item.name, now[item.name]
+        old = kept.get(name, new if item.default is MISSING else item.default)
+        if old != new and name not in (SOURCE, TARGET, "device"):
+            changed[name] = f"{name}: {old!r}, now {new!r}"
+    return changed
 
 
 # ---------------------------------------------------------------------- rows

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
 from cdt_lens.core.choices import Seed
+from cdt_lens.core.errors import InputError
 from cdt_lens.experiments.settings import WeightSettings
 
 
@@ -67,3 +69,14 @@ class AdaptSettings(WeightSettings):
         ),
     ] = 0.2  # fmt: skip
     seed: Annotated[Seed, Field(description="Seed of every random draw.")] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        source = {Path(path).resolve(): split for split, path in self.source.items()}
+        for split, path in self.target.items():
+            own = Path(path).resolve()
+            if own in source:
+                raise InputError(
+                    f"{path}: is the source's file for {source[own]} and the target's file for "
+                    f"{split}; name a file of each language"
+                )

@@ -376,7 +376,22 @@ def read_config(path: str | Path) -> TransferConfig:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not a TOML file: {error}") from error
-    return config_of(values, where=str(path))
+    config = config_of(values, where=str(path))
+    _check_ready(values.get("proxy", {}), f"{path}: [proxy]")
+    return config
+
+
+def _check_ready(written: Mapping[str, Any], where: str) -> None:
+    """Refuse keys of a training that a ready checkpoint leaves out.
+
+    Only a file shows which keys a person wrote: `to_dict` gives all, and a protocol fills them in.
+    """
+    unused = ", ".join(name for name in written if name != "checkpoint")
+    if "checkpoint" in written and unused:
+        raise InputError(
+            f"{where}: {unused} would have no effect with checkpoint, a model that is not trained "
+            "here; omit one or the other"
+        )
 
 
 def _bounded(text: str) -> str:
@@ -424,9 +439,8 @@ def config_of(values: Mapping[str, Any], *, where: str = "settings") -> Transfer
     paper = filled.get("protocol") == "paper"
     for name, kind in _SECTIONS.items():
         section = filled.get(name, {})
-        if name == "related" and not section:
-            filled.pop(name, None)
-            continue
+        if name == "related" and filled.get(name) is None:
+            continue  # `to_dict` gives None where there is none
         if not isinstance(section, Mapping):
             raise InputError(f"{where}: {name}: expected a section [{name}], got {section!r}")
         at = f"{where}: [{name}]"
@@ -460,7 +474,7 @@ def _with_variants(section: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise InputError(f"{at}: expected a section, got {values!r}")
         check_names(values, own | {item.name for item in fields(TrainingOptions)}, at)
         loose = {key: value for key, value in values.items() if key not in own}
-        training = {**values.get("training", {}), **loose}
+        training = {**_training_in(values, at), **loose}
         given = {key: value for key, value in values.items() if key in own}
         made[name] = from_values(Variant, given | {"training": training}, at)
     return {**section, "variants": made} if variants else dict(section)
@@ -471,15 +485,21 @@ def _with_training(kind: type, section: Mapping[str, Any], where: str) -> dict[s
     own = {item.name for item in fields(kind)} - {"training"}
     options = {item.name for item in fields(TrainingOptions)}
     check_names([name for name in section if name != "training"], own | options, where)
-    nested = section.get("training", {})
-    if not isinstance(nested, Mapping):
-        raise InputError(f"{where}: training: expected a section, got {nested!r}")
+    nested = _training_in(section, where)
     loose = {name: section[name] for name in section if name in options}
     try:
         training = kind().training.changed(**{**nested, **loose})
     except InputError as error:
         raise InputError(f"{where}: training: {error}") from error
     return {name: section[name] for name in section if name in own} | {"training": training}
+
+
+def _training_in(section: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return the training options that stand in a table of their own."""
+    nested = section.get("training", {})
+    if not isinstance(nested, Mapping):
+        raise InputError(f"{where}: training: expected a section, got {nested!r}")
+    return nested
 
 
 def _check_once(name: str, values: Sequence[object]) -> None:

@@ -10,7 +10,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -350,6 +350,99 @@ def test_a_refused_call_and_a_killed_one_leave_nothing_wrong(
     assert not (out / "adapt.json").exists()
 
 
+@pytest.fixture
+def project(place: Path, tmp_path: Path) -> Path:
+    """A folder of a person, with the names of a run."""
+    folder = tmp_path / "project"
+    shutil.copytree(place / "tiny", folder / "model")
+    for language in ("source", "target"):
+        (folder / "rows" / language).mkdir(parents=True)
+        shutil.copy(place / f"{language}.csv", folder / "rows" / language / "train.csv")
+    return folder
+
+
+def refused(given: AdaptSettings, folder: Path, told: str) -> None:
+    """Check that a call is refused and leaves every file as it is."""
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with warnings.catch_warnings(), pytest.raises(InputError, match=told):
+        warnings.simplefilter("ignore", CdtLensWarning)
+        run_adapt(given, folder, quiet, progress=False)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
+
+
+def test_the_model_and_the_rows_of_a_person_are_not_overwritten(
+    place: Path, project: Path, tmp_path: Path, monkeypatch
+):
+    rows = project / "rows"
+    model = {"model": str(project / "model")}
+    refused(settings(place, **model), project, "would replace the model, .*model, with files of")
+    monkeypatch.chdir(project)  # However the path is spelt.
+    refused(settings(place, model="model"), tmp_path / "project", "replace the model, model, with")
+    for language in ("source", "target"):
+        given = settings(place, **{language: {"train": str(rows / language / "train.csv")}})
+        refused(given, project, f"would replace the {language} train rows, .* name another folder")
+    # The names alone make it no run, where other rows and another model are given.
+    refused(settings(place), project, "holds other files, such as model, and no run")
+    shutil.rmtree(project / "model")
+    refused(settings(place), project, "holds other files, such as rows, and no run")
+
+
+def test_a_folder_does_not_adapt_its_own_proxy(adapted: tuple[AdaptResult, Path], place: Path):
+    given = settings(place, model=str(adapted[1] / "proxy"), ready=True)
+    refused(given, adapted[1], "would replace the model, .*proxy, with files of its own")
+
+
+def test_a_call_that_ended_before_its_settings_were_written_resumes(
+    place: Path, tmp_path: Path, monkeypatch
+):
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with warnings.catch_warnings(), monkeypatch.context() as patch:
+        warnings.simplefilter("ignore", CdtLensWarning)
+        patch.setattr(adapting.Transfer, "prepare", stopped)
+        for left in ("all rows", "some rows"):
+            with pytest.raises(KeyboardInterrupt):
+                run_adapt(settings(place), tmp_path, quiet, progress=False)
+            assert [path.name for path in tmp_path.iterdir()] == ["rows"], left
+            (tmp_path / "rows" / "target" / "valid.csv").unlink()
+    refused(settings(place, seed=1), tmp_path, "holds other files, such as rows")
+
+
+def test_one_file_for_both_languages_is_refused(place: Path, monkeypatch):
+    source = str(place / "source.csv")
+    monkeypatch.chdir(place)
+    for target, split in (("source.csv", "train"), (source, "test")):
+        told = f"{target}: is the source's file for train and the target's file for {split}"
+        with pytest.raises(InputError, match=re.escape(told)):
+            settings(place, target={"train": str(place / "target.csv"), split: target})
+
+
+def test_a_finished_run_keeps_its_settings(
+    adapted: tuple[AdaptResult, Path], place: Path, tmp_path: Path
+):
+    """Those that an older version did not know had their defaults. A setting of its own is gone."""
+    out = tmp_path / "run"
+    shutil.copytree(adapted[1], out)
+    result = AdaptResult.load(out / "adapt.json")
+    refused(settings(place, epochs=2), out, r"with other settings \(epochs: 1, now 2\); name anoth")
+    refused(
+        settings(place, dtype="bfloat16", ready=True, keep=0.4), out,
+        r"settings \(dtype: 'float32', now 'bfloat16', ready: False, now True\)",
+    )  # fmt: skip
+    older = {**result.settings, "backend": "bridge"}
+    del older["set_aside"]
+    replace(result, settings=older).save(out / "adapt.json")
+    refused(settings(place, set_aside=0.21), out, r"\(set_aside: 0.2, now 0.21\)")
+    shutil.copy(place / "target.csv", tmp_path / "same.csv")
+    said: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CdtLensWarning)
+        same = settings(place, device="cpu", target={"train": str(tmp_path / "same.csv")})
+        run_adapt(same, out, said.append, progress=False)
+    assert said == [f"{out}: using the kept result; the test rows are not read again"]
+
+
 def test_the_folder_of_a_transfer_is_refused(
     adapted: tuple[AdaptResult, Path], place: Path, tmp_path: Path
 ):
@@ -535,7 +628,9 @@ def test_a_share_that_leaves_no_row_to_train_on_is_refused(place: Path, tmp_path
     one_left = tables_of(settings(place, target={"train": least}, set_aside=0.45))
     assert len(one_left["train"].rows) == len(VERBALIZER)
     given = settings(
-        place, target={"train": least, "valid": least, "test": str(place / "source.csv")}
+        place,
+        source={"train": str(place / "target.csv")},
+        target={"train": least, "valid": least, "test": str(place / "source.csv")},
     )
     with (
         pytest.raises(InputError, match="target: all rows to train on are also in the other files"),

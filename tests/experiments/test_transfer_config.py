@@ -140,6 +140,12 @@ def test_what_is_kept_in_a_run_reads_back():
             {"transfer": {"variants": {"x": {"scope": "lora", "match": "full", "lora_rank": 4}}}},
             "lora_rank: match chooses it; omit it, or omit match",
         ),
+        (
+            {"transfer": {"variants": {"x": {"scope": "full", "training": 5}}}},
+            r"\[transfer.variants.x\]: training: expected a section, got 5",
+        ),
+        ({"related": 0}, r"settings: related: expected a section \[related\], got 0"),
+        ({"related": {}}, r"settings: \[related\]: name is missing"),
         ({"protocol": "papre"}, "protocol='papre': expected one of tuned, paper"),
         ({"dtype": "float16"}, "dtype='float16': expected one of float32, bfloat16, float64"),
     ],
@@ -166,6 +172,33 @@ def test_files_that_cannot_be_read(tmp_path: Path):
     broken.write_text("model = ")
     with pytest.raises(InputError, match=r"broken\.toml: not a TOML file: "):
         read_config(broken)
+
+
+@pytest.mark.parametrize("protocol", ["tuned", "paper"])
+def test_a_ready_checkpoint_takes_no_keys_of_a_training(protocol: str, tmp_path: Path):
+    path = tmp_path / "t.toml"
+    text = f"""
+        model = "m"
+        protocol = "{protocol}"
+        [task]
+        name = "nusax-senti"
+        source = "a"
+        targets = ["b"]
+        [proxy]
+        checkpoint = "c"
+        """
+    path.write_text(text)
+    read = read_config(path)
+    assert read.proxy.checkpoint == "c" and config_of(read.to_dict()) == read
+    told = {
+        "epochs = 2\nsearch = [1.0]": "epochs, search", "examples = 5": "examples",
+        "[proxy.training]\nepochs = 2": "training",
+    }  # fmt: skip
+    for more, names in told.items():
+        path.write_text(text + more)
+        words = rf"t\.toml: \[proxy\]: {names} would have no effect with checkpoint"
+        with pytest.raises(InputError, match=words):
+            read_config(path)
 
 
 def test_a_section_keeps_its_own_defaults():

@@ -249,11 +249,14 @@ def test_a_language_is_adapted(tmp_path):
     """The whole command: circuit, search, export and page."""
     save_model(tmp_path / "tiny")
     files = write_task(tmp_path / "data")
-    paths = {split: str(path) for split, path in files.items()}
+    source, target = (
+        {split: str(path) for split, path in own.items()}
+        for own in (write_task(tmp_path / "source"), files)
+    )
     result = run_adapt(
         AdaptSettings(
-            model=str(tmp_path / "tiny"), template="{text} w5", verbalizer=WORDS, source=paths,
-            target=paths, epochs=1, minutes=0.001, keep=0.5,
+            model=str(tmp_path / "tiny"), template="{text} w5", verbalizer=WORDS, source=source,
+            target=target, epochs=1, minutes=0.001, keep=0.5,
         ),
         tmp_path / "run", lambda _: None, progress=False,
     )  # fmt: skip
