@@ -27,8 +27,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cdt_lens.circuits.nodes import Site as EdgeSite, node_names, possible_edges, readers
-from cdt_lens.core.errors import NonFiniteError, UnsupportedModelError
+from cdt_lens.core import display
+from cdt_lens.core.errors import InputError, NonFiniteError, UnsupportedModelError
 from cdt_lens.decomposition.baseline import Baseline
+from cdt_lens.models.caller_hooks import caller_hooks
 from cdt_lens.models.sites import Hook, Site
 from cdt_lens.models.support import check_caller_hooks, check_embedding, check_supported, differ
 from cdt_lens.models.view import ModelView, at_answer, at_least_float32
@@ -158,7 +160,8 @@ class EdgePass:
             towards the gold label. Also the task direction of the ordinary run.
 
         Raises:
-            InputError: The weights were created under `torch.inference_mode`.
+            InputError: The weights were created under `torch.inference_mode`, or a hook of the
+                caller's detaches.
             NonFiniteError: A score is not finite.
         """
         check_gradients(self.view)
@@ -180,6 +183,12 @@ class EdgePass:
                 found = einsum(plain[:known], slope, "u b p d, r b p d -> b u r")
                 total[:, :known, columns] -= found
 
+            if not inputs.requires_grad:
+                hooks = display.few(caller_hooks(self.view.tl))
+                raise InputError(
+                    f"{self.view.name}: no gradient passes your own hooks ({hooks}), which detach "
+                    "what they return; remove them, or use ablate_edges"
+                )
             inputs.register_hook(contract)
 
         lengths = self.batch.lengths.to(plain.device)

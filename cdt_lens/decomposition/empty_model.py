@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cdt_lens.core.errors import NonFiniteError
 from cdt_lens.decomposition.baseline import Baseline
 from cdt_lens.decomposition.hooks import MlpResets, Resets
 from cdt_lens.decomposition.propagate import Propagator
@@ -38,6 +39,9 @@ class EmptyModel:
 
     Args:
         propagator: The same batch in the full model, with the baseline.
+
+    Raises:
+        NonFiniteError: The stream at the answers is not finite.
     """
 
     def __init__(self, propagator: Propagator) -> None:
@@ -51,6 +55,11 @@ class EmptyModel:
             # A hook of the caller's may edit in place what is kept here.
             rows = resid[-1].clone()
             resid.append(view.replay(trace, rows, layer, pins, stop=layer + 1))
+            if not bool(torch.isfinite(at_answer(resid[-1], propagator.lengths)).all()):
+                raise NonFiniteError(
+                    f"{view.name}: the model without heads left the finite range in layer {layer}. "
+                    "Load the model in float32."
+                )
         self.resid = tuple(resid)
 
     def added_logits(

@@ -113,6 +113,10 @@ def _remember(scope: Scope, model: Any) -> None:
             whole = torch.autocast(kind, enabled=False)
             scope.at_end(partial(whole.__exit__, None, None, None))
             whole.__enter__()
+    if torch.get_default_dtype() is not torch.float32:
+        # Scores and the tables of examples have torch's usual type.
+        scope.at_end(partial(torch.set_default_dtype, torch.get_default_dtype()))
+        torch.set_default_dtype(torch.float32)
     if torch.is_inference_mode_enabled() and not any(p.is_inference() for p in model.parameters()):
         # Gradients need tensors that were made outside of the caller's inference mode.
         outside = torch.inference_mode(False)

@@ -411,8 +411,12 @@ def _check_attention(view: ModelView, trace: Trace) -> None:
     for layer in range(view.n_layers):
         value = trace["v", layer].repeat_interleave(group, dim=2)
         pattern = trace["pattern", layer].to(value.dtype)
-        z = torch.einsum("bhqk,bkhd->bqhd", pattern, value)
-        if differ(z, trace["z", layer], view.dtype):
+        b, h, q, k = pattern.shape
+        shapes = (b, k, h, view.d_head), (b, q, h, view.d_head)
+        fits = (value.shape, trace["z", layer].shape) == shapes  # other shapes: latent attention
+        if not fits or differ(
+            torch.einsum("bhqk,bkhd->bqhd", pattern, value), trace["z", layer], view.dtype
+        ):
             _refuse(view, f"layer {layer}'s attention (z is not pattern @ v)")
 
 
@@ -431,19 +435,22 @@ def _check_norms(view: ModelView, trace: Trace) -> None:
         for norm in view.norms(layer):
             if norm == "ln_final":
                 continue
+            plain = _normed(view, trace, layer, norm, None)
             once = _normed(view, trace, layer, norm, 1.0)
             twice = _normed(view, trace, layer, norm, 2.0)
             zero = _normed(view, trace, layer, norm, 1e30)  # only the bias is left
             if differ(2 * (twice - zero), once - zero, view.dtype):
                 _refuse(view, f"layer {layer}'s norm {norm} (it does not divide by its hook_scale)")
+            if differ(once, plain, view.dtype):  # Nemotron's on transformer-lens 3
+                _refuse(view, f"layer {layer}'s norm {norm} (a hook on its scale changes it)")
 
 
-def _normed(view: ModelView, trace: Trace, layer: int, norm: str, factor: float) -> Tensor:
+def _normed(view: ModelView, trace: Trace, layer: int, norm: str, factor: float | None) -> Tensor:
+    """Return the output of a norm whose scale is multiplied, or None for no hook on the scale."""
     out: dict[str, Tensor] = {}
-    hooks: dict[Site, Hook] = {
-        (f"{norm}.scale", layer): lambda scale: scale * factor,
-        (f"{norm}.out", layer): lambda value: out.update(value=value),
-    }
+    hooks: dict[Site, Hook] = {(f"{norm}.out", layer): lambda value: out.update(value=value)}
+    if factor is not None:
+        hooks[f"{norm}.scale", layer] = lambda scale: scale * factor
     try:
         view.replay(trace, trace.resid[layer], layer, hooks, stop=layer + 1)
     except AttributeError:  # the bridge cannot edit the scale of a norm without weights

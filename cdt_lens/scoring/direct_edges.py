@@ -87,6 +87,8 @@ def ablate_edges(
     """
     view = checked_view(model, examples, baseline)
     wanted = None if edges is None else tuple(edges)
+    if wanted == ():
+        raise InputError("edges: expected at least one edge, or None for all")
     chosen = _numbers_of(edges_of(view), wanted)
     sources, targets = places_of(edges_of(view), view.n_layers, view.n_heads)
 

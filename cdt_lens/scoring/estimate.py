@@ -232,6 +232,7 @@ class Estimator:
         self,
         budget: Budget,
         kept: Kept | None,
+        own: list[Rows],
         enough: Callable[[list[Rows]], bool],
         wanted: Callable[[list[Rows]], tuple[Head, ...]],
     ) -> list[Rows]:
@@ -240,6 +241,7 @@ class Estimator:
         Args:
             budget: When to stop.
             kept: Where finished rows are kept.
+            own: The rows that were kept there (`read`).
             enough: Whether the rows so far are precise enough to end before the budget does.
             wanted: The heads that the rows so far leave open.
 
@@ -247,7 +249,6 @@ class Estimator:
             For each part the rows of its examples, by their position. They hold NaN for heads
             that were decided before.
         """
-        own = [{} for _ in self.parts] if kept is None else self._read(kept)
         # All processes divide what none of them has.
         done = [dict(gather_items(list(rows.items()))) for rows in own]
         began, start = time.monotonic(), 0
@@ -331,9 +332,17 @@ class Estimator:
         tensors = {f"rows.{n}": torch.stack(list(r.values())) for n, r in enumerate(done) if r}
         kept.write({"index": index}, tensors)
 
-    def _read(self, kept: Kept) -> list[Rows]:
-        found = kept.read(lambda body: False)
-        if found is None:
+    def read(self, kept: Kept | None) -> list[Rows]:
+        """Return the rows of each part that an earlier call has kept.
+
+        Args:
+            kept: Where they are kept, if anywhere.
+
+        Raises:
+            ArtifactError: The file is damaged, or of another run.
+        """
+        found = None if kept is None else kept.read(lambda body: False)
+        if kept is None or found is None:
             return [{} for _ in self.parts]
         body, tensors = found
         done = [
@@ -366,13 +375,16 @@ def good_enough(scores: HeadScores) -> bool:
     """
     swept = (~torch.isnan(scores.corrections[0])).flatten(1).any(1)
     labels = label_index(scores.example_labels)
+    if int(labels.unique(return_counts=True)[1].min()) < 2:
+        return True  # No sample has a standard error that could be judged.
     variances = [
         scores.per_example[swept & (labels == label)].var(0) / int((labels == label).sum())
         for label in labels.unique()
     ]
     whole = torch.stack(variances).sum(0).sqrt() / len(variances)
     ratios = [scores.stderr[h.layer, h.head] / whole[h.layer, h.head] for h in largest(scores)]
-    return float(torch.stack(ratios).median()) <= _WORSE
+    # Both are 0 where all prompts are alike.
+    return float(torch.stack(ratios).nan_to_num(0.0, torch.inf).median()) <= _WORSE
 
 
 def largest(scores: HeadScores) -> tuple[Head, ...]:

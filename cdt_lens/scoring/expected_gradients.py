@@ -54,17 +54,27 @@ def drawn(examples: Examples, steps: int, seed: int) -> list[Draw]:
         seed: Seed of the draws.
     """
     generator = random.Random(seed)
-    lengths = [len(example.tokens) for example in examples]
-    # From itself or a copy, a prompt has no path.
-    alike = [
-        [j for j, other in enumerate(examples)
-         if lengths[j] == lengths[i] and other.tokens != example.tokens]
-        for i, example in enumerate(examples)
-    ]  # fmt: skip
+    groups: dict[int, list[int]] = {}
+    copies: dict[tuple[int, ...], list[int]] = {}  # by their place in the group
+    for position, example in enumerate(examples):
+        group = groups.setdefault(len(example.tokens), [])
+        copies.setdefault(example.tokens, []).append(len(group))
+        group.append(position)
+
+    def partner(tokens: tuple[int, ...]) -> int | None:
+        """Draw from the group; from itself or a copy, a prompt has no path."""
+        group, left_out = groups[len(tokens)], copies[tokens]
+        if len(group) == len(left_out):
+            return None
+        place = generator.randrange(len(group) - len(left_out))
+        for copy in left_out:
+            place += copy <= place
+        return group[place]
+
     return [
         Draw(
-            torch.tensor([generator.random() for _ in lengths]),
-            tuple(generator.choice(others) if others else None for others in alike),
+            torch.tensor([generator.random() for _ in examples]),
+            tuple(partner(example.tokens) for example in examples),
         )
         for _ in range(steps)
     ]

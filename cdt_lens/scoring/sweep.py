@@ -268,7 +268,7 @@ def _estimate(
     view, examples = sweep.view, sweep.examples
     parts = parts_of(sweep.rules)
     # The rows of finished examples do not depend on where the sweep stops.
-    whole = budget if budget.decide is not None else Budget(0)
+    whole = Budget(0 if budget.decide is None else budget.exact, decide=budget.decide)
     made_from = replace(provenance, options={**provenance.options, **asdict(whole), "seed": seed})
     bar = sweep.passes.bar(name="heads", total=0)
     estimator = Estimator(
@@ -277,6 +277,7 @@ def _estimate(
         lambda heads: sweep.cost(heads or sweep.sources), bar,
     )  # fmt: skip
     kept = None if checkpoint is None else sweep.kept(Path(checkpoint), made_from, Sampled)
+    own = estimator.read(kept)  # A checkpoint of another run is refused before any pass.
     looks = 1 if budget.decide is None else len(estimator.ends(budget))
     cheap = estimator.cheap()
     estimator.draw(first_of(cheap, parts))
@@ -296,10 +297,16 @@ def _estimate(
         return collected(done).undecided(**(budget.decide or {}))
 
     with bar:
-        done = estimator.exact(budget, kept, enough, wanted)
+        done = estimator.exact(budget, kept, own, enough, wanted)
     scores = collected(done)
-    warn_at_chance(examples.name, "direction", scores.direction, examples.guess)
+    _warn_at_chance(examples, scores.direction, provenance)
     return scores
+
+
+def _warn_at_chance(examples: Examples, direction: float, provenance: Provenance) -> None:
+    """Warn where the direction is that of a guess. The strongest of others has no such value."""
+    if provenance.options.get("direction") != "strongest":
+        warn_at_chance(examples.name, "direction", direction, examples.guess)
 
 
 def relative_error(scores: HeadScores) -> float:
@@ -495,7 +502,7 @@ def collect_scores(
     for column, head in enumerate(sources):
         per_example[:, head.layer, head.head] = rows[:, column]
     direction = float(balanced_mean(rows[:, -1].double(), index))
-    warn_at_chance(examples.name, "direction", direction, examples.guess)
+    _warn_at_chance(examples, direction, provenance)
     mean, error = (
         by_layer(lambda own, _, f=f: f(own.double().permute(1, 2, 0), index), per_example, ())
         for f in (balanced_mean, balanced_stderr)

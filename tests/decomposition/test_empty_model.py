@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from helpers.tiny_models import Float64Throughout
 from helpers.tiny_tasks import examples
 
 from cdt_lens.circuits.ablation import circuit_metric
+from cdt_lens.core.errors import NonFiniteError
 from cdt_lens.decomposition.baseline import mean_activations
 from cdt_lens.decomposition.decompose import Node, decompose
 from cdt_lens.decomposition.rules import Rules
@@ -36,6 +38,16 @@ def test_with_every_rule_through_it_is_the_mean_of_two_ablation_experiments(
         removed, added = m[0] - m[2 : 2 + len(everyone)], m[2 + len(everyone) :] - m[1]
         found = score_heads(view, data, baseline, rules=BOTH, batch_size=3, progress=False)
     assert_close(found.values.flatten(), (removed + added) / 2, atol=2e-6)
+
+
+def test_an_empty_model_that_is_not_finite_is_told_as_such(tokenizer_folder):
+    view, data = shared("llama", "bridge", tokenizer_folder, torch.float16), examples()
+    baseline = mean_activations(view, data, progress=False)
+    means = baseline.means.clone()
+    means[1] = 60000 * means[1].sign()
+    for rules in ("two-ended", Rules(attention="through", context="empty")):
+        with pytest.raises(NonFiniteError, match="without heads left the finite range in layer 1"):
+            score_heads(view, data, replace(baseline, means=means), rules=rules, progress=False)
 
 
 @models(("gpt2", "llama"))

@@ -87,6 +87,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "attention whose pattern",
     ),
+    "youtu": (
+        lambda: transformers.YoutuForCausalLM(transformers.YoutuConfig(**_UNGROUPED)),
+        "attention .z is not pattern @ v",
+    ),
     "olmo": (
         lambda: transformers.OlmoForCausalLM(transformers.OlmoConfig(**_LLAMA)),
         "norm ln1",
@@ -102,6 +106,8 @@ ACCEPTED: dict[str, Callable[[], Any]] = {
         transformers.GemmaConfig(**_LLAMA, head_dim=8)
     ),
     "olmo2": lambda: transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**_UNGROUPED)),
+    # The bridge of transformer-lens 3 scales by `weight` in place of 1 + weight once a hook edits.
+    "nemotron": lambda: transformers.NemotronForCausalLM(transformers.NemotronConfig(**_LLAMA)),
     "stablelm": lambda: transformers.StableLmForCausalLM(
         transformers.StableLmConfig(**_UNGROUPED, use_parallel_residual=False)
     ),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.checks import assert_close, left_untouched
+from helpers.checks import assert_close, assert_same_bits, left_untouched
 from helpers.shared import models, shared
 from helpers.tiny_models import Float64Throughout, build, prompts
 from helpers.tiny_tasks import examples, many
@@ -354,6 +354,25 @@ def test_the_tokenizers_padding_side_is_the_users(family, backend, side, tokeniz
         assert model.tokenizer.padding_side == side
     finally:
         model.tokenizer.padding_side = before  # the tokenizer is shared between tests
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_type_of_the_caller_changes_no_number(dtype, tokenizer_folder):
+    seen = shared("llama", "bridge", tokenizer_folder, torch.float32)
+    data = many(20)
+    baseline = cdt.mean_activations(seen, data, progress=False)
+    whole, some = (
+        cdt.score_heads(seen, data, baseline, exact=exact, progress=False) for exact in ("all", 9)
+    )
+    torch.set_default_dtype(dtype)
+    try:
+        for exact, plain in (("all", whole), (9, some)):
+            found = cdt.score_heads(seen, data, baseline, exact=exact, progress=False)
+            for name in ("values", "stderr", "per_example"):
+                assert_same_bits(getattr(found, name), getattr(plain, name))
+        assert torch.get_default_dtype() is dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

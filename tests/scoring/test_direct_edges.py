@@ -290,6 +290,8 @@ def test_some_edges_are_those_of_all(tokenizer_folder):
     assert len(some.ranking()) == 2
     with pytest.raises(InputError, match=r"no edge 'L0H0->M7'; expected names such as input->L0H0"):
         ablate_edges(view, FEW, base, edges=["L0H0->M7"], **QUIET)
+    with pytest.raises(InputError, match="edges: expected at least one edge, or None for all"):
+        ablate_edges(view, FEW, base, edges=[], **QUIET)
     with pytest.raises(InputError, match="3 edges to select, but only 2 have scores"):
         some.graph(k=3)
     with pytest.raises(InputError, match="exactly one of k and fraction"):
@@ -303,6 +305,17 @@ def test_what_has_no_direct_edges_is_refused(tokenizer_folder):
     view = shared("gpt2", "bridge", tokenizer_folder)
     with pytest.raises(InputError, match=re.escape("mean_activations(model, examples, mlps=True)")):
         edge_attribution_patching(view, FEW, mean_activations(view, FEW, progress=False), **QUIET)
+
+
+def test_a_hook_that_detaches_is_refused_by_name(tokenizer_folder):
+    view = shared("llama", "bridge", tokenizer_folder)
+    base = baseline_of("pairs", view, FEW, FEW_PAIRS)
+    cut = [("blocks.0.hook_resid_post", lambda value, hook: value.detach())]
+    with view.tl.hooks(fwd_hooks=cut):
+        for attribute in (edge_attribution_patching, edge_integrated_gradients):
+            with pytest.raises(InputError, match=r"own hooks \(blocks.0.hook_.*detach"):
+                attribute(view, FEW, base, **QUIET)
+        ablate_edges(view, FEW, base, edges=["M0->logits"], **QUIET)
 
 
 def test_half_precision_and_inference_mode_change_little_and_nothing(tokenizer_folder):

@@ -289,6 +289,27 @@ def test_rows_of_later_rounds_do_not_end_an_earlier_one(tmp_path: Path, tokenize
     assert_close(found.values, fresh.values, atol=1e-5)
 
 
+def test_a_decided_sweep_goes_on_with_more_time(tmp_path: Path, tokenizer_folder):
+    view, kept = shared("llama", "bridge", tokenizer_folder, torch.float32), tmp_path / "kept.json"
+    some = score(view, exact=24, decide={"k": 2}, minutes=1e-9, checkpoint=kept)
+    assert swept(some) == 6
+    whole, found = (
+        score(view, exact=24, decide={"k": 2}),
+        score(view, exact=24, decide={"k": 2}, checkpoint=kept),
+    )
+    assert_same_bits(found.values, whole.values)
+
+
+def test_the_checkpoint_of_another_run_is_refused_before_a_pass(
+    tmp_path: Path, tokenizer_folder, monkeypatch
+):
+    view, kept = shared("llama", "bridge", tokenizer_folder, torch.float32), tmp_path / "kept.json"
+    score(view, exact=9, checkpoint=kept)
+    monkeypatch.setattr(estimate.Estimator, "cheap", lambda self: pytest.fail("a pass"))
+    with pytest.raises(InputError, match="another run"):
+        score(view, exact=9, seed=1, checkpoint=kept)
+
+
 # The default -----------------------------------------------------------------------------------------
 
 
@@ -308,6 +329,24 @@ def test_the_sample_grows_only_while_first_order_scores_are_poor(tokenizer_folde
 
     monkeypatch.setattr(estimate.Estimator, "cheap", with_noise)
     assert swept(score(view, rules="linear")) > 15
+
+
+def test_the_sample_does_not_grow_where_no_error_can_be_known(tokenizer_folder, monkeypatch):
+    """One prompt of a label has no standard error, however many others are swept."""
+    monkeypatch.setattr(estimate, "_SMALL", 0.0)
+    view = shared("llama", "bridge", tokenizer_folder, torch.float32)
+    items = data().items
+    lone = replace(data(), items=(*items[:23], items[-1]))
+    baseline = mean_activations(view, lone, progress=False)
+    found = score_heads(view, lone, baseline, progress=False)
+    assert (len(lone), swept(found), found.has_intervals) == (24, 15, False)
+
+
+def test_prompts_that_are_all_alike_are_good_enough():
+    g = torch.ones(240, 1, 1)
+    part = torch.zeros(240, 1, 1).masked_fill(torch.arange(240)[:, None, None] >= 15, torch.nan)
+    scores = combined(g, (part,), ["a"] * 240, direction=1.0, method="m", provenance=provenance())
+    assert good_enough(scores)
 
 
 def swept(scores: HeadScores) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -93,6 +94,15 @@ def test_a_copy_of_a_prompt_is_no_reference():
     draws = drawn(data, 200, 0)
     partners = [{draw.partners[i] for draw in draws} for i in range(6)]
     assert partners == [{1, 4}, {0, 3}, {None}] * 2
+
+
+def test_memory_does_not_grow_with_the_square_of_the_prompts():
+    data = examples((5,) * 2000, ("positive", "negative") * 1000)
+    tracemalloc.start()
+    drawn(data, 1, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1000 * len(data)  # a number of 8 bytes for each pair is 32 MB
 
 
 def test_they_come_from_the_seed(tokenizer_folder):

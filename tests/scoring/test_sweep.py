@@ -117,6 +117,22 @@ def test_a_task_that_the_model_does_not_solve_is_said(exact, tokenizer_folder):
     assert solved == 1
 
 
+@pytest.mark.parametrize("exact", ["all", 3])
+def test_the_strongest_of_others_says_nothing_about_chance(exact, tokenizer_folder):
+    """Gold minus the largest of many others is below 0 on average for models that do a task."""
+    view, data = shared("gpt2", "bridge", tokenizer_folder), examples()
+    turned = tuple(replace(item, answers=item.others, others=item.answers) for item in data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = [
+            score_heads(
+                view, given, means(view, given), direction="strongest", exact=exact, progress=False
+            )
+            for given in (data, replace(data, items=turned))
+        ]
+    assert min(scores.direction for scores in found) < 0
+
+
 @models(("gpt2", "llama"))
 def test_batches_rows_and_order_change_nothing(family, backend, tokenizer_folder):
     with Float64Throughout():
