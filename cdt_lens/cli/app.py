@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 
 from cdt_lens.cli.adapt import adapt
 from cdt_lens.cli.compare import compare
-from cdt_lens.cli.console import err, tell
+from cdt_lens.cli.console import err, print_utf8, tell
 from cdt_lens.cli.convert import convert, fetch, mib_submission
 from cdt_lens.cli.discover import discover, faithfulness, report, trace
 from cdt_lens.cli.finetune import demo, export, finetune, transfer
@@ -69,16 +69,27 @@ class Command(TyperCommand):
 
 
 def _with_options(message: str, params: Sequence[Any]) -> str:
-    """Name the options of a command in a message as they are typed: `k=5` becomes `--k 5`."""
+    """Name the options of a command in a message as they are typed: `k=5` becomes `--k 5`.
+
+    Parts of paths and quoted text stay, and so does a name without a value, as in `pass source=,`.
+    """
     typed = {p.name: p.opts[0] for p in params if p.param_type_name == "option"}
     if "language" in typed:
         typed["config"] = typed["language"]  # as `load_task` calls it
     names = "|".join(map(re.escape, sorted(typed, key=len, reverse=True)))
-    return re.sub(
-        rf"(?<![\w.\[-])({names})=(?:True\b|(?=[^\s=]))",
+    named = re.sub(
+        rf"(?<![\w.\[/\\'\"-])({names})=(?:True\b|(?=[^\s=,;.)]|\.\S))",
         lambda found: typed[found[1]] + ("" if found[0].endswith("True") else " "),
         message,
     )
+    return _once(named)
+
+
+def _once(message: str) -> str:
+    """Drop what a message says twice now: `--extras (--extras)`, an option that ignores itself."""
+    message = re.sub(r"(--[\w-]+) \(\1\)", r"\1", message)
+    given = r"(--[\w-]+ (?:'[^']*'|\S+))"
+    return re.sub(rf"{given}( has no effect with .+?) and \1(?!\w)", r"\1\2", message)
 
 
 def _show_warnings_in_one_line() -> None:
@@ -141,8 +152,17 @@ def _before(
 def main() -> None:
     """Run the command line; an error that the user can correct is one line and exit code 1."""
     with reported_interrupts():
+        print_utf8()
         try:
             app()
         except CdtLensError as error:
-            err.print(f"cdt-lens: {error}", markup=False, soft_wrap=True)
-            sys.exit(1)
+            _end(str(error))
+        except PermissionError as error:
+            if error.filename is None:
+                raise
+            _end(f"{error.filename}: cannot be accessed ({error.strerror})")
+
+
+def _end(message: str) -> None:
+    err.print(f"cdt-lens: {message}", markup=False, soft_wrap=True)
+    sys.exit(1)

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from cdt_lens.core.errors import InputError
+
 # Paths are printed as they are: `:key:` in one is no picture.
 err = Console(stderr=True, highlight=False, emoji=False)
 out = Console(highlight=False, emoji=False)
+
+
+def print_utf8() -> None:
+    """Print UTF-8 into files and pipes, as this package reads it; a terminal keeps its encoding.
+
+    What the encoding lacks is escaped, so that a result is never lost when it is printed.
+    """
+    stream = sys.stdout
+    if isinstance(stream, io.TextIOWrapper):
+        # The handler of the C locale prints paths of any bytes, and stays.
+        errors = stream.errors if stream.errors == "surrogateescape" else "backslashreplace"
+        stream.reconfigure(encoding=stream.encoding if stream.isatty() else "utf-8", errors=errors)
 
 
 def say(text: str) -> None:
@@ -24,7 +42,16 @@ def say(text: str) -> None:
 def tell(text: str) -> None:
     """Print one line of the result on standard output, from one process."""
     if _first():
-        out.print(text, markup=False, soft_wrap=True)
+        with _output():
+            out.print(text, markup=False, soft_wrap=True)
+
+
+def tell_csv(text: str) -> None:
+    """Print the text of a file on standard output, not through rich, which would change it."""
+    # Half a character, which JSON may hold, has no bytes in UTF-8.
+    whole = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    with _output():
+        print(whole, end="", flush=True)
 
 
 def lead_on(*commands: Sequence[object]) -> None:
@@ -58,7 +85,8 @@ def tell_table(
         )  # fmt: skip
         for row in cells:
             table.add_row(*(row[index] for index in part))
-        out.print(table, markup=False)
+        with _output():
+            out.print(table, markup=False)
 
 
 def _parts(columns: Sequence[str], rows: list[list[str]], repeat: int) -> list[list[int]]:
@@ -76,6 +104,19 @@ def _parts(columns: Sequence[str], rows: list[list[str]], repeat: int) -> list[l
             parts.append([])
         parts[-1].append(index)
     return [repeated + part for part in parts]
+
+
+@contextmanager
+def _output() -> Iterator[None]:
+    """Refuse a standard output that takes nothing, such as a file on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # the reader has seen enough, as `head` has
+            raise
+        raise InputError(
+            f"standard output: cannot be written ({error.strerror or error})"
+        ) from error
 
 
 def _first() -> bool:

@@ -52,6 +52,8 @@ def convert(
     from cdt_lens.core.artifacts import artifact_format
     from cdt_lens.interchange.graphs import graph_from_circuit, read_graph, write_graph
 
+    if not file.exists():
+        raise InputError(f"{file}: no such file or folder")
     if file.is_dir():
         file = next((f for name in _CIRCUITS if (f := file / name).is_file()), file / _CIRCUITS[-1])
     if out.resolve() == file.resolve():
@@ -60,6 +62,7 @@ def convert(
         raise InputError(f"{out}: is a result of cdt-lens; give another name to write to")
     ours = file.suffix == ".json" and artifact_format(file).startswith("cdt_lens.")
     if ours and to == "circuit":
+        Circuit.load(file)  # which names the kind of any other result
         raise InputError(f"{file}: is a circuit of cdt-lens already; leave out --to circuit")
     if to == "circuit":
         if d_model is not None or parallel is not None:
@@ -97,8 +100,9 @@ def mib_submission(
         ),
     ] = None,
     ending: Annotated[
-        Literal["json", "pt"], typer.Option(help="Format of the files to write.")
-    ] = "json",
+        Literal["json", "pt"] | None,
+        typer.Option(help="Format of the files to write; the default is json."),
+    ] = None,
 ) -> None:
     """Write importances of heads or edges for MIB's leaderboard, and check the whole folder.
 
@@ -106,6 +110,8 @@ def mib_submission(
     """
     from cdt_lens.interchange import mib_submission as submission
 
+    if ending is not None and not add:
+        raise InputError(f"--ending {ending}: has no effect without --add; omit it")
     results = {}
     for given in add or []:
         name, equals, file = given.partition("=")
@@ -113,7 +119,7 @@ def mib_submission(
             raise InputError(f"--add {given!r}: expected TASK_MODEL=FILE, each TASK_MODEL once")
         results[name] = submission.submitted(file)
     if results:
-        tasks = submission.write_mib_submission(results, out, ending=ending)
+        tasks = submission.write_mib_submission(results, out, ending=ending or "json")
     else:
         tasks = submission.check_mib_submission(out)
     rows = [[t.name, str(len(t.files)), t.level, f"{t.scored} of {t.total}"] for t in tasks]

@@ -24,6 +24,7 @@ from cdt_lens.core.choices import Empty, Metric
 from cdt_lens.core.errors import InputError
 from cdt_lens.experiments.settings import Settings
 
+_PROMPTS, _HEADS = 3, 8  # that a page shows
 _OPTIONS = (
     "model", "task", "language", "data", "template", "label_column", "split", "pair", "pair_label",
     "baseline", "shots", "calibrate", "examples", "baseline_examples", "exact", "precision",
@@ -166,10 +167,12 @@ def trace(
 
 def report(
     run: RunFolder,
-    prompts: Annotated[int, typer.Option(min=1, help="Number of example prompts to show.")] = 3,
+    prompts: Annotated[
+        int, typer.Option(min=1, help="Number of example prompts to show.")
+    ] = _PROMPTS,
     heads: Annotated[
         int, typer.Option(min=1, help="Number of heads whose attention is shown.")
-    ] = 8,
+    ] = _HEADS,
 ) -> None:
     """Write one self-contained HTML file of the run.
 
@@ -179,6 +182,12 @@ def report(
 
     page = run / "report.html"
     if (run / "adapter.json").is_file() and page.is_file():  # `finetune` has written it
+        if (prompts, heads) != (_PROMPTS, _HEADS):
+            option = "--prompts" if prompts != _PROMPTS else "--heads"
+            raise InputError(
+                f"{option}: has no effect with {run}, whose page cdt-lens finetune has written; "
+                "omit it"
+            )
         tell(str(page))
         return
     opened = runs.open_run(run, say, experiment.check_report)

@@ -93,6 +93,7 @@ def finetune(
     of_source = _source_settings(settings, source, source_valid)
     heads = None if circuit is None else Circuit.load(circuit)
     scope_heads("decision" if scope == "auto" else scope, heads, seed=options.seed)
+    _check_lora(scope, option or [])
     tasks = check_inputs(settings, *([] if of_source is None else [of_source]))
     tasks[0].require_held_out()
     check_splits(tasks[0], None if of_source is None else tasks[1], options)
@@ -106,7 +107,8 @@ def finetune(
     )  # fmt: skip
     _write(result, out, target.name)
     _show(result, out)
-    lead_on(["export", out, "--base", model, "--out", f"{out}-exported"])
+    if not result.nothing_learnt:
+        lead_on(["export", out, "--base", model, "--out", f"{out}-exported"])
 
 
 def _write(result: Any, out: Path, name: str) -> None:
@@ -224,6 +226,12 @@ def export(
     lead_on(["predict", out, "--file", "rows.csv"])
 
 
+def _above_zero(value: float | None) -> float | None:
+    if value is not None and not value > 0:
+        raise typer.BadParameter(f"{value:g} is not above 0")
+    return value
+
+
 @with_options(given=(ModelSettings, ("device",)))
 def transfer(
     config: Annotated[
@@ -234,7 +242,8 @@ def transfer(
     hours: Annotated[
         float | None,
         typer.Option(
-            min=0, help="Begin no run after this time; the same command goes on with those left."
+            callback=_above_zero,
+            help="Begin no run after this time; the same command goes on with those left.",
         ),
     ] = None,
     log_with: LogWith = None,
@@ -278,6 +287,16 @@ def demo(
         ["finetune", "--model", out / "proxy", "--circuit", out, *task, "--out", f"{out}-far"],
         ["export", f"{out}-far", "--base", out / "proxy", "--out", f"{out}-far-model"],
     )
+
+
+def _check_lora(scope: str, pairs: list[str]) -> None:
+    """Refuse options of low-rank updates for a scope that has none."""
+    for pair in pairs:
+        if pair.startswith("lora_") and scope not in ("auto", "lora"):
+            raise InputError(
+                f"--option {pair}: has no effect with the scope {scope!r}; omit it, or give "
+                "--scope lora"
+            )
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:

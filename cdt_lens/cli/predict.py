@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cdt_lens.cli.console import tell_csv
 from cdt_lens.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,8 +44,7 @@ def predict(
     if taken:
         raise InputError(f"{file}: it has a column {taken[0]!r}, as the result has; rename it")
     predicted = prediction.predict(folder, rows.rows, places=rows.places, batch_size=batch_size)
-    # Not through rich, which would wrap and replace parts of the text.
-    typer.echo(pd.concat([given, predicted], axis=1).to_csv(index=False), nl=False)
+    tell_csv(pd.concat([given, predicted], axis=1).to_csv(index=False))
 
 
 def _rows_of(texts: list[str], columns: tuple[str, ...]) -> Table:

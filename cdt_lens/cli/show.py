@@ -18,6 +18,9 @@ _RESULTS = (
     "run.json",
 )  # fmt: skip
 
+# Methods whose scores have no unit. "gates, fitted" is one of them, too.
+_ORDERS = ("gates", "random")
+
 
 def show_transfer(result: Any) -> None:
     """Print the tables of a transfer result."""
@@ -220,13 +223,22 @@ def _file_in(folder: Path) -> Path:
     """Return the file of a folder that says most about it."""
     inside = [folder / name for name in _RESULTS if (folder / name).is_file()]
     if not inside and (folder / "config.json").is_file():
-        raise InputError(f"{folder}: holds a model; cdt-lens predict labels rows with it")
+        raise InputError(f"{folder}: holds a model; {_use_of(folder)}")
     if not inside:
         raise InputError(
             f"{folder}: expected one of {', '.join(_RESULTS)} in it; give a file, or the folder "
             "that a command wrote"
         )
     return inside[0]
+
+
+def _use_of(folder: Path) -> str:
+    """Return what to do with the folder of a model."""
+    from cdt_lens.finetuning.model_card import TASK_FILE
+
+    if (folder / TASK_FILE).is_file():
+        return "cdt-lens predict labels rows with it"
+    return f"cdt-lens discover --model {folder} finds a circuit in it"
 
 
 def _show_adapter(adapter: Any) -> None:
@@ -245,7 +257,7 @@ def _show_adapter(adapter: Any) -> None:
 
 def _show_scores(scores: Any) -> None:
     tell(repr(scores))
-    _tell_heads(scores.to_dataframe().head(12).to_dict("records"))
+    _tell_heads(scores.to_dataframe().head(12).to_dict("records"), _unit_of(scores.method))
 
 
 def _show_baseline(baseline: Any) -> None:
@@ -263,7 +275,9 @@ def _show_settings(path: Path, kind: str) -> None:
 def _show_circuit(circuit: Any) -> None:
     heads = circuit.n_layers * circuit.n_heads
     tell(f"{len(circuit)} of {heads} heads, {dict(circuit.selection)}")
-    _tell_heads(circuit.to_dataframe().to_dict("records"))
+    unit = circuit.selection.get("unit")  # of a circuit that was converted
+    known = _unit_of(circuit.selection.get("method")) if unit is None else _short(unit)
+    _tell_heads(circuit.to_dataframe().to_dict("records"), known)
     if circuit.graph is not None:
         tell_graph(circuit.graph)
 
@@ -305,12 +319,27 @@ def _open(scores: Any, circuit: Any) -> str:
     )
 
 
-def _tell_heads(rows: list[Any]) -> None:
+def _tell_heads(rows: list[Any], unit: str) -> None:
+    """Print heads with their scores in a unit, "" if it is not known."""
     cells = [
-        [row["head"], *("" if v is None else f"{v:+.4f}" for v in (row["score"], row["stderr"]))]
-        for row in rows
+        [row["head"], *(_signed(value) for value in (row["score"], row["stderr"]))] for row in rows
     ]
-    tell_table(["head", "score (logits)", "standard error"], cells)
+    tell_table(["head", f"score ({unit})" if unit else "score", "standard error"], cells)
+
+
+def _signed(value: float | None) -> str:
+    return "" if value is None or value != value else f"{value:+.4f}"
+
+
+def _unit_of(method: object) -> str:
+    """Return the unit of the scores of a method, "" if only their order has a meaning."""
+    return "" if str(method).partition(",")[0] in _ORDERS else "logits"
+
+
+def _short(unit: object) -> str:
+    from cdt_lens.circuits.nodes import OWN_UNIT
+
+    return "logits" if unit == OWN_UNIT else ""
 
 
 # By kind of file: the module and the class that read it, and what prints it.

@@ -62,7 +62,7 @@ class SubmittedTask:
         name: name of the folder, the task and the model.
         files: names of its files.
         level: whether importances are of "edge" or "node", or "circuits" for single circuits.
-        scored: number of edges or nodes with a score; of circuits, the edges of the largest.
+        scored: number of edges or heads with a score; of circuits, the edges of the largest.
         total: number of edges of the model; of heads at the level "node".
     """
 
@@ -96,6 +96,7 @@ def write_mib_submission(
             shape is not known, not every head or edge has a score, or another file is in the way.
         ArtifactError: a file of the folder is damaged.
     """
+    _check_folder(Path(folder))
     graphs = {}
     for name, result in results.items():
         _check_name(name, "results")
@@ -130,7 +131,8 @@ def check_mib_submission(folder: str | Path) -> tuple[SubmittedTask, ...]:
         ArtifactError: a file is damaged.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    _check_folder(folder)
+    if not folder.exists():
         raise InputError(
             f"{folder}: no such folder; expected one with {', '.join(PLACES[:2])}, ..."
         )
@@ -250,6 +252,11 @@ def _level(graph: Graph) -> Literal["edge", "node"] | None:
     return "node" if whole and len(set(known)) > 1 else None
 
 
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file. Name the folder of the submission.")
+
+
 def _is_head(name: str) -> bool:
     return name.startswith("L")
 
@@ -328,5 +335,5 @@ def _checked_importances(name: str, path: Path) -> SubmittedTask:
     if level == "edge":
         total = _n_edges(graph)
         return SubmittedTask(name, (path.name,), level, total, total)
-    scored = sum(node.score is not None for node in graph.nodes.values())
-    return SubmittedTask(name, (path.name,), level, scored, graph.n_layers * graph.n_heads)
+    total = graph.n_layers * graph.n_heads  # all of them have a score; MLPs may have one, too
+    return SubmittedTask(name, (path.name,), level, total, total)

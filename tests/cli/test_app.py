@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -176,6 +177,52 @@ def test_messages_name_options_as_they_are_typed():
     said = "config=None; exact=2: calibrate=True, k=1 and baseline_examples=4; not direction==5, norms=none or [seed=3]"
     typed = "--language None; --exact 2: --calibrate, --k 1 and --baseline-examples 4; not direction==5, norms=none or [seed=3]"
     assert cli._with_options(said, params) == typed
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "typed"),
+    [
+        ("finetune", "runs/seed=0/trian.csv: cannot be read", "runs/seed=0/trian.csv: cannot be read"),
+        ("finetune", r"runs\seed=0\x.csv: gone", r"runs\seed=0\x.csv: gone"),
+        ("finetune", "--option 'seed=0': twice", "--option 'seed=0': twice"),
+        ("finetune", "pass source=, the task (or exact=)", "pass source=, the task (or exact=)"),
+        ("discover", "data=../x has no effect", "--data ../x has no effect"),
+        ("export", "pass extras=True (--extras): peft", "pass --extras: peft"),
+        ("export", "with allow_unchanged=True (--allow-unchanged).", "with --allow-unchanged."),
+        (
+            "discover",
+            "pair='a b' has no effect with the baseline 'mean' and pair='a b'. Omit it",
+            "--pair 'a b' has no effect with the baseline 'mean'. Omit it",
+        ),
+        (
+            "discover",
+            "pair_label='x' has no effect with the baseline 'mean' and pair=None. Omit it",
+            "--pair-label 'x' has no effect with the baseline 'mean' and --pair None. Omit it",
+        ),
+    ],
+)  # fmt: skip
+def test_paths_and_quoted_text_stay_and_nothing_is_said_twice(command: str, said: str, typed: str):
+    params = get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
+    assert cli._with_options(said, params) == typed
+
+
+def test_a_folder_that_may_not_be_entered_is_one_line(tmp_path: Path, monkeypatch, capsys):
+    """Root may enter every folder, so the refusal is simulated."""
+    stat = Path.stat
+
+    def refused(path: Path, **how: bool) -> os.stat_result:
+        if "noread" in path.parts:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **how)
+
+    file = tmp_path / "noread" / "circuit.json"
+    monkeypatch.setattr(Path, "stat", refused)
+    monkeypatch.setattr(sys, "argv", ["cdt-lens", "show", str(file)])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which typer replaces
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"cdt-lens: {file}: cannot be accessed (Permission denied)\n"
 
 
 @pytest.mark.parametrize(

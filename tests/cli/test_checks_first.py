@@ -136,7 +136,7 @@ def mistakes(place: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
             ["show", str(place / "tiny" / "config.json")],
             "expected a file of cdt.* got another file .cdt-lens convert reads graphs",
         ),
-        "show: a model": (["show", str(place / "tiny")], "tiny: holds a model; cdt-lens predict"),
+        "show: a model": (["show", str(place / "tiny")], "holds a model; cdt-lens discover"),
     }  # fmt: skip
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import sample_graph, sample_results
 from helpers.saved import TEMPLATE, VERBALIZER, save_model, write_task
 from typer.testing import CliRunner
 
 from cdt_lens.circuits.circuit import Circuit
 from cdt_lens.circuits.graph import Graph, GraphNode
-from cdt_lens.circuits.nodes import node_names
+from cdt_lens.circuits.nodes import OTHER_UNIT, OWN_UNIT, node_names
 from cdt_lens.cli import app as cli
 from cdt_lens.core.errors import ArtifactError, CdtLensError, InputError
 from cdt_lens.finetuning.adapter import Adapter
@@ -90,6 +92,32 @@ def test_a_circuit_of_another_tool_can_be_trained(tmp_path: Path):
     assert adapter.heads == (Head(0, 1), Head(1, 2))
 
 
+def test_scores_are_shown_in_their_unit(tmp_path: Path):
+    """Those of another tool, of learned gates and of a seed are in no unit of ours."""
+    nodes = {
+        name: GraphNode(0.25 if name.startswith("L0") else None, name != "M1")
+        for name in node_names(2, 2)
+    }
+    for unit in (OWN_UNIT, OTHER_UNIT):
+        graph = Graph(2, 2, nodes, (), d_model=64, unit=unit)
+        theirs = write_graph(graph, tmp_path / "theirs.json")
+        again = tmp_path / "again.json"
+        run("convert", theirs, again, "--to", "circuit")
+        shown = run("show", again)
+        assert ("(logits)" in shown) == (unit == OWN_UNIT)
+        assert "+0.2500" in shown and "nan" not in shown
+        again.unlink()
+    for method in ("cdt", "gates", "random"):
+        scores = sample_results.scores(2, 2, method=method)
+        scores = replace(scores, stderr=torch.full_like(scores.stderr, torch.nan))
+        for saved in (
+            scores.save(tmp_path / method),
+            scores.select(k=2).save(tmp_path / f"{method}.json"),
+        ):
+            shown = run("show", saved)
+            assert ("(logits)" in shown) == (method == "cdt") and "nan" not in shown
+
+
 def test_mistakes_are_told_and_write_nothing(tmp_path: Path):
     ours = small().save(tmp_path / "c.json")
     theirs = write_graph(sample_graph.small(), tmp_path / "g.json")
@@ -100,6 +128,7 @@ def test_mistakes_are_told_and_write_nothing(tmp_path: Path):
     none.write_text(json.dumps(document))
     (tmp_path / "cut.json").write_text(theirs.read_text()[:99])
     scores = sample_results.scores(2, 2).save(tmp_path / "s.json")
+    to_circuit = [tmp_path / "x.json", "--to", "circuit"]
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     small().save(tmp_path / "run" / "circuit.json")
     kept = (tmp_path / "run" / "circuit.json").read_bytes()
@@ -124,6 +153,12 @@ def test_mistakes_are_told_and_write_nothing(tmp_path: Path):
         ([tmp_path / "no.json", tmp_path / "x.pt"], "no.json: no such file", InputError),
         ([tmp_path / "cut.json", tmp_path / "x.pt"], "cut.json: damaged", ArtifactError),
         ([scores, tmp_path / "x.pt"], "expected a cdt_lens.circuit file", ArtifactError),
+        (
+            [scores, *to_circuit],
+            "expected a cdt_lens.circuit file, got 'cdt_lens.sc",
+            ArtifactError,
+        ),
+        ([tmp_path / "no", tmp_path / "x.pt"], "no: no such file or folder", InputError),
     ]
     for arguments, told, error in mistakes:
         with pytest.raises(error, match=told):

@@ -69,6 +69,9 @@ def test_circuit_to_adapter_to_checkpoint(place: Path, tmp_path: Path):
     assert [event.step for event in losses] == [1, 2, 3, 4]
     assert (out / "report.html").exists() and (out / "history.csv").exists()
     assert run("report", str(out)).replace("\n", "") == str(out / "report.html")
+    for option in ("--prompts", "--heads"):
+        with pytest.raises(InputError, match=f"{option}: has no effect with .*finetune has writ"):
+            run("report", str(out), option, "9")
     assert not (out / "checkpoint.json").exists()
     shown = run("show", str(out))
     assert "scope decision" in shown and "model_hash" in shown
@@ -95,6 +98,7 @@ def test_circuit_to_adapter_to_checkpoint(place: Path, tmp_path: Path):
         (["--scope", "ful"], "did you mean 'full'?"),
         (["--scope", "decision"], "scope 'decision': expected a circuit"),
         (["--source", "english"], "--source english: your own files have no languages"),
+        (["--option", "lora_rank=4"], "lora_rank=4: has no effect with the scope 'norms'; omit it"),
         (["--learning-rate", "-1"], "--learning-rate -1.0: expected a number above 0"),
     ],
 )
@@ -125,6 +129,7 @@ def test_a_training_that_learnt_nothing_says_so_and_is_not_exported(place: Path,
         "--epochs", "1", "--learning-rate", "1e-12",
     )  # fmt: skip
     assert "Nothing was learnt: " in " ".join(printed.split())
+    assert leads_to(printed) == [], "export would refuse it"
     to = ["export", str(out), "--base", model, "--out", str(tmp_path / "hf")]
     with pytest.raises(CdtLensError, match="changes no weight.*--allow-unchanged"):
         run(*to)
@@ -167,6 +172,14 @@ def test_a_transfer_from_its_file(place: Path, tmp_path: Path):
     assert "gap rule" in printed and "race rule" in printed
     shown = run("show", str(out / "result.json"))
     assert "decision" in shown and "model_hash" in shown
+
+
+@pytest.mark.parametrize("hours", ["0", "-1", "nan"])
+def test_a_transfer_of_no_time_is_an_unusable_option(tmp_path: Path, hours: str):
+    given = ["transfer", "none.toml", "--out", str(tmp_path), "--hours", hours]
+    result = CliRunner().invoke(cli.app, given)
+    assert result.exit_code == 2
+    assert f"'--hours': {hours} is not above 0" in " ".join(result.output.split())
 
 
 def test_a_folder_in_which_another_process_writes_is_refused(tmp_path: Path):

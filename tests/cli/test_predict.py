@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,61 @@ def test_mistakes_are_one_line(place: Path, monkeypatch, arguments: list[str], s
     with pytest.raises(CdtLensError, match=said) as caught:
         run("predict", *arguments)
     assert "\n" not in str(caught.value)
+
+
+class Failing(io.StringIO):
+    """A standard output that takes nothing."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def write(self, text: str) -> int:
+        raise OSError(self.number, "No space left on device")
+
+
+def ended(monkeypatch, stdout: Any, *arguments: str) -> object:
+    """Run the command line with another standard output, and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["cdt-lens", *arguments])
+    monkeypatch.setattr(sys, "stdout", stdout)
+    for name in ("stderr", "excepthook"):  # which typer replaces
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return stopped.value.code
+
+
+def test_a_file_gets_utf8_whatever_the_encoding_of_the_output(place: Path, tmp_path, monkeypatch):
+    """Nothing that a row holds may end the command when its work is done."""
+    file, taken = tmp_path / "rows.jsonl", io.BytesIO()
+    row = {"text": "w20 \u65e5\u672c\u8a9e w21", "half": "\ud800", "colour": "\x1b[31mred"}
+    file.write_text(json.dumps(row), "utf-8")
+    stdout = io.TextIOWrapper(taken, encoding="cp1252")
+    assert ended(monkeypatch, stdout, "predict", str(place / "out"), "--file", str(file)) == 0
+    (printed,) = rows_of(taken.getvalue().decode("utf-8"))
+    assert printed["text"] == row["text"] and printed["prediction"] in VERBALIZER
+    assert printed["half"] == "\\ud800" and printed["colour"] == row["colour"]
+
+
+@pytest.mark.parametrize("arguments", [["predict", "out", "--text", "w20"], ["show", "tuned"]])
+def test_a_full_disk_is_one_line(place: Path, monkeypatch, capsys, arguments: list[str]):
+    monkeypatch.chdir(place)
+    assert ended(monkeypatch, Failing(errno.ENOSPC), *arguments) == 1
+    said = "cdt-lens: standard output: cannot be written (No space left on device)"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+
+
+def test_a_reader_that_has_gone_is_no_error_to_tell(place: Path, monkeypatch, capsys):
+    arguments = ["predict", str(place / "out"), "--text", "w20"]
+    assert ended(monkeypatch, Failing(errno.EPIPE), *arguments) == 1
+    assert "cdt-lens:" not in capsys.readouterr().err
+
+
+def test_show_leads_from_an_exported_folder_to_predict(place: Path):
+    """A folder without a task, which predict refuses, leads elsewhere."""
+    for folder, said in (("out", "cdt-lens predict labels"), ("tiny", "cdt-lens discover --model")):
+        with pytest.raises(CdtLensError, match=f"{folder}: holds a model; {said}"):
+            run("show", str(place / folder))
 
 
 def test_a_folder_whose_model_is_gone_is_refused(place: Path, tmp_path: Path):

